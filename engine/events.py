@@ -103,12 +103,49 @@ MARK = np.dtype([("phase", "u1"), ("micro_batch", "i2"), ("module", "i4")])
 BLOCK = np.dtype([("address", "u8"), ("bytes", "i8"), ("slack", "i8")])
 """A block that was alive when the trace began."""
 
-OWNER = np.dtype([("address", "u8"), ("mark", "i4"), ("category", "u1"), ("name", "i4")])
+OWNER = np.dtype([("address", "u8"), ("mark", "i4"), ("category", "u1"), ("name", "i4"), ("made", "i4")])
 """Who held an address at a mark: a parameter, a `.grad`, an optimizer's tensor.
 
 It speaks of the block alive at that address when the mark was set; addresses
-are reused within a step, so the address alone says nothing.
+are reused within a step, so the address alone says nothing. `made` indexes the
+trace's descriptions of tensors.
 """
+
+MADE = np.dtype(
+    [("phase", "u1"), ("micro_batch", "i2"), ("module", "i4"), ("bytes", "i8"), ("nth", "i4"), ("made", "i4")]
+)
+"""What the `nth` allocation of so many bytes by a module in a phase is.
+
+Learned once, in a step whose operators were watched (`sources/describe.py`);
+the steps of a run repeat one another, so it holds for the others.
+"""
+
+
+class Made(NamedTuple):
+    """A tensor's description, or that of a buffer inside an operator.
+
+    Attributes:
+        operator: What made it, as PyTorch spells it: `aten.mm`; empty where
+            nobody watched.
+        dtype: `float16`; empty for a buffer that no operator returned.
+        shape: Of the tensor; of packed weights that of the packed storage.
+    """
+
+    operator: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
+
+
+class Counted(NamedTuple):
+    """The allocator's own counters for a step, to hold the ledger's sums against.
+
+    Attributes:
+        end_bytes: Allocated when the step ended.
+        peak_bytes: The most since the step began; of a load, since the process did.
+    """
+
+    end_bytes: int
+    peak_bytes: int
 
 
 class PhaseSpan(NamedTuple):
@@ -157,6 +194,9 @@ class StepTrace:
         phases: In order, none overlapping; recomputes lie inside backward.
         partial: The step goes on; what is still alive may yet change category.
         micro_batches: Of this step.
+        counted: By the allocator itself; None while the step goes on.
+        made: dtype MADE.
+        descriptions: What `made` and the owners index.
     """
 
     step: int
@@ -168,6 +208,9 @@ class StepTrace:
     phases: tuple[PhaseSpan, ...]
     partial: bool = False
     micro_batches: int = 1
+    counted: Counted | None = None
+    made: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, MADE))
+    descriptions: tuple[Made, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from .events import EVENT, N_CATEGORIES, Category, Phase, StepTrace
+from .events import EVENT, MADE, N_CATEGORIES, Category, Made, Phase, StepTrace
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -39,6 +39,7 @@ BLOCK_ROW = np.dtype(
         ("died_mark", "i8"),  # -1: still alive
         ("category", "u1"),
         ("name", "i4"),
+        ("made", "i4"),  # index of its description; -1: none
     ]
 )
 
@@ -71,13 +72,29 @@ def strip_wrappers(name: str) -> str:
 
 
 class LiveBlock(NamedTuple):
-    """One block alive at an event."""
+    """One block alive at an event.
+
+    Attributes:
+        bytes: Asked for, without slack.
+        category: What it is there for.
+        name: Its owner; where nobody owns it, the module that made it.
+        phase: In which it was made; idle if before the trace began.
+        micro_batch: Likewise, from 0.
+        module: That made it; empty if it was made before the trace began.
+        operator: That made it, `aten.mm`; empty where operators were not watched.
+        dtype: Empty for a buffer that no operator returned.
+        shape: Of the tensor in the block.
+    """
 
     bytes: int
     category: Category
     name: str
     phase: Phase
     micro_batch: int
+    module: str = ""
+    operator: str = ""
+    dtype: str = ""
+    shape: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,14 +201,17 @@ class Ledger:
 
     def alive(self, event: int) -> npt.NDArray[Any]:
         """The blocks alive after an event, dtype BLOCK_ROW."""
+        return self.blocks[self._is_alive(event)]
+
+    def _is_alive(self, event: int) -> Bools:
         mask: Bools = (self.blocks["born"] <= event) & (self.blocks["died"] > event)
-        return self.blocks[mask]
+        return mask
 
     def largest(self, event: int, count: int = 10) -> list[LiveBlock]:
         """The largest blocks alive after an event, largest first."""
-        blocks = self.alive(event)
-        order = np.argsort(-blocks["bytes"], kind="stable")[:count]
-        return [self._describe(row) for row in blocks[order]]
+        alive = np.flatnonzero(self._is_alive(event))
+        rows = alive[np.argsort(-self.blocks["bytes"][alive], kind="stable")[:count]]
+        return [self._describe(int(row)) for row in rows]
 
     def by_layer(self, event: int) -> dict[str, Bytes]:
         """Composition after an event by layer, in the model's order; sums to `at`."""
@@ -222,14 +242,19 @@ class Ledger:
         codes = [index.setdefault(layer_of(name), len(index)) for name in self.trace.names]
         return list(index), np.asarray(codes, np.int64)
 
-    def _describe(self, row: Any) -> LiveBlock:
+    def _describe(self, index: int) -> LiveBlock:
+        trace, row, description = self.trace, self.blocks[index], int(self._made[index])
         born = int(row["born_mark"])
-        phase, micro_batch = Phase.IDLE, 0
-        if born >= 0 and len(self.trace.marks):
-            mark = self.trace.marks[born]
+        phase, micro_batch, module = Phase.IDLE, 0, ""
+        if born >= 0 and len(trace.marks):
+            mark = trace.marks[born]
             phase, micro_batch = Phase(int(mark["phase"])), int(mark["micro_batch"])
-        name = self.trace.names[row["name"]] if row["name"] >= 0 else ""
-        return LiveBlock(int(row["bytes"]), Category(int(row["category"])), name, phase, micro_batch)
+            module = trace.names[mark["module"]]
+        name = trace.names[row["name"]] if row["name"] >= 0 else ""
+        made = trace.descriptions[description] if description >= 0 else Made()
+        return LiveBlock(
+            int(row["bytes"]), Category(int(row["category"])), name, phase, micro_batch, module, *made
+        )  # fmt: skip
 
     # --- naming -------------------------------------------------------------
 
@@ -263,6 +288,7 @@ class Ledger:
         last_wins = np.flatnonzero(hit)[::-1]
         blocks["category"][row[last_wins]] = trace.owners["category"][last_wins]
         blocks["name"][row[last_wins]] = trace.owners["name"][last_wins]
+        blocks["made"][row[last_wins]] = trace.owners["made"][last_wins]
 
     def _name_rest(self) -> None:
         """Name what nobody owns by when it was made and when it was freed."""
@@ -307,6 +333,48 @@ class Ledger:
         category[at_loss] = Category.LOGITS_LOSS
         blocks["category"][rows] = category
 
+    @cached_property
+    def _made(self) -> Ints:
+        """Each block's description, -1 for none: its owner's, or what the same allocation was when it was watched."""
+        trace, blocks = self.trace, self.blocks
+        made = blocks["made"].astype(np.int64)
+        born = np.flatnonzero(blocks["born"] >= 0)
+        if len(trace.made) and len(born):
+            keys = allocation_keys(trace.marks, blocks["born_mark"][born], blocks["bytes"][born])
+            known = trace.made[list(KEY.names or ())].astype(KEY)
+            _, code = np.unique(np.concatenate([known, keys]), return_inverse=True)
+            table = np.full(code.max() + 1, -1, np.int64)
+            table[code[: len(known)]] = trace.made["made"]
+            made[born] = np.where(made[born] < 0, table[code[len(known) :]], made[born])
+        return made
+
+
+KEY = np.dtype([(name, MADE[name]) for name in ("phase", "micro_batch", "module", "bytes", "nth")])
+
+
+def allocation_keys(marks: npt.NDArray[Any], born_marks: Ints, sizes: Ints) -> npt.NDArray[Any]:
+    """What tells one allocation of a step from all others, in any step like it.
+
+    Args:
+        marks: dtype MARK.
+        born_marks: The mark of each allocation, in the order they happened.
+        sizes: Bytes asked for.
+
+    Returns:
+        dtype KEY, in the order given.
+    """
+    keys = np.zeros(len(sizes), KEY)
+    for column in ("phase", "micro_batch", "module"):
+        keys[column] = marks[column][born_marks]
+    keys["bytes"] = sizes
+    order = np.lexsort((keys["bytes"], keys["module"], keys["micro_batch"], keys["phase"]))
+    ranked = keys[order]
+    is_first = np.ones(len(keys), bool)
+    is_first[1:] = ranked[1:] != ranked[:-1]
+    position = np.arange(len(keys))
+    keys["nth"][order] = position - np.maximum.accumulate(np.where(is_first, position, 0))
+    return keys
+
 
 def _rising(marks: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.maximum.accumulate(marks) if len(marks) else marks
@@ -349,4 +417,5 @@ def _pair(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
     dies = end < n_begin + n
     rows["died_mark"] = np.where(dies, stream["mark"][np.minimum(end, max(len(stream) - 1, 0))], -1) if n else -1
     rows["category"] = Category.UNKNOWN
+    rows["made"] = -1
     return rows, unmatched

@@ -2,7 +2,7 @@
 
     gpumem.json             version, environment, configuration, gauge, milestones
     traces/<n>.json         step, names, phases
-    traces/<n>/<column>.npy events, marks, begin, owners
+    traces/<n>/<column>.npy events, marks, begin, owners, made
 
 Nothing in it is ever unpickled. A replay is a `Source` like any other.
 """
@@ -22,11 +22,26 @@ from typing import Any
 import numpy as np
 
 from .config import RunConfig, UserError
-from .events import BLOCK, EVENT, MARK, OWNER, Environment, Gauge, Kind, Milestone, Phase, PhaseSpan, StepTrace
+from .events import (
+    BLOCK,
+    EVENT,
+    MADE,
+    MARK,
+    OWNER,
+    Counted,
+    Environment,
+    Gauge,
+    Kind,
+    Made,
+    Milestone,
+    Phase,
+    PhaseSpan,
+    StepTrace,
+)
 from .feed import Command, Source
 
-VERSION = 1
-COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER}
+VERSION = 2
+COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
 
 
 def write(path: Path, source: Source, gauge: Gauge | None = None) -> None:
@@ -71,6 +86,8 @@ def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace) -> Non
         "names": trace.names,
         "phases": trace.phases,
         "micro_batches": trace.micro_batches,
+        "counted": trace.counted,
+        "descriptions": trace.descriptions,
     }
     archive.writestr(f"traces/{number}.json", json.dumps(plain))
     for column in COLUMNS:
@@ -157,5 +174,7 @@ def _read_trace(archive: zipfile.ZipFile, number: int) -> StepTrace:
         names=tuple(plain["names"]),
         phases=tuple(PhaseSpan(Phase(p[0]), *p[1:]) for p in plain["phases"]),
         micro_batches=plain["micro_batches"],
+        counted=Counted(*plain["counted"]) if plain["counted"] else None,
+        descriptions=tuple(Made(operator, dtype, tuple(shape)) for operator, dtype, shape in plain["descriptions"]),
         **columns,
     )

@@ -45,7 +45,16 @@ class Report:
                 "module": peak.module,
                 "by_layer": {name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
                 "largest": [
-                    {"bytes": b.bytes, "category": b.category.key, "owner": b.name, "made_in": b.phase.title}
+                    {
+                        "bytes": b.bytes,
+                        "category": b.category.key,
+                        "owner": b.name,
+                        "dtype": b.dtype,
+                        "shape": list(b.shape),
+                        "made_in": b.phase.title,
+                        "made_by": b.module,
+                        "operator": b.operator,
+                    }
                     for b in ledger.largest(peak.event)
                 ],
             }

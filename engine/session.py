@@ -202,7 +202,7 @@ class Session:
         from .sources.allocator_trace import AllocatorTrace
         from .sources.op_tracker import OpTracker
         from .sources.owners import drop_library_caches
-        from .sources.tracer import Tracer
+        from .sources.tracer import DESCRIBED, Tracer
         from .workload import prepare
 
         assert self._device is not None
@@ -217,12 +217,16 @@ class Session:
         baseline = recorder.allocated_bytes()
         self._recorder = recorder
         publish_every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
-        self._tracer = tracer = Tracer(recorder, self._feed.publish_trace, self._recomputed, publish_every_s)
+        described = min(DESCRIBED, config.steps or DESCRIBED)
+        self._tracer = tracer = Tracer(
+            recorder, self._feed.publish_trace, self._recomputed, publish_every_s, described
+        )  # fmt: skip
         try:
             # Outside the recording: importing libraries makes tensors that stay.
             plan = prepare(config, self._device)
             with recording_ops:
                 self._train(config, plan, tracer)
+            tracer.settle()
         except _Ended:
             pass
         except UserError as error:
@@ -230,6 +234,7 @@ class Session:
             self._feed.milestone(Kind.RUN_FAILED, problem, detail="")
         except torch.OutOfMemoryError as error:
             problem = _one_line(error)
+            tracer.settle()
             self._feed.milestone(
                 Kind.OUT_OF_MEMORY, problem, step=tracer.step_now, phase=tracer.failed_in.title,
                 requested_bytes=recorder.refused_bytes, allocated_bytes=recorder.allocated_bytes(),

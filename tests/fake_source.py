@@ -102,7 +102,7 @@ class Sim:
             events=np.array(self.events, EVENT),
             marks=np.array(self.marks, MARK),
             begin=self.start,
-            owners=np.array(self.owners, OWNER),
+            owners=np.array([(*owner, -1) for owner in self.owners], OWNER),
             names=tuple(self.names),
             phases=tuple(sorted(self.done + still, key=lambda s: s.begin)),
             partial=partial,

@@ -29,7 +29,7 @@ def trace_of(
         events=np.array([(a, n, 0, m, 0) for a, n, m in events], EVENT),
         marks=np.array(marks, MARK),
         begin=np.array([(a, n, 0) for a, n in begin], BLOCK),
-        owners=np.array(list(owners), OWNER),
+        owners=np.array([(*owner, -1) for owner in owners], OWNER),
         names=NAMES,
         phases=more.pop("phases", ()),
         **more,
@@ -149,7 +149,7 @@ def streams(draw: st.DrawFn) -> StepTrace:
         events=np.array(events, EVENT),
         marks=np.array([(p, 0, i % 4) for i, p in enumerate(phases)], MARK),
         begin=np.array(begin, BLOCK),
-        owners=np.array(owners, OWNER),
+        owners=np.array([(*owner, -1) for owner in owners], OWNER),
         names=NAMES,
         phases=(),
         partial=draw(st.booleans()),
@@ -182,7 +182,7 @@ def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -
     """First fit over one segment: whatever is asked for, the blocks tile the segment."""
     total = 64 << 20
     layout = BlockLayout([])
-    layout.add_segment(0, total)
+    layout.follow("segment_alloc", 0, total)
     held: list[tuple[int, int]] = []
     for allocate, size in requests:
         if not allocate and held:

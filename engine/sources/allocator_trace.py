@@ -48,25 +48,36 @@ class AllocatorTrace:
         self._recording = False
         self.refused_bytes: int | None = None
 
-    def start(self) -> npt.NDArray[Any]:
-        """Begin recording; returns what the allocator holds.
+    def start(self) -> list[dict[str, Any]] | None:
+        """Begin recording; the segments and blocks of the allocator.
 
-        A recording that was not stopped goes on: the blocks are known, and
-        reading them all again would cost more than a step's tags.
+        A recording that was not stopped goes on: the blocks are known (None),
+        and reading them all again would cost more than a step's tags.
         """
-        if not self._recording:
-            self._record("all")
-            self._layout = BlockLayout(self._snapshot()["segments"])
-            self._recording = True
+        if self._recording:
+            return None
+        self._record("all")
+        self._recording = True
+        segments: list[dict[str, Any]] = self._snapshot()["segments"]
+        return segments
+
+    def drain(self) -> list[dict[str, Any]]:
+        """Read the trace and empty it."""
+        entries: list[dict[str, Any]] = self._snapshot()["trace"]
+        self._record("all")
+        return entries
+
+    def alive(self, started: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
+        """What the allocator holds."""
+        if started is not None:
+            self._layout = BlockLayout(started)
         return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)
 
-    def drain(self) -> npt.NDArray[Any]:
-        """Read the trace and empty it."""
-        entries = self._snapshot()["trace"]
-        self._record("all")
+    def events(self, drained: list[dict[str, Any]]) -> npt.NDArray[Any]:
+        """The trace, with the slack of every block."""
         rows = array("q")
         add, allocate, free = rows.extend, self._layout.allocate, self._layout.free
-        for entry in entries:
+        for entry in drained:
             action, size = entry["action"], entry["size"]
             if action == "oom":  # has no address: nothing was handed out
                 self.refused_bytes = size
@@ -78,10 +89,8 @@ class AllocatorTrace:
             elif action == "free_requested":
                 size, block = free(address, size)
                 add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"]))
-            elif action in ("segment_alloc", "segment_map"):
-                self._layout.add_segment(address, size, expandable=action == "segment_map")
-            elif action in ("segment_free", "segment_unmap"):
-                self._layout.drop_segment(address)
+            else:
+                self._layout.follow(action, address, size)
         return columns(rows, EVENT)
 
     def _snapshot(self) -> dict[str, Any]:

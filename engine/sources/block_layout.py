@@ -73,19 +73,42 @@ class BlockLayout:
             return size, max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
         requested, handed_out = block.requested, block.size
         block.free = True
-        if block.after is not None and self._blocks[block.after].free:
-            self._absorb(address, block)
-        if block.before is not None and self._blocks[block.before].free:
-            self._absorb(block.before, self._blocks[block.before])
+        self._merge(address, block)
         return requested, handed_out
 
-    def add_segment(self, address: int, size: int, expandable: bool = False) -> None:
-        """Follow a segment taken from CUDA."""
-        self._blocks[address] = _Block(size, 0, True, expandable or size == SMALL_SEGMENT_BYTES)
+    def follow(self, action: str, address: int, size: int) -> None:
+        """Follow what a segment does, by the trace's name for it; anything else is no segment's."""
+        if action == "segment_alloc":
+            self._blocks[address] = _Block(size, 0, True, size == SMALL_SEGMENT_BYTES)
+        elif action == "segment_free":  # it was one free block
+            self._blocks.pop(address, None)
+        elif action == "segment_map":
+            self._map(address, size)
+        elif action == "segment_unmap":
+            self._unmap(address, size)
 
-    def drop_segment(self, address: int) -> None:
-        """Follow a segment given back; it was one free block."""
-        self._blocks.pop(address, None)
+    def _map(self, address: int, size: int) -> None:
+        """Follow an expandable segment that grows: free bytes, at one with the free blocks they touch."""
+        before = next((a for a, b in self._blocks.items() if a + b.size == address), None)
+        after = address + size if address + size in self._blocks else None
+        mapped = _Block(size, 0, True, True)
+        self._insert(address, mapped, before, after)
+        self._merge(address, mapped)
+
+    def _unmap(self, address: int, size: int) -> None:
+        """Follow an expandable segment that shrinks: pages within one free block, which falls apart."""
+        start = next((a for a, b in self._blocks.items() if b.free and a <= address < a + b.size), None)
+        if start is None:
+            return
+        block = self._blocks.pop(start)
+        end = start + block.size
+        for neighbour, side in ((block.before, "after"), (block.after, "before")):
+            if neighbour is not None:
+                setattr(self._blocks[neighbour], side, None)
+        if start < address:
+            self._insert(start, _Block(address - start, 0, True, True), block.before, None)
+        if address + size < end:
+            self._insert(address + size, _Block(end - address - size, 0, True, True), None, block.after)
 
     def _insert(self, address: int, block: _Block, before: int | None, after: int | None) -> None:
         block.before, block.after = before, after
@@ -94,6 +117,13 @@ class BlockLayout:
             self._blocks[before].after = address
         if after is not None:
             self._blocks[after].before = address
+
+    def _merge(self, address: int, block: _Block) -> None:
+        """Make one block of a free one and its free neighbours."""
+        if block.after is not None and self._blocks[block.after].free:
+            self._absorb(address, block)
+        if block.before is not None and self._blocks[block.before].free:
+            self._absorb(block.before, self._blocks[block.before])
 
     def _absorb(self, address: int, block: _Block) -> None:
         """Merge the block that follows into this one."""

@@ -80,18 +80,26 @@ class OpTracker(TorchDispatchMode):
 
     # --- Recorder -----------------------------------------------------------
 
-    def start(self) -> npt.NDArray[Any]:
+    def start(self) -> array[int]:
         """Begin a trace; what is alive goes on being known."""
         del self._rows[:]
         alive = array("q")
         for address, (size, _) in self._alive.items():
             alive.extend((address, size, 0))
-        return columns(alive, BLOCK)
+        return alive
 
-    def drain(self) -> npt.NDArray[Any]:
+    def drain(self) -> array[int]:
         """Events since the last drain."""
         rows, self._rows = self._rows, array("q")
-        return columns(rows, EVENT)
+        return rows
+
+    def alive(self, started: array[int]) -> npt.NDArray[Any]:
+        """As columns."""
+        return columns(started, BLOCK)
+
+    def events(self, drained: array[int]) -> npt.NDArray[Any]:
+        """As columns."""
+        return columns(drained, EVENT)
 
     def stop(self) -> None:
         """Nothing to do: it records for as long as it is entered."""

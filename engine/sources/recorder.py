@@ -9,6 +9,9 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+Raw = Any
+"""A recorder's own form of what it saw: taken on the engine's thread, read on another."""
+
 
 class Recorder(Protocol):
     """Allocations of one device, in order.
@@ -24,12 +27,20 @@ class Recorder(Protocol):
     workspaces: tuple[int, ...]
     refused_bytes: int | None
 
-    def start(self) -> npt.NDArray[Any]:
-        """Begin recording; returns what is alive, dtype BLOCK."""
+    def start(self) -> Raw:
+        """Begin recording; what is alive, as cheaply as it can be had."""
         ...
 
-    def drain(self) -> npt.NDArray[Any]:
-        """Events since `start` or the last drain, dtype EVENT, `mark` as stamped."""
+    def drain(self) -> Raw:
+        """What happened since `start` or the last drain, as cheaply as it can be had."""
+        ...
+
+    def alive(self, started: Raw) -> npt.NDArray[Any]:
+        """What `start` returned as columns, dtype BLOCK; on another thread, in the order it was taken."""
+        ...
+
+    def events(self, drained: Raw) -> npt.NDArray[Any]:
+        """What `drain` returned as columns, dtype EVENT, `mark` as stamped; on that thread too."""
         ...
 
     def stop(self) -> None:

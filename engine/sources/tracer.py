@@ -12,8 +12,8 @@ import traceback
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -21,29 +21,21 @@ import numpy.typing as npt
 import torch
 
 from .. import recompute
-from ..events import MARK, OWNER, Category, Phase, PhaseSpan, Recompute, StepTrace
+from ..events import OWNER, Category, Counted, Made, Phase, Recompute
 from ..ledger import LOSS, strip_wrappers
 from . import owners
+from .assembly import Assembler, Publish, Span, Taken, pack
+from .describe import OperatorWatch
 from .hooks import tag_modules
 from .recorder import Recorder, Timer, columns
 
-Publish = Callable[[StepTrace], None]
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
 
+DESCRIBED = 2
+"""The step whose operators are watched: the first that is like those after it."""
+
 OnRecompute = Callable[[Recompute], None]
-
-
-@dataclass
-class _Span:
-    """A phase under way: marks and times of its ends; -1 while it is open."""
-
-    phase: Phase
-    micro_batch: int
-    first_mark: int
-    begin_us: int
-    last_mark: int = -1
-    end_us: int = -1
 
 
 @dataclass
@@ -63,13 +55,13 @@ class _Step:
 
     number: int
     micro_batches: int
-    begin: npt.NDArray[Any]
     first_mark: int
-    chunks: list[npt.NDArray[Any]] = field(default_factory=list)
     marks: array[int] = field(default_factory=lambda: array("q"))
     fixed: list[npt.NDArray[Any]] = field(default_factory=list)
     owners: array[int] = field(default_factory=lambda: array("q"))
-    spans: list[_Span] = field(default_factory=list)
+    spans: list[Span] = field(default_factory=list)
+    operators: array[int] = field(default_factory=lambda: array("q"))
+    outputs: array[int] = field(default_factory=lambda: array("q"))
 
 
 class Tracer:
@@ -81,6 +73,7 @@ class Tracer:
         on_recompute: Gets every recompute, in traced steps and in others.
         publish_every_s: How often a step under way is published; the trace is
             read inside the step for it.
+        described: The step whose operators are watched.
 
     Attributes:
         tagging: Whether a step is being traced.
@@ -88,21 +81,29 @@ class Tracer:
         failed_in: The phase that an exception ended.
         step_now: The step under way.
         last_traced: The last step that was recorded.
-        cost_s: Seconds spent on tracing so far.
     """
 
-    def __init__(self, recorder: Recorder, publish: Publish, on_recompute: OnRecompute, publish_every_s: float) -> None:
+    def __init__(
+        self,
+        recorder: Recorder,
+        publish: Publish,
+        on_recompute: OnRecompute,
+        publish_every_s: float,
+        described: int = DESCRIBED,
+    ) -> None:
         self.recorder = recorder
         self.tagging = False
         self.phase_now = Phase.IDLE
         self.failed_in = Phase.IDLE
         self.step_now = 0
         self.last_traced = -1
-        self.cost_s = 0.0
-        self._publish, self._on_recompute, self._publish_every_s = publish, on_recompute, publish_every_s
+        self._cost_s = 0.0
+        self._assembler = Assembler(recorder, publish)
+        self._on_recompute, self._publish_every_s, self._described = on_recompute, publish_every_s, described
         self._names: dict[str, int] = {"": 0}
         self._optimizer_name = 0
         self._micro_batch = 0
+        self._descriptions: dict[Made, int] = {}
         self._next_mark = 0
         self._step: _Step | None = None
         self._model: torch.nn.Module | None = None
@@ -110,9 +111,14 @@ class Tracer:
         self._recomputed: list[_Recomputing] = []
         self._next_publish_s = 0.0
         self._leaves: list[tuple[str, weakref.ref[torch.Tensor]]] = []
-        self._parameters: list[tuple[int, torch.nn.Parameter]] = []
+        self._parameters: list[tuple[int, int, torch.nn.Parameter]] = []
         self._fixed = np.empty(0, OWNER)
         self._int8: list[tuple[str, torch.nn.Module]] = []
+
+    @property
+    def cost_s(self) -> float:
+        """Seconds spent on tracing so far, by this thread and the one that assembles."""
+        return self._cost_s + self._assembler.cost_s
 
     # --- what the loop calls ------------------------------------------------
 
@@ -120,7 +126,7 @@ class Tracer:
         """Know whose parameters, gradients and state to look for."""
         self._model, self._optimizer = model, optimizer
         self._optimizer_name = self.name(type(optimizer).__name__)
-        self._parameters = [(self.name(name), parameter) for name, parameter in model.named_parameters()]
+        self._parameters = [(self.name(name), self._describe("", p), p) for name, p in model.named_parameters()]
         self._fixed = np.empty(0, OWNER)
 
     @contextmanager
@@ -131,6 +137,10 @@ class Tracer:
         with tag_modules(self._model, self), recompute.observer(self._recomputing):
             yield
 
+    def settle(self) -> None:
+        """Wait until every trace taken so far has been published."""
+        self._assembler.settle()
+
     def release(self) -> None:
         """Stop recording and forget the model and the optimizer: a reference would keep their memory alive."""
         self._model = self._optimizer = self._step = None
@@ -140,6 +150,7 @@ class Tracer:
         self._int8.clear()
         self._parameters.clear()
         self.recorder.stop()
+        self._assembler.close()
 
     @contextmanager
     def step(
@@ -160,14 +171,17 @@ class Tracer:
         if traced:
             self.last_traced = number
             with self._costing():
-                self._step = _Step(number, micro_batches, self.recorder.start(), self._next_mark)
+                self._assembler.begin(self.recorder.start())
+                self._step = _Step(number, micro_batches, self._next_mark)
                 self._next_publish_s = time.perf_counter() + self._publish_every_s
                 self.tagging = True
                 self.tag(Phase.IDLE, 0)
                 self._own_all(held())
                 self._own_model()
+        watching = traced and number == self._described
         try:
-            yield
+            with self._watch() if watching else nullcontext():
+                yield
         except BaseException:
             self._end_step(held, partial=True)
             raise
@@ -181,7 +195,7 @@ class Tracer:
         if self._step is not None:
             if phase is Phase.OPTIMIZER:
                 self._own_gradients()
-            span = _Span(phase, micro_batch, self._next_mark, _now_us())
+            span = Span(phase, micro_batch, self._next_mark, _now_us())
             self._step.spans.append(span)
             self.tag(phase, self._optimizer_name if phase is Phase.OPTIMIZER else 0)
         try:
@@ -206,7 +220,8 @@ class Tracer:
         """The block alive at the tensor's address belongs to a category from now on."""
         step, address = self._step, self.recorder.address(tensor)
         if step is not None and address:
-            step.owners.extend((address, self._next_mark - 1 - step.first_mark, category, self.name(name)))
+            mark = self._next_mark - 1 - step.first_mark
+            step.owners.extend((address, mark, category, self.name(name), self._describe("", tensor)))
 
     def own_batch(self, batch: dict[str, torch.Tensor]) -> None:
         """Name the inputs of a micro-batch."""
@@ -242,19 +257,45 @@ class Tracer:
         step = self._step
         if step is None:
             return
-        step.marks.extend((phase, self._micro_batch, module))
+        step.marks.append(pack(phase, self._micro_batch, module))
         mark = self._next_mark
         self._next_mark = mark + 1
         self.recorder.stamp(mark)
         if time.perf_counter() >= self._next_publish_s and phase is not Phase.IDLE:
             with self._costing():
-                self._publish(self._build(step, partial=True))
+                self._own_gradients()
+                self._take(step, None)
             self._next_publish_s = time.perf_counter() + self._publish_every_s
+
+    # --- what the operators' watch calls ------------------------------------
+
+    def operator(self, name: str) -> None:
+        """What is allocated from here on is this operator's."""
+        step = self._step
+        if step is not None:
+            self._bump()
+            step.operators.extend((self._next_mark - 1, self._described_as(Made(name))))
+
+    def returned(self, name: str, tensor: torch.Tensor) -> None:
+        """It returned this tensor."""
+        step, address = self._step, self.recorder.address(tensor)
+        if step is not None and address:
+            step.outputs.extend((self._next_mark - 1, address, self._describe(name, tensor)))
+
+    def _watch(self) -> AbstractContextManager[Any]:
+        names = list(self._names)
+        return OperatorWatch(self, {p.untyped_storage()._cdata: names[name] for name, _, p in self._parameters})
+
+    def _describe(self, operator: str, tensor: torch.Tensor) -> int:
+        return self._described_as(Made(operator, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+
+    def _described_as(self, made: Made) -> int:
+        return self._descriptions.setdefault(made, len(self._descriptions))
 
     @contextmanager
     def _recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
         before, timer, early_stop = self.recorder.allocated_bytes(), self.recorder.timer(), False
-        span = _Span(Phase.RECOMPUTE, self._micro_batch, self._next_mark, _now_us())
+        span = Span(Phase.RECOMPUTE, self._micro_batch, self._next_mark, _now_us())
         self.tag(Phase.RECOMPUTE, self.name(layers[0]))
         self.phase_now = Phase.RECOMPUTE
         try:
@@ -276,7 +317,7 @@ class Tracer:
             self.tag(Phase.BACKWARD, self.name(layers[-1]))
             self._flush_recomputes(wait=False)
 
-    # --- building -----------------------------------------------------------
+    # --- handing on ---------------------------------------------------------
 
     def _end_step(self, held: Callable[[], Iterable[owners.Owned]], partial: bool) -> None:
         self._flush_recomputes(wait=not partial)
@@ -286,27 +327,29 @@ class Tracer:
         with self._costing():
             self._own_model()
             self._own_all(held())
-            self._publish(self._build(step, partial))
+            counted = Counted(self.recorder.allocated_bytes(), self.recorder.peak_bytes())
+            self._take(step, None if partial else counted)
             self.tagging, self._step = False, None
 
-    def _build(self, step: _Step, partial: bool) -> StepTrace:
-        if partial:
-            self._own_gradients()
-        step.chunks.append(self.recorder.drain())
-        events = np.concatenate(step.chunks) if len(step.chunks) > 1 else step.chunks[0]
-        step.chunks = [events]
-        relative = events.copy()
-        relative["mark"] = _settle(events["mark"] - step.first_mark)
-        return StepTrace(
-            step=step.number,
-            events=relative,
-            marks=columns(step.marks, MARK),
-            begin=step.begin,
-            owners=np.concatenate([*step.fixed, columns(step.owners, OWNER)]),
-            names=tuple(self._names),
-            phases=_spans(step, relative["mark"]),
-            partial=partial,
-            micro_batches=step.micro_batches,
+    def _take(self, step: _Step, counted: Counted | None) -> None:
+        """Hand on the step as far as it has come: what goes on changing is copied."""
+        self._assembler.add(
+            Taken(
+                number=step.number,
+                micro_batches=step.micro_batches,
+                first_mark=step.first_mark,
+                drained=self.recorder.drain(),
+                marks=step.marks[:],
+                owners=step.owners[:],
+                fixed=list(step.fixed),
+                spans=[replace(span) for span in step.spans],
+                names=tuple(self._names),
+                descriptions=tuple(self._descriptions),
+                counted=counted,
+                operators=step.operators[:],
+                outputs=step.outputs[:],
+                taken_us=_now_us(),
+            )
         )
 
     def _own_model(self) -> None:
@@ -333,7 +376,7 @@ class Tracer:
             step.fixed.append(again)
         mark, name = self._next_mark - 1 - step.first_mark, self.name("cuBLAS")
         for address in self.recorder.workspaces:
-            step.owners.extend((address, mark, Category.WORKSPACE, name))
+            step.owners.extend((address, mark, Category.WORKSPACE, name, -1))
         self._own_all(owners.of_last_batch(self._int8))
         self._own_gradients()
 
@@ -342,9 +385,9 @@ class Tracer:
         if step is None:
             return
         mark, address_of = self._next_mark - 1 - step.first_mark, self.recorder.address
-        for name, parameter in self._parameters:
+        for name, made, parameter in self._parameters:
             if parameter.grad is not None:
-                step.owners.extend((address_of(parameter.grad), mark, Category.GRADIENTS, name))
+                step.owners.extend((address_of(parameter.grad), mark, Category.GRADIENTS, name, made))
         self._leaves = [(name, leaf) for name, leaf in self._leaves if leaf() is not None]
         for leaf_name, reference in self._leaves:
             leaf = reference()
@@ -366,7 +409,7 @@ class Tracer:
         """
         step = self._step
         if step is not None and step.marks:
-            step.marks.extend(step.marks[-3:])
+            step.marks.append(step.marks[-1])
             self.recorder.stamp(self._next_mark)
             self._next_mark += 1
 
@@ -383,30 +426,8 @@ class Tracer:
         try:
             yield
         finally:
-            self.cost_s += time.perf_counter() - began
+            self._cost_s += time.perf_counter() - began
 
 
 def _now_us() -> int:
     return time.time_ns() // 1000
-
-
-def _settle(marks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
-    """Marks that never fall back.
-
-    A thread of autograd's own may still carry the tag it was last given when
-    the main thread has moved on; the later tag is the true one.
-    """
-    return np.maximum(np.maximum.accumulate(marks), 0) if len(marks) else marks
-
-
-def _spans(step: _Step, marks: npt.NDArray[np.int64]) -> tuple[PhaseSpan, ...]:
-    """Phases as ranges of events, in the order they began."""
-    spans = []
-    for span in sorted(step.spans, key=lambda s: s.first_mark):
-        begin = int(np.searchsorted(marks, span.first_mark - step.first_mark))
-        open_ended = span.last_mark < 0
-        end = len(marks) if open_ended else int(np.searchsorted(marks, span.last_mark - step.first_mark))
-        spans.append(
-            PhaseSpan(span.phase, span.micro_batch, begin, end, span.begin_us, _now_us() if open_ended else span.end_us)
-        )
-    return tuple(spans)

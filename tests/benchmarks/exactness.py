@@ -60,17 +60,16 @@ def matrix(models: list[str], on_gpu: bool) -> list[tuple[str, dict[str, Any]]]:
 
 
 class Check:
-    """Compares each trace with the allocator's counters, on the engine's thread."""
+    """Compares each trace with the allocator's counters."""
 
     def __init__(self) -> None:
-        self.session: Session | None = None
         self.events = self.unknown = self.mismatch = self.peak = 0
         self.where = ""
 
     def __call__(self, trace: StepTrace) -> None:
-        if trace.partial or self.session is None or self.session._recorder is None:
+        if trace.counted is None:
             return
-        ledger, recorder = Ledger(trace), self.session._recorder
+        ledger = Ledger(trace)
         self.events += len(trace.events)
         worst = int(ledger.curve[Category.UNKNOWN].max())
         if worst > self.unknown:
@@ -78,9 +77,9 @@ class Check:
             blocks = [b for b in ledger.largest(event, 10_000) if b.category is Category.UNKNOWN]
             self.where = f"step {trace.step}: " + ", ".join(f"{b.bytes} {b.name} {b.phase.title}" for b in blocks[:4])
         self.unknown = max(self.unknown, worst)
-        off = [abs(int(ledger.total[-1]) - recorder.allocated_bytes())]
+        off = [abs(int(ledger.total[-1]) - trace.counted.end_bytes)]
         if trace.step:
-            off.append(abs(ledger.peak.bytes - recorder.peak_bytes()))
+            off.append(abs(ledger.peak.bytes - trace.counted.peak_bytes))
             self.peak = max(self.peak, ledger.peak.bytes)
         self.mismatch = max(self.mismatch, *off, ledger.unmatched_frees)
 
@@ -101,7 +100,6 @@ def main() -> int:
         parsed = techniques.parse(settings | small | {"steps": 3}, "matrix")
         config = replace(techniques.configure({"model": model}, parsed), trace="every")
         check = Check()
-        check.session = session
         before = len(session.milestones(0))
         session.command(Start(config))
         session.wait()

@@ -39,7 +39,7 @@ def synthetic(events: int, seed: int = 0) -> StepTrace:
     marks["module"] = np.arange(1000) % 290
     rows["mark"] = np.linspace(0, 999, 2 * n).astype(np.int64)
     begin = np.array([(10**12 + i, 1 << 20, 0) for i in range(300)], BLOCK)
-    owners = np.array([(10**12 + i, 0, Category.PARAMETERS, i % 290) for i in range(300)], OWNER)
+    owners = np.array([(10**12 + i, 0, Category.PARAMETERS, i % 290, -1) for i in range(300)], OWNER)
     names = tuple(f"model.layers.{i // 12}.part{i % 12}" for i in range(290))
     return StepTrace(1, rows, marks, begin, owners, names, ())
 

@@ -1,0 +1,224 @@
+"""What a tracer took of a step becomes a `StepTrace`, on a thread of its own.
+
+Turning thousands of the allocator's entries into columns takes longer than
+reading them. On the engine's thread it would stand between two steps while the
+GPU waits; here it runs while the GPU computes.
+"""
+
+from __future__ import annotations
+
+import time
+from array import array
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..events import BLOCK, MADE, MARK, OWNER, Counted, Made, Phase, PhaseSpan, StepTrace
+from ..ledger import allocation_keys
+from .recorder import Raw, Recorder, columns
+
+Publish = Callable[[StepTrace], None]
+
+# A tracer further ahead than this waits: what is not assembled yet is memory on the host.
+PENDING = 2
+
+
+@dataclass
+class Span:
+    """A phase: marks and times of its ends; -1 while it is open."""
+
+    phase: Phase
+    micro_batch: int
+    first_mark: int
+    begin_us: int
+    last_mark: int = -1
+    end_us: int = -1
+
+
+@dataclass
+class Taken:
+    """All that is known of a step at an instant; nothing in it changes any more.
+
+    Attributes:
+        number: The step.
+        micro_batches: Of the step.
+        first_mark: What all marks of the recorder are counted from.
+        drained: What the recorder saw since it was last drained.
+        marks: As `pack` makes them.
+        owners: Fields of OWNER, row after row.
+        fixed: More owners, as columns.
+        spans: Phases and recomputes.
+        names: By index.
+        descriptions: By index.
+        counted: None if the step goes on.
+        operators: Pairs of a mark and the description of the operator that set it.
+        outputs: Triples of a mark, an address and the description of the tensor there.
+        taken_us: When.
+    """
+
+    number: int
+    micro_batches: int
+    first_mark: int
+    drained: Raw
+    marks: array[int]
+    owners: array[int]
+    fixed: list[npt.NDArray[Any]]
+    spans: list[Span]
+    names: tuple[str, ...]
+    descriptions: tuple[Made, ...]
+    counted: Counted | None
+    operators: array[int]
+    outputs: array[int]
+    taken_us: int
+
+
+def pack(phase: int, micro_batch: int, module: int) -> int:
+    """A mark in one number: appending one is the cheapest a hook can do."""
+    return module << 24 | micro_batch << 8 | phase
+
+
+class Assembler:
+    """Makes traces in the order they were taken.
+
+    Args:
+        recorder: Reads its own raw form.
+        publish: Gets every trace, on this thread.
+
+    Attributes:
+        cost_s: Seconds of CPU this thread has taken from the others so far.
+    """
+
+    def __init__(self, recorder: Recorder, publish: Publish) -> None:
+        self.cost_s = 0.0
+        self._recorder, self._publish = recorder, publish
+        self._pool = ThreadPoolExecutor(1, thread_name_prefix="assembly")
+        self._pending: deque[Future[None]] = deque()
+        self._begin = np.empty(0, BLOCK)
+        self._chunks: list[npt.NDArray[Any]] = []
+        self._made = np.empty(0, MADE)
+
+    def begin(self, started: Raw) -> None:
+        """A step begins with these blocks alive."""
+        self._submit(self._start, started)
+
+    def add(self, taken: Taken) -> None:
+        """A step as far as it has come.
+
+        Raises:
+            Exception: Whatever went wrong with an earlier one.
+        """
+        self._submit(self._assemble, taken)
+
+    def settle(self) -> None:
+        """Wait until everything taken has been published.
+
+        Raises:
+            Exception: Whatever went wrong with one of them.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+
+    def close(self) -> None:
+        """End the thread when it has done what there is to do."""
+        self._pool.shutdown()
+        self._pending.clear()
+
+    def _submit(self, work: Callable[[Any], None], argument: Any) -> None:
+        while len(self._pending) > PENDING:
+            self._pending.popleft().result()
+        self._pending.append(self._pool.submit(work, argument))
+
+    # --- on the thread --------------------------------------------------------
+
+    def _start(self, started: Raw) -> None:
+        began = time.thread_time()
+        self._begin, self._chunks = self._recorder.alive(started), []
+        self.cost_s += time.thread_time() - began
+
+    def _assemble(self, taken: Taken) -> None:
+        began = time.thread_time()
+        trace = self._trace(taken)
+        self.cost_s += time.thread_time() - began
+        self._publish(trace)
+
+    def _trace(self, taken: Taken) -> StepTrace:
+        self._chunks = [np.concatenate([*self._chunks, self._recorder.events(taken.drained)])]
+        events = self._chunks[0].copy()
+        events["mark"] = _settled(events["mark"] - taken.first_mark)
+        marks = _marks(taken.marks)
+        if taken.counted and taken.operators:
+            self._made = _learned(events, marks, taken)
+        return StepTrace(
+            step=taken.number,
+            events=events,
+            marks=marks,
+            begin=self._begin,
+            owners=np.concatenate([*taken.fixed, columns(taken.owners, OWNER)]),
+            names=taken.names,
+            phases=_spans(taken, events["mark"]),
+            partial=taken.counted is None,
+            micro_batches=taken.micro_batches,
+            counted=taken.counted,
+            made=self._made,
+            descriptions=taken.descriptions,
+        )
+
+
+def _settled(marks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+    """Marks that never fall back.
+
+    A thread of autograd's own may still carry the tag it was last given when
+    the main thread has moved on; the later tag is the true one.
+    """
+    return np.maximum(np.maximum.accumulate(marks), 0) if len(marks) else marks
+
+
+def _marks(packed: array[int]) -> npt.NDArray[Any]:
+    values = np.frombuffer(packed, np.int64) if packed else np.empty(0, np.int64)
+    marks = np.empty(len(values), MARK)
+    marks["phase"], marks["micro_batch"], marks["module"] = values & 0xFF, values >> 8 & 0xFFFF, values >> 24
+    return marks
+
+
+def _spans(taken: Taken, marks: npt.NDArray[np.int64]) -> tuple[PhaseSpan, ...]:
+    """Phases as ranges of events, in the order they began."""
+    spans = []
+    for span in sorted(taken.spans, key=lambda s: s.first_mark):
+        begin = int(np.searchsorted(marks, span.first_mark - taken.first_mark))
+        open_ended = span.last_mark < 0
+        end = len(marks) if open_ended else int(np.searchsorted(marks, span.last_mark - taken.first_mark))
+        end_us = taken.taken_us if open_ended else span.end_us
+        spans.append(PhaseSpan(span.phase, span.micro_batch, begin, end, span.begin_us, end_us))
+    return tuple(spans)
+
+
+def _learned(events: npt.NDArray[Any], marks: npt.NDArray[Any], taken: Taken) -> npt.NDArray[Any]:
+    """Describe every allocation of a step whose operators were watched; dtype MADE.
+
+    An allocation under an operator's mark is the operator's; the last one at an
+    address that it returned is the tensor it returned, the others are its buffers.
+    """
+    allocs = events[events["bytes"] > 0]
+    operators = {mark - taken.first_mark: made for mark, made in _rows(taken.operators, 2)}
+    described = np.array([operators.get(mark, -1) for mark in allocs["mark"].tolist()], np.int64)
+    last = {key: i for i, key in enumerate(zip(allocs["mark"].tolist(), allocs["address"].tolist(), strict=True))}
+    for mark, address, made in _rows(taken.outputs, 3):
+        index = last.get((mark - taken.first_mark, address))
+        if index is not None:
+            described[index] = made
+    keys = allocation_keys(marks, allocs["mark"], allocs["bytes"])
+    learned = np.empty(len(keys), MADE)
+    for column in keys.dtype.names or ():
+        learned[column] = keys[column]
+    learned["made"] = described
+    return learned
+
+
+def _rows(flat: array[int], width: int) -> list[list[int]]:
+    rows: list[list[int]] = np.frombuffer(flat, np.int64).reshape(-1, width).tolist() if flat else []
+    return rows
