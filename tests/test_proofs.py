@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -84,14 +83,14 @@ def test_activations_are_what_autograd_saves(settings: dict[str, Any]) -> None:
 
 
 @pytest.fixture(scope="module")
-def profiled() -> Iterator[tuple[Ledger, Any]]:
+def profiled() -> tuple[Ledger, Any]:
     """Two steps of the loop under `torch.profiler`."""
     loop = Loop(small_run())
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(
         activities=activities, profile_memory=True, record_shapes=True, with_stack=True
     )  # fmt: skip
-    yield loop.train(profiler), profiler
+    return loop.train(profiler), profiler
 
 
 def test_the_profilers_categories_agree(profiled: tuple[Ledger, Any]) -> None:
@@ -99,7 +98,7 @@ def test_the_profilers_categories_agree(profiled: tuple[Ledger, Any]) -> None:
     ledger, profiler = profiled
     profile = profiler._memory_profile()
     sizes: Counter[str] = Counter()
-    seen: set[tuple[Any, int]] = set()
+    seen = set()
     for _, action, (key, version), size in profile.timeline:
         category = profile._categories.get(key, version)
         if category is not None and (key.storage, key.id) not in seen and "DESTROY" not in str(action):
@@ -109,12 +108,48 @@ def test_the_profilers_categories_agree(profiled: tuple[Ledger, Any]) -> None:
     assert after is not None
     assert sizes["PARAMETER"] == after[Category.PARAMETERS]
     assert sizes["OPTIMIZER_STATE"] == after[Category.OPTIMIZER_STATE]
+    assert sizes["GRADIENT"] == 2 * after[Category.GRADIENTS], "two steps, each with its own"
+
+
+SCALAR_BYTES = 8
+KERNELS_WITH_BUFFERS = {
+    "aten::native_layer_norm_backward",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_flash_attention_for_cpu_backward",
+}
+"""Who else allocates: they free in the same operator what no tracker of operators can see."""
 
 
 def test_the_profilers_allocations_are_ours(profiled: tuple[Ledger, Any]) -> None:
-    """The CPU allocator's own events: ours in order among them, the others are buffers inside operators."""
+    """The same curve as the CPU allocator's own events, but for scalars and buffers inside three kernels."""
     ledger, profiler = profiled
-    assert ledger is not None and profiler is not None
+    events = ledger.trace.events
+    ours = events["bytes"].tolist()
+    first_ns, last_ns = int(events["time_us"][0] - 50) * 1000, int(events["time_us"][-1] + 50) * 1000
+    theirs = [(size, where) for ns, size, where in allocations(profiler) if first_ns <= ns <= last_ns]
+    assert not Counter(ours) - Counter(size for size, _ in theirs), "the profiler has seen all that we have"
+    beyond = Counter(size for size, _ in theirs) - Counter(ours)
+    buffers = {size for size, where in theirs if size < 0 and beyond[size] and where in KERNELS_WITH_BUFFERS}
+    assert {size for size in beyond if abs(size) > SCALAR_BYTES} == buffers | {-size for size in buffers}
+    highest, highest_of_theirs = max(np.cumsum(ours)), max(np.cumsum([size for size, _ in theirs]))
+    assert 0 <= highest_of_theirs - highest <= 4 * SCALAR_BYTES
+
+
+def allocations(profiler: Any) -> list[tuple[int, int, str]]:
+    """Time, bytes (negative: freed) and enclosing operator of every allocation that the profiler saw."""
+    from torch._C._profiler import _EventType
+
+    found = []
+
+    def walk(event: Any, where: str) -> None:
+        if event.typed[0] == _EventType.Allocation:
+            found.append((event.start_time_ns, event.typed[1].alloc_size, where))
+        for child in event.children:
+            walk(child, event.name)
+
+    for root in profiler.profiler.kineto_results.experimental_event_tree():
+        walk(root, "")
+    return sorted(found)
 
 
 # --- the caching allocator -----------------------------------------------------------
