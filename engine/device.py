@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+from contextlib import suppress
 from importlib import metadata
 from typing import Any
 
@@ -89,6 +90,7 @@ class Nvml:
     """
 
     def __init__(self, device: torch.device) -> None:
+        self._device = device
         self._handle: Any = None
         self.driver: str | None = None
         try:
@@ -102,14 +104,13 @@ class Nvml:
         except Exception:  # no library, no driver, no such device: readings stay None
             self._handle = None
 
-    def used_bytes(self) -> int | None:
-        """Bytes used on the device by everybody."""
-        if self._handle is None:
-            return None
-        try:
-            return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-        except self._nvml.NVMLError:
-            return None
+    def used_bytes(self) -> int:
+        """Bytes used on the device by everybody; without NVML the CUDA runtime's figure."""
+        if self._handle is not None:
+            with suppress(self._nvml.NVMLError):
+                return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+        free, total = torch.cuda.mem_get_info(self._device)
+        return int(total - free)
 
     def process_bytes(self) -> int | None:
         """Bytes used by this process; None in containers, where NVML sees no pids."""

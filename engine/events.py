@@ -227,6 +227,9 @@ class Gauge:
         device_total_bytes: Capacity.
         phase: What the loop is doing now.
         step: Step under way.
+        context_bytes: CUDA context and libraries: this process's bytes beyond
+            torch's, measured when a run began and again when its first steps
+            had loaded their kernels.
     """
 
     time_s: float
@@ -238,6 +241,7 @@ class Gauge:
     device_total_bytes: int
     phase: Phase = Phase.IDLE
     step: int = 0
+    context_bytes: int | None = None
 
     @property
     def cached_bytes(self) -> int | None:
@@ -245,11 +249,18 @@ class Gauge:
         return None if self.reserved_bytes is None else self.reserved_bytes - self.allocated_bytes
 
     @property
-    def context_bytes(self) -> int | None:
-        """CUDA context and libraries: this process's bytes that torch does not hold."""
+    def beyond_torch_bytes(self) -> int | None:
+        """This process's bytes that torch does not hold: context, libraries, and what nobody accounts for."""
         if self.process_bytes is None or self.reserved_bytes is None:
             return None
-        return max(0, self.process_bytes - self.reserved_bytes - self.managed_bytes)
+        return self.process_bytes - self.reserved_bytes - self.managed_bytes
+
+    @property
+    def unaccounted_bytes(self) -> int | None:
+        """What the process holds now beyond torch's bytes and the context as it was measured."""
+        if self.beyond_torch_bytes is None or self.context_bytes is None:
+            return None
+        return self.beyond_torch_bytes - self.context_bytes
 
     @property
     def others_bytes(self) -> int | None:

@@ -33,6 +33,8 @@ if TYPE_CHECKING:
     from .workload import Plan, Workload
 
 GAUGE_EVERY_S = 0.1
+LIBRARIES_LOADED = 3
+"""Step by which everything that is loaded when it is first used has been used."""
 TRACE_SHARE = 0.01
 """Of the run's wall time that tracing may take when left to the governor."""
 
@@ -62,6 +64,7 @@ class Session:
         self._nvml: Nvml | None = None
         self._device: torch.device | None = None
         self._managed_bytes = 0
+        self._context_bytes: int | None = None
         self._steps = 0
         self._refused: str | None = None
         self._good: RunConfig | None = None
@@ -216,6 +219,7 @@ class Session:
             recorder = recording_ops = OpTracker()
         baseline = recorder.allocated_bytes()
         self._recorder = recorder
+        self._measure_context()
         publish_every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
         described = min(DESCRIBED, config.steps or DESCRIBED)
         self._tracer = tracer = Tracer(
@@ -311,6 +315,8 @@ class Session:
 
     def _stepped(self, result: StepResult, tracer: Tracer) -> None:
         self._steps = result.step
+        if result.step <= LIBRARIES_LOADED:
+            self._measure_context()
         if self._feed.training_gauge is None:  # a run may be over before the gauge's first tick in it
             self._feed.training_gauge = self._read_gauge()
         self._feed.milestone(
@@ -365,7 +371,18 @@ class Session:
             device_total_bytes=environment.device_total_bytes,
             phase=tracer.phase_now if tracer else Phase.IDLE,
             step=tracer.step_now if tracer else 0,
+            context_bytes=self._context_bytes,
         )
+
+    def _measure_context(self) -> None:
+        """What this process holds on the device that torch does not: kernels are loaded when first used."""
+        if self._nvml is None:
+            return
+        self._context_bytes = self._read_gauge().beyond_torch_bytes
+        if self._context_bytes is None and self._steps == 1:
+            self._feed.milestone(
+                Kind.NOTE, "NVML shows no processes here (a container?): CUDA context and others are one figure"
+            )
 
     def _save(self, command: Save) -> None:
         try:

@@ -33,7 +33,7 @@ COLOURS: dict[Category, str] = {
     Category.UNKNOWN: "#ee3377",
 }
 
-DEVICE_COLOURS = {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead"}
+DEVICE_COLOURS = {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "u": "#d08770"}
 """What is outside the allocator: cached-free, context, other processes, managed."""
 
 EIGHTHS_ACROSS = " ▏▎▍▌▋▊▉█"

@@ -13,10 +13,10 @@ from functools import partial
 from typing import Any, Protocol
 
 import torch
+from torch._C import _current_graph_task_id
 
 from ..events import Category, Phase
 from ..ledger import LOGITS, LOSS
-from ..recompute import in_backward
 
 
 class Tagger(Protocol):
@@ -24,6 +24,9 @@ class Tagger(Protocol):
 
     tagging: bool
     """Whether tags are wanted now; hooks return at once when not."""
+
+    last_node: int
+    """The node of the graph that was tagged last, by its sequence number."""
 
     def name(self, name: str) -> int:
         """The index of a name, made if new."""
@@ -77,22 +80,26 @@ def output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
 
 def _enter(tagger: Tagger, index: int, _module: Any, _args: Any) -> None:
     if tagger.tagging:
-        tagger.tag(Phase.RECOMPUTE if in_backward() else Phase.FORWARD, index)
+        tagger.tag(Phase.FORWARD if _current_graph_task_id() == -1 else Phase.RECOMPUTE, index)
 
 
 def _leave(tagger: Tagger, index: int, parent: int, is_head: bool, _module: Any, _args: Any, output: Any) -> None:
     if not tagger.tagging:
         return
-    recomputing = in_backward()
+    recomputing = _current_graph_task_id() != -1
     made = _tensor_in(output)
     if made is not None:
         if is_head and not recomputing:
             tagger.own(Category.LOGITS_LOSS, LOGITS, made)
-        # The model itself ends in the loss, which the loop has tagged already.
-        if made.is_leaf and made.requires_grad and not recomputing:
-            tagger.leaf(f"{tagger.name_of(index)}.output", made)
-        if made.grad_fn is not None and index:
-            made.grad_fn.register_prehook(partial(_before_backward, tagger, index))
+        node = made.grad_fn
+        if node is None:
+            if made.requires_grad and not recomputing:
+                tagger.leaf(f"{tagger.name_of(index)}.output", made)
+        # The model itself ends in the loss, which the loop has tagged already; a
+        # container that ends in one of its modules leaves the node to that one.
+        elif index and node._sequence_nr() != tagger.last_node:
+            tagger.last_node = node._sequence_nr()
+            node.register_prehook(partial(_before_backward, tagger, index))
     tagger.tag(Phase.RECOMPUTE if recomputing else Phase.FORWARD, parent)
 
 

@@ -77,6 +77,7 @@ class Tracer:
 
     Attributes:
         tagging: Whether a step is being traced.
+        last_node: The node of the graph that a hook tagged last.
         phase_now: What the loop is doing, traced or not.
         failed_in: The phase that an exception ended.
         step_now: The step under way.
@@ -93,6 +94,7 @@ class Tracer:
     ) -> None:
         self.recorder = recorder
         self.tagging = False
+        self.last_node = -1
         self.phase_now = Phase.IDLE
         self.failed_in = Phase.IDLE
         self.step_now = 0
@@ -294,6 +296,7 @@ class Tracer:
 
     @contextmanager
     def _recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
+        self.last_node = -1  # this thread numbers nodes on its own
         before, timer, early_stop = self.recorder.allocated_bytes(), self.recorder.timer(), False
         span = Span(Phase.RECOMPUTE, self._micro_batch, self._next_mark, _now_us())
         self.tag(Phase.RECOMPUTE, self.name(layers[0]))

@@ -12,6 +12,9 @@ from ..state import ViewState
 from ..units import shorten
 from ..widgets.bars import Part, stacked
 
+SHOWN_FROM_BYTES = 1 << 20
+"""Of what nobody accounts for; below it is a driver's breathing."""
+
 
 class Share(NamedTuple):
     """One figure under the device bar; None: not known."""
@@ -36,6 +39,8 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
     if on_gpu:
         found.append(Share("c", "cached", None if reserved is None else max(0, reserved - allocated)))
         found.append(Share("x", "context", gauge.context_bytes))
+        if (gauge.unaccounted_bytes or 0) >= SHOWN_FROM_BYTES:
+            found.append(Share("u", "unaccounted", gauge.unaccounted_bytes))
         if gauge.managed_bytes:
             found.append(Share("m", "managed", gauge.managed_bytes))
     else:
