@@ -253,7 +253,7 @@ class Gauge:
         """This process's bytes that torch does not hold: context, libraries, and what nobody accounts for."""
         if self.process_bytes is None or self.reserved_bytes is None:
             return None
-        return self.process_bytes - self.reserved_bytes - self.managed_bytes
+        return self.process_bytes - self.reserved_bytes
 
     @property
     def unaccounted_bytes(self) -> int | None:
@@ -264,10 +264,10 @@ class Gauge:
 
     @property
     def others_bytes(self) -> int | None:
-        """Used on the device by other processes."""
+        """Used on the device by other processes; managed memory NVML counts to none."""
         if self.process_bytes is None or self.device_used_bytes is None:
             return None
-        return max(0, self.device_used_bytes - self.process_bytes)
+        return max(0, self.device_used_bytes - self.process_bytes - self.managed_bytes)
 
 
 class Kind(enum.StrEnum):

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     import torch
 
     from .device import Nvml
+    from .sources.owners import Paged
     from .sources.recorder import Recorder
     from .sources.tracer import Tracer
     from .train import StepResult
@@ -63,6 +64,7 @@ class Session:
         self._tracer: Tracer | None = None
         self._nvml: Nvml | None = None
         self._device: torch.device | None = None
+        self._managed: list[Paged] = []
         self._managed_bytes = 0
         self._context_bytes: int | None = None
         self._steps = 0
@@ -204,7 +206,6 @@ class Session:
 
         from .sources.allocator_trace import AllocatorTrace
         from .sources.op_tracker import OpTracker
-        from .sources.owners import drop_library_caches
         from .sources.tracer import DESCRIBED, Tracer
         from .workload import prepare
 
@@ -247,23 +248,32 @@ class Session:
             problem = _one_line(error)
             self._feed.milestone(Kind.RUN_FAILED, problem, detail=traceback.format_exc())
         tracer.release()
-        managed, self._managed_bytes = self._managed_bytes, 0
+        self._clean_up(config, recorder, baseline, problem)
+        return problem
+
+    def _clean_up(self, config: RunConfig, recorder: Recorder, baseline: int, problem: str | None) -> None:
+        """Give everything back and count what does not come."""
+        import torch
+
+        from .sources.owners import drop_library_caches, free_paged
+
         drop_library_caches()
         gc.collect()
-        if self._device.type == "cuda":
+        if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
-        leaked = recorder.allocated_bytes() - baseline
+        managed, self._managed_bytes = self._managed_bytes, free_paged(self._managed)
+        self._managed.clear()
+        leaked = recorder.allocated_bytes() - baseline + self._managed_bytes
         reason = "failed" if problem else "stopped" if config.steps == 0 or self._steps < config.steps else "done"
         note = f"; cuBLAS keeps {baseline / 2**20:.1f} MiB of workspace" if baseline else ""
         self._feed.milestone(
             Kind.RUN_ENDED, f"run {reason} after {self._steps} steps, {leaked} bytes leaked{note}",
             reason=reason, leaked_bytes=leaked, workspace_bytes=baseline, managed_bytes=managed, steps=self._steps,
         )  # fmt: skip
-        return problem
 
     def _train(self, config: RunConfig, plan: Plan, tracer: Tracer) -> None:
-        from .sources.owners import paged_bytes
+        from .sources.owners import paged
         from .train import train
         from .workload import build
 
@@ -277,7 +287,8 @@ class Session:
 
         def on_step(result: StepResult) -> None:
             if result.step == 1:
-                self._managed_bytes = paged_bytes(workload.optimizer)
+                self._managed = paged(workload.optimizer)
+                self._managed_bytes = sum(allocation.bytes for allocation in self._managed)
                 self._note_paging(config)
             self._stepped(result, tracer)
 

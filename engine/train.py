@@ -120,9 +120,11 @@ def train(
             allocated, reserved = recorder.allocated_bytes(), recorder.reserved_bytes()
             with tracer.phase(Phase.ZERO_GRAD):
                 optimizer.zero_grad()
-            loss_value = sum(part.item() for part in held.losses)
-            seconds = time.perf_counter() - began
             peak = recorder.peak_bytes()
+        # Waits for the device. By now the step's trace has been taken: while the
+        # device was still busy, and so at no cost to it.
+        loss_value = sum(part.item() for part in held.losses)
+        seconds = time.perf_counter() - began
         tokens = recipe.accumulation * config.batch_size * config.seq_len
         on_step(StepResult(step, loss_value, seconds, tokens, allocated, peak, reserved))
 

@@ -143,7 +143,10 @@ def test_out_of_memory_ends_the_run_and_says_what_filled_the_gpu(engine: Engine)
 
 
 def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
-    """Used by the process = reserved + managed + context, measured early in the run; less than 16 MiB is left."""
+    """Used by the process = reserved + context, measured early in the run; less than 16 MiB is left.
+
+    Managed memory is counted to the device and to no process, and it is given back when the run ends.
+    """
     settings = {"steps": 40, "batch_size": 4, "seq_len": 256, "dtype": "float16", "optimizer": "paged-adamw-8bit"}
     engine.run(techniques.configure({"model": "polyglot-ko-1.3b"}, techniques.parse(settings, "test")))
     gauge = engine.session._feed.training_gauge
@@ -155,6 +158,11 @@ def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
     assert 0.1 * GIB < gauge.context_bytes < 2 * GIB
     assert gauge.unaccounted_bytes is not None
     assert abs(gauge.unaccounted_bytes) < 16 * 2**20
+    after = engine.session._read_gauge()
+    assert after.managed_bytes == 0
+    assert gauge.device_used_bytes is not None and after.device_used_bytes is not None
+    given_back = gauge.device_used_bytes - after.device_used_bytes
+    assert given_back == pytest.approx(gauge.reserved_bytes + gauge.managed_bytes, rel=0.05)
 
 
 def test_a_long_step_is_shown_while_it_goes_on(engine: Engine) -> None:

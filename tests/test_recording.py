@@ -109,7 +109,7 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
         ("missing", "No such file"),
         ("cut", "not a gpumem recording, or a damaged one"),
         ("text", "not a gpumem recording, or a damaged one"),
-        ("version", "written by another version .file format 99, this reads 1."),
+        ("version", "written by another version .file format 99, this reads 2."),
         ("pickle", "not a gpumem recording, or a damaged one"),
         ("columns", "not a gpumem recording, or a damaged one"),
     ],

@@ -203,8 +203,13 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
     tracer = Tracer(OpTracker(), lambda _: None, lambda _: None, 1.0)
     tracer.adopt(model, optimizer)
     with pytest.raises(ZeroDivisionError), tracer.attached():
-        assert hooks() != before
-        raise ZeroDivisionError
+        with tracer.step(1, 1, True, tuple):
+            assert hooks() != before
+        with tracer.step(2, 1, False, tuple):
+            assert hooks() == before, "a step that is not traced costs nothing"
+        with tracer.step(3, 1, True, tuple):
+            assert hooks() != before
+            raise ZeroDivisionError
     assert hooks() == before
 
     class Broken(torch.nn.ReLU):
@@ -212,9 +217,10 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
             raise RuntimeError("no hooks here")
 
     model[1] = Broken()
-    with pytest.raises(RuntimeError, match="no hooks here"), tracer.attached():
+    with pytest.raises(RuntimeError, match="no hooks here"), tracer.attached(), tracer.step(4, 1, True, tuple):
         pass
     assert hooks() == before
+    tracer.release()
 
 
 def test_recomputes_are_told_as_they_happen(engine: Engine) -> None:

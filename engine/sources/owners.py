@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import ctypes
+import functools
+import re
 import sys
+import weakref
 from collections.abc import Iterable, Iterator
-from typing import Any
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -129,14 +134,46 @@ def tensors_in(value: Any, prefix: str = "") -> Iterator[tuple[str, torch.Tensor
         yield from tensors_in(item, f"{prefix}.{key}" if prefix else str(key))
 
 
-def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of optimizer state in CUDA managed memory (bitsandbytes marks them).
+class Paged(NamedTuple):
+    """Optimizer state in CUDA managed memory (bitsandbytes marks it).
 
-    To torch these are CPU tensors; no CUDA statistic of its counts them.
+    To torch it is a CPU tensor; no CUDA statistic of its counts it. NVML counts
+    the pages that are on the device to the device, and to no process.
     """
-    return sum(
-        tensor.nbytes
+
+    tensor: weakref.ref[torch.Tensor]
+    address: int
+    bytes: int
+
+
+def paged(optimizer: torch.optim.Optimizer) -> list[Paged]:
+    """The managed tensors of an optimizer."""
+    return [
+        Paged(weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes)
         for state in optimizer.state.values()
         for _, tensor in tensors_in(state)
         if getattr(tensor, "is_paged", False)
-    )
+    ]
+
+
+def free_paged(allocations: Iterable[Paged]) -> int:
+    """Give managed memory back, which bitsandbytes never does; call it when the optimizer is gone.
+
+    Returns:
+        Bytes that stay: still in use, or the library offers no way to free them.
+    """
+    staying = 0
+    for tensor, address, size in allocations:
+        freed = tensor() is None and (runtime := _cuda_runtime()) and not runtime.cudaFree(ctypes.c_void_p(address))
+        staying += 0 if freed else size
+    return staying
+
+
+@functools.cache
+def _cuda_runtime() -> ctypes.CDLL | None:
+    """The CUDA runtime that torch has loaded; its own bindings offer no `cudaFree`."""
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if re.search(r"/libcudart\.so[.\d]*$", path):
+            return ctypes.CDLL(path)
+    return None

@@ -12,7 +12,7 @@ import traceback
 import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -108,6 +108,8 @@ class Tracer:
         self._descriptions: dict[Made, int] = {}
         self._next_mark = 0
         self._step: _Step | None = None
+        self._hooks: ExitStack | None = None
+        self._hooked = False
         self._model: torch.nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._recomputed: list[_Recomputing] = []
@@ -133,11 +135,14 @@ class Tracer:
 
     @contextmanager
     def attached(self) -> Iterator[None]:
-        """Tag the adopted model's modules and see its recomputes; undone on leaving."""
+        """See the adopted model's recomputes, and while steps are traced tag its modules; undone on leaving."""
         if self._model is None:
             raise RuntimeError("adopt a model first")
-        with tag_modules(self._model, self), recompute.observer(self._recomputing):
-            yield
+        try:
+            with recompute.observer(self._recomputing), ExitStack() as self._hooks:
+                yield
+        finally:
+            self._hooks, self._hooked = None, False
 
     def settle(self) -> None:
         """Wait until every trace taken so far has been published."""
@@ -169,10 +174,14 @@ class Tracer:
         """
         self.step_now = number
         if not traced and self.last_traced == number - 1:
+            if self._hooks is not None:
+                self._hooks.close()
+                self._hooked = False
             self.recorder.stop()
         if traced:
             self.last_traced = number
             with self._costing():
+                self._hook_modules()
                 self._assembler.begin(self.recorder.start())
                 self._step = _Step(number, micro_batches, self._next_mark)
                 self._next_publish_s = time.perf_counter() + self._publish_every_s
@@ -188,6 +197,12 @@ class Tracer:
             self._end_step(held, partial=True)
             raise
         self._end_step(held, partial=False)
+
+    def _hook_modules(self) -> None:
+        """Only while steps are traced: idle hooks would cost the others of a launch-bound run 2 %."""
+        if self._hooks is not None and self._model is not None and not self._hooked:
+            self._hooks.enter_context(tag_modules(self._model, self))
+            self._hooked = True
 
     @contextmanager
     def phase(self, phase: Phase, micro_batch: int = 0) -> Iterator[None]:
@@ -323,16 +338,15 @@ class Tracer:
     # --- handing on ---------------------------------------------------------
 
     def _end_step(self, held: Callable[[], Iterable[owners.Owned]], partial: bool) -> None:
-        self._flush_recomputes(wait=not partial)
         step = self._step
-        if step is None:
-            return
-        with self._costing():
-            self._own_model()
-            self._own_all(held())
-            counted = Counted(self.recorder.allocated_bytes(), self.recorder.peak_bytes())
-            self._take(step, None if partial else counted)
-            self.tagging, self._step = False, None
+        if step is not None:
+            with self._costing():
+                self._own_model()
+                self._own_all(held())
+                counted = Counted(self.recorder.allocated_bytes(), self.recorder.peak_bytes())
+                self._take(step, None if partial else counted)
+                self.tagging, self._step = False, None
+        self._flush_recomputes(wait=not partial)
 
     def _take(self, step: _Step, counted: Counted | None) -> None:
         """Hand on the step as far as it has come: what goes on changing is copied."""

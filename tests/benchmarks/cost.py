@@ -32,7 +32,9 @@ from gpumem_tui.engine.sources.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 
-STEPS = 6
+STEPS = 9
+WARM_UP = 3
+"""Steps of a round that do not count; in the second of them a tracer watches operators, once in a run."""
 
 
 class _Seeing(TorchDispatchMode):
@@ -180,7 +182,7 @@ def main() -> int:
                 try:
                     if on_gpu:
                         torch.cuda.reset_peak_memory_stats()
-                    seconds[name] += run()[1:]
+                    seconds[name] += run()[WARM_UP:]
                     if on_gpu:
                         memory[name] = torch.cuda.max_memory_allocated()
                 except Exception as error:
