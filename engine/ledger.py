@@ -197,6 +197,18 @@ class Ledger:
             phase = Phase.RECOMPUTE
         return phase, micro_batch, self.trace.names[mark["module"]]
 
+    @property
+    def mismatch_bytes(self) -> int:
+        """How far the sums are from the allocator's own counters: 0 in a sound trace.
+
+        At the end of the step, and at its peak; a load's peak may lie before it.
+        """
+        counted = self.trace.counted
+        if counted is None:
+            return 0
+        at_peak = abs(self.peak.bytes - counted.peak_bytes) if self.trace.step else 0
+        return max(abs(int(self.total[-1]) - counted.end_bytes), at_peak)
+
     # --- who is alive -------------------------------------------------------
 
     def alive(self, event: int) -> npt.NDArray[Any]:

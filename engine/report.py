@@ -22,7 +22,7 @@ class Report:
         self._loaded: dict[str, Any] | None = None
         self._after_first_step: dict[str, Any] | None = None
         self._peak: dict[str, Any] | None = None
-        self._unknown_bytes_max = 0
+        self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
     def add(self, trace: StepTrace) -> None:
         """Fold one trace; partial ones say nothing final."""
@@ -30,6 +30,7 @@ class Report:
             return
         ledger = Ledger(trace)
         self._unknown_bytes_max = max(self._unknown_bytes_max, int(ledger.curve[Category.UNKNOWN].max()))
+        self._mismatch_bytes_max = max(self._mismatch_bytes_max, ledger.mismatch_bytes)
         if trace.step == 0:
             self._loaded = composition(ledger.end)
         after_step = ledger.after(Phase.OPTIMIZER)
@@ -84,6 +85,7 @@ class Report:
             "managed_bytes": ended.get("managed_bytes"),
             "workspace_bytes": ended.get("workspace_bytes"),
             "unknown_bytes_max": self._unknown_bytes_max,
+            "mismatch_bytes_max": self._mismatch_bytes_max,
             "leaked_bytes": ended.get("leaked_bytes"),
             "failure": failure,
         }

@@ -21,6 +21,7 @@ from gpumem_tui.engine.sources.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 
+from .benchmarks import exactness
 from .conftest import Engine, small_run
 
 DATA = Path(__file__).parent / "data"
@@ -45,6 +46,17 @@ class Loop:
             train(self.config, self.workload, self.tracer, lambda _: True, lambda: None, lambda _: None)
         self.tracer.release()
         return Ledger(self.traces[-1])
+
+
+# --- every event ---------------------------------------------------------------------
+
+
+def test_every_byte_of_the_matrix_has_a_name(capsys: pytest.CaptureFixture[str]) -> None:
+    """A line a configuration: nothing unknown, nothing off the allocator's own counters, every recompute seen."""
+    assert exactness.main(["--quick"]) == 0, capsys.readouterr().out
+    lines = capsys.readouterr().out.splitlines()[1:-1]
+    assert len(lines) == 4
+    assert all(line.split()[-5:-3] == ["0", "0"] for line in lines)
 
 
 # --- saved activations ---------------------------------------------------------------

@@ -63,6 +63,7 @@ def check(engine: Engine, settings: dict[str, Any]) -> None:
     assert all(math.isfinite(s["loss"]) for s in steps) or config["dtype"] == "float16"
     # Every byte has a name, and the names add up to what was counted.
     assert document["unknown_bytes_max"] == 0
+    assert document["mismatch_bytes_max"] == 0
     assert document["leaked_bytes"] == 0
     for moment in ("loaded", "after_first_step", "peak"):
         assert sum(document[moment]["by_category"].values()) == document[moment]["allocated_bytes"]
