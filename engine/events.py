@@ -231,6 +231,8 @@ class Kind(enum.StrEnum):
     RUN_ENDED = "run_ended"
     SAVED = "saved"
     NOTE = "note"
+    OUTPUT = "output"
+    ENGINE_ENDED = "engine_ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,6 +269,8 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps",
     Kind.SAVED: "path",
     Kind.NOTE: "",
+    Kind.OUTPUT: "",
+    Kind.ENGINE_ENDED: "detail: the last of its log",
 }
 
 

@@ -23,7 +23,7 @@ import numpy as np
 
 from .config import RunConfig, UserError
 from .events import BLOCK, EVENT, MARK, OWNER, Environment, Gauge, Kind, Milestone, Phase, PhaseSpan, StepTrace
-from .feed import Command, Source
+from .feed import Command, Source, Standing
 
 VERSION = 1
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER}
@@ -90,6 +90,7 @@ class Replay:
     """
 
     live = False
+    standing = Standing.OWNER
 
     def __init__(self, path: Path) -> None:
         try:
