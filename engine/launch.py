@@ -20,12 +20,11 @@ class Launcher:
     """Starts engines for one viewer.
 
     Args:
-        device: `auto`, `cpu`, `cuda` or `cuda:<i>`.
         linger_s: See `Linger`; None: as by default.
     """
 
-    def __init__(self, device: str = "auto", linger_s: float | None = None) -> None:
-        self._device, self._linger_s = device, linger_s
+    def __init__(self, linger_s: float | None = None) -> None:
+        self._linger_s = linger_s
         self._process: subprocess.Popen[bytes] | None = None
 
     def __call__(self, config: RunConfig) -> Place:
@@ -41,7 +40,7 @@ class Launcher:
             [sys.executable, "-m", "gpumem_tui.engine.service"],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
-        order = {"config": config.as_dict(), "device": self._device, "linger_s": self._linger_s}
+        order = {"config": config.as_dict(), "linger_s": self._linger_s}
         assert process.stdin is not None
         assert process.stdout is not None
         with contextlib.suppress(BrokenPipeError), process.stdin:

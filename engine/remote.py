@@ -25,6 +25,7 @@ from .feed import Command, Feed, Save, Standing, Start, TakeOver
 from .launch import Launcher
 from .recording import write
 from .whereabouts import Place
+from .wire import TAKE_OVER
 
 ASK_EVERY_S = 0.1
 ANSWERS_WITHIN_S = 60.0
@@ -60,7 +61,7 @@ class Remote:
         self._welcome: wire.Welcome | None = None
         self._connection: socket.socket | None = None
         self._commands: deque[wire.Do] = deque()
-        self._commanding = False
+        self._commanding = self._taking = False
         self._gone = self._closing = False
         self._since = self._last_trace = self._config_number = 0
         self._run_offset, self._clock_offset_s = 0, 0.0
@@ -78,7 +79,8 @@ class Remote:
             return Standing.GONE
         if self._welcome is not None and self._welcome.kind == "watch":
             return Standing.WATCHING
-        return Standing.ATTACHED if self._commanding or self._welcome is None else Standing.READ_ONLY
+        commands = self._commanding or self._taking or self._welcome is None
+        return Standing.ATTACHED if commands else Standing.READ_ONLY
 
     def environment(self) -> Environment | None:
         """Where the engine runs."""
@@ -127,6 +129,7 @@ class Remote:
                 raise UserError("the engine has gone; s saves what was seen, q quits")
             self._start(command.config)
             return
+        self._taking |= isinstance(command, TakeOver)  # what is pressed next comes after it
         self._commands.append(wire.pack_command(command))
         self._wake()
 
@@ -228,13 +231,17 @@ class Remote:
         connection = self._connection
         assert connection is not None
         while not self._closing:
+            took = False
             while self._commands:
-                connection.sendall(wire.frame(self._commands.popleft()))
+                message = self._commands.popleft()
+                took |= message.name == TAKE_OVER
+                connection.sendall(wire.frame(message))
             connection.sendall(wire.frame(wire.Ask(self._since, self._last_trace, self._config_number)))
             answer = wire.read_answer(connection)
             if not isinstance(answer, wire.News):
                 raise wire.MalformedError("an answer to something else")
             self._take_in(answer)
+            self._taking &= not took
             if not answer.more and not self._commands:
                 self._pause(connection)
 

@@ -27,6 +27,8 @@ from .whereabouts import Card
 MILESTONES_A_TIME = 2_000
 VIEWERS_MAX = 64
 SAY_HELLO_WITHIN_S = 10.0
+FIRST_VIEWER_WITHIN_S = 60.0
+"""Whoever started an engine is on the way; until then it is not alone."""
 ANSWER_A_TIME = 1 << 16
 
 
@@ -67,7 +69,7 @@ class Server:
 
     def __init__(self, source: Source, card: Card, path: Path, log: Path, on_end: Callable[[], None] | None) -> None:
         self.source, self.card, self.log, self._on_end = source, card, log, on_end
-        self.alone_since_s: float | None = time.monotonic()
+        self.alone_since_s: float | None = time.monotonic() + FIRST_VIEWER_WITHIN_S
         self._selector = selectors.DefaultSelector()
         self._viewers: list[_Viewer] = []
         self._commander: _Viewer | None = None

@@ -1,6 +1,6 @@
 """The engine's process: the main thread serves viewers, the session's thread trains.
 
-    python -m gpumem_tui.engine.service < {"config": ..., "device": ..., "linger_s": ...}
+    python -m gpumem_tui.engine.service < {"config": ..., "linger_s": ...}
 
 It is started by `Launcher` in a session of its own and ends when a viewer or
 `gpumem-tui stop` ends it, or when nobody has been attached for long enough.
@@ -127,7 +127,7 @@ def main() -> int:
         log = Log(place.log)
         card = place.card()
         assert isinstance(card, Card)
-        session = Session(order["device"])
+        session = Session(config.device)
         engine = _Engine(session, card, claim, log, Linger(order["linger_s"]))
         signal.signal(signal.SIGTERM, lambda *_: engine.end())
         sys.stdout.write(f"{READY}{place.name}\n")

@@ -24,6 +24,7 @@ from .recording import COLUMNS
 
 PROTOCOL = 1
 """Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
+TAKE_OVER = "take over"
 LARGEST_ASK = 1 << 18
 """Bytes that an engine reads in one message."""
 LARGEST_ANSWER = 1 << 30
@@ -289,7 +290,7 @@ def pack_command(command: Command) -> Do:
         case End():
             return Do("end")
         case TakeOver():
-            return Do("take over")
+            return Do(TAKE_OVER)
         case _:
             raise UserError(f"an engine cannot be told to {type(command).__name__.lower()} from here")
 
@@ -313,6 +314,6 @@ def unpack_command(message: Do) -> Command:
             return Stop()
         case "end":
             return End()
-        case "take over":
+        case wire_name if wire_name == TAKE_OVER:
             return TakeOver()
     raise MalformedError(f"no command is called {message.name[:40]!r}")

@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from ..app import GpumemApp
 
 LOCAL_HZ, SSH_HZ = 10.0, 4.0
+PRINTED_AFTERWARDS_BYTES = 8192
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -56,7 +57,7 @@ def main(flags: argparse.Namespace) -> int:
         from ...engine import device
 
         device.select(flags.device)  # worth torch's import: the app could show nothing without it
-    remote = Remote(launch=Launcher(flags.device, linger_s), version=version())
+    remote = Remote(launch=Launcher(linger_s), version=version())
     remote.start(config)
     return view(remote, flags)
 
@@ -102,30 +103,30 @@ def show(source: Source, flags: argparse.Namespace) -> GpumemApp:
     hz = flags.hz or (SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ)
     if hz <= 0:
         raise UserError(f"--hz {hz:g}: takes a number above 0")
-    with _native_output_to_a_file() as log:
+    with _native_output_kept():
         app = GpumemApp(source, refresh_hz=hz, save_dir=Path.cwd(), ascii=flags.ascii)
         app.run(mouse=False)
-    if log.stat().st_size == 0:
-        log.unlink()
     return app
 
 
 @contextmanager
-def _native_output_to_a_file() -> Iterator[Path]:
-    """Keep what libraries print to the standard error off the screen.
+def _native_output_kept() -> Iterator[None]:
+    """Keep what libraries print to the standard error off the screen, and print it afterwards.
 
     Textual draws on `sys.__stderr__`, so that gets a descriptor of its own for
-    the terminal, and descriptor 2 becomes a log file as long as the app is up.
+    the terminal, and descriptor 2 becomes a file as long as the app is up. The
+    file has no name: a terminal that is closed leaves none behind.
     """
-    handle, name = tempfile.mkstemp(prefix="gpumem-tui-", suffix=".log")
-    terminal, before = os.dup(2), sys.__stderr__
-    os.dup2(handle, 2)
-    os.close(handle)
-    try:
-        with open(terminal, "w", encoding="utf-8", closefd=False) as screen:
-            sys.__stderr__ = screen  # type: ignore[misc]
-            yield Path(name)
-    finally:
-        sys.__stderr__ = before  # type: ignore[misc]
-        os.dup2(terminal, 2)
-        os.close(terminal)
+    with tempfile.TemporaryFile() as log:
+        terminal, before = os.dup(2), sys.__stderr__
+        os.dup2(log.fileno(), 2)
+        try:
+            with open(terminal, "w", encoding="utf-8", closefd=False) as screen:
+                sys.__stderr__ = screen  # type: ignore[misc]
+                yield
+        finally:
+            sys.__stderr__ = before  # type: ignore[misc]
+            os.dup2(terminal, 2)
+            os.close(terminal)
+            log.seek(-min(log.seek(0, os.SEEK_END), PRINTED_AFTERWARDS_BYTES), os.SEEK_END)
+            sys.stderr.write(log.read().decode(errors="replace"))
