@@ -255,19 +255,17 @@ class Remote:
         """Keep what is new, in an order in which a viewer can be told."""
         feed = self._feed
         if news.environment is not None:
-            self._environment = wire.unpack_environment(news.environment)
+            self._environment = news.environment
         if news.config is not None:
             feed.begin_run(RunConfig.from_dict(news.config))
         self._config_number = news.config_number
         self._commanding = news.commands
-        for plain in news.milestones:
-            milestone = wire.unpack_milestone(plain)
+        for milestone in news.milestones:
             self._since = milestone.index + 1
             feed.run = milestone.run + self._run_offset
             feed.relay(replace(milestone, run=feed.run, time_s=milestone.time_s + self._clock_offset_s))
         if news.gauge is not None:
-            gauge = wire.unpack_gauge(news.gauge)
-            gauge = replace(gauge, time_s=gauge.time_s + self._clock_offset_s)
+            gauge = replace(news.gauge, time_s=news.gauge.time_s + self._clock_offset_s)
             if gauge != feed.gauge:
                 feed.publish_gauge(gauge)
         if news.trace is not None:

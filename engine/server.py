@@ -8,7 +8,6 @@ thread never waits for any.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import selectors
 import socket
@@ -250,9 +249,9 @@ class Server:
         return wire.News(
             config_number=self._config[0],
             config=config.as_dict() if config is not None and ask.config != self._config[0] else None,
-            environment=dataclasses.asdict(environment) if environment and ask.config != self._config[0] else None,
-            gauge=wire.pack_gauge(gauge) if gauge else None,
-            milestones=[wire.pack_milestone(m) for m in milestones[:MILESTONES_A_TIME]],
+            environment=environment if ask.config != self._config[0] else None,
+            gauge=gauge,
+            milestones=list(milestones[:MILESTONES_A_TIME]),
             trace=wire.pack_trace(*numbered[0]) if numbered else None,
             more=not whole or again or len(numbered) > 1,
             commands=viewer is self._commander,

@@ -8,17 +8,16 @@ costs nothing, and one that asks seldom gets what is latest.
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import socket
 import struct
-from typing import Any
+from typing import Any, get_type_hints
 
 import msgspec
 import numpy as np
 
 from .config import RunConfig, UserError
-from .events import Environment, Gauge, Kind, Milestone, Phase, PhaseSpan, StepTrace
+from .events import Environment, Gauge, Milestone, StepTrace
 from .feed import Command, End, Pause, Start, Stop, TakeOver
 from .recording import COLUMNS
 
@@ -116,9 +115,9 @@ class News(msgspec.Struct, tag="news"):
 
     config_number: int
     config: dict[str, Any] | None
-    environment: dict[str, Any] | None
-    gauge: dict[str, Any] | None
-    milestones: list[dict[str, Any]]
+    environment: Environment | None
+    gauge: Gauge | None
+    milestones: list[Milestone]
     trace: Trace | None
     more: bool
     commands: bool
@@ -224,7 +223,7 @@ def is_ours(connection: socket.socket) -> bool:
 
 # --- units to messages and back ---------------------------------------------------
 
-_PLAIN = tuple(field.name for field in dataclasses.fields(StepTrace) if field.name not in COLUMNS)
+_PLAIN = {name: hint for name, hint in get_type_hints(StepTrace).items() if name not in COLUMNS}
 
 
 def pack_trace(number: int, trace: StepTrace) -> Trace:
@@ -241,41 +240,10 @@ def unpack_trace(packed: Trace) -> StepTrace:
     """
     try:
         columns: dict[str, Any] = {name: np.frombuffer(packed.columns[name], dtype) for name, dtype in COLUMNS.items()}
-        plain = {name: _tuples(value) for name, value in packed.plain.items()}
-        plain["phases"] = tuple(PhaseSpan(Phase(span[0]), *span[1:]) for span in plain["phases"])
+        plain = {name: msgspec.convert(packed.plain[name], hint) for name, hint in _PLAIN.items()}
         return StepTrace(**plain, **columns)
-    except (KeyError, ValueError, TypeError) as error:
+    except (KeyError, ValueError, TypeError) as error:  # msgspec.ValidationError is a ValueError
         raise MalformedError(f"trace {packed.number}: {error}") from None
-
-
-def _tuples(value: Any) -> Any:
-    """Lists as the tuples they were: MessagePack has one kind of array."""
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
-
-
-def pack_milestone(milestone: Milestone) -> dict[str, Any]:
-    """Plain values."""
-    return {name: getattr(milestone, name) for name in Milestone.__slots__}
-
-
-def unpack_milestone(plain: dict[str, Any]) -> Milestone:
-    """The inverse of `pack_milestone`."""
-    return Milestone(**(plain | {"kind": Kind(plain["kind"])}))
-
-
-def pack_gauge(gauge: Gauge) -> dict[str, Any]:
-    """Plain values."""
-    return {name: getattr(gauge, name) for name in Gauge.__slots__}
-
-
-def unpack_gauge(plain: dict[str, Any]) -> Gauge:
-    """The inverse of `pack_gauge`."""
-    return Gauge(**(plain | {"phase": Phase(plain["phase"])}))
-
-
-def unpack_environment(plain: dict[str, Any]) -> Environment:
-    """From `dataclasses.asdict`."""
-    return Environment(**plain)
 
 
 def pack_command(command: Command) -> Do:
