@@ -128,7 +128,7 @@ class Tracer:
         """Tag the adopted model's modules and see its recomputes; undone on leaving."""
         if self._model is None:
             raise RuntimeError("adopt a model first")
-        with tag_modules(self._model, self), recompute.observer(self._recomputing):
+        with tag_modules(self._model, self), recompute.observer(self.recomputing):
             yield
 
     def release(self) -> None:
@@ -213,6 +213,11 @@ class Tracer:
         if self.tagging:
             self._own_all(owners.of_tensors(Category.INPUTS, batch.items()))
 
+    def own_held(self, owned: Iterable[owners.Owned]) -> None:
+        """Name whatever the loop knows the owner of."""
+        if self.tagging:
+            self._own_all(owned)
+
     def own_outputs(self, outputs: Any, loss: torch.Tensor) -> None:
         """Name the logits, the loss and the KV cache of a forward pass."""
         if self.tagging:
@@ -252,7 +257,8 @@ class Tracer:
             self._next_publish_s = time.perf_counter() + self._publish_every_s
 
     @contextmanager
-    def _recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
+    def recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
+        """A checkpointed segment is computed again in here."""
         before, timer, early_stop = self.recorder.allocated_bytes(), self.recorder.timer(), False
         span = _Span(Phase.RECOMPUTE, self._micro_batch, self._next_mark, _now_us())
         self.tag(Phase.RECOMPUTE, self.name(layers[0]))
