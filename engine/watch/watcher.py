@@ -31,7 +31,6 @@ from ..sources.tracer import Tracer
 from .describe import config_of, device_of, unwrapped
 from .loss import Losses
 from .recorders import LateAllocatorTrace, ShieldedOpTracker
-from .shield import Shield
 from .window import Window
 
 Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
@@ -60,7 +59,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._model, self._optimizer = model, unwrapped(optimizer)
         self._every_step = every_step
         self.window = Window(name)
-        self.shield = Shield(self.window.failed)
+        self.shield = self.window.shield
         self._undo = ExitStack()
         self._tracer: Tracer | None = None
         self._recorder: Recorder | None = None
@@ -95,9 +94,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def end(self, error: BaseException | None = None) -> None:
         """Until here; the model and the optimizer are as they were."""
+        atexit.unregister(self.end)
         self.shield.guard(self._end)(error)
-        self.shield.off = True
         self._remove()
+        self.shield.off = True
         self.window.close(self._step, error)
 
     def _begin(self) -> None:

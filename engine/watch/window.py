@@ -29,7 +29,7 @@ from ..sources.tracer import Tracer
 from ..whereabouts import Claim
 from .describe import script_name
 from .leftovers import name_leftovers
-from .shield import log
+from .shield import Shield, log
 
 LAST_ANSWERS_S = 0.5
 """How long viewers have to ask for what was said last."""
@@ -42,6 +42,7 @@ class Window:
         name: In `gpumem-tui ps`; the script's if None.
 
     Attributes:
+        shield: Between all of this and the script.
         micro_batches: By step, as far as they are known.
         managed_bytes: In CUDA managed memory.
     """
@@ -54,6 +55,7 @@ class Window:
         self._feed = Feed()
         self.micro_batches: dict[int, int] = {}
         self.managed_bytes = 0
+        self.shield = Shield(self.failed)
         self._recorder: Recorder | None = None
         self._tracer: Tracer | None = None
         self._nvml: devices.Nvml | None = None
@@ -209,11 +211,9 @@ class Window:
                 server.close()
 
     def _gauge_forever(self) -> None:
-        try:
-            while not self._closing.wait(GAUGE_EVERY_S):
-                self._feed.publish_gauge(self._read_gauge())
-        except Exception:
-            log.warning("gpumem-tui: the gauge has failed; the run goes on", exc_info=True)
+        read = self.shield.guard(self._read_gauge)
+        while not self._closing.wait(GAUGE_EVERY_S) and (gauge := read()) is not None:
+            self._feed.publish_gauge(gauge)
 
     def _read_gauge(self) -> Gauge:
         recorder, tracer, environment = self._recorder, self._tracer, self._feed.environment

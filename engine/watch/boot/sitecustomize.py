@@ -10,6 +10,9 @@ _spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [p for p in sy
 if _spec is not None and _spec.loader is not None:
     _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
-from gpumem_tui.engine.watch.unedited import wait_for_torch  # noqa: E402
-
-wait_for_torch()
+try:
+    from gpumem_tui.engine.watch.unedited import wait_for_torch
+except ImportError:  # another environment than the one that gpumem-tui is installed in
+    sys.stderr.write(f"gpumem-tui: not installed for {sys.executable}, which is not watched\n")
+else:
+    wait_for_torch()
