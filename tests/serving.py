@@ -12,17 +12,18 @@ from pathlib import Path
 from unittest import mock
 
 from gpumem_tui.engine import wire
+from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.server import Server
 from gpumem_tui.engine.whereabouts import Claim, Place
 
-from .conftest import Engine, small_run
+from .conftest import Engine
 
 
 @contextmanager
-def serving() -> Iterator[Place]:
+def an_engine_served(config: RunConfig) -> Iterator[tuple[Place, Engine]]:
     base = tempfile.mkdtemp(prefix="g-")
     engine = Engine()
-    engine.run(small_run())
+    engine.run(config)
     with mock.patch.dict(os.environ, {"XDG_RUNTIME_DIR": base}):
         claim = Claim("tiny", "run", wire.PROTOCOL, "0.1")
     card = claim.place.card()
@@ -36,7 +37,7 @@ def serving() -> Iterator[Place]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield claim.place
+    yield claim.place, engine
     over.set()
     server.wake()
     thread.join()

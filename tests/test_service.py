@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 import re
 import shutil
@@ -21,7 +22,7 @@ import pytest
 
 from gpumem_tui.engine import whereabouts, wire
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.events import Kind, StepTrace
 from gpumem_tui.engine.feed import End, Pause, Save, Standing, Start, Stop, TakeOver
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.ledger import Ledger
@@ -30,8 +31,8 @@ from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.engine.service import LINGER_S, Linger, Log
 from gpumem_tui.engine.whereabouts import Claim, Place
 
-from .conftest import small_run
-from .serving import serving
+from .conftest import Engine, small_run
+from .serving import an_engine_served
 from .terminal import Terminal, until
 
 SMALL = ["--device", "cpu", "--batch-size", "2", "--seq-len", "16", "--set", "rows=8"]
@@ -182,8 +183,9 @@ def test_quitting_with_stop_leaves_nothing_behind(home: Path) -> None:
 # --- several viewers ----------------------------------------------------------------
 
 
-def test_the_first_commands_and_the_others_look_until_one_takes_over(viewers: Viewers) -> None:
-    first = viewers.start(small_run(steps=0))
+def test_the_first_commands_and_the_others_look_until_one_takes_over(viewers: Viewers, home: Path) -> None:
+    """And when all have left, an engine told not to linger leaves too."""
+    first = viewers.start(small_run(steps=0), linger_s=0.0)
     until(lambda: steps(first))
     second, third = viewers.attach(first.place), viewers.attach(first.place, take=True)
     until(lambda: first.standing is Standing.READ_ONLY)
@@ -198,32 +200,20 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(viewers: Vi
     until(lambda: all(v.config() == small_run(steps=0, lora="on") for v in viewers.all))
     assert {v.standing for v in (first, third)} == {Standing.READ_ONLY}
 
-
-def test_a_viewer_sees_what_the_engine_has_from_the_beginning(viewers: Viewers, home: Path) -> None:
-    """The recording of one who came late is the recording of one who was there."""
-    first = viewers.start(small_run(steps=3, checkpointing="layers"))
-    until(lambda: Kind.RUN_ENDED in kinds(first), lambda: first.milestones(0))
-    late = viewers.attach(first.place)
-    until(lambda: len(late.milestones(0)) == len(first.milestones(0)) and len(late.traces()) == 4)
-    assert list(late.milestones(0)) == list(first.milestones(0))
-    assert (late.config(), late.environment()) == (first.config(), first.environment())
-    for ours, theirs in zip(late.traces(), first.traces(), strict=True):
-        np.testing.assert_array_equal(Ledger(ours).curve, Ledger(theirs).curve)
-        assert (ours.names, ours.phases, ours.micro_batches) == (theirs.names, theirs.phases, theirs.micro_batches)
-        assert Ledger(ours).curve[-1].max() == 0
-    late.command(Save(home / "late.gpumem"))
-    until(lambda: Kind.SAVED in kinds(late))
-    assert [m.index for m in Replay(home / "late.gpumem").milestones(0)][-1] == len(first.milestones(0)) - 1
-
-
-def test_what_the_engine_refuses_is_said_to_the_one_who_asked(viewers: Viewers) -> None:
-    viewer = viewers.start(small_run(steps=0))
-    until(lambda: steps(viewer))
     with pytest.raises(UserError, match="set lora=on"):
-        viewer.command(Start(small_run().with_({"quantization": "nf4"})))
-    viewer._commands.append(wire.pack_command(Start(small_run().with_({"quantization": "nf4"}))))
-    until(lambda: Kind.REFUSED in kinds(viewer))
-    assert kinds(viewer).count(Kind.RUN_STARTED) == 1
+        second.command(Start(small_run().with_({"quantization": "nf4"})))
+    runs = kinds(second).count(Kind.RUN_STARTED)
+    second._commands.append(wire.pack_command(Start(small_run().with_({"quantization": "nf4"}))))
+    until(lambda: Kind.REFUSED in kinds(second))
+    assert Kind.REFUSED not in kinds(first), "it is said to the one who asked"
+    assert kinds(second).count(Kind.RUN_STARTED) == runs
+
+    card = first.place.card() if first.place else None
+    for viewer in viewers.all:
+        viewer.close()
+    assert card is not None
+    until(lambda: gone(card.pid))
+    assert left_over(home) == []
 
 
 # --- death ------------------------------------------------------------------------------
@@ -284,10 +274,34 @@ def test_what_a_crash_left_is_cleaned_at_the_next_start(home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Place]:
+def serving() -> Iterator[tuple[Place, Engine]]:
     """An engine with a run that has ended, served by a thread of this process."""
-    with serving() as place:
-        yield place
+    with an_engine_served(small_run(steps=3, checkpointing="layers")) as made:
+        yield made
+
+
+@pytest.fixture
+def served(serving: tuple[Place, Engine]) -> Place:
+    return serving[0]
+
+
+def test_a_viewer_sees_what_the_engine_has_from_the_beginning(serving: tuple[Place, Engine], tmp_path: Path) -> None:
+    """The recording of one who came late is the recording of one who was there."""
+    place, engine = serving
+    late, there = Remote(place), engine.session
+    late.attach()
+    until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4, seconds=1.0)
+    assert list(late.milestones(0)) == list(there.milestones(0))
+    assert (late.config(), late.environment()) == (there.config(), there.environment())
+    for ours, theirs in zip(late.traces(), there.traces(), strict=True):
+        for field in dataclasses.fields(StepTrace):
+            np.testing.assert_array_equal(getattr(ours, field.name), getattr(theirs, field.name))
+            assert type(getattr(ours, field.name)) is type(getattr(theirs, field.name))
+        assert Ledger(ours).peak == Ledger(theirs).peak
+    late.command(Save(tmp_path / "late.gpumem"))
+    until(lambda: Kind.SAVED in kinds(late))
+    assert list(Replay(tmp_path / "late.gpumem").milestones(0)) == list(there.milestones(0))
+    late.close()
 
 
 def raw(place: Place) -> socket.socket:
@@ -376,7 +390,7 @@ def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: P
         pass
     quick = Remote(served)
     quick.attach()
-    until(lambda: len(quick.traces()) == 3)
+    until(lambda: len(quick.traces()) == 4)
     quick.close()
     slow.setblocking(True)
     answer = wire.read_answer(slow)
@@ -406,16 +420,6 @@ def test_linger_counts_from_when_the_last_viewer_left() -> None:
     assert not linger.over(None, idle=False, now_s=100.0)
     assert not linger.over(100.0, idle=False, now_s=104.0)
     assert linger.over(100.0, idle=False, now_s=105.0)
-
-
-def test_an_engine_told_not_to_linger_ends_when_it_is_left(viewers: Viewers, home: Path) -> None:
-    viewer = viewers.start(small_run(steps=0), linger_s=0.0)
-    until(lambda: steps(viewer))
-    card = viewer.place.card() if viewer.place else None
-    viewer.close()
-    assert card is not None
-    until(lambda: gone(card.pid))
-    assert left_over(home) == []
 
 
 # --- what libraries print -----------------------------------------------------------------
