@@ -94,11 +94,16 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def end(self, error: BaseException | None = None) -> None:
         """Until here; the model and the optimizer are as they were."""
-        atexit.unregister(self.end)
+        atexit.unregister(self._at_exit)
         self.shield.guard(self._end)(error)
         self._remove()
         self.shield.off = True
         self.window.close(self._step, error)
+
+    def _at_exit(self) -> None:
+        """The script has ended without ending this: the step it was in is nobody's any more."""
+        self.shield.off = True
+        self.end()
 
     def _begin(self) -> None:
         device = device_of(self._model)
@@ -113,7 +118,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         tracer.adopt(self._model, self._optimizer)
         self._install(tracer)
         self.window.open(recorder, tracer, device)
-        atexit.register(self.end)
+        atexit.register(self._at_exit)
         os.register_at_fork(after_in_child=self._forget_in_child)
         self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
         self._begin_step()
