@@ -141,11 +141,12 @@ class Counted(NamedTuple):
 
     Attributes:
         end_bytes: Allocated when the step ended.
-        peak_bytes: The most since the step began; of a load, since the process did.
+        peak_bytes: The most since the step began; None where the counter was
+            not reset then: for a load, in somebody else's script.
     """
 
     end_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
 
 
 class PhaseSpan(NamedTuple):
@@ -285,6 +286,8 @@ class Kind(enum.StrEnum):
     RUN_ENDED = "run_ended"
     SAVED = "saved"
     NOTE = "note"
+    OUTPUT = "output"
+    ENGINE_ENDED = "engine_ended"
 
 
 @dataclass(frozen=True, slots=True)
@@ -321,6 +324,8 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps",
     Kind.SAVED: "path",
     Kind.NOTE: "",
+    Kind.OUTPUT: "",
+    Kind.ENGINE_ENDED: "detail: the last of its log",
 }
 
 

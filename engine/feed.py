@@ -7,6 +7,8 @@ milestones are lossless. Publishing costs the engine an attribute write.
 from __future__ import annotations
 
 import bisect
+import dataclasses
+import enum
 import threading
 import time
 from collections import deque
@@ -45,7 +47,32 @@ class Save:
     path: Path
 
 
-Command = Start | Pause | Stop | Save
+@dataclass(frozen=True, slots=True)
+class TakeOver:
+    """From now on it is this viewer that commands; the one before may only look."""
+
+
+@dataclass(frozen=True, slots=True)
+class End:
+    """End the run and the engine's process."""
+
+
+Command = Start | Pause | Stop | Save | TakeOver | End
+
+
+class Standing(enum.StrEnum):
+    """How a viewer stands to the engine."""
+
+    OWNER = "owner"
+    """It made the engine, which ends with it; or there is none."""
+    ATTACHED = "attached"
+    """The engine is a process of its own, and this viewer commands it."""
+    READ_ONLY = "read-only"
+    """Another viewer commands."""
+    WATCHING = "watching"
+    """The loop is somebody's own script: it can be looked at and not changed."""
+    GONE = "engine gone"
+    """The engine's process has ended."""
 
 
 class Source(Protocol):
@@ -57,6 +84,11 @@ class Source(Protocol):
     @property
     def live(self) -> bool:
         """Whether commands have an effect; False for a recording."""
+        ...
+
+    @property
+    def standing(self) -> Standing:
+        """How the viewer stands to the engine."""
         ...
 
     def environment(self) -> Environment | None:
@@ -167,9 +199,17 @@ class Feed:
             if len(self._milestones) > 2 * self.KEPT_FREQUENT:
                 self._forget()
 
+    def relay(self, milestone: Milestone) -> None:
+        """Take over a milestone of another feed; it gets an index of this one."""
+        with self._lock:
+            self._milestones.append(dataclasses.replace(milestone, index=self._next_index))
+            self._next_index += 1
+            if len(self._milestones) > 2 * self.KEPT_FREQUENT:
+                self._forget()
+
     def _forget(self) -> None:
         old, recent = self._milestones[: -self.KEPT_FREQUENT], self._milestones[-self.KEPT_FREQUENT :]
-        rare = [m for m in old if m.kind not in (Kind.STEP_ENDED, Kind.RECOMPUTED)]
+        rare = [m for m in old if m.kind not in (Kind.STEP_ENDED, Kind.RECOMPUTED, Kind.OUTPUT)]
         self._milestones = rare + recent
 
     # --- anybody reads --------------------------------------------------------

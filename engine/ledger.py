@@ -201,12 +201,12 @@ class Ledger:
     def mismatch_bytes(self) -> int:
         """How far the sums are from the allocator's own counters: 0 in a sound trace.
 
-        At the end of the step, and at its peak; a load's peak may lie before it.
+        At the end of the step, and at its peak where that was counted.
         """
         counted = self.trace.counted
         if counted is None:
             return 0
-        at_peak = abs(self.peak.bytes - counted.peak_bytes) if self.trace.step else 0
+        at_peak = 0 if counted.peak_bytes is None else abs(self.peak.bytes - counted.peak_bytes)
         return max(abs(int(self.total[-1]) - counted.end_bytes), at_peak)
 
     # --- who is alive -------------------------------------------------------

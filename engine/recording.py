@@ -38,7 +38,7 @@ from .events import (
     PhaseSpan,
     StepTrace,
 )
-from .feed import Command, Source
+from .feed import Command, Source, Standing
 
 VERSION = 2
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
@@ -107,6 +107,7 @@ class Replay:
     """
 
     live = False
+    standing = Standing.OWNER
 
     def __init__(self, path: Path) -> None:
         try:

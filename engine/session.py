@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 from . import techniques
 from .config import RunConfig, UserError, show
 from .events import Environment, Gauge, Kind, Milestone, Phase, Recompute, StepTrace
-from .feed import Command, Feed, Pause, Save, Start, Stop
+from .feed import Command, Feed, Pause, Save, Standing, Start, Stop
 from .recording import write
 
 if TYPE_CHECKING:
@@ -53,6 +53,7 @@ class Session:
     """
 
     live = True
+    standing = Standing.OWNER
 
     def __init__(self, device: str = "auto", on_trace: Callable[[StepTrace], None] | None = None) -> None:
         self._wanted = device
@@ -143,6 +144,10 @@ class Session:
         self._commands.put(None)
         self._resume.set()
         self._thread.join(timeout_s)
+
+    def tell(self, kind: Kind, text: str) -> None:
+        """Add a milestone from outside of the engine's thread."""
+        self._feed.milestone(kind, text)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until there is nothing left to run; False if that took too long."""

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..engine.config import UserError
-from .commands import app, doctor, run, shelf, sweep
+from .commands import app, attach, doctor, exec, ps, run, shelf, stop, sweep
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -36,6 +36,10 @@ def parser() -> argparse.ArgumentParser:
     app.add(top)
     commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
     for name, module, summary in (
+        ("attach", attach.add, "show an engine that is running, in the app"),
+        ("exec", exec.add, "watch a training script of your own, without editing it"),
+        ("ps", ps.add, "the engines that are running"),
+        ("stop", stop.add, "end an engine"),
         ("run", run.add, "one run without the app: a table, JSON, a recording"),
         ("sweep", sweep.add, "every row of a preset, published and measured side by side"),
         ("open", app.add_open, "show a recording in the app"),

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from typing import ClassVar
 
@@ -16,7 +17,8 @@ from textual.app import App, ComposeResult
 from textual.binding import Binding, BindingType
 from textual.events import Key
 
-from ..engine.feed import Source
+from ..engine.config import UserError
+from ..engine.feed import End, Source, Standing
 from .control import Control, offered
 from .draw import Row, wrap
 from .palette import Palette
@@ -82,6 +84,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.page = self.pages[0]
         self.canvas = Canvas(self.draw)
         self._page_before_help = self.page
+        self.asking = self.ended = False
 
     def compose(self) -> ComposeResult:
         """One widget."""
@@ -140,6 +143,8 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def _message(self, width: int) -> list[Row]:
         """What has just been said, in up to three rows, or else the page's own keys."""
+        if self.asking:
+            return [Row().add(f" {shorten(QUIT_QUESTION, width - 2)}", self.palette.busy)]
         message = self.state.message
         if message is None:
             return [Row().add(f" {shorten(self.page.hint, width - 2)}", self.palette.dim)]
@@ -155,6 +160,8 @@ class GpumemApp(App[None], inherit_bindings=False):
             on = page is self.page
             row.add(f"{number}", palette.accent).add(f" {page.title}" if not on else "", palette.dim)
             row.add(f" {page.title}" if on else "", palette.bold).add("  ")
+        if self.source.standing not in (Standing.OWNER, Standing.ATTACHED):
+            row.add(f"{self.source.standing} ", self.palette.bad)
         paused = self.state.status == "paused"
         for key, what in (("space", "go on" if paused else "pause"), ("?", "help"), ("q", "quit")):
             if row.width + len(key) + len(what) + 2 < width:
@@ -173,7 +180,9 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def action_press(self, key: str) -> None:
         """A key: the page's, or the same everywhere, or a technique's on the live screen."""
-        if not (self.page.press(key) or self._press_anywhere(key)) and self.page is self.pages[0]:
+        if self.asking:
+            self._answer(key)
+        elif not (self.page.press(key) or self._press_anywhere(key)) and self.page is self.pages[0]:
             self._flip(key)
         self.state.update(self.source, time.monotonic())
         self.draw()
@@ -191,7 +200,9 @@ class GpumemApp(App[None], inherit_bindings=False):
             case "z" if self.page is self.pages[0]:
                 self.control.go_back()
             case "q":
-                self.exit()
+                self._quit()
+            case "!":
+                self.control.take_over()
             case "?":
                 self._toggle_help()
             case "escape":
@@ -203,6 +214,26 @@ class GpumemApp(App[None], inherit_bindings=False):
             case _:
                 return False
         return True
+
+    def _quit(self) -> None:
+        """Leave; where the engine would go on without us, ask what is to become of the run."""
+        run = self.state.run
+        if self.source.standing is not Standing.ATTACHED:
+            self.exit()
+        elif run.running or run.status == "starting":
+            self.asking = True
+        else:
+            self._answer("x")
+
+    def _answer(self, key: str) -> None:
+        """The answer to what becomes of the run; any other key stays."""
+        self.asking = False
+        if key == "x":
+            with suppress(UserError):  # somebody else has ended it, or commands it by now
+                self.source.command(End())
+                self.ended = True
+        if key in ("d", "q", "x"):
+            self.exit()
 
     def _toggle_help(self) -> None:
         help_page = self.pages[-1]
@@ -219,6 +250,8 @@ class GpumemApp(App[None], inherit_bindings=False):
             self.control.flip(option, 1 if key == letter else -1, around=technique is not None)
             return
 
+
+QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
 
 ASCII = str.maketrans({**dict(zip("…–·↑↓×─│", "~--^vx-|", strict=True)), "→": "->", "←": "<-"})
 """For terminals and fonts that have ASCII only."""

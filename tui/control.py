@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
-from ..engine.feed import Command, Pause, Save, Source, Start, Stop
+from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
 from ..engine.technique import Technique
 from .state import ViewState
 
@@ -183,6 +183,13 @@ class Control:
             self.state.say("nothing is running")
             return
         self._send(Pause(self.state.run.status != "paused"))
+
+    def take_over(self) -> None:
+        """Command the engine from here, whoever does now."""
+        if self.source.standing is not Standing.READ_ONLY:
+            self.state.say("nobody else commands this engine")
+        elif self._send(TakeOver()):
+            self.state.say("this viewer commands now; the other may only look")
 
     def save(self) -> None:
         """Write a recording under a name that is not taken."""

@@ -113,7 +113,7 @@ class RunState:
                 self._fold_step(data)
             case Kind.RECOMPUTED:
                 self._fold_recompute(data)
-            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED:
+            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.ENGINE_ENDED:
                 self.status = "failed"
             case Kind.RUN_ENDED:
                 self.status = str(data.get("reason", "stopped"))

@@ -50,7 +50,7 @@ def is_problem(milestone: Milestone) -> bool:
     """Whether something went wrong, a leak included."""
     if milestone.kind is Kind.RUN_ENDED:
         return bool(milestone.data.get("leaked_bytes"))
-    return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED)
+    return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED, Kind.ENGINE_ENDED)
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ class ViewState:
         match milestone.kind:
             case Kind.RUN_STARTED:
                 started = self.requested is None or self.requested == self.run.config
-            case Kind.REFUSED | Kind.RUN_FAILED | Kind.OUT_OF_MEMORY:
+            case Kind.REFUSED | Kind.RUN_FAILED | Kind.OUT_OF_MEMORY | Kind.ENGINE_ENDED:
                 started = True
             case Kind.RUN_ENDED:
                 started = self.requested is None

@@ -49,8 +49,17 @@ class Tagger(Protocol):
         ...
 
 
+Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+"""Stands around every hook; in a loop that is not ours it keeps our failures out of it."""
+
+
+def unguarded(hook: Callable[..., Any]) -> Callable[..., Any]:
+    """The hook itself."""
+    return hook
+
+
 @contextmanager
-def tag_modules(model: torch.nn.Module, tagger: Tagger) -> Iterator[None]:
+def tag_modules(model: torch.nn.Module, tagger: Tagger, guard: Guard = unguarded) -> Iterator[None]:
     """Tag whatever the model's modules allocate, until the context is left.
 
     Each hook's removal is pushed right after it is installed, so a failure
@@ -61,8 +70,9 @@ def tag_modules(model: torch.nn.Module, tagger: Tagger) -> Iterator[None]:
         for name, module in model.named_modules():
             index = tagger.name(name)
             parent = tagger.name(LOSS if module is head else name.rpartition(".")[0])
-            enter = partial(_enter, tagger, index)
-            leave = partial(_leave, tagger, index, parent, module is head)
+            before_backward = guard(partial(_before_backward, tagger, index))
+            enter = guard(partial(_enter, tagger, index))
+            leave = guard(partial(_leave, tagger, index, parent, module is head, before_backward))
             undo.callback(module.register_forward_pre_hook(enter).remove)
             # always_call: a recompute that stops early leaves modules by exception.
             undo.callback(module.register_forward_hook(leave, always_call=True).remove)
@@ -83,7 +93,16 @@ def _enter(tagger: Tagger, index: int, _module: Any, _args: Any) -> None:
         tagger.tag(Phase.FORWARD if _current_graph_task_id() == -1 else Phase.RECOMPUTE, index)
 
 
-def _leave(tagger: Tagger, index: int, parent: int, is_head: bool, _module: Any, _args: Any, output: Any) -> None:
+def _leave(
+    tagger: Tagger,
+    index: int,
+    parent: int,
+    is_head: bool,
+    before_backward: Callable[..., Any],
+    _module: Any,
+    _args: Any,
+    output: Any,
+) -> None:
     if not tagger.tagging:
         return
     recomputing = _current_graph_task_id() != -1
@@ -99,7 +118,7 @@ def _leave(tagger: Tagger, index: int, parent: int, is_head: bool, _module: Any,
         # container that ends in one of its modules leaves the node to that one.
         elif index and node._sequence_nr() != tagger.last_node:
             tagger.last_node = node._sequence_nr()
-            node.register_prehook(partial(_before_backward, tagger, index))
+            node.register_prehook(before_backward)
     tagger.tag(Phase.RECOMPUTE if recomputing else Phase.FORWARD, parent)
 
 

@@ -26,7 +26,7 @@ from ..ledger import LOSS, strip_wrappers
 from . import owners
 from .assembly import Assembler, Publish, Span, Taken, pack
 from .describe import OperatorWatch
-from .hooks import tag_modules
+from .hooks import Guard, tag_modules, unguarded
 from .recorder import Recorder, Timer, columns
 
 SETTLED_AFTER = 2
@@ -74,6 +74,7 @@ class Tracer:
         publish_every_s: How often a step under way is published; the trace is
             read inside the step for it.
         described: The step whose operators are watched.
+        counts_peaks: Whether somebody resets the allocator's peak with every step.
 
     Attributes:
         tagging: Whether a step is being traced.
@@ -91,6 +92,7 @@ class Tracer:
         on_recompute: OnRecompute,
         publish_every_s: float,
         described: int = DESCRIBED,
+        counts_peaks: bool = True,
     ) -> None:
         self.recorder = recorder
         self.tagging = False
@@ -102,6 +104,7 @@ class Tracer:
         self._cost_s = 0.0
         self._assembler = Assembler(recorder, publish)
         self._on_recompute, self._publish_every_s, self._described = on_recompute, publish_every_s, described
+        self._counts_peaks = counts_peaks
         self._names: dict[str, int] = {"": 0}
         self._optimizer_name = 0
         self._micro_batch = 0
@@ -110,6 +113,7 @@ class Tracer:
         self._step: _Step | None = None
         self._hooks: ExitStack | None = None
         self._hooked = False
+        self._guard: Guard = unguarded
         self._model: torch.nn.Module | None = None
         self._optimizer: torch.optim.Optimizer | None = None
         self._recomputed: list[_Recomputing] = []
@@ -134,12 +138,18 @@ class Tracer:
         self._fixed = np.empty(0, OWNER)
 
     @contextmanager
-    def attached(self) -> Iterator[None]:
-        """See the adopted model's recomputes, and while steps are traced tag its modules; undone on leaving."""
+    def attached(self, guard: Guard = unguarded, observer: recompute.Observer | None = None) -> Iterator[None]:
+        """See the adopted model's recomputes, and while steps are traced tag its modules; undone on leaving.
+
+        Args:
+            guard: See `tag_modules`.
+            observer: Stands around every recompute instead of `recomputing`.
+        """
         if self._model is None:
             raise RuntimeError("adopt a model first")
+        self._guard = guard
         try:
-            with recompute.observer(self._recomputing), ExitStack() as self._hooks:
+            with recompute.observer(observer or self.recomputing), ExitStack() as self._hooks:
                 yield
         finally:
             self._hooks, self._hooked = None, False
@@ -201,7 +211,7 @@ class Tracer:
     def _hook_modules(self) -> None:
         """Only while steps are traced: idle hooks would cost the others of a launch-bound run 2 %."""
         if self._hooks is not None and self._model is not None and not self._hooked:
-            self._hooks.enter_context(tag_modules(self._model, self))
+            self._hooks.enter_context(tag_modules(self._model, self, self._guard))
             self._hooked = True
 
     @contextmanager
@@ -244,6 +254,11 @@ class Tracer:
         """Name the inputs of a micro-batch."""
         if self.tagging:
             self._own_all(owners.of_tensors(Category.INPUTS, batch.items()))
+
+    def own_held(self, owned: Iterable[owners.Owned]) -> None:
+        """Name whatever the loop knows the owner of."""
+        if self.tagging:
+            self._own_all(owned)
 
     def own_outputs(self, outputs: Any, loss: torch.Tensor) -> None:
         """Name the logits, the loss and the KV cache of a forward pass."""
@@ -310,7 +325,8 @@ class Tracer:
         return self._descriptions.setdefault(made, len(self._descriptions))
 
     @contextmanager
-    def _recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
+    def recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
+        """A checkpointed segment is computed again in here."""
         self.last_node = -1  # this thread numbers nodes on its own
         before, timer, early_stop = self.recorder.allocated_bytes(), self.recorder.timer(), False
         span = Span(Phase.RECOMPUTE, self._micro_batch, self._next_mark, _now_us())
@@ -343,7 +359,8 @@ class Tracer:
             with self._costing():
                 self._own_model()
                 self._own_all(held())
-                counted = Counted(self.recorder.allocated_bytes(), self.recorder.peak_bytes())
+                peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
+                counted = Counted(self.recorder.allocated_bytes(), peak)
                 self._take(step, None if partial else counted)
                 self.tagging, self._step = False, None
         self._flush_recomputes(wait=not partial)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -86,6 +87,22 @@ def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:
         if value is not None:
             settings[option.name] = option.parse(value, _flag(option.name))
     return settings
+
+
+def seconds(typed: str, where: str) -> float:
+    """A time as typed: `90`, `90s`, `10m`, `2h`.
+
+    Raises:
+        UserError: It is none.
+    """
+    number, unit = (typed[:-1], typed[-1]) if typed[-1:] in ("s", "m", "h") else (typed, "s")
+    try:
+        value = float(number) * {"s": 1, "m": 60, "h": 3600}[unit]
+    except ValueError:
+        value = math.nan
+    if not 0 <= value < math.inf:
+        raise UserError(f"{where} {typed}: takes a time such as 90, 10m or 2h")
+    return value
 
 
 def _flag(name: str) -> str:

@@ -113,13 +113,13 @@ def kind_style(milestone: Milestone, page: Page) -> Style:
     """Problems stand out, routine recedes."""
     palette = page.palette
     match milestone.kind:
-        case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.REFUSED:
+        case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.REFUSED | Kind.ENGINE_ENDED:
             return palette.bad
         case Kind.RUN_ENDED if milestone.data.get("leaked_bytes"):
             return palette.bad
         case Kind.RUN_STARTED | Kind.LOADED | Kind.SAVED:
             return palette.good
-        case Kind.STEP_ENDED | Kind.RECOMPUTED:
+        case Kind.STEP_ENDED | Kind.RECOMPUTED | Kind.OUTPUT:
             return palette.dim
     return palette.busy
 

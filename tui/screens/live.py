@@ -205,7 +205,7 @@ class LivePage(Page):
         recent = [log[i] for i in range(max(0, len(log) - room), len(log))]
         rows = []
         for milestone in recent:
-            bad = milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED)
+            bad = milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED, Kind.ENGINE_ENDED)
             row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
             rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows

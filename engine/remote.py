@@ -1,0 +1,329 @@
+"""An engine behind a socket, as a `Source`.
+
+One thread asks as often as somebody looks and keeps what it was told, so that
+the engine's death takes nothing away: what was seen can still be looked at and
+saved, and a new engine can be started in its place.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import select
+import socket
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from . import techniques, wire
+from .advice import advice
+from .config import RunConfig, UserError
+from .events import Environment, Gauge, Kind, Milestone, StepTrace
+from .feed import Command, Feed, Save, Standing, Start, TakeOver
+from .launch import Launcher
+from .recording import write
+from .whereabouts import Place
+from .wire import TAKE_OVER
+
+ASK_EVERY_S = 0.1
+ANSWERS_WITHIN_S = 60.0
+LOG_TAIL_BYTES = 8192
+
+
+class Remote:
+    """A viewer's end of the socket.
+
+    Args:
+        place: Of a running engine; None: `start` makes one.
+        launch: Starts an engine, at first or when this one has died; None: it cannot be started again from here.
+        take: Command it, whoever does now.
+        version: Of this program, for the line about another version's engine.
+        ask_every_s: How often the engine is asked.
+    """
+
+    live = True
+
+    def __init__(
+        self,
+        place: Place | None = None,
+        *,
+        launch: Launcher | None = None,
+        take: bool = False,
+        version: str = "",
+        ask_every_s: float = ASK_EVERY_S,
+    ) -> None:
+        self.place, self._launch, self._take, self._version = place, launch, take, version
+        self._ask_every_s = ask_every_s
+        self._feed = Feed()
+        self._environment: Environment | None = None
+        self._welcome: wire.Welcome | None = None
+        self._connection: socket.socket | None = None
+        self._commands: deque[wire.Do] = deque()
+        self._commanding = self._taking = False
+        self._gone = self._closing = False
+        self._since = self._last_trace = self._config_number = 0
+        self._run_offset, self._clock_offset_s = 0, 0.0
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._wake_read.setblocking(False)
+        self._wake_write.setblocking(False)
+        self._thread: threading.Thread | None = None
+
+    # --- Source -------------------------------------------------------------
+
+    @property
+    def standing(self) -> Standing:
+        """Whether it may command, and whether there is anything to command."""
+        if self._gone:
+            return Standing.GONE
+        if self._welcome is not None and self._welcome.kind == "watch":
+            return Standing.WATCHING
+        commands = self._commanding or self._taking or self._welcome is None
+        return Standing.ATTACHED if commands else Standing.READ_ONLY
+
+    def environment(self) -> Environment | None:
+        """Where the engine runs."""
+        return self._environment
+
+    def config(self) -> RunConfig | None:
+        """Of the run under way or last ended."""
+        return self._feed.config
+
+    def gauge(self) -> Gauge | None:
+        """The latest reading that came over."""
+        return self._feed.gauge
+
+    def trace(self) -> StepTrace | None:
+        """The latest trace that came over."""
+        return self._feed.latest
+
+    def traces(self) -> Sequence[StepTrace]:
+        """The traces kept on this side."""
+        return self._feed.traces()
+
+    def milestones(self, since: int) -> Sequence[Milestone]:
+        """Milestones from an index on, with those of this side."""
+        return self._feed.milestones(since)
+
+    def command(self, command: Command) -> None:
+        """Pass a command on; saving happens on this side, whoever commands.
+
+        Raises:
+            UserError: It is refused at once.
+        """
+        if isinstance(command, Save):
+            threading.Thread(target=self._save, args=(command.path,), name="save", daemon=True).start()
+            return
+        standing = self.standing
+        if isinstance(command, Start):
+            techniques.check(command.config)
+            if self._environment is not None:
+                techniques.check_available(command.config, self._environment)
+        if standing is Standing.WATCHING:
+            raise UserError(advice(command, self))
+        if standing is Standing.READ_ONLY and not isinstance(command, TakeOver):
+            raise UserError("another viewer commands this engine; ! takes over")
+        if standing is Standing.GONE:
+            if not isinstance(command, Start) or self._launch is None:
+                raise UserError("the engine has gone; s saves what was seen, q quits")
+            self._start(command.config)
+            return
+        self._taking |= isinstance(command, TakeOver)  # what is pressed next comes after it
+        self._commands.append(wire.pack_command(command))
+        self._wake()
+
+    # --- for whoever made it --------------------------------------------------
+
+    def start(self, config: RunConfig) -> None:
+        """Have an engine started for a configuration, and attach; returns at once.
+
+        Raises:
+            UserError: There is no way to start one.
+        """
+        if self._launch is None:
+            raise UserError("no engine can be started from here")
+        self._start(config)
+
+    def attach(self) -> None:
+        """Attach to the engine at `place`.
+
+        Raises:
+            UserError: It is not there, or of another version.
+        """
+        assert self.place is not None
+        self._connect(self.place)
+        self._follow(None)
+
+    def close(self) -> None:
+        """Detach."""
+        self._closing = True
+        self._wake()
+        connection = self._connection
+        if connection is not None:
+            with contextlib.suppress(OSError):
+                connection.shutdown(socket.SHUT_RDWR)
+        if self._thread is not None:
+            self._thread.join(10.0)
+        self._wake_read.close()
+        self._wake_write.close()
+        if self._launch is not None:
+            self._launch.let_go()
+
+    def wait_ended(self, timeout_s: float) -> bool:
+        """Wait for the engine to end, after it was told to."""
+        if self._thread is not None:
+            self._thread.join(timeout_s)
+        return self._gone
+
+    # --- the thread -----------------------------------------------------------
+
+    def _wake(self) -> None:
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"!")
+
+    def _start(self, config: RunConfig) -> None:
+        self._gone, self._commanding, self._welcome = False, False, None
+        self._since = self._last_trace = self._config_number = 0
+        self._run_offset, self._clock_offset_s = self._feed.run, self._latest_s()
+        self._commands.clear()
+        self._follow(config)
+
+    def _follow(self, config: RunConfig | None) -> None:
+        self._thread = threading.Thread(target=self._main, args=(config,), name="viewer", daemon=True)
+        self._thread.start()
+
+    def _main(self, config: RunConfig | None) -> None:
+        try:
+            if config is not None:
+                assert self._launch is not None
+                self.place = self._launch(config)
+                self._connect(self.place)
+            self._ask_forever()
+        except UserError as error:
+            self._lose(str(error))
+        except (OSError, EOFError, wire.MalformedError) as error:
+            self._lose(f"the connection to the engine broke: {error or 'it was closed'}")
+        finally:
+            if self._connection is not None:
+                self._connection.close()
+                self._connection = None
+
+    def _connect(self, place: Place) -> None:
+        connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        connection.settimeout(ANSWERS_WITHIN_S)
+        try:
+            connection.connect(os.fspath(place.socket))
+            if not wire.is_ours(connection):
+                raise UserError(f"{place.name}: its socket belongs to somebody else")
+            connection.sendall(wire.frame(wire.Hello(wire.PROTOCOL, self._version, self._take)))
+            answer = wire.read_answer(connection)
+        except (OSError, EOFError, wire.MalformedError) as error:
+            connection.close()
+            raise UserError(f"{place.name} does not answer: {error or 'it closed the connection'}") from None
+        if isinstance(answer, wire.Refused):
+            connection.close()
+            raise UserError(answer.text)
+        assert isinstance(answer, wire.Welcome)
+        self._welcome, self._connection = answer, connection
+
+    def _ask_forever(self) -> None:
+        connection = self._connection
+        assert connection is not None
+        while not self._closing:
+            took = False
+            while self._commands:
+                message = self._commands.popleft()
+                took |= message.name == TAKE_OVER
+                connection.sendall(wire.frame(message))
+            connection.sendall(wire.frame(wire.Ask(self._since, self._last_trace, self._config_number)))
+            answer = wire.read_answer(connection)
+            if not isinstance(answer, wire.News):
+                raise wire.MalformedError("an answer to something else")
+            self._take_in(answer)
+            self._taking &= not took
+            if not answer.more and not self._commands:
+                self._pause(connection)
+
+    def _pause(self, connection: socket.socket) -> None:
+        """Until it is time to ask again, or there is a command, or the engine has died."""
+        select.select([connection, self._wake_read], [], [], self._ask_every_s)
+        with contextlib.suppress(BlockingIOError):
+            self._wake_read.recv(4096)
+
+    def _take_in(self, news: wire.News) -> None:
+        """Keep what is new, in an order in which a viewer can be told."""
+        feed = self._feed
+        if news.environment is not None:
+            self._environment = news.environment
+        if news.config is not None:
+            feed.begin_run(RunConfig.from_dict(news.config))
+        self._config_number = news.config_number
+        self._commanding = news.commands
+        for milestone in news.milestones:
+            self._since = milestone.index + 1
+            feed.run = milestone.run + self._run_offset
+            feed.relay(replace(milestone, run=feed.run, time_s=milestone.time_s + self._clock_offset_s))
+        if news.gauge is not None:
+            gauge = replace(news.gauge, time_s=news.gauge.time_s + self._clock_offset_s)
+            if gauge != feed.gauge:
+                feed.publish_gauge(gauge)
+        if news.trace is not None:
+            feed.publish_trace(wire.unpack_trace(news.trace))
+            self._last_trace = news.trace.number
+        if news.refused:
+            self._say(Kind.REFUSED, news.refused)
+
+    def _lose(self, why: str) -> None:
+        """The engine has gone: say so once, with the last that its log says."""
+        if self._closing:
+            return
+        detail = self._last_words()
+        what = ["s saves what was seen"] if self._feed.config is not None else []
+        what += ["r starts the run again"] if self._launch is not None else []
+        if self._welcome is not None:
+            how = self._launch.ending() if self._launch is not None else ""
+            why = f"the engine's process {self._welcome.pid} has ended{f' ({how})' if how else ''}"
+        text = f"{why}; {', '.join([*what, 'q quits'])}" if what else why
+        self._gone = True
+        self._say(Kind.ENGINE_ENDED, text, detail)
+
+    def _last_words(self) -> str:
+        if self._welcome is None:
+            return ""
+        try:
+            with Path(self._welcome.log).open("rb") as log:
+                log.seek(max(0, log.seek(0, os.SEEK_END) - LOG_TAIL_BYTES))
+                return log.read().decode(errors="replace")
+        except OSError:
+            return ""
+
+    def _say(self, kind: Kind, text: str, detail: str = "") -> None:
+        data = {"detail": detail} if detail else {}
+        self._feed.relay(Milestone(0, self._latest_s(), kind, self._feed.run, text, data))
+
+    def _latest_s(self) -> float:
+        """The engine's clock as far as it is known here."""
+        gauge, told = self._feed.gauge, self._feed.milestones(0)
+        return max(gauge.time_s if gauge else 0.0, told[-1].time_s if told else 0.0)
+
+    def _save(self, path: Path) -> None:
+        try:
+            write(path, self, self._feed.training_gauge)
+        except (OSError, UserError) as error:
+            self._say(Kind.REFUSED, f"{path}: not saved: {error}")
+        else:
+            self._say(Kind.SAVED, f"saved {path}")
+
+
+def peek(place: Place, timeout_s: float = 2.0) -> wire.Status | None:
+    """How an engine is doing; None if it does not say."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(timeout_s)
+        try:
+            connection.connect(os.fspath(place.socket))
+            connection.sendall(wire.frame(wire.Peek(wire.PROTOCOL)))
+            answer = wire.read_answer(connection)
+        except (OSError, EOFError, wire.MalformedError):
+            return None
+    return answer if isinstance(answer, wire.Status) else None

@@ -1,0 +1,320 @@
+"""The engine's side of the socket: any source, served to any number of viewers.
+
+One thread, one selector. Every viewer has at most one answer on its way, and
+is not read from meanwhile: nothing queues up for a slow one, and the engine's
+thread never waits for any.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import selectors
+import socket
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from . import wire
+from .config import RunConfig, UserError, show
+from .events import Kind, StepTrace
+from .feed import Command, End, Source, TakeOver
+from .techniques import changed
+from .whereabouts import Card
+
+MILESTONES_A_TIME = 2_000
+VIEWERS_MAX = 64
+SAY_HELLO_WITHIN_S = 10.0
+FIRST_VIEWER_WITHIN_S = 60.0
+"""Whoever started an engine is on the way; until then it is not alone."""
+ANSWER_A_TIME = 1 << 16
+
+
+@dataclass(eq=False)
+class _Viewer:
+    """One connection.
+
+    Attributes:
+        attached: It has said hello and may ask.
+        take: It wants to command as soon as it has said hello.
+        answer: What has not been sent yet of the answer on its way.
+        closing: It ends when that is sent.
+        refused: Why its last command did nothing; told once.
+    """
+
+    connection: socket.socket
+    since_s: float
+    inbox: wire.Inbox = field(default_factory=wire.Inbox)
+    attached: bool = False
+    answer: memoryview = field(default_factory=lambda: memoryview(b""))
+    closing: bool = False
+    refused: str = ""
+
+
+class Server:
+    """Serves a source on a Unix socket.
+
+    Args:
+        source: Asked on the serving thread; commands go to it.
+        card: Who it is.
+        path: Of the socket; its folder is private already.
+        log: Told to the viewers, who read its end when the engine has died.
+        on_end: Called when a viewer that commands ends the engine; None: it cannot be ended from here.
+
+    Attributes:
+        alone_since_s: On the monotonic clock, when the last viewer left; None while there is one.
+    """
+
+    def __init__(self, source: Source, card: Card, path: Path, log: Path, on_end: Callable[[], None] | None) -> None:
+        self.source, self.card, self.log, self._on_end = source, card, log, on_end
+        self.alone_since_s: float | None = time.monotonic() + FIRST_VIEWER_WITHIN_S
+        self._selector = selectors.DefaultSelector()
+        self._viewers: list[_Viewer] = []
+        self._commander: _Viewer | None = None
+        self._traces = _Numbered()
+        self._config: tuple[int, RunConfig | None] = (0, None)
+        self._wake_read, self._wake_write = socket.socketpair()
+        self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        try:
+            before = os.umask(0o177)
+            try:
+                self._listener.bind(os.fspath(path))
+            finally:
+                os.umask(before)
+            self._listener.listen(VIEWERS_MAX)
+        except OSError:
+            self.close()
+            raise
+        for each in (self._listener, self._wake_read, self._wake_write):
+            each.setblocking(False)
+        self._selector.register(self._listener, selectors.EVENT_READ, None)
+        self._selector.register(self._wake_read, selectors.EVENT_READ, None)
+        os.register_at_fork(after_in_child=self._forget_in_child)
+
+    @property
+    def viewers(self) -> int:
+        """How many are attached."""
+        return sum(viewer.attached for viewer in self._viewers)
+
+    def wake(self) -> None:
+        """Have `serve` return soon; from any thread or signal handler."""
+        with contextlib.suppress(OSError):
+            self._wake_write.send(b"!")
+
+    def serve(self, timeout_s: float) -> None:
+        """Answer whoever has asked, or wait that long for somebody to."""
+        for key, events in self._selector.select(timeout_s):
+            if key.fileobj is self._listener:
+                self._accept()
+            elif key.fileobj is self._wake_read:
+                with contextlib.suppress(BlockingIOError):
+                    self._wake_read.recv(4096)
+            else:
+                self._attend(key.data, events)
+        self._drop_silent()
+
+    def close(self) -> None:
+        """End all connections."""
+        for viewer in self._viewers:
+            viewer.connection.close()
+        self._viewers.clear()
+        for each in (self._listener, self._wake_read, self._wake_write):
+            each.close()
+        self._selector.close()
+
+    def _forget_in_child(self) -> None:
+        """A data loader's worker holds no connection open that its parent has lost."""
+        with contextlib.suppress(OSError, RuntimeError):
+            self.close()
+
+    # --- connections ------------------------------------------------------------
+
+    def _accept(self) -> None:
+        try:
+            connection, _ = self._listener.accept()
+        except OSError:  # it has gone again, or there are no descriptors left
+            return
+        if not wire.is_ours(connection) or len(self._viewers) >= VIEWERS_MAX:
+            connection.close()
+            return
+        connection.setblocking(False)
+        viewer = _Viewer(connection, time.monotonic())
+        self._viewers.append(viewer)
+        self._selector.register(connection, selectors.EVENT_READ, viewer)
+
+    def _attend(self, viewer: _Viewer, events: int) -> None:
+        try:
+            if events & selectors.EVENT_READ:
+                data = viewer.connection.recv(1 << 16)
+                if not data:
+                    raise EOFError
+                viewer.inbox.add(data)
+            self._answer(viewer)
+        except BlockingIOError:
+            pass
+        except (OSError, EOFError, wire.MalformedError):
+            self._drop(viewer)
+
+    def _answer(self, viewer: _Viewer) -> None:
+        """Send what is on its way, then answer the next request, if it is there."""
+        while True:
+            while viewer.answer:
+                try:
+                    sent = viewer.connection.send(viewer.answer[:ANSWER_A_TIME])
+                except BlockingIOError:
+                    # Until that has gone nothing more is read: it is the viewer's turn.
+                    self._selector.modify(viewer.connection, selectors.EVENT_WRITE, viewer)
+                    return
+                viewer.answer = viewer.answer[sent:]
+            if viewer.closing:
+                raise EOFError
+            request = viewer.inbox.next()
+            if request is None:
+                self._selector.modify(viewer.connection, selectors.EVENT_READ, viewer)
+                return
+            answer = self._reply(viewer, request)
+            if answer is not None:
+                viewer.answer = memoryview(wire.frame(answer))
+
+    def _drop(self, viewer: _Viewer) -> None:
+        self._selector.unregister(viewer.connection)
+        viewer.connection.close()
+        self._viewers.remove(viewer)
+        if self._commander is viewer:
+            self._commander = None
+        if viewer.attached and not self.viewers:
+            self.alone_since_s = time.monotonic()
+
+    def _drop_silent(self) -> None:
+        latest = time.monotonic() - SAY_HELLO_WITHIN_S
+        for viewer in [v for v in self._viewers if not v.attached and v.since_s < latest]:
+            self._drop(viewer)
+
+    # --- requests ------------------------------------------------------------------
+
+    def _reply(self, viewer: _Viewer, request: wire.Request) -> wire.Answer | None:
+        match request:
+            case wire.Hello():
+                return self._welcome(viewer, request)
+            case wire.Peek():
+                return self._status()
+            case _ if not viewer.attached:
+                raise wire.MalformedError("said no hello")
+            case wire.Ask():
+                return self._news(viewer, request)
+            case wire.Do():
+                self._do(viewer, wire.unpack_command(request))
+        return None
+
+    def _welcome(self, viewer: _Viewer, hello: wire.Hello) -> wire.Answer:
+        if hello.protocol != wire.PROTOCOL:
+            viewer.closing = True
+            return wire.Refused(version_problem(self.card, hello.version))
+        viewer.attached, self.alone_since_s = True, None
+        if hello.take or self._commander is None:
+            self._commander = viewer
+        card = self.card
+        return wire.Welcome(wire.PROTOCOL, card.version, card.name, card.kind, card.pid, str(self.log))
+
+    def _do(self, viewer: _Viewer, command: Command) -> None:
+        viewer.refused = ""
+        if isinstance(command, TakeOver):
+            self._commander = viewer
+        elif viewer is not self._commander:
+            viewer.refused = "another viewer commands this engine"
+        elif isinstance(command, End):
+            if self._on_end is None:
+                viewer.refused = "this is somebody's own script: it cannot be ended from here"
+            else:
+                self._on_end()
+        else:
+            try:
+                self.source.command(command)
+            except UserError as error:
+                viewer.refused = str(error)
+
+    def _news(self, viewer: _Viewer, ask: wire.Ask) -> wire.News:
+        source = self.source
+        config, environment, gauge = source.config(), source.environment(), source.gauge()
+        if config is not self._config[1]:
+            self._config = (self._config[0] + 1, config)
+        milestones = source.milestones(ask.since)
+        # A new run's milestones tell of it before its traces come.
+        whole = len(milestones) <= MILESTONES_A_TIME
+        numbered = self._traces.after(ask.trace, source) if whole else []
+        again = source.config() is not config  # a run began meanwhile, and the traces may be its
+        numbered = [] if again else numbered
+        refused, viewer.refused = viewer.refused, ""
+        return wire.News(
+            config_number=self._config[0],
+            config=config.as_dict() if config is not None and ask.config != self._config[0] else None,
+            environment=environment if ask.config != self._config[0] else None,
+            gauge=gauge,
+            milestones=list(milestones[:MILESTONES_A_TIME]),
+            trace=wire.pack_trace(*numbered[0]) if numbered else None,
+            more=not whole or again or len(numbered) > 1,
+            commands=viewer is self._commander,
+            viewers=self.viewers,
+            refused=refused,
+        )
+
+    def _status(self) -> wire.Status:
+        config, environment, gauge = self.source.config(), self.source.environment(), self.source.gauge()
+        card = self.card
+        return wire.Status(
+            card.name,
+            card.kind,
+            card.pid,
+            model=config.model if config else "",
+            techniques=" ".join(f"{name}={show(value)}" for name, value in changed(config)) if config else "",
+            device=environment.device if environment else "",
+            step=gauge.step if gauge else 0,
+            allocated_bytes=gauge.allocated_bytes if gauge else 0,
+            age_s=time.time() - card.started_s,
+            viewers=self.viewers,
+            state=state_of(self.source),
+        )
+
+
+class _Numbered:
+    """The traces a source has, by numbers that grow: a viewer asks for what follows its last."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, StepTrace]] = []
+        self._next = 1
+
+    def after(self, number: int, source: Source) -> list[tuple[int, StepTrace]]:
+        """Traces that are still kept and that the viewer has not seen, in order."""
+        latest = source.trace()
+        there = [*source.traces(), *([latest] if latest is not None else [])]
+        kept = {id(trace) for trace in there}
+        self._known = [pair for pair in self._known if id(pair[1]) in kept]
+        seen = {id(trace) for _, trace in self._known}
+        for trace in there:
+            if id(trace) not in seen:
+                seen.add(id(trace))
+                self._known.append((self._next, trace))
+                self._next += 1
+        return [pair for pair in self._known if pair[0] > number]
+
+
+def state_of(source: Source) -> str:
+    """One word for what it is doing, from its latest milestones."""
+    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "paused", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
+    for milestone in reversed(source.milestones(0)):
+        if milestone.kind is Kind.RUN_ENDED:
+            return str(milestone.data.get("reason", "ended"))
+        if milestone.kind in (Kind.STEP_ENDED, Kind.LOADED, Kind.RESUMED):
+            return "training"
+        if milestone.kind in words:
+            return words[milestone.kind]
+    return "starting"
+
+
+def version_problem(card: Card, theirs: str) -> str:
+    """One clear line for a viewer and an engine that do not understand each other."""
+    return (
+        f"{card.name} was started by gpumem-tui {card.version}, this is {theirs}: use that version, "
+        f"or end it: gpumem-tui stop {card.name}"
+    )

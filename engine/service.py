@@ -1,0 +1,216 @@
+"""The engine's process: the main thread serves viewers, the session's thread trains.
+
+    python -m gpumem_tui.engine.service < {"config": ..., "linger_s": ...}
+
+It is started by `Launcher` in a session of its own and ends when a viewer or
+`gpumem-tui stop` ends it, or when nobody has been attached for long enough.
+Whatever libraries print goes to its log and, line by line, to its viewers.
+"""
+
+from __future__ import annotations
+
+import faulthandler
+import json
+import os
+import signal
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+
+from . import wire
+from .config import RunConfig, UserError
+from .events import Kind
+from .feed import Start
+from .launch import READY
+from .server import Server, state_of
+from .session import Session
+from .whereabouts import Card, Claim
+
+LOOK_EVERY_S = 0.25
+LINGER_S = 600.0
+END_WITHIN_S = 10.0
+LOG_MAX_BYTES = 16 << 20
+LINES_A_TIME = 50
+BROKEN_DEVICE = 70
+"""Exit code of an engine whose CUDA context is lost: only a new process gets another."""
+OOM_SCORE = 500
+"""If memory runs out, the kernel is to end the engine and not the app beside it."""
+
+
+def version() -> str:
+    """Of this program as installed."""
+    try:
+        return metadata.version("gpumem-tui")
+    except metadata.PackageNotFoundError:
+        return "(not installed)"
+
+
+class Linger:
+    """When an engine nobody looks at ends.
+
+    Args:
+        seconds: After the last viewer has left; None: ten minutes after that
+            and after there is nothing to run any more, whichever is later.
+    """
+
+    def __init__(self, seconds: float | None) -> None:
+        self._seconds = seconds
+        self._idle_since_s: float | None = None
+
+    def over(self, alone_since_s: float | None, idle: bool, now_s: float) -> bool:
+        """Whether it is time.
+
+        Args:
+            alone_since_s: When the last viewer left; None: there is one.
+            idle: Whether nothing runs.
+            now_s: On the same clock.
+        """
+        if not idle:
+            self._idle_since_s = None
+        elif self._idle_since_s is None:
+            self._idle_since_s = now_s
+        if alone_since_s is None:
+            return False
+        if self._seconds is not None:
+            return now_s - alone_since_s >= self._seconds
+        return self._idle_since_s is not None and now_s - max(alone_since_s, self._idle_since_s) >= LINGER_S
+
+
+class Log:
+    """The file behind descriptors 1 and 2, read back for the viewers."""
+
+    def __init__(self, path: Path) -> None:
+        self._handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
+        self._read = 0
+        self._rest = b""
+
+    def take_output(self) -> None:
+        """From now on what anybody prints goes here, a crash's last words included."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os.dup2(self._handle, 1)
+        os.dup2(self._handle, 2)
+        faulthandler.enable(2)
+
+    def new_lines(self) -> list[str]:
+        """Whole lines printed since the last call; of very many the last are told apart."""
+        size = os.fstat(self._handle).st_size
+        if size == self._read:
+            return []
+        begin = max(self._read, size - (1 << 16))
+        data = self._rest + os.pread(self._handle, size - begin, begin)
+        self._read = size
+        if size > LOG_MAX_BYTES:  # written on in append mode, from the start
+            os.ftruncate(self._handle, 0)
+            self._read = 0
+        # A progress bar rewrites its line: the last state of it is the line.
+        *whole, self._rest = data.replace(b"\r\n", b"\n").split(b"\n")
+        lines = [line.rpartition(b"\r")[2].decode(errors="replace").strip() for line in whole]
+        lines = [line for line in lines if line]
+        if len(lines) > LINES_A_TIME:
+            lines = [f"... {len(lines) - LINES_A_TIME} lines more in the log ...", *lines[-LINES_A_TIME:]]
+        return lines
+
+
+def main() -> int:
+    """Run until told to end; returns the exit code."""
+    order = json.load(sys.stdin)
+    config = RunConfig.from_dict(order["config"])
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    _offer_to_the_oom_killer()
+    name = Path(config.model).name
+    claim = Claim(name, "run", wire.PROTOCOL, version())
+    place = claim.place
+    try:
+        log = Log(place.log)
+        card = place.card()
+        assert isinstance(card, Card)
+        session = Session(config.device)
+        engine = _Engine(session, card, claim, log, Linger(order["linger_s"]))
+        signal.signal(signal.SIGTERM, lambda *_: engine.end())
+        sys.stdout.write(f"{READY}{place.name}\n")
+        log.take_output()
+        _try_start(session, config)
+        return engine.serve()
+    finally:
+        claim.release()
+
+
+class _Engine:
+    """The main thread of the process."""
+
+    def __init__(self, session: Session, card: Card, claim: Claim, log: Log, linger: Linger) -> None:
+        self._session, self._log, self._linger, self._claim = session, log, linger, claim
+        self._ending = False
+        self._told = 0
+        self._server = Server(session, card, claim.place.socket, claim.place.log, self.end)
+
+    def end(self) -> None:
+        """Have `serve` return."""
+        self._ending = True
+        self._server.wake()
+
+    def serve(self) -> int:
+        """Until the end; returns the exit code."""
+        code = 0
+        look_at_s = 0.0
+        while not self._ending:
+            self._server.serve(LOOK_EVERY_S)
+            now_s = time.monotonic()
+            if now_s < look_at_s:
+                continue
+            look_at_s = now_s + LOOK_EVERY_S
+            for line in self._log.new_lines():
+                self._session.tell(Kind.OUTPUT, line)
+            if self._device_is_lost():
+                code = BROKEN_DEVICE
+                break
+            idle = self._session.wait(0) or state_of(self._session) == "paused"
+            if self._linger.over(self._server.alone_since_s, idle, now_s):
+                break
+        if not code:
+            self._session.close(END_WITHIN_S)
+        # The folder first: who waits for the connection to end finds nothing left.
+        self._claim.release()
+        self._server.close()
+        return code
+
+    def _device_is_lost(self) -> bool:
+        """A CUDA error stays: every later call in this process fails with it."""
+        milestones = self._session.milestones(self._told)
+        if not milestones:
+            return False
+        self._told = milestones[-1].index + 1
+        lost = any(m.kind is Kind.RUN_FAILED and "CUDA error" in m.text for m in milestones)
+        if lost:  # let the viewers hear of it
+            until_s = time.monotonic() + 4 * LOOK_EVERY_S
+            while (left_s := until_s - time.monotonic()) > 0:
+                self._server.serve(left_s)
+        return lost
+
+
+def _try_start(session: Session, config: RunConfig) -> None:
+    try:
+        session.command(Start(config))
+    except UserError as error:
+        session.tell(Kind.REFUSED, str(error))
+
+
+def _offer_to_the_oom_killer() -> None:
+    try:
+        Path("/proc/self/oom_score_adj").write_text(str(OOM_SCORE), encoding="ascii")
+    except OSError:  # not everywhere is it there
+        return
+
+
+if __name__ == "__main__":
+    try:
+        code = main()
+    except UserError as error:
+        sys.stdout.write(f"{error}\n")
+        code = 2
+    sys.stdout.flush()
+    # A thread deep in a kernel would hold up an orderly end for as long as it likes.
+    os._exit(code)

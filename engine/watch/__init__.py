@@ -1,0 +1,1 @@
+"""Watching a training loop that is not ours, from inside its own process."""

@@ -1,0 +1,18 @@
+"""Loaded by every Python that `gpumem-tui exec` starts, before the script; then the site's own, if there is one."""
+
+import importlib.machinery
+import importlib.util
+import sys
+from pathlib import Path
+
+_here = str(Path(__file__).parent)
+_spec = importlib.machinery.PathFinder.find_spec("sitecustomize", [p for p in sys.path if p and p != _here])
+if _spec is not None and _spec.loader is not None:
+    _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
+
+try:
+    from gpumem_tui.engine.watch.unedited import wait_for_torch
+except ImportError:  # another environment than the one that gpumem-tui is installed in
+    sys.stderr.write(f"gpumem-tui: not installed for {sys.executable}, which is not watched\n")
+else:
+    wait_for_torch()

@@ -1,0 +1,123 @@
+"""Watching a script that has not been edited: its model and optimizer are found when they are first used.
+
+`gpumem-tui exec -- COMMAND` puts `boot/` first on the Python path of the
+command; the `sitecustomize` there calls `wait_for_torch` in every Python
+process it starts. Nothing happens in one that makes no optimizer.
+"""
+
+from __future__ import annotations
+
+import importlib.machinery
+import importlib.util
+import sys
+import weakref
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+OPTIMIZERS = "torch.optim.optimizer"
+
+
+class _Waiting:
+    """Finds `torch.optim.optimizer` like anybody, and looks in when it has been loaded."""
+
+    def find_spec(
+        self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
+    ) -> importlib.machinery.ModuleSpec | None:
+        """Only that one, and only once."""
+        if name != OPTIMIZERS:
+            return None
+        sys.meta_path.remove(self)
+        spec = importlib.util.find_spec(name)
+        loader = spec.loader if spec is not None else None
+        if loader is None:
+            return spec
+        run = loader.exec_module
+
+        def exec_module(module: ModuleType) -> None:
+            run(module)
+            note_optimizers(module)
+
+        loader.exec_module = exec_module  # type: ignore[method-assign]
+        return spec
+
+
+def wait_for_torch() -> None:
+    """Look for optimizers as soon as torch is imported, if it ever is."""
+    sys.meta_path.insert(0, _Waiting())
+
+
+def note_optimizers(module: Any) -> None:
+    """Have every optimizer noted when it is made; the first forward of its model begins the watching."""
+    optimizer_class = module.Optimizer
+    make = optimizer_class.__init__
+    finder = Finder()
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        make(self, *args, **kwargs)
+        finder.made(self)
+
+    init.__wrapped__ = make  # type: ignore[attr-defined]
+    init.__doc__ = make.__doc__
+    optimizer_class.__init__ = init
+
+
+class Finder:
+    """Joins the first optimizer with the outermost module that has all of its parameters."""
+
+    def __init__(self) -> None:
+        self._optimizers: list[weakref.ref[Any]] = []
+        self._handle: Any = None
+        self._tried: set[int] = set()
+        self._found: Any = None
+
+    def made(self, optimizer: Any) -> None:
+        """An optimizer has been made; wrappers around one have no parameters of their own yet."""
+        if self._found is not None or not getattr(optimizer, "param_groups", None):
+            return
+        self._optimizers.append(weakref.ref(optimizer))
+        self._tried.clear()
+        if self._handle is None:
+            from torch.nn.modules.module import register_module_forward_pre_hook
+
+            self._handle = register_module_forward_pre_hook(self._forward)
+
+    def _forward(self, module: Any, args: Any) -> None:
+        import torch
+
+        if not torch.is_grad_enabled() or id(module) in self._tried or self._found is not None:
+            return
+        try:
+            self._tried.add(id(module))
+            own = {id(parameter) for parameter in module.parameters()}
+            for reference in self._optimizers:
+                optimizer = reference()
+                if optimizer is None:
+                    continue
+                if all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
+                    self._begin(module, optimizer, args)
+                    return
+        except Exception:
+            from .shield import log
+
+            log.warning("gpumem-tui: the model was not found; the run goes on", exc_info=True)
+            self._stop()
+
+    def _begin(self, module: Any, optimizer: Any, args: Any) -> None:
+        from .watcher import watch
+
+        self._found = watch(module, optimizer)
+        self._stop()
+        self._found.begin()
+        # Its own hook is too late for the forward that is beginning now.
+        self._found.shield.guard(self._found.forward_begins)(module, args, {})
+        place = self._found.window.place
+        if place is not None:
+            sys.stderr.write(f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {place}\n")
+
+    def _stop(self) -> None:
+        if self._handle is not None:
+            self._handle.remove()
+            self._handle = None
+        self._optimizers.clear()
+        self._tried.clear()

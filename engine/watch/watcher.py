@@ -1,0 +1,337 @@
+"""`with watch(model, optimizer):` around any PyTorch loop.
+
+Nobody tells us what the loop is doing, so hooks do: the model's first and last
+hook are the ends of a forward pass, the first node of its graph to be executed
+is the beginning of backward, the optimizer's hooks are the ends of its step,
+and with them a step of ours ends and the next begins.
+"""
+
+from __future__ import annotations
+
+import atexit
+import os
+import time
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+
+from .. import recompute
+from ..events import Category, Phase, Recompute
+from ..ledger import LOGITS, LOSS
+from ..session import GAUGE_EVERY_S, TRACE_SHARE
+from ..sources import owners
+from ..sources.recorder import Recorder
+from ..sources.tracer import Tracer
+from .describe import config_of, device_of, unwrapped
+from .loss import Losses
+from .recorders import LateAllocatorTrace, ShieldedOpTracker
+from .window import Window
+
+Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
+
+
+class watch:  # noqa: N801 (it is used like a function: with watch(model, optimizer))
+    """Watch a training loop; `gpumem-tui attach` in another terminal shows it.
+
+    Use it as a context manager around the loop, or call `begin` and `end`. What
+    fails in here is logged once and switched off; the loop goes on.
+
+    Args:
+        model: Whose modules are tagged.
+        optimizer: Whose `step` ends a step; accelerate's wrapper is fine.
+        name: Of the engine in `gpumem-tui ps`; the script's name if None.
+        every_step: Trace every step on a GPU, whatever it costs, instead of
+            as many as take 1 % of the time.
+
+    Raises:
+        TypeError: The optimizer is none of torch's.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, optimizer: Any, *, name: str | None = None, every_step: bool = False
+    ) -> None:
+        self._model, self._optimizer = model, unwrapped(optimizer)
+        self._every_step = every_step
+        self.window = Window(name)
+        self.shield = self.window.shield
+        self._undo = ExitStack()
+        self._tracer: Tracer | None = None
+        self._recorder: Recorder | None = None
+        self._step_context: Any = None
+        self._phase_context: Any = None
+        self._phase = Phase.IDLE
+        self._started = self._removed = False
+        self._micro_batch = self._forwards = self._tokens = self._step = 0
+        self._began_s = self._step_began_s = 0.0
+        self._cost_before_s = 0.0
+        self._peak_before = 0
+        self._batch: list[Weak] = []
+        self._outputs: list[Weak] = []
+        self._losses = Losses()
+
+    # --- on and off -----------------------------------------------------------
+
+    def __enter__(self) -> Self:
+        self.begin()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.end(error)
+
+    def begin(self) -> None:
+        """From here on."""
+        self.shield.guard(self._begin)()
+        if self.shield.off:
+            self._remove()
+
+    def end(self, error: BaseException | None = None) -> None:
+        """Until here; the model and the optimizer are as they were."""
+        atexit.unregister(self._at_exit)
+        self.shield.guard(self._end)(error)
+        self._remove()
+        self.shield.off = True
+        self.window.close(self._step, error)
+
+    def _at_exit(self) -> None:
+        """The script has ended without ending this: the step it was in is nobody's any more."""
+        self.shield.off = True
+        self.end()
+
+    def _begin(self) -> None:
+        device = device_of(self._model)
+        if device.type == "cuda":
+            recorder: Recorder = LateAllocatorTrace(device)
+        else:
+            recorder = tracker = ShieldedOpTracker(self.shield)
+            tracker.begin()
+        self._recorder = recorder
+        every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
+        # A dispatch mode in somebody's loop could end up between two of the loop's own: no step is described.
+        self._tracer = tracer = Tracer(
+            recorder, self._publish, self._recomputed, every_s, described=0, counts_peaks=recorder.always_on
+        )
+        tracer.adopt(self._model, self._optimizer)
+        self._install(tracer)
+        self.window.open(recorder, tracer, device)
+        atexit.register(self._at_exit)
+        os.register_at_fork(after_in_child=self._forget_in_child)
+        self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
+        self._begin_step()
+
+    def _install(self, tracer: Tracer) -> None:
+        """Every hook, each with its removal pushed right after it."""
+        guard, undo = self.shield.guard, self._undo
+        model, optimizer = self._model, self._optimizer
+        begins = self._removing(guard(self.forward_begins))
+        undo.callback(model.register_forward_pre_hook(begins, with_kwargs=True).remove)
+        undo.enter_context(
+            tracer.attached(guard, lambda layers: self.shield.around(partial(tracer.recomputing, layers)))
+        )
+        undo.callback(model.register_forward_hook(guard(self._forward_ends)).remove)
+        undo.callback(optimizer.register_step_pre_hook(guard(self._optimizer_begins)).remove)
+        undo.callback(optimizer.register_step_post_hook(guard(self._optimizer_ends)).remove)
+        undo.enter_context(_observed_checkpoints(model))
+
+    def _removing(self, hook: Callable[..., Any]) -> Callable[..., Any]:
+        """Once something has failed, remove all hooks, here where nobody is in the middle of going through them."""
+
+        def call(*args: Any, **kwargs: Any) -> Any:
+            if self.shield.off:
+                self._remove()
+                return None
+            return hook(*args, **kwargs)
+
+        return call
+
+    def _remove(self) -> None:
+        """Take everything away; what cannot be now does nothing and is taken later."""
+        if not self._removed:
+            self._removed = True
+            try:
+                self._undo.close()
+                if self._tracer is not None:
+                    self._tracer.release()
+            except Exception as error:
+                self.shield.failed(error)
+        recorder = self._recorder
+        if isinstance(recorder, ShieldedOpTracker) and recorder.end():
+            self._recorder = None
+
+    def _forget_in_child(self) -> None:
+        """A data loader's worker is not watched."""
+        self.shield.off = self._removed = True
+
+    def _end(self, error: BaseException | None) -> None:
+        tracer = self._tracer
+        if tracer is None:
+            return
+        if isinstance(error, torch.OutOfMemoryError):
+            phase, step = self._phase, tracer.step_now
+            self._leave_step(error)
+            self.window.out_of_memory(error, tracer, step, phase)
+        else:
+            self._leave_step(error or _Over())
+        settle = getattr(tracer, "settle", None)
+        if settle is not None:
+            settle()
+
+    # --- what the hooks tell ----------------------------------------------------
+
+    def forward_begins(self, _module: Any, args: Any, kwargs: Any) -> None:
+        """The hook before the model's forward."""
+        if self._phase is Phase.BACKWARD:
+            self._micro_batch += 1
+        batch = [(name or "input", tensor) for name, tensor in owners.tensors_in({**dict(enumerate(args)), **kwargs})]
+        self._batch = [(Category.INPUTS, name, weakref.ref(tensor)) for name, tensor in batch]
+        ids = [t for name, t in batch if not t.is_floating_point()] or [t for _, t in batch]
+        self._tokens += ids[0].numel() if ids else 0
+        if not self._started:
+            self._started = True
+            self.window.begin_run(config_of(self._model, self._optimizer, ids), self._model)
+        self._switch(Phase.FORWARD)
+        assert self._tracer is not None
+        self._tracer.own_batch(dict(batch))
+
+    def _forward_ends(self, _module: Any, _args: Any, outputs: Any) -> None:
+        tracer = self._tracer
+        assert tracer is not None
+        self._forwards += 1
+        owned = list(_of_outputs(outputs))
+        self._outputs = [(category, name, weakref.ref(tensor)) for category, name, tensor in owned]
+        tracer.own_held(owned)
+        for _, name, tensor in owned:
+            if tensor.grad_fn is not None:
+                tensor.grad_fn.register_prehook(self.shield.guard(self._backward_begins))
+            if name == LOSS:
+                self._losses.note(tensor)
+        # What follows the model's forward in the script is its loss, if anything.
+        tracer.tag(Phase.FORWARD, tracer.name(LOSS))
+
+    def _backward_begins(self, _gradients: Any) -> None:
+        if self._phase is not Phase.BACKWARD and self._tracer is not None:
+            self._switch(Phase.BACKWARD)
+            self._tracer.tag(Phase.BACKWARD, self._tracer.name(LOSS))
+
+    def _optimizer_begins(self, *_: Any) -> None:
+        self._switch(Phase.OPTIMIZER)
+
+    def _optimizer_ends(self, *_: Any) -> None:
+        recorder, tracer = self._recorder, self._tracer
+        assert recorder is not None
+        assert tracer is not None
+        allocated, reserved, peak = recorder.allocated_bytes(), recorder.reserved_bytes(), recorder.peak_bytes()
+        seconds = time.perf_counter() - self._step_began_s
+        self._leave_step(None)
+        self._step += 1
+        if self._step == 1:
+            self.window.managed_bytes = sum(allocation.bytes for allocation in owners.paged(self._optimizer))
+        self.window.stepped(
+            step=self._step, loss=self._losses.read(), seconds=seconds, tokens=self._tokens,
+            allocated_bytes=allocated, reserved_bytes=reserved, traced=tracer.last_traced == self._step,
+            # A counter that is the script's own is not reset: it tells of a step that exceeds all before.
+            peak_bytes=peak if recorder.always_on or peak > self._peak_before else None,
+            trace_seconds=tracer.cost_s - self._cost_before_s,
+        )  # fmt: skip
+        self._begin_step()
+
+    # --- steps and phases ---------------------------------------------------------
+
+    def _begin_step(self) -> None:
+        recorder, tracer = self._recorder, self._tracer
+        assert recorder is not None
+        assert tracer is not None
+        self._micro_batch = self._tokens = 0
+        if recorder.always_on:
+            recorder.reset_peak()
+        self._peak_before = recorder.peak_bytes()
+        self._step_began_s = time.perf_counter()
+        context = tracer.step(self._step + 1, 1, self._wants(self._step + 1), self._held)
+        context.__enter__()
+        self._step_context = context
+        self._switch(Phase.DATA)
+
+    def _wants(self, step: int) -> bool:
+        """The governor of our own loop: all on a CPU, on a GPU as many as take their share of the time."""
+        assert self._recorder is not None
+        assert self._tracer is not None
+        if self._every_step or self._recorder.always_on or step <= 2:
+            return True
+        return self._tracer.cost_s - self._cost_before_s < TRACE_SHARE * (time.perf_counter() - self._began_s)
+
+    def _switch(self, phase: Phase) -> None:
+        assert self._tracer is not None
+        self._leave_phase(None)
+        of_batch = phase in (Phase.FORWARD, Phase.BACKWARD)
+        context = self._tracer.phase(phase, self._micro_batch if of_batch else 0)
+        context.__enter__()
+        self._phase_context, self._phase = context, phase
+
+    def _leave_phase(self, error: BaseException | None) -> None:
+        context, self._phase_context, self._phase = self._phase_context, None, Phase.IDLE
+        _leave(context, error)
+
+    def _leave_step(self, error: BaseException | None) -> None:
+        self._leave_phase(error)
+        self.window.micro_batches[self._step + 1] = self._micro_batch + 1
+        context, self._step_context = self._step_context, None
+        _leave(context, error)
+
+    def _held(self) -> Iterator[owners.Owned]:
+        """What the script still holds of the batch and the outputs we saw last."""
+        for category, name, reference in (*self._batch, *self._outputs):
+            tensor = reference()
+            if tensor is not None:
+                yield category, name, tensor
+
+    def _publish(self, trace: Any) -> None:
+        self.shield.guard(self.window.publish)(trace)
+
+    def _recomputed(self, event: Recompute) -> None:
+        self.window.recomputed(event)
+
+
+class _Over(BaseException):
+    """Leaves a step that will not be finished."""
+
+
+def _leave(context: Any, error: BaseException | None) -> None:
+    """Leave a context as if its body had raised, without raising that again."""
+    if context is None:
+        return
+    try:
+        context.__exit__(type(error) if error else None, error, None)
+    except BaseException as same:
+        if same is not error:
+            raise
+
+
+def _of_outputs(outputs: Any) -> Iterable[owners.Owned]:
+    """Logits, loss and KV cache of transformers; of any other model what it returns is its logits."""
+    owned = list(owners.of_outputs(outputs))
+    if owned or outputs is None:
+        return owned
+    tensors = [t for _, t in owners.tensors_in(outputs)] if not isinstance(outputs, torch.Tensor) else [outputs]
+    return [(Category.LOGITS_LOSS, LOSS if t.dim() == 0 else LOGITS, t) for t in tensors]
+
+
+@contextmanager
+def _observed_checkpoints(model: torch.nn.Module) -> Iterator[None]:
+    """Have transformers' layers that checkpoint themselves say when they are computed again."""
+    with ExitStack() as undo:
+        for name, layer in model.named_modules():
+            checkpoint = vars(layer).get("_gradient_checkpointing_func")
+            if checkpoint is not None and getattr(layer, "gradient_checkpointing", False):
+                layer._gradient_checkpointing_func = partial(_checkpoint, checkpoint, name)
+                undo.callback(setattr, layer, "_gradient_checkpointing_func", checkpoint)
+        yield
+
+
+def _checkpoint(checkpoint: Callable[..., Any], name: str, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
+    return checkpoint(recompute.observed(run, (name,)), *args, **kwargs)

@@ -1,0 +1,100 @@
+"""A terminal with the real program in it: a pty, as an SSH session has one."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import pty
+import signal
+import struct
+import subprocess
+import sys
+import termios
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+T = TypeVar("T")
+
+
+def until(condition: Callable[[], T], what: Callable[[], object] = lambda: "", seconds: float = 60.0) -> T:
+    """Wait until a condition holds and return what it gave; fails loudly instead of hanging."""
+    deadline, never = time.monotonic() + seconds, threading.Event()
+    while not (found := condition()):
+        assert time.monotonic() < deadline, what()
+        never.wait(0.01)
+    return found
+
+
+class Terminal:
+    """Runs `gpumem-tui ARGUMENTS` as the leader of a session on a pty of its own.
+
+    Attributes:
+        output: All that was drawn.
+    """
+
+    def __init__(self, *arguments: str, environment: dict[str, str], folder: Path, rows: int = 24) -> None:
+        self.master, slave = pty.openpty()
+        self.resize(rows, 80)
+        self.before = termios.tcgetattr(slave)
+        self._slave = slave  # kept open, so that the modes can be read when the program has gone
+
+        own_it = (
+            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
+        )
+        program = [sys.executable, "-m", "gpumem_tui.tui", *arguments]
+        self.process = subprocess.Popen(
+            [sys.executable, "-c", own_it, *program], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
+            env=os.environ | environment | {"TERM": "xterm-256color"}, cwd=folder,
+        )  # fmt: skip
+        self.output = b""
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        while True:
+            try:
+                data = os.read(self.master, 1 << 16)
+            except OSError:
+                return
+            if not data:
+                return
+            self.output += data
+
+    def press(self, *keys: str) -> None:
+        for key in keys:
+            os.write(self.master, key.encode())
+
+    def resize(self, rows: int, columns: int) -> None:
+        fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
+
+    def sees(self, text: str) -> None:
+        until(lambda: text.encode() in self.output, lambda: self.output[-2000:])
+
+    def wait(self) -> int:
+        return self.process.wait(60)
+
+    def sane(self) -> bool:
+        """Whether the program left the terminal as it found it: its modes, the normal screen, the cursor."""
+        modes: list[Any] = termios.tcgetattr(self._slave)
+        left_screen = self.output.rfind(b"\x1b[?1049l") > self.output.rfind(b"\x1b[?1049h")
+        shown = self.output.rfind(b"\x1b[?25h") > self.output.rfind(b"\x1b[?25l")
+        return bool(modes == self.before and left_screen and shown)
+
+    def hang_up(self) -> None:
+        """As a dropped SSH connection does: the terminal goes, and SIGHUP comes."""
+        os.close(self._slave)
+        os.close(self.master)
+        self.process.wait(60)
+
+    def close(self) -> None:
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGKILL)
+            self.process.wait(60)
+        for handle in (self.master, self._slave):
+            try:
+                os.close(handle)
+            except OSError:  # it has been hung up
+                continue

@@ -1,0 +1,451 @@
+"""The engine outlives the terminal: one process serves, others look, command, leave and come back."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import re
+import shutil
+import signal
+import socket
+import struct
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+import numpy as np
+import psutil
+import pytest
+
+from gpumem_tui.engine import whereabouts, wire
+from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.events import Kind, StepTrace
+from gpumem_tui.engine.feed import End, Pause, Save, Standing, Start, Stop, TakeOver
+from gpumem_tui.engine.launch import Launcher
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.service import LINGER_S, Linger, Log
+from gpumem_tui.engine.whereabouts import Claim, Place
+
+from .conftest import Engine, small_run
+from .serving import an_engine_served
+from .terminal import Terminal, until
+
+SMALL = ["--device", "cpu", "--batch-size", "2", "--seq-len", "16", "--set", "rows=8"]
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine of one's own: nothing runs on it, and when a test is over nothing of it is left."""
+    base = Path(tempfile.mkdtemp(prefix="g-"))  # the path of a socket has to be short
+    runtime, temporary = base / "run", base / "tmp"
+    for folder in (runtime, temporary):
+        folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield base
+    for place in whereabouts.engines():
+        card = place.card()
+        assert card is not None
+        os.kill(card.pid, signal.SIGKILL)
+        until(lambda p=place: not p.alive())  # type: ignore[misc]
+    shutil.rmtree(base)
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpumem_tui.tui", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def left_over(home: Path) -> list[str]:
+    """Sockets, folders and temporary files that should not be there any more."""
+    ours = {home / "run" / "gpumem-tui", home / "run" / "gpumem-tui" / ".lock"}
+    found = {path for folder in ("run", "tmp") for path in (home / folder).rglob("*")}
+    # torch makes a cache folder for its compiler, whoever imports it.
+    return [str(path) for path in found - ours if not path.name.startswith("torchinductor")]
+
+
+def step_of(place: Place) -> int:
+    status = peek(place)
+    return status.step if status is not None else 0
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+class Viewers:
+    """Viewers of one engine in this process, detached when the test is over."""
+
+    def __init__(self) -> None:
+        self.all: list[Remote] = []
+
+    def start(self, config: RunConfig, linger_s: float | None = None) -> Remote:
+        remote = Remote(launch=Launcher(linger_s))
+        self.all.append(remote)
+        remote.start(config)
+        until(lambda: remote.milestones(0) and remote.standing is Standing.ATTACHED, lambda: remote.milestones(0))
+        return remote
+
+    def attach(self, place: Place | None, take: bool = False) -> Remote:
+        assert place is not None
+        remote = Remote(place, take=take)
+        self.all.append(remote)
+        remote.attach()
+        return remote
+
+
+@pytest.fixture
+def viewers(home: Path) -> Iterator[Viewers]:
+    made = Viewers()
+    yield made
+    for viewer in made.all:
+        viewer.close()
+
+
+def kinds(viewer: Remote) -> list[Kind]:
+    return [m.kind for m in viewer.milestones(0)]
+
+
+def steps(viewer: Remote) -> int:
+    return kinds(viewer).count(Kind.STEP_ENDED)
+
+
+# --- the whole story --------------------------------------------------------------
+
+
+def test_a_dropped_connection_costs_nothing(home: Path) -> None:
+    """Start, lose the terminal, come back with all that happened, take over, toggle, detach, stop."""
+    environment = {"XDG_RUNTIME_DIR": str(home / "run"), "TMPDIR": str(home / "tmp")}
+    first = Terminal(*SMALL, environment=environment, folder=home)
+    (place,) = until(whereabouts.engines)
+    until(lambda: step_of(place) >= 2, lambda: first.output[-2000:])
+    card = place.card()
+    assert card is not None and place.name == "tiny"
+
+    first.hang_up()
+    first.close()
+    seen = step_of(place)
+    until(lambda: step_of(place) > seen + 1)
+
+    second = Terminal("attach", environment=environment, folder=home)
+    second.sees("tiny")
+    second.press("s")
+    (saved,) = until(lambda: list(home.glob("*.gpumem")))
+    history = Replay(saved)
+    assert [m.index for m in history.milestones(0)] == list(range(len(history.milestones(0))))
+    assert [m.data["step"] for m in history.milestones(0) if m.kind is Kind.STEP_ENDED][:seen] == [*range(1, seen + 1)]
+    assert [trace.step for trace in history.traces()][:2] == [0, 1]
+
+    third = Terminal("attach", "tiny", environment=environment, folder=home)
+    third.sees("read-only")
+    third.press("l")
+    third.sees("takes over")
+    third.press("!", "l")
+    until(lambda: "lora" in getattr(peek(place), "techniques", ""), lambda: third.output[-2000:])
+    listed = cli("ps").stdout.splitlines()
+    assert re.match(r"tiny +\d+ +tiny +batch_size=2 .*lora=on.* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
+
+    for terminal in (second, third):
+        terminal.press("q", "d") if terminal is third else terminal.press("q")
+        assert terminal.wait() == 0
+        assert terminal.sane()
+        terminal.close()
+    until(lambda: getattr(peek(place), "viewers", 1) == 0)
+
+    assert cli("stop", "tiny").stdout == "tiny has ended\n"
+    assert gone(card.pid)
+    assert left_over(home) == []
+
+
+def test_quitting_with_stop_leaves_nothing_behind(home: Path) -> None:
+    environment = {"XDG_RUNTIME_DIR": str(home / "run"), "TMPDIR": str(home / "tmp")}
+    terminal = Terminal(*SMALL, environment=environment, folder=home)
+    (place,) = until(whereabouts.engines)
+    card = place.card()
+    until(lambda: step_of(place) >= 1)
+    terminal.press("q")
+    terminal.sees("the run goes on")
+    terminal.press("x")
+    assert terminal.wait() == 0
+    assert terminal.sane()
+    assert card is not None and gone(card.pid)
+    assert left_over(home) == []
+    terminal.close()
+
+
+# --- several viewers ----------------------------------------------------------------
+
+
+def test_the_first_commands_and_the_others_look_until_one_takes_over(viewers: Viewers, home: Path) -> None:
+    """And when all have left, an engine told not to linger leaves too."""
+    first = viewers.start(small_run(steps=0), linger_s=0.0)
+    until(lambda: steps(first))
+    second, third = viewers.attach(first.place), viewers.attach(first.place, take=True)
+    until(lambda: first.standing is Standing.READ_ONLY)
+    until(lambda: third.standing is Standing.ATTACHED)
+    for reader in (first, second):
+        with pytest.raises(UserError, match="another viewer commands this engine; ! takes over"):
+            reader.command(Stop())
+    second.command(TakeOver())
+    second.command(Pause(True))
+    until(lambda: Kind.PAUSED in kinds(first))
+    second.command(Start(small_run(steps=0, lora="on")))
+    until(lambda: all(v.config() == small_run(steps=0, lora="on") for v in viewers.all))
+    assert {v.standing for v in (first, third)} == {Standing.READ_ONLY}
+
+    with pytest.raises(UserError, match="set lora=on"):
+        second.command(Start(small_run().with_({"quantization": "nf4"})))
+    runs = kinds(second).count(Kind.RUN_STARTED)
+    second._commands.append(wire.pack_command(Start(small_run().with_({"quantization": "nf4"}))))
+    until(lambda: Kind.REFUSED in kinds(second))
+    assert Kind.REFUSED not in kinds(first), "it is said to the one who asked"
+    assert kinds(second).count(Kind.RUN_STARTED) == runs
+
+    card = first.place.card() if first.place else None
+    for viewer in viewers.all:
+        viewer.close()
+    assert card is not None
+    until(lambda: gone(card.pid))
+    assert left_over(home) == []
+
+
+# --- death ------------------------------------------------------------------------------
+
+
+def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_again(
+    viewers: Viewers, home: Path
+) -> None:
+    viewer = viewers.start(small_run(steps=0))
+    until(lambda: steps(viewer) >= 2 and len(viewer.traces()) >= 3)
+    status = peek(viewer.place) if viewer.place else None
+    assert status is not None
+    os.kill(status.pid, signal.SIGKILL)
+    until(lambda: viewer.standing is Standing.GONE, seconds=1.0)
+    told = viewer.milestones(0)[-1]
+    assert told.text == (
+        f"the engine's process {status.pid} has ended (killed by SIGKILL); "
+        "s saves what was seen, r starts the run again, q quits"
+    )
+    assert gone(status.pid)
+    viewer.command(Save(home / "seen.gpumem"))
+    until(lambda: Kind.SAVED in kinds(viewer))
+    assert len(Replay(home / "seen.gpumem").traces()) == len(viewer.traces()) >= 3
+    with pytest.raises(UserError, match="the engine has gone"):
+        viewer.command(Stop())
+
+    config = viewer.config()
+    assert config is not None
+    viewer.command(Start(config))
+    until(lambda: viewer.standing is Standing.ATTACHED and kinds(viewer)[-1] is Kind.STEP_ENDED)
+    told_all = viewer.milestones(0)
+    assert [m.index for m in told_all] == list(range(len(told_all)))
+    assert [m.run for m in told_all if m.kind is Kind.RUN_STARTED] == [1, 2]
+    viewer.command(End())
+    assert viewer.wait_ended(30)
+    assert left_over(home) == []
+
+
+def test_what_a_crash_left_is_cleaned_at_the_next_start(home: Path) -> None:
+    claim = subprocess.run(
+        [sys.executable, "-c", "from gpumem_tui.engine.whereabouts import Claim; import os, socket; "
+         "c = Claim('old', 'run', 1, '0'); s = socket.socket(socket.AF_UNIX); s.bind(str(c.place.socket)); "
+         "os.kill(os.getpid(), 9)"], check=False,
+    )  # fmt: skip
+    assert claim.returncode == -signal.SIGKILL
+    assert {Path(path).name for path in left_over(home)} == {"old", "lock", "card.json", "socket"}
+    assert whereabouts.engines() == []
+    new = Claim("old", "run", 1, "0")
+    assert new.place.name == "old" and not new.place.socket.exists()
+    second = Claim("old", "run", 1, "0")
+    assert [p.name for p in whereabouts.engines()] == ["old", "old-2"]
+    for each in (new, second):
+        each.release()
+    assert left_over(home) == []
+
+
+# --- the socket -------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def serving() -> Iterator[tuple[Place, Engine]]:
+    """An engine with a run that has ended, served by a thread of this process."""
+    with an_engine_served(small_run(steps=3, checkpointing="layers")) as made:
+        yield made
+
+
+@pytest.fixture
+def served(serving: tuple[Place, Engine]) -> Place:
+    return serving[0]
+
+
+def test_a_viewer_sees_what_the_engine_has_from_the_beginning(serving: tuple[Place, Engine], tmp_path: Path) -> None:
+    """The recording of one who came late is the recording of one who was there."""
+    place, engine = serving
+    late, there = Remote(place), engine.session
+    late.attach()
+    until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4, seconds=1.0)
+    assert list(late.milestones(0)) == list(there.milestones(0))
+    assert (late.config(), late.environment()) == (there.config(), there.environment())
+    for ours, theirs in zip(late.traces(), there.traces(), strict=True):
+        for field in dataclasses.fields(StepTrace):
+            mine, original = getattr(ours, field.name), getattr(theirs, field.name)
+            assert np.array_equal(mine, original) if isinstance(original, np.ndarray) else mine == original
+            assert type(getattr(ours, field.name)) is type(getattr(theirs, field.name))
+        assert Ledger(ours).peak == Ledger(theirs).peak
+    late.command(Save(tmp_path / "late.gpumem"))
+    until(lambda: Kind.SAVED in kinds(late))
+    assert list(Replay(tmp_path / "late.gpumem").milestones(0)) == list(there.milestones(0))
+    late.close()
+
+
+def raw(place: Place) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(30)
+    connection.connect(str(place.socket))
+    return connection
+
+
+def ends(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def test_nobody_else_can_reach_the_socket(served: Place) -> None:
+    assert served.folder.stat().st_mode & 0o777 == 0o700
+    assert served.folder.parent.stat().st_mode & 0o777 == 0o700
+    assert served.socket.stat().st_mode & 0o777 == 0o600
+
+
+def test_another_user_is_shown_the_door(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(wire, "peer_uid", lambda _connection: os.getuid() + 1)
+    with raw(served) as connection:
+        assert ends(connection)
+
+
+def pack(message: object) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return struct.pack("!I", len(body)) + body
+
+
+HELLO = {"type": "hello", "protocol": wire.PROTOCOL, "version": "x"}
+
+
+@pytest.mark.parametrize(
+    "nonsense",
+    [
+        b"GET / HTTP/1.1\r\n\r\n", struct.pack("!I", 0xFFFFFFFF), struct.pack("!I", wire.LARGEST_ASK + 1),
+        struct.pack("!I", 3) + b"\xc1\xc1\xc1", pack({"type": "nothing"}), pack([1, 2, 3]), pack({"type": "hello"}),
+        pack({"type": "ask", "since": 0, "trace": 0, "config": 0}), pack(HELLO | {"protocol": "one"}),
+        pack(HELLO) + pack({"type": "do", "name": "rm"}), pack(HELLO) + pack({"type": "ask", "since": None}),
+        pack(HELLO) + pack({"type": "do", "name": "start", "config": {"options": 3}}),
+        struct.pack("!I", 2000) + b"\x91" * 2000, b"\x80\x04\x95" + b"." * 40,
+    ],
+    ids=lambda data: repr(data[:24]),
+)  # fmt: skip
+def test_nonsense_ends_its_connection_and_nothing_else(served: Place, nonsense: bytes) -> None:
+    bystander = Remote(served)
+    bystander.attach()
+    with raw(served) as connection:
+        connection.sendall(nonsense)
+        greeted = nonsense.startswith(pack(HELLO))
+        if greeted:
+            assert isinstance(wire.read_answer(connection), wire.Welcome)
+        assert ends(connection)
+    until(lambda: bystander.trace() is not None)
+    assert bystander.standing in (Standing.ATTACHED, Standing.READ_ONLY)
+    bystander.close()
+
+
+def test_another_version_gets_one_clear_line(served: Place) -> None:
+    with raw(served) as connection:
+        connection.sendall(pack(HELLO | {"protocol": wire.PROTOCOL + 1, "version": "9.9"}))
+        answer = wire.read_answer(connection)
+        assert isinstance(answer, wire.Refused)
+        assert re.fullmatch(
+            r"tiny was started by gpumem-tui \S+, this is 9.9: use that version, or end it: .*", answer.text
+        )
+        assert ends(connection)
+
+
+def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: Place) -> None:
+    """It asks a thousand times and reads nothing: one answer lies in the socket, and the others go on."""
+    slow = raw(served)
+    slow.sendall(pack(HELLO))
+    assert isinstance(wire.read_answer(slow), wire.Welcome)
+    ask = pack({"type": "ask", "since": 0, "trace": 0, "config": 0})
+    slow.setblocking(False)
+    sent = 0
+    try:
+        for _ in range(1000):
+            sent += slow.send(ask)
+    except BlockingIOError:
+        pass
+    quick = Remote(served)
+    quick.attach()
+    until(lambda: len(quick.traces()) == 4)
+    quick.close()
+    slow.setblocking(True)
+    answer = wire.read_answer(slow)
+    assert isinstance(answer, wire.News) and answer.trace is not None
+    slow.close()
+
+
+def test_no_port_is_opened(served: Place) -> None:
+    assert psutil.Process().net_connections(kind="inet") == []
+
+
+# --- how long it stays ----------------------------------------------------------------
+
+
+def test_a_run_without_viewers_ends_when_its_steps_are_done_and_ten_minutes_more() -> None:
+    linger = Linger(None)
+    assert not linger.over(0.0, idle=False, now_s=10 * LINGER_S)
+    assert not linger.over(0.0, idle=True, now_s=10 * LINGER_S + 1)
+    assert not linger.over(0.0, idle=True, now_s=11 * LINGER_S)
+    assert linger.over(0.0, idle=True, now_s=11 * LINGER_S + 2)
+    assert not linger.over(None, idle=True, now_s=20 * LINGER_S), "somebody looks at it"
+    assert not linger.over(20 * LINGER_S, idle=True, now_s=20 * LINGER_S + 1)
+
+
+def test_linger_counts_from_when_the_last_viewer_left() -> None:
+    linger = Linger(5.0)
+    assert not linger.over(None, idle=False, now_s=100.0)
+    assert not linger.over(100.0, idle=False, now_s=104.0)
+    assert linger.over(100.0, idle=False, now_s=105.0)
+
+
+# --- what libraries print -----------------------------------------------------------------
+
+
+def test_what_is_printed_comes_line_by_line_and_a_progress_bar_as_its_last_state(tmp_path: Path) -> None:
+    log = Log(tmp_path / "log")
+
+    def write(text: str) -> None:
+        with (tmp_path / "log").open("a") as file:
+            file.write(text)
+
+    write("CUDA says hello\nhalf ")
+    assert log.new_lines() == ["CUDA says hello"]
+    write("a line\n 10%\r 50%\r100%\n\n")
+    assert log.new_lines() == ["half a line", "100%"]
+    write("".join(f"line {i}\n" for i in range(500)))
+    lines = log.new_lines()
+    assert (len(lines), lines[0], lines[-1]) == (51, "... 450 lines more in the log ...", "line 499")
+
+
+def test_commands_on_engines_that_are_not_there_say_so(home: Path) -> None:
+    assert cli("ps").stdout == "no engine is running\n"
+    for command in ("attach", "stop"):
+        done = cli(command, "tiny")
+        assert (done.returncode, done.stderr) == (2, "gpumem-tui: no engine is running; gpumem-tui starts one\n")
+    done = cli("--linger", "soon")
+    assert (done.returncode, done.stderr) == (2, "gpumem-tui: --linger soon: takes a time such as 90, 10m or 2h\n")

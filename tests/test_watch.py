@@ -1,0 +1,366 @@
+"""Any training script: watched exactly, at no risk, and left as it was."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
+
+from gpumem_tui.engine import server, whereabouts
+from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.events import Category, Kind, Milestone, Phase, StepTrace
+from gpumem_tui.engine.feed import Pause, Save, Standing, Start, Stop
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.remote import Remote
+from gpumem_tui.engine.sources import hooks
+from gpumem_tui.engine.sources.op_tracker import OpTracker
+from gpumem_tui.engine.sources.tracer import Tracer
+from gpumem_tui.engine.watch import loss as loss_module
+from gpumem_tui.engine.watch import recorders, watcher, window
+from gpumem_tui.engine.watch.leftovers import SCRIPT
+from gpumem_tui.engine.watch.window import Window
+from gpumem_tui.watch import MemoryCallback, watch
+
+from .examples import accelerate_loop, plain_loop, trainer_lora
+from .terminal import until
+
+# transformers and PEFT still use names that newer transformers call deprecated.
+pytestmark = pytest.mark.filterwarnings(r"ignore::FutureWarning:(transformers|peft|accelerate)\..*")
+
+EXAMPLES = Path(__file__).parent / "examples"
+
+
+@pytest.fixture(autouse=True)
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    base = Path(tempfile.mkdtemp(prefix="g-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    yield base
+    assert whereabouts.engines() == [], "a watched script has left something"
+    shutil.rmtree(base)
+
+
+class Seen:
+    """All that was said while scripts were watched."""
+
+    def __init__(self) -> None:
+        self.windows: list[Window] = []
+        self.traces: list[StepTrace] = []
+
+    @property
+    def ledgers(self) -> list[Ledger]:
+        return [Ledger(trace) for trace in self.traces]
+
+    def told(self, kind: Kind) -> list[Milestone]:
+        return [m for m in self.windows[-1].milestones(0) if m.kind is kind]
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    made = Seen()
+    opened, begun = Window.publish, Window.__init__
+
+    def begin(self: Window, name: str | None) -> None:
+        begun(self, name)
+        made.windows.append(self)
+        publish = self._feed.publish_trace
+
+        def keep(trace: StepTrace) -> None:
+            publish(trace)
+            if not trace.partial:
+                made.traces.append(trace)
+
+        self._feed.publish_trace = keep  # type: ignore[method-assign]
+
+    assert opened
+    monkeypatch.setattr(Window, "__init__", begin)
+    return made
+
+
+def small_model() -> tuple[GPTNeoXForCausalLM, torch.optim.AdamW]:
+    torch.manual_seed(0)
+    config = GPTNeoXConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
+        max_position_embeddings=64, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    model = GPTNeoXForCausalLM(config)
+    # The new name came in with transformers 5.18; the old one warns from then on.
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[float]:
+    losses = []
+    for step in range(steps):
+        ids = torch.arange(32).view(2, 16) + step
+        outputs = model(input_ids=ids, labels=ids)
+        outputs.loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(outputs.loss.item())
+    return losses
+
+
+def hook_tables(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> list[Any]:
+    """Everything that hangs on modules and on the optimizer, down to the attributes there are."""
+    tables: list[Any] = []
+    for thing in (*model.modules(), optimizer):
+        tables += [
+            (type(thing), name, value.copy() if "hooks" in name else id(value))
+            for name, value in vars(thing).items()
+            if "hook" in name or callable(value)
+        ]
+        tables.append(sorted(vars(thing)))
+    return tables
+
+
+# --- exactness ------------------------------------------------------------------------
+
+
+def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
+    """At every event everything has a name; the sums are the recorder's own at its readings."""
+    steps = {m.data["step"]: m.data for m in seen.told(Kind.STEP_ENDED)}
+    assert [trace.step for trace in seen.traces] == sorted(steps)
+    for ledger in seen.ledgers:
+        told, after = steps[ledger.trace.step], ledger.after(Phase.OPTIMIZER)
+        assert ledger.curve[Category.UNKNOWN].max() == 0
+        assert ledger.unmatched_frees == 0
+        assert after is not None and sum(after.values()) == told["allocated_bytes"]
+        assert ledger.peak.bytes == told["peak_bytes"]
+        held = ledger.by_name(len(ledger.trace.events) - 1, Category.WORKSPACE)
+        assert held.get(SCRIPT, 0) <= script_bytes_max, held
+
+
+def test_a_plain_loop(seen: Seen) -> None:
+    losses = plain_loop.main(4)
+    check_exact(seen)
+    told = [m.data["step"] for m in seen.told(Kind.STEP_ENDED)]
+    assert told == [1, 2, 3, 4] and len(losses) == 4
+    ledger = seen.ledgers[-1]
+    after = ledger.after(Phase.OPTIMIZER)
+    assert after is not None
+    assert after[Category.GRADIENTS] == after[Category.PARAMETERS] > 0
+    assert 2 * after[Category.PARAMETERS] <= after[Category.OPTIMIZER_STATE] < 2.1 * after[Category.PARAMETERS]
+    assert ledger.peak.by_category[Category.ACTIVATIONS] > 0
+    phases = [span.phase for span in ledger.trace.phases]
+    assert phases == [Phase.DATA, Phase.FORWARD, Phase.BACKWARD, Phase.OPTIMIZER]
+    assert any(layer.startswith("1") for layer in ledger.by_layer(ledger.peak.event))
+
+
+def test_a_trainer_with_lora_and_checkpointing(seen: Seen) -> None:
+    model = trainer_lora.main(3)
+    check_exact(seen, script_bytes_max=4096)  # the loader has the next batch at hand
+    trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    after = seen.ledgers[-1].after(Phase.OPTIMIZER)
+    assert after is not None and after[Category.GRADIENTS] == trained
+    config = seen.windows[-1].config()
+    assert config is not None
+    assert (config["lora"], config["checkpointing"], config["batch_size"]) == (True, "layers", 4)
+    recomputed = [m.data["layers"] for m in seen.told(Kind.RECOMPUTED)]
+    assert len(recomputed) == 2 * 3
+    assert all(layers[0].endswith(("layers.0", "layers.1")) for layers in recomputed)
+
+
+def test_an_accelerate_loop_with_accumulation(seen: Seen) -> None:
+    accelerate_loop.main(3)
+    check_exact(seen, script_bytes_max=4096)  # the data set, and the batch at hand
+    assert [trace.micro_batches for trace in seen.traces] == [2, 2, 2]
+    assert {span.micro_batch for span in seen.traces[-1].phases} == {0, 1}
+
+
+def test_what_the_script_keeps_is_said_to_be_the_scripts(seen: Seen) -> None:
+    model, optimizer = small_model()
+    with watch(model, optimizer):
+        kept = [torch.ones(1000)]
+        train(model, optimizer, 1)
+        kept.append(torch.ones(1000))
+        train(model, optimizer, 1)
+    last = seen.ledgers[-1]
+    assert last.by_name(len(last.trace.events) - 1, Category.WORKSPACE) == {SCRIPT: sum(t.nbytes for t in kept)}
+
+
+# --- no trace of us -------------------------------------------------------------------
+
+
+def test_unwatching_restores_the_model_and_the_optimizer_exactly(seen: Seen) -> None:
+    model, optimizer = small_model()
+    train(model, optimizer, 1)
+    before = hook_tables(model, optimizer)
+    with watch(model, optimizer):
+        assert hook_tables(model, optimizer) != before
+        train(model, optimizer, 2)
+    assert hook_tables(model, optimizer) == before
+    with pytest.raises(RuntimeError, match="of their own"), watch(model, optimizer):
+        raise RuntimeError("of their own")
+    assert hook_tables(model, optimizer) == before
+
+
+def test_a_watched_run_trains_as_an_unwatched_one() -> None:
+    alone = train(*small_model(), 3)
+    model, optimizer = small_model()
+    with watch(model, optimizer):
+        watched = train(model, optimizer, 3)
+    assert watched == alone
+
+
+def boom(*_: Any, **__: Any) -> Any:
+    raise RuntimeError("injected")
+
+
+FAULTS: list[tuple[Any, str]] = [
+    *[(Tracer, name) for name in ("tag", "own", "own_batch", "own_held", "name", "leaf", "phase", "step", "adopt")],
+    *[(Tracer, name) for name in ("recomputing", "release")],
+    *[(OpTracker, name) for name in ("see", "start", "drain", "stamp", "address", "allocated_bytes", "peak_bytes")],
+    *[(hooks, name) for name in ("_enter", "_leave", "_before_backward", "_tensor_in")],
+    *[(watcher.watch, name) for name in ("forward_begins", "_forward_ends", "_backward_begins", "_optimizer_begins")],
+    *[(watcher.watch, name) for name in ("_optimizer_ends", "_begin_step", "_install")],
+    *[(watcher, name) for name in ("config_of", "device_of", "_of_outputs")],
+    *[(Window, name) for name in ("open", "begin_run", "publish", "stepped", "recomputed")],
+    (window, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
+    (recorders, "tree_leaves"), (Window, "_read_gauge"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("late", [False, True], ids=["at once", "later"])
+@pytest.mark.parametrize(("where", "name"), FAULTS, ids=lambda part: getattr(part, "__name__", part))
+def test_a_fault_in_watching_is_logged_once_and_the_run_goes_on(
+    where: Any, name: str, late: bool, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    alone = train(*small_model(), 3)
+    model, optimizer = small_model()
+    before = hook_tables(model, optimizer)
+    good, calls = getattr(where, name), 0
+
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        nonlocal calls
+        calls += 1
+        return good(*args, **kwargs) if late and calls <= 3 else boom()
+
+    monkeypatch.setattr(where, name, fails)
+    with caplog.at_level(logging.WARNING), watch(model, optimizer) as watched:
+        assert train(model, optimizer, 3) == alone
+        if watched.shield.off:
+            with torch.no_grad():
+                model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
+            assert hook_tables(model, optimizer) == before, "the next forward takes everything away"
+    assert hook_tables(model, optimizer) == before
+    warned = [record.getMessage() for record in caplog.records if record.name == "gpumem_tui.watch"]
+    if calls > (3 if late else 0):
+        assert len(warned) == 1 and "the run goes on: injected" in warned[0]
+    else:
+        assert warned == []
+
+
+@pytest.mark.parametrize("where", [(server.Server, "serve"), (window, "Claim")])
+def test_a_fault_in_serving_costs_the_viewers_only(
+    where: tuple[Any, str], seen: Seen, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(*where, boom)
+    model, optimizer = small_model()
+    with watch(model, optimizer):
+        assert len(train(model, optimizer, 3)) == 3
+
+
+def test_exceptions_of_the_script_are_the_scripts(seen: Seen) -> None:
+    model, optimizer = small_model()
+    with pytest.raises(IndexError), watch(model, optimizer) as watched:
+        model(input_ids=torch.full((1, 4), 1_000_000))
+    assert not watched.window.milestones(0)[-1].data.get("detail")
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer):
+        train(model, optimizer, 1)
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "2.00 GiB" in seen.told(Kind.OUT_OF_MEMORY)[0].text
+    with pytest.raises(TypeError, match=r"is no torch\.optim\.Optimizer"):
+        watch(model, "adamw")
+
+
+# --- the other terminal -----------------------------------------------------------------
+
+
+def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path) -> None:
+    model, optimizer = small_model()
+    with watch(model, optimizer, name="mine"):
+        train(model, optimizer, 2)
+        remote = Remote(whereabouts.find("mine"))
+        remote.attach()
+        until(lambda: remote.trace() is not None and len(remote.traces()) == 2)
+        config = remote.config()
+        assert remote.standing is Standing.WATCHING and config is not None
+        assert (config.model, config["checkpointing"], config.batch_size) == ("GPTNeoXForCausalLM", "layers", 2)
+        wanted = config.with_({"kv_cache": not config["kv_cache"]})
+        with pytest.raises(UserError, match=r"is for your script to set: model\.config\.use_cache; it acts on"):
+            remote.command(Start(wanted))
+        for command in (Stop(), Pause(True)):
+            with pytest.raises(UserError, match="the loop is your own script's"):
+                remote.command(command)
+        remote.command(Save(home / "mine.gpumem"))
+        until(lambda: remote.milestones(0)[-1].kind is Kind.SAVED)
+        assert [t.step for t in Replay(home / "mine.gpumem").traces()] == [1, 2]
+        train(model, optimizer, 1)
+    until(lambda: remote.standing is Standing.GONE)
+    assert [m.kind for m in remote.milestones(0)][-2:] == [Kind.RUN_ENDED, Kind.ENGINE_ENDED]
+    remote.close()
+
+
+def test_a_training_that_raised_is_unwatched_by_close() -> None:
+    model, optimizer = small_model()
+    before = hook_tables(model, optimizer)
+    callback = MemoryCallback()
+    callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
+    train(model, optimizer, 1)
+    callback.close()
+    assert hook_tables(model, optimizer) == before
+
+
+def run_under_exec(*arguments: str) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "gpumem_tui.tui", "exec", "--", *arguments]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def test_a_script_that_was_not_edited() -> None:
+    script = run_under_exec(sys.executable, str(EXAMPLES / "unedited.py"))
+    try:
+        (place,) = until(whereabouts.engines)
+        remote = Remote(place)
+        remote.attach()
+        steps: Callable[[], list[Milestone]] = lambda: [  # noqa: E731
+            m for m in remote.milestones(0) if m.kind is Kind.STEP_ENDED
+        ]
+        until(lambda: len(steps()) > 3)
+        assert place.name == "unedited"
+        assert [m.data["step"] for m in steps()[:3]] == [1, 2, 3]
+        trace = until(lambda: next((t for t in remote.traces() if t.step >= 3), None))
+        after = Ledger(trace).after(Phase.OPTIMIZER)
+        assert after is not None
+        assert after[Category.PARAMETERS] == after[Category.GRADIENTS] == after[Category.OPTIMIZER_STATE] > 0
+        stop = subprocess.run(
+            [sys.executable, "-m", "gpumem_tui.tui", "stop"], capture_output=True, text=True, check=False
+        )
+        assert (stop.returncode, "a script of your own" in stop.stderr) == (2, True)
+    finally:
+        script.send_signal(signal.SIGKILL)
+        script.communicate()
+    until(lambda: remote.standing is Standing.GONE, seconds=5.0)
+    remote.close()
+    whereabouts.clean()
+    assert [path.name for path in place.folder.parent.iterdir()] == [".lock"]
+
+
+def test_a_script_under_exec_ends_as_it_would_without() -> None:
+    script = run_under_exec(sys.executable, str(EXAMPLES / "unedited.py"), "3")
+    out, err = script.communicate(timeout=60)
+    assert (script.returncode, out) == (0, "trained 3\n")
+    assert err == "gpumem-tui: watching Net; to see it: gpumem-tui attach unedited\n"
+    other = run_under_exec(sys.executable, "-c", "import sys; sys.exit('no training here')")
+    assert other.communicate() == ("", "no training here\n") and other.returncode == 1

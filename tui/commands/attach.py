@@ -1,0 +1,30 @@
+"""`gpumem-tui attach`: the app on an engine that is running."""
+
+from __future__ import annotations
+
+import argparse
+
+from ...engine import whereabouts
+from ...engine.launch import Launcher
+from ...engine.remote import Remote
+from ...engine.service import version
+from .app import add_display_flags, require_terminal, view
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    parser.add_argument("engine", metavar="NAME|PID", nargs="?", help="which engine, if there are several")
+    parser.add_argument("--take", action="store_true", help="command it, and have the viewer that does now only look")
+    add_display_flags(parser)
+    parser.set_defaults(command=main)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Attach."""
+    place = whereabouts.find(flags.engine)
+    require_terminal()
+    card = place.card()
+    launch = None if card and card.kind == "watch" else Launcher()
+    remote = Remote(place, launch=launch, take=flags.take, version=version())
+    remote.attach()
+    return view(remote, flags)

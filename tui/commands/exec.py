@@ -1,0 +1,38 @@
+"""`gpumem-tui exec -- python train.py`: a script of one's own, watched without editing it."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from importlib import util
+from pathlib import Path
+
+from ...engine.config import UserError
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """The command is everything that follows."""
+    parser.epilog = (
+        "Every Python that the command starts is watched from the first forward of the first model whose parameters "
+        "an optimizer has. Not seen: what runs before that, a second model or optimizer, the inside of compiled "
+        "models, and Pythons started with -I, -S or -E."
+    )
+    parser.add_argument("line", metavar="COMMAND", nargs=argparse.REMAINDER, help="python train.py ..., torchrun ...")
+    parser.set_defaults(command=main)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Become the command."""
+    line = flags.line[1:] if flags.line[:1] == ["--"] else flags.line
+    if not line:
+        raise UserError("exec: what is to be run? gpumem-tui exec -- python train.py")
+    watching = util.find_spec("gpumem_tui.engine.watch")
+    assert watching is not None
+    assert watching.origin is not None
+    boot = Path(watching.origin).parent / "boot"
+    path = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(boot), *([path] if path else [])])
+    try:
+        os.execvp(line[0], line)
+    except OSError as error:
+        raise UserError(f"exec: {line[0]}: {error.strerror}") from None
