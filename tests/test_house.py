@@ -25,7 +25,10 @@ def folders_with_code() -> set[str]:
 
 
 def test_the_packages_are_the_folders_on_disk() -> None:
-    assert set(PROJECT["tool"]["setuptools"]["packages"]) == folders_with_code()
+    packages = set(PROJECT["tool"]["setuptools"]["packages"])
+    assert packages == folders_with_code() | {"gpumem_tui.watch"}, (
+        "and what training scripts import, a folder of the engine"
+    )
 
 
 def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
@@ -45,6 +48,7 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
         if name.split("/")[0] in ("engine", "tui", "profiles") and not name.endswith(".md")
     }
     assert wanted <= held, wanted - held
+    assert "gpumem_tui/watch/__init__.py" in held
     tops = {name.split("/")[0] for name in held if ".dist-info" not in name}
     assert tops == {"gpumem_tui"}, "nothing of ours may lie beside other people's packages"
 
@@ -73,7 +77,7 @@ def test_the_rooms_import_downwards_only() -> None:
 @pytest.mark.parametrize(
     "module",
     ["engine.config", "engine.events", "engine.ledger", "engine.feed", "engine.recording", "engine.session",
-     "engine.techniques", "profiles", "tui.app"],
+     "engine.remote", "engine.service", "engine.techniques", "profiles", "tui.app"],
 )  # fmt: skip
 def test_what_the_app_needs_loads_no_torch(module: str) -> None:
     heavy = {"torch", "transformers", "peft", "bitsandbytes"} | (set() if module == "tui.app" else {"textual"})

@@ -1,0 +1,98 @@
+"""What the app shows of how it stands to the engine: asking when it is quit, looking only, left alone."""
+
+from __future__ import annotations
+
+import pytest
+
+from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.feed import Command, End, Pause, Save, Standing, Start, TakeOver
+from gpumem_tui.tui.app import GpumemApp
+
+from .fake_source import FakeSource
+
+
+class Attached(FakeSource):
+    """A fake source that keeps what it is told."""
+
+    def __init__(self, standing: Standing) -> None:
+        super().__init__()
+        self.standing = standing
+        self.told: list[Command] = []
+
+    def command(self, command: Command) -> None:
+        self.told.append(command)
+        if isinstance(command, TakeOver):
+            self.standing = Standing.ATTACHED
+        elif not isinstance(command, End):
+            super().command(command)
+
+
+def shown(app: GpumemApp) -> str:
+    return "\n".join("".join(segment.text for segment in app.canvas.render_line(y)) for y in range(app.size.height))
+
+
+def source(standing: Standing) -> Attached:
+    made = Attached(standing)
+    made.start()
+    made.finish_step()
+    return made
+
+
+@pytest.mark.parametrize(
+    ("answer", "ends", "stays"), [("d", False, False), ("x", True, False), ("escape", False, True)]
+)
+async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, stays: bool) -> None:
+    engine = source(Standing.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("q")
+        assert "d detach, the run goes on · x stop the run and quit · esc stay" in shown(app)
+        await pilot.press(answer)
+        assert app.ended is ends
+        assert (End() in engine.told) is ends
+        assert app.is_running is True or not stays
+        if stays:
+            assert "esc stay" not in shown(app)
+    assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
+
+
+@pytest.mark.parametrize("standing", [Standing.OWNER, Standing.READ_ONLY, Standing.WATCHING, Standing.GONE])
+async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(standing: Standing) -> None:
+    engine = source(standing)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("q")
+        assert not app.asking
+    assert engine.told == []
+
+
+async def test_one_who_may_only_look_sees_so_and_can_take_over() -> None:
+    engine = source(Standing.READ_ONLY)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        app.tick()
+        await pilot.pause()
+        assert "read-only" in shown(app).splitlines()[-1]
+        await pilot.press("!")
+        assert engine.told == [TakeOver()]
+        assert "this viewer commands now" in shown(app)
+        assert "read-only" not in shown(app).splitlines()[-1]
+        await pilot.press("!")
+        assert "nobody else commands" in shown(app)
+
+
+async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> None:
+    engine = source(Standing.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        engine.standing = Standing.GONE
+        engine.feed.milestone(
+            Kind.ENGINE_ENDED, "the engine's process 7 has ended (killed by SIGKILL); s saves", detail="x"
+        )
+        app.tick()
+        await pilot.pause()
+        assert "killed by SIGKILL" in shown(app)
+        assert "engine gone" in shown(app).splitlines()[-1]
+        assert app.state.status == "failed"
+        await pilot.press("s", "r")
+        assert [type(command) for command in engine.told] == [Save, Start]
