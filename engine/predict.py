@@ -1,0 +1,167 @@
+"""Know before you run: the very same loop over fake tensors, on a modelled GPU.
+
+    plan        the run's, on the device `cpu:0`
+    recorder    FakeCuda: what operators return, and what CUDA's kernels take beside it
+    allocator   CachingAllocator: blocks, slack and segments
+    build, train, Tracer, hooks, Ledger: those of a measured run
+
+Nothing is computed and nothing is read but the model's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import time
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from . import techniques
+from .config import RunConfig, UserError
+from .device import installed_packages
+from .events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
+from .prediction.caching_allocator import CachingAllocator
+from .prediction.cuda_kernels import kernels, take_workspaces
+from .prediction.fake_cuda import cuda_paths
+from .prediction.gpus import Gpu
+from .prediction.outcome import Prediction, safe_bound_bytes
+from .prediction.tracker import DEVICE, FakeCuda
+from .report import Report
+from .sources import owners
+from .sources.tracer import Tracer
+from .train import StepResult, train
+from .workload import Plan, build, prepare
+
+STEPS = 2
+"""Enough for the steady state: the second step runs beside what the first has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a run over fake tensors leaves behind: the same as a measured one.
+
+    Attributes:
+        traces: Loading, then each step.
+        steps: Results of the steps; losses and times mean nothing.
+        recomputes: Of all steps.
+        parameters: In the model.
+        trainable_parameters: Those with gradients.
+        workspace_bytes: Of cuBLAS.
+        managed_bytes: Of paged optimizers.
+        reserved_bytes: The most the allocator held.
+    """
+
+    traces: list[StepTrace]
+    steps: list[StepResult]
+    recomputes: list[Recompute]
+    parameters: int
+    trainable_parameters: int
+    workspace_bytes: int
+    managed_bytes: int
+    reserved_bytes: int
+
+
+def environment(gpu: Gpu) -> Environment:
+    """The machine a prediction speaks of: this one's libraries on that GPU."""
+    capability = ".".join(map(str, gpu.capability))
+    return Environment("cuda:0", gpu.name, gpu.memory_bytes, capability, None, installed_packages())
+
+
+def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
+    """Predict a run's memory.
+
+    Args:
+        config: The run. Its device and its data do not matter.
+        gpu: Where it would run.
+        steps: How many to go through, from 2 on.
+
+    Raises:
+        UserError: The configuration cannot run there, or cannot be predicted.
+    """
+    began = time.perf_counter()
+    techniques.check(config)
+    techniques.check_available(config, environment(gpu))
+    done = rehearse(config, gpu, steps)
+    document = _document(config, gpu, done)
+    peak = document["peak"]
+    return Prediction(
+        config=config,
+        gpu=gpu.name,
+        loaded_bytes=document["loaded"]["allocated_bytes"],
+        after_step_bytes=document["after_first_step"]["allocated_bytes"],
+        peak_bytes=peak["allocated_bytes"],
+        by_category=peak["by_category"],
+        peak_phase=peak["phase"],
+        reserved_bytes=done.reserved_bytes,
+        managed_bytes=done.managed_bytes,
+        safe_bound_bytes=safe_bound_bytes(peak["allocated_bytes"]),
+        available_bytes=gpu.memory_bytes - gpu.context_bytes,
+        seconds=time.perf_counter() - began,
+        document=document,
+    )
+
+
+def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
+    """Load and train over fake tensors.
+
+    Raises:
+        UserError: What a run would refuse as well, or an operator of the model
+            has no shape without data.
+    """
+    traces: list[StepTrace] = []
+    results: list[StepResult] = []
+    recomputes: list[Recompute] = []
+    config = dataclasses.replace(config, steps=steps)
+    plan = prepare(config, DEVICE, shapes_only=True)
+    recorder = FakeCuda(CachingAllocator(), kernels(gpu))
+    tracer = Tracer(recorder, lambda t: None if t.partial else traces.append(t), recomputes.append, float("inf"))
+    try:
+        with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
+            recorder.workspaces = take_workspaces(gpu, recorder)
+            workspace = recorder.allocated_bytes()
+            facts = _run(config, plan, tracer, results)
+    except (RuntimeError, NotImplementedError) as error:
+        raise UserError(f"{config.model}: this cannot be predicted: {_one_line(error)}") from error
+    finally:
+        tracer.release()
+        gc.collect()
+    reserved = recorder.allocator.peak_reserved_bytes
+    return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved)
+
+
+def _run(config: RunConfig, plan: Plan, tracer: Tracer, results: list[StepResult]) -> tuple[int, int, int]:
+    with tracer.step(0, 1, True, tuple):
+        with tracer.phase(Phase.LOAD):
+            workload = build(plan)
+        tracer.adopt(workload.model, workload.optimizer)
+    with tracer.attached(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
+        train(config, workload, tracer, lambda _: True, lambda: None, results.append)
+    return workload.parameters, workload.trainable_parameters, owners.paged_bytes(workload.optimizer)
+
+
+def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
+    """The document of `run`, from the traces and the milestones that a session would have told."""
+    report = Report()
+    for trace in done.traces:
+        report.add(trace)
+    said: list[tuple[Kind, dict[str, Any]]] = [
+        (Kind.LOADED, {"parameters": done.parameters, "trainable_parameters": done.trainable_parameters}),
+        *((Kind.STEP_ENDED, dataclasses.asdict(step) | {"loss": None, "seconds": None}) for step in done.steps),
+        *((Kind.RECOMPUTED, r._asdict() | {"ms": None}) for r in done.recomputes),
+        (
+            Kind.RUN_ENDED,
+            {"managed_bytes": done.managed_bytes, "workspace_bytes": done.workspace_bytes, "leaked_bytes": 0},
+        ),
+    ]
+    milestones = [Milestone(i, 0.0, kind, 1, "", data) for i, (kind, data) in enumerate(said)]
+    return report.document(environment(gpu), config, milestones)
+
+
+def _one_line(error: BaseException) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 200 else text[:197] + "..."
