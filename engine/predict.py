@@ -29,6 +29,7 @@ from .prediction.cuda_kernels import kernels, take_workspaces
 from .prediction.fake_cuda import cuda_paths
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction, safe_bound_bytes
+from .prediction.search import largest
 from .prediction.tracker import DEVICE, FakeCuda
 from .report import Report
 from .sources import owners
@@ -53,6 +54,7 @@ class Rehearsal:
         workspace_bytes: Of cuBLAS.
         managed_bytes: Of paged optimizers.
         reserved_bytes: The most the allocator held.
+        max_positions: Tokens in a row that the model was made for; 0: not said.
     """
 
     traces: list[StepTrace]
@@ -63,6 +65,16 @@ class Rehearsal:
     workspace_bytes: int
     managed_bytes: int
     reserved_bytes: int
+    max_positions: int
+
+
+def gpu_here() -> Gpu | None:
+    """The GPU of this machine, if it has one."""
+    if not torch.cuda.is_available():
+        return None
+    found = torch.cuda.get_device_properties(0)
+    threads = found.max_threads_per_multi_processor
+    return Gpu(found.name, found.total_memory, (found.major, found.minor), found.multi_processor_count, threads)
 
 
 def environment(gpu: Gpu) -> Environment:
@@ -100,9 +112,33 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         managed_bytes=done.managed_bytes,
         safe_bound_bytes=safe_bound_bytes(peak["allocated_bytes"]),
         available_bytes=gpu.memory_bytes - gpu.context_bytes,
+        max_positions=done.max_positions,
         seconds=time.perf_counter() - began,
         document=document,
     )
+
+
+def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
+    """The largest batch size and the largest sequence length that fit, everything else being equal.
+
+    Returns:
+        `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
+    """
+    config = prediction.config
+
+    def search(name: str, smallest: int, most: int) -> int:
+        def bound_at(value: int) -> int:
+            if value == config[name]:
+                return prediction.safe_bound_bytes
+            return predict(config.with_({name: value}), gpu).safe_bound_bytes
+
+        found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
+        return found if found >= smallest else 0
+
+    return {
+        "max_batch_size": search("batch_size", 1, 65_536),
+        "max_sequence_length": search("seq_len", 2, prediction.max_positions or 1 << 20),
+    }
 
 
 def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
@@ -130,7 +166,8 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
         tracer.release()
         gc.collect()
     reserved = recorder.allocator.peak_reserved_bytes
-    return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved)
+    positions = int(getattr(plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
+    return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved, positions)
 
 
 def _run(config: RunConfig, plan: Plan, tracer: Tracer, results: list[StepResult]) -> tuple[int, int, int]:

@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..engine.config import UserError
-from .commands import app, doctor, run, shelf, sweep
+from .commands import advise, app, doctor, estimate, run, shelf, sweep
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -38,6 +38,8 @@ def parser() -> argparse.ArgumentParser:
     for name, module, summary in (
         ("run", run.add, "one run without the app: a table, JSON, a recording"),
         ("sweep", sweep.add, "every row of a preset, published and measured side by side"),
+        ("estimate", estimate.add, "a run's memory before it is run, on a GPU that need not be here"),
+        ("advise", advise.add, "which techniques save most at the peak, and what they cost"),
         ("open", app.add_open, "show a recording in the app"),
         ("profiles", shelf.add_profiles, "the models and presets there are"),
         ("techniques", shelf.add_techniques, "what can be switched, and every setting of it"),

@@ -37,6 +37,7 @@ class Prediction:
         managed_bytes: Of paged optimizers, outside the allocator.
         safe_bound_bytes: Above what will be measured.
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
+        max_positions: Tokens in a row that the model was made for; 0: not said.
         seconds: What predicting took.
         document: What `run --json` would say of the run, with the same keys.
     """
@@ -52,8 +53,20 @@ class Prediction:
     managed_bytes: int
     safe_bound_bytes: int
     available_bytes: int
+    max_positions: int
     seconds: float
     document: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def as_document(self) -> dict[str, Any]:
+        """The document of `run`, and what only a prediction has to say."""
+        return self.document | {
+            "predicted": True,
+            "gpu": self.gpu,
+            "fits": self.fits,
+            "margin_bytes": self.margin_bytes,
+            "safe_bound_bytes": self.safe_bound_bytes,
+            "reserved_bytes": self.reserved_bytes,
+        }
 
     @property
     def fits(self) -> bool:
