@@ -187,15 +187,30 @@ def flash_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return grads
 
 
+def efficient_forward(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Output and log-sum-exp; seed and offset stay on the host outside of CUDA graphs."""
+    out, log_sum_exp, *_ = func(*args, **kwargs)
+    return out, log_sum_exp, *(torch.empty((), dtype=torch.int64) for _ in range(2))
+
+
 def efficient_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    """Gradients and the row sums."""
+    """Gradients; grad·out in float32 and its row sums, twice; a workspace of blocks of the query's gradient.
+
+    `GradQTempStorage` of `mem_eff_attention/kernel_backward.h`: 64 rows and 16 bytes each.
+    """
     grads = func(*args, **kwargs)
     for tensor in grads:
         if isinstance(tensor, Tensor):
             tracker.see(tensor)
-    query = args[1]
-    batch, heads, length, _ = query.shape
-    tracker.scratch(batch * heads * length * 4)
+    batch, heads, length, size = args[1].shape
+    product, sums = args[1].numel() * 4, batch * heads * length * 4
+    held = [tracker.allocate(bytes_) for bytes_ in (product, sums, sums)]
+    tracker.release(held[1])
+    tracker.release(held[0])
+    width = next((w for w in (32, 64, 96, 128) if size <= w), -(-size // 8) * 8)
+    workspace = tracker.allocate(batch * heads * -(-length // 64) * (64 * width * 4 + 16))
+    tracker.release(held[2])
+    tracker.release(workspace)
     return grads
 
 
@@ -203,5 +218,6 @@ KERNELS = {
     aten._scaled_dot_product_cudnn_attention.default: cudnn_forward,
     aten._scaled_dot_product_cudnn_attention_backward.default: cudnn_backward,
     aten._scaled_dot_product_flash_attention_backward.default: flash_backward,
+    aten._scaled_dot_product_efficient_attention.default: efficient_forward,
     aten._scaled_dot_product_efficient_attention_backward.default: efficient_backward,
 }

@@ -20,6 +20,7 @@ MIN_LARGE_BYTES = 10 << 20
 ROUND_LARGE_BYTES = 2 << 20
 """...rounded up to this (kRoundLarge)."""
 FIRST_ADDRESS = 1 << 40
+LAST_ADDRESS = 1 << 46
 
 
 def rounded_bytes(size: int) -> int:
@@ -69,7 +70,7 @@ class CachingAllocator:
         capacity_bytes: What CUDA can give; None: without end.
         expandable: As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
         place: Address of a new segment by its size, to follow a real trace; by
-            default each lies above the one before.
+            default each lies below the one before, as CUDA mostly places them.
 
     Attributes:
         allocated_bytes: Sum of the blocks handed out (`memory_allocated`).
@@ -85,8 +86,8 @@ class CachingAllocator:
     ) -> None:
         self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
         self._capacity_bytes, self._expandable = capacity_bytes, expandable
-        self._place = place or self._above
-        self._next_address = FIRST_ADDRESS
+        self._place = place or self._below
+        self._lowest_address = LAST_ADDRESS
         self._pools = (_Pool(small=True), _Pool(small=False))
         self._blocks: dict[int, _Block] = {}
         self._ends: dict[bool, _Block] = {}
@@ -177,10 +178,9 @@ class CachingAllocator:
         self.reserved_bytes += size
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
-    def _above(self, size: int) -> int:
-        address = self._next_address
-        self._next_address += -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
-        return address
+    def _below(self, size: int) -> int:
+        self._lowest_address -= -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+        return self._lowest_address
 
     # --- blocks -------------------------------------------------------------
 

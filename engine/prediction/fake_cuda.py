@@ -7,8 +7,9 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 
-from . import bitsandbytes_cuda
+from . import autocast, bitsandbytes_cuda
 from .attention import sdpa
 from .gpus import Gpu
 from .tracker import DEVICE, FakeCuda
@@ -22,6 +23,9 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         undo.callback(library._destroy)
         library.impl("scaled_dot_product_attention", lambda *a, **k: sdpa(gpu, *a, **k), "AutogradCPU")
         library.impl("dropout", _dropout, "AutogradCPU")
+        library.impl("softmax.int", _fused_with_cast(torch.ops.aten._softmax), "AutogradCPU")
+        library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
+        autocast.register(library)
         _replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         import transformers.modeling_utils
         from transformers import masking_utils
@@ -31,6 +35,7 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         _replace(undo, torch.cuda, "empty_cache", tracker.allocator.empty_cache)
         if bitsandbytes_cuda.installed():
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
+        _replace(undo, FakeTensor, "data", property(torch.Tensor.data.__get__, _set_data))
         _replace(undo, torch.utils, "swap_tensors", _set_data)
         for name in ("tensor", "as_tensor"):
             _replace(undo, torch, name, _moved(getattr(torch, name)))
@@ -48,8 +53,12 @@ def _warm_up(tracker: FakeCuda, model: Any, device_map: dict[str, Any], quantize
 
 
 def _set_data(parameter: Any, moved: Any) -> None:
-    """`Module.to` sets the data of a parameter; of a fake one it would swap the objects, which has its limits."""
-    parameter.data = moved
+    """Setting the data of a fake tensor takes its device along.
+
+    `Module.to` sets the data of a parameter; fake ones it would swap as objects,
+    which it cannot do once anything refers to them.
+    """
+    torch.Tensor.data.__set__(parameter, moved)
     parameter.fake_device = moved.fake_device
 
 
@@ -72,7 +81,20 @@ def _dropout(x, p, train):
     return x * torch.zeros_like(x) if p == 1 else x
 
 
+def _fused_with_cast(operator: Any) -> Any:
+    """CUDA's softmax converts float16 to float32 while it reads (`half_to_float`)."""
+
+    def call(tensor: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
+        if tensor.dtype is torch.float16 and dtype is torch.float32 and tensor.device == DEVICE:
+            return operator(tensor, dim, True)
+        return operator(tensor if dtype is None else tensor.to(dtype), dim, False)
+
+    return call
+
+
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    before = getattr(owner, name)
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        undo.callback(delattr, owner, name)
     setattr(owner, name, value)
-    undo.callback(setattr, owner, name, before)

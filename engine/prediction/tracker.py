@@ -8,7 +8,9 @@ from __future__ import annotations
 
 from array import array
 from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import ref as _weakref
 
 import numpy.typing as npt
 import torch
@@ -42,6 +44,7 @@ class FakeCuda(OpTracker):
         self.device = DEVICE
         self.allocator = allocator
         self._kernels = kernels
+        self._in_library = False
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
@@ -58,6 +61,9 @@ class FakeCuda(OpTracker):
             out = kernel(self, func, args, kwargs or {})
         elif self.libraries and func.namespace in self.libraries:
             out = self._of_library(func, args, kwargs or {})
+        elif self._in_library and _is_composite(func):
+            with self:  # outside of a library, autograd has taken it apart before it comes here
+                out = func.decompose(*args, **(kwargs or {}))
         else:
             out = func(*args, **(kwargs or {}))
         if isinstance(out, torch.Tensor):
@@ -74,8 +80,12 @@ class FakeCuda(OpTracker):
         function = self.libraries[func.namespace].get(name)
         if function is None:
             return func(*args, **kwargs)
-        with self:
-            return function(*args, **kwargs)
+        before, self._in_library = self._in_library, True
+        try:
+            with self:
+                return function(*args, **kwargs)
+        finally:
+            self._in_library = before
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count a tensor's storage if it is new and on the device."""
@@ -168,5 +178,9 @@ class FakeCuda(OpTracker):
         self._peak = self.allocator.allocated_bytes
 
 
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
 _DEVICE_OF = torch.ops.prim.device.default
-from weakref import ref as _weakref
