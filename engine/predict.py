@@ -202,3 +202,52 @@ def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
 def _one_line(error: BaseException) -> str:
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:197] + "..."
+
+
+CALCULATOR: dict[str, dict[str, Any]] = {
+    "float32": {"dtype": "float32"},
+    "float16/bfloat16": {"dtype": "bfloat16"},
+    "int8": {"quantization": "int8"},
+    "int4": {"quantization": "nf4"},
+}
+
+
+def calculator(config: RunConfig, gpu: Gpu) -> list[dict[str, Any]]:
+    """The memory calculator's table: bytes by data type of the weights and by what is done with them.
+
+    Weights: what is allocated once they are loaded. Inference: the peak of one
+    forward pass without gradients. The others: the peak of training, where
+    quantized weights can only be trained beside (QLoRA).
+    """
+    rows: list[dict[str, Any]] = []
+    for name, settings in CALCULATOR.items():
+        full = config.with_({"lora": False, "quantization": "none"} | settings)
+        adapters = full.with_({"lora": True})
+        quantized = full["quantization"] != "none"
+        loaded, inference = _inference(full, gpu)
+        rows.append(
+            {
+                "dtype": name,
+                "weights_bytes": loaded,
+                "inference_bytes": inference,
+                "training_adam_bytes": None if quantized else predict(full, gpu).peak_bytes,
+                "lora_bytes": None if quantized else predict(adapters, gpu).peak_bytes,
+                "qlora_bytes": predict(adapters, gpu).peak_bytes if quantized else None,
+            }
+        )
+    return rows
+
+
+def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
+    """Bytes loaded, and the peak of a forward pass over one batch without gradients."""
+    plan = prepare(config, DEVICE, shapes_only=True)
+    plan.recipe.transforms.clear()  # what prepares for training
+    recorder = FakeCuda(CachingAllocator(), kernels(gpu))
+    with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder, torch.no_grad():
+        workspaces = take_workspaces(gpu, recorder)
+        taken = recorder.allocated_bytes() if workspaces else 0
+        model = build(plan).model.eval()
+        loaded = recorder.allocated_bytes() - taken
+        recorder.reset_peak()
+        model(input_ids=plan.batches.next()["input_ids"])
+        return loaded, recorder.peak_bytes()
