@@ -152,6 +152,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
     results: list[StepResult] = []
     recomputes: list[Recompute] = []
     config = dataclasses.replace(config, steps=steps)
+    gc.freeze()  # so that collecting afterwards looks at what was made here only
     plan = prepare(config, DEVICE, shapes_only=True)
     recorder = FakeCuda(CachingAllocator(), kernels(gpu))
     tracer = Tracer(recorder, lambda t: None if t.partial else traces.append(t), recomputes.append, float("inf"))
@@ -165,6 +166,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
     finally:
         tracer.release()
         gc.collect()
+        gc.unfreeze()
     reserved = recorder.allocator.peak_reserved_bytes
     positions = int(getattr(plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
     return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved, positions)

@@ -19,6 +19,7 @@ from ..events import BLOCK, EVENT
 from ..sources.op_tracker import OpTracker
 from ..sources.recorder import columns
 from .caching_allocator import CachingAllocator
+from .op_cache import OpCache
 
 DEVICE = torch.device("cpu", 0)
 
@@ -45,10 +46,12 @@ class FakeCuda(OpTracker):
         self.allocator = allocator
         self._kernels = kernels
         self._in_library = False
+        self._cache = OpCache()
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
-        self._sole: tuple[int, int] | None = None
+        self._sole = (0, 0)
+        self._calibrating = False
 
     # --- seeing -------------------------------------------------------------
 
@@ -58,14 +61,14 @@ class FakeCuda(OpTracker):
             return args[0].fake_device
         kernel = self._kernels.get(func)
         if kernel is not None:
-            out = kernel(self, func, args, kwargs or {})
+            out = kernel(self, self._cached(func), args, kwargs or {})
         elif self.libraries and func.namespace in self.libraries:
             out = self._of_library(func, args, kwargs or {})
         elif self._in_library and _is_composite(func):
             with self:  # outside of a library, autograd has taken it apart before it comes here
                 out = func.decompose(*args, **(kwargs or {}))
         else:
-            out = func(*args, **(kwargs or {}))
+            out = self._cache.call(func, args, kwargs or {})
         if isinstance(out, torch.Tensor):
             self.see(out)
         elif isinstance(out, list | tuple):
@@ -73,6 +76,12 @@ class FakeCuda(OpTracker):
                 if isinstance(part, torch.Tensor):
                     self.see(part)
         return out
+
+    def _cached(self, func: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._cache.call(func, args, kwargs)
+
+        return call
 
     def _of_library(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a library's own function for an operator of its; what that calls is seen as well."""
@@ -132,16 +141,19 @@ class FakeCuda(OpTracker):
             return False
         storage = tensor.untyped_storage()
         count = tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
-        if self._sole is None:
+        if self._calibrating:
             self._sole = count
         dense = storage.nbytes() == tensor.numel() * tensor.element_size()
         return dense and count[0] <= self._sole[0] and count[1] <= self._sole[1]
 
     def calibrate(self) -> None:
         """Add up two gradients that nobody else holds."""
-        x = torch.empty(2, device=DEVICE, requires_grad=True)
-        h = x.sin()
-        (h.cos() + h.exp()).sum().backward()
+        self._calibrating = True
+        for _ in range(2):  # the second time from the cache, as almost always
+            x = torch.empty(2, device=DEVICE, requires_grad=True)
+            h = x.sin()
+            (h.cos() + h.exp()).sum().backward()
+        self._calibrating = False
 
     def _free(self, key: int) -> None:
         self.release(self._addresses.pop(key)[0])
