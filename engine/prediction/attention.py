@@ -98,10 +98,8 @@ def sdpa(
             return out[..., :size] if size % 8 else out
         if use_efficient(gpu, query, key, value):
             mask = _expanded(_additive(attn_mask, query), query, key)
-            out = aten._scaled_dot_product_efficient_attention(
-                query, key, value, mask, grad, dropout_p, is_causal, scale=scale
-            )[0]
-            return out
+            kernel: Any = aten._scaled_dot_product_efficient_attention
+            return kernel(query, key, value, mask, grad, dropout_p, is_causal, scale=scale)[0]
     return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
@@ -151,9 +149,7 @@ def _math(
 
 def cudnn_forward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Seed, offset, output, log-sum-exp; a workspace of 256 bytes."""
-    query, key, value = args[:3]
-    batch, heads, length, _ = query.shape
-    seed, offset = (torch.empty((), dtype=torch.int64, device=query.device) for _ in range(2))
+    seed, offset = (torch.empty((), dtype=torch.int64, device=args[0].device) for _ in range(2))
     out = func(*args, **kwargs)
     for tensor in (seed, offset, out[0], out[1]):
         tracker.see(tensor)
@@ -163,7 +159,7 @@ def cudnn_forward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 def cudnn_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Gradients; a workspace with the query's gradient in float32 and a row sum."""
-    _grad_out, query, key, value = args[:4]
+    _grad_out, query, key = args[:3]
     grads = func(*args, **kwargs)
     for tensor in grads:
         tracker.see(tensor)

@@ -37,7 +37,7 @@ def segment_bytes(rounded: int) -> int:
     return -(-rounded // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
 
 
-class OutOfMemory(Exception):
+class OutOfMemoryError(Exception):
     """CUDA has no more, even after all that is cached was given back."""
 
 
@@ -96,7 +96,7 @@ class CachingAllocator:
         """Hand out a block; returns its address and its size.
 
         Raises:
-            OutOfMemory: The capacity does not suffice.
+            OutOfMemoryError: The capacity does not suffice.
         """
         rounded = rounded_bytes(size)
         pool = self._pools[0 if rounded <= SMALL_BYTES else 1]
@@ -174,7 +174,7 @@ class CachingAllocator:
         if self._capacity_bytes is not None and self.reserved_bytes + size > self._capacity_bytes:
             self.empty_cache()
             if self.reserved_bytes + size > self._capacity_bytes:
-                raise OutOfMemory
+                raise OutOfMemoryError
         self.reserved_bytes += size
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
