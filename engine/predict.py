@@ -21,7 +21,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import techniques
-from .config import RunConfig, UserError
+from .config import RunConfig, UserError, Value
 from .device import installed_packages
 from .events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
 from .prediction.caching_allocator import CachingAllocator
@@ -206,7 +206,7 @@ def _one_line(error: BaseException) -> str:
     return text if len(text) <= 200 else text[:197] + "..."
 
 
-CALCULATOR: dict[str, dict[str, Any]] = {
+CALCULATOR: dict[str, dict[str, Value]] = {
     "float32": {"dtype": "float32"},
     "float16/bfloat16": {"dtype": "bfloat16"},
     "int8": {"quantization": "int8"},
@@ -223,7 +223,8 @@ def calculator(config: RunConfig, gpu: Gpu) -> list[dict[str, Any]]:
     """
     rows: list[dict[str, Any]] = []
     for name, settings in CALCULATOR.items():
-        full = config.with_({"lora": False, "quantization": "none"} | settings)
+        plain: dict[str, Value] = {"lora": False, "quantization": "none"}
+        full = config.with_(plain | settings)
         adapters = full.with_({"lora": True})
         quantized = full["quantization"] != "none"
         loaded, inference = _inference(full, gpu)

@@ -146,13 +146,14 @@ def _functions() -> tuple[dict[str, Callable[..., Any]], list[dict[str, Any]]]:
     folder = Path(_ops.__file__).parent / "backends"
     namespaces: list[dict[str, Any]] = []
     register_kernel, library = _ops.register_kernel, getattr(cextension, "lib", None)
-    raw_stream = getattr(torch._C, "_cuda_getCurrentRawStream", None)
+    core: Any = torch._C
+    raw_stream = getattr(core, "_cuda_getCurrentRawStream", None)
     _ops.register_kernel, cextension.lib = register, _Mute()
-    torch._C._cuda_getCurrentRawStream = lambda _: 0  # type: ignore[attr-defined]
+    core._cuda_getCurrentRawStream = lambda _: 0
     try:
         for backend in BACKENDS:
             name = f"bitsandbytes.backends.{backend}.ops"
-            namespace = {"__name__": name, "__package__": f"bitsandbytes.backends.{backend}"}
+            namespace: dict[str, Any] = {"__name__": name, "__package__": f"bitsandbytes.backends.{backend}"}
             source = folder / backend / "ops.py"
             exec(compile(source.read_text(encoding="utf-8"), str(source), "exec"), namespace)
             namespace["_cuda_device_of"] = lambda _: nullcontext()
@@ -161,9 +162,9 @@ def _functions() -> tuple[dict[str, Callable[..., Any]], list[dict[str, Any]]]:
     finally:
         _ops.register_kernel, cextension.lib = register_kernel, library
         if raw_stream is None:
-            del torch._C._cuda_getCurrentRawStream  # type: ignore[attr-defined]
+            del core._cuda_getCurrentRawStream
         else:
-            torch._C._cuda_getCurrentRawStream = raw_stream  # type: ignore[attr-defined]
+            core._cuda_getCurrentRawStream = raw_stream
     return found, namespaces
 
 

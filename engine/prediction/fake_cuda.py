@@ -14,6 +14,8 @@ from .attention import sdpa
 from .gpus import Gpu
 from .tracker import DEVICE, FakeCuda
 
+_DATA: Any = torch.Tensor.data
+
 
 @contextmanager
 def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
@@ -35,7 +37,7 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         _replace(undo, torch.cuda, "empty_cache", tracker.allocator.empty_cache)
         if bitsandbytes_cuda.installed():
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
-        _replace(undo, FakeTensor, "data", property(torch.Tensor.data.__get__, _set_data))
+        _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
         _replace(undo, torch.utils, "swap_tensors", _set_data)
         for name in ("tensor", "as_tensor"):
             _replace(undo, torch, name, _moved(getattr(torch, name)))
@@ -58,7 +60,7 @@ def _set_data(parameter: Any, moved: Any) -> None:
     `Module.to` sets the data of a parameter; fake ones it would swap as objects,
     which it cannot do once anything refers to them.
     """
-    torch.Tensor.data.__set__(parameter, moved)
+    _DATA.__set__(parameter, moved)
     parameter.fake_device = moved.fake_device
 
 
@@ -73,12 +75,13 @@ def _moved(make: Any) -> Any:
     return call
 
 
-def _dropout(x, p, train):
-    if train and 0 < p < 1 and x.numel():
-        return torch.ops.aten.native_dropout(x, p, True)[0]
-    if p == 0 or not train or not x.numel():
-        return x
-    return x * torch.zeros_like(x) if p == 1 else x
+def _dropout(tensor: Any, p: float, train: bool) -> Any:
+    """CUDA's dropout is one kernel that keeps a mask of one byte an element."""
+    if not train or p == 0 or not tensor.numel():
+        return tensor
+    if p == 1:
+        return tensor * torch.zeros_like(tensor)
+    return torch.ops.aten.native_dropout(tensor, p, True)[0]
 
 
 def _fused_with_cast(operator: Any) -> Any:

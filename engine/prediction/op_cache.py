@@ -102,7 +102,7 @@ def _recipe(out: Any, tensors: list[Any], storages: list[int], key: Any) -> Any:
     container = None if isinstance(out, torch.Tensor) or out is None else type(out)
     if container not in (None, tuple, list):
         return None
-    made = []
+    made: list[_Made | None] = []
     for tensor in (out,) if container is None else out:
         if tensor is None:
             made.append(None)
@@ -125,7 +125,7 @@ def _one(tensor: FakeTensor, tensors: list[Any], storages: list[int]) -> _Made |
         if argument is tensor:
             return _Made(index, True)
     storage = tensor.untyped_storage()
-    shape, stride, offset = tuple(tensor.shape), tensor.stride(), tensor.storage_offset()
+    shape, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
     state = {name: value for name, value in vars(tensor).items() if name != "grad"}
     if storage._cdata in storages:
         return _Made(
