@@ -30,6 +30,7 @@ from .prediction.fake_cuda import cuda_paths
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction, safe_bound_bytes
 from .prediction.search import largest
+from .prediction.steady_state import repeat
 from .prediction.tracker import DEVICE, FakeCuda
 from .report import Report
 from .sources import owners
@@ -160,7 +161,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
         with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
             recorder.workspaces = take_workspaces(gpu, recorder)
             workspace = recorder.allocated_bytes()
-            facts = _run(config, plan, tracer, results)
+            facts = _run(config, plan, tracer, traces, results)
     except (RuntimeError, NotImplementedError) as error:
         raise UserError(f"{config.model}: this cannot be predicted: {_one_line(error)}") from error
     finally:
@@ -172,7 +173,9 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
     return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved, positions)
 
 
-def _run(config: RunConfig, plan: Plan, tracer: Tracer, results: list[StepResult]) -> tuple[int, int, int]:
+def _run(
+    config: RunConfig, plan: Plan, tracer: Tracer, traces: list[StepTrace], results: list[StepResult]
+) -> tuple[int, int, int]:
     with tracer.step(0, 1, True, tuple):
         with tracer.phase(Phase.LOAD):
             workload = build(plan)
@@ -180,6 +183,10 @@ def _run(config: RunConfig, plan: Plan, tracer: Tracer, results: list[StepResult
     with tracer.attached(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
         train(config, workload, tracer, lambda _: True, lambda: None, results.append)
+    recorder, taken = tracer.recorder, [trace for trace in traces if trace.step]
+    assert isinstance(recorder, FakeCuda)
+    recorder.close()
+    repeat(recorder.allocator, *taken[-2:])
     return workload.parameters, workload.trainable_parameters, owners.paged_bytes(workload.optimizer)
 
 

@@ -99,7 +99,7 @@ def sdpa(
         if use_efficient(gpu, query, key, value):
             mask = _expanded(_additive(attn_mask, query), query, key)
             kernel: Any = aten._scaled_dot_product_efficient_attention
-            out = kernel(query, key, value, mask, grad, dropout_p, is_causal, scale=scale)[0]
+            out, *_ = kernel(query, key, value, mask, grad, dropout_p, is_causal, scale=scale)
             return out
     return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 

@@ -52,6 +52,7 @@ class FakeCuda(OpTracker):
         self._clock_us = 0
         self._sole = (0, 0)
         self._calibrating = False
+        self._closed = False
 
     # --- seeing -------------------------------------------------------------
 
@@ -155,7 +156,13 @@ class FakeCuda(OpTracker):
             (h.cos() + h.exp()).sum().backward()
         self._calibrating = False
 
+    def close(self) -> None:
+        """See no further deaths: what happens to the allocator from now on is no run's."""
+        self._closed = True
+
     def _free(self, key: int) -> None:
+        if self._closed:
+            return
         self.release(self._addresses.pop(key)[0])
 
     # --- Recorder -----------------------------------------------------------
