@@ -180,13 +180,18 @@ def _run(
         with tracer.phase(Phase.LOAD):
             workload = build(plan)
         tracer.adopt(workload.model, workload.optimizer)
+    recorder = tracer.recorder
+    assert isinstance(recorder, FakeCuda)
+
+    def on_step(result: StepResult) -> None:
+        results.append(result)
+        if result.step == config.steps:  # while the loop still holds what it holds between steps
+            recorder.close()
+            repeat(recorder.allocator, *traces[-2:])
+
     with tracer.attached(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
-        train(config, workload, tracer, lambda _: True, lambda: None, results.append)
-    recorder, taken = tracer.recorder, [trace for trace in traces if trace.step]
-    assert isinstance(recorder, FakeCuda)
-    recorder.close()
-    repeat(recorder.allocator, *taken[-2:])
+        train(config, workload, tracer, lambda _: True, lambda: None, on_step)
     return workload.parameters, workload.trainable_parameters, owners.paged_bytes(workload.optimizer)
 
 
