@@ -39,6 +39,7 @@ class Technique:
         summary: One line: what it does to memory.
         formula: What it saves or costs, in bytes.
         source: Where it is described: paper or library documentation.
+        cost: What it costs in time, in half a sentence.
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
         options: The switch first, then its details.
@@ -57,6 +58,7 @@ class Technique:
     source: str
     order: int
     options: tuple[Option, ...]
+    cost: str = "nothing measurable"
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     conflict: Callable[[RunConfig], str | None] = _never
     unavailable: Callable[[Value, Environment], str | None] = _always

@@ -107,10 +107,17 @@ class Plan:
     recipe: Recipe
     batches: Batches
     device: torch.device
+    shapes_only: bool = False
 
 
-def prepare(config: RunConfig, device: torch.device) -> Plan:
+def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) -> Plan:
     """Decide everything about a run; imports the libraries it needs.
+
+    Args:
+        config: The run.
+        device: Where it happens.
+        shapes_only: For a prediction: no weights, no data and no capacity of
+            this machine matter, only shapes.
 
     Raises:
         UserError: No such model or data, or it cannot fit.
@@ -125,10 +132,13 @@ def prepare(config: RunConfig, device: torch.device) -> Plan:
     for technique in registry().values():
         technique.apply(config, recipe)
     shell = _shell(architecture)
-    _refuse_too_large(config.model, shell, recipe, device)
-    ids, labels = _file_rows(config) if config.data else _random_rows(config, int(architecture.vocab_size))
+    if shapes_only:
+        ids = labels = torch.zeros((1, 1), dtype=torch.int64).expand(config.batch_size, config.seq_len)
+    else:
+        _refuse_too_large(config.model, shell, recipe, device)
+        ids, labels = _file_rows(config) if config.data else _random_rows(config, int(architecture.vocab_size))
     batches = Batches(ids, labels, config.batch_size, device)
-    return Plan(config, profile, architecture, shell, recipe, batches, device)
+    return Plan(config, profile, architecture, shell, recipe, batches, device, shapes_only)
 
 
 def build(plan: Plan) -> Workload:
@@ -208,7 +218,7 @@ def _load(plan: Plan) -> Model:
         **plan.recipe.load_arguments,
     }
     with _loading_on_this_thread():
-        if plan.profile is None:
+        if plan.profile is None and not plan.shapes_only:
             try:
                 return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
             except OSError as error:

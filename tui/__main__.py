@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from ..engine.config import UserError
-from .commands import app, attach, doctor, exec, ps, run, shelf, stop, sweep
+from .commands import advise, app, attach, doctor, estimate, exec, ps, run, shelf, stop, sweep
 
 USAGE_ERROR = 2
 INTERRUPTED = 130
@@ -42,6 +42,8 @@ def parser() -> argparse.ArgumentParser:
         ("stop", stop.add, "end an engine"),
         ("run", run.add, "one run without the app: a table, JSON, a recording"),
         ("sweep", sweep.add, "every row of a preset, published and measured side by side"),
+        ("estimate", estimate.add, "a run's memory before it is run, on a GPU that need not be here"),
+        ("advise", advise.add, "which techniques save most at the peak, and what they cost"),
         ("open", app.add_open, "show a recording in the app"),
         ("profiles", shelf.add_profiles, "the models and presets there are"),
         ("techniques", shelf.add_techniques, "what can be switched, and every setting of it"),

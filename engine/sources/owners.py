@@ -148,12 +148,19 @@ class Paged(NamedTuple):
 
 def paged(optimizer: torch.optim.Optimizer) -> list[Paged]:
     """The managed tensors of an optimizer."""
-    return [
-        Paged(weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes)
-        for state in optimizer.state.values()
-        for _, tensor in tensors_in(state)
-        if getattr(tensor, "is_paged", False)
-    ]
+    return [Paged(weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes) for tensor in _managed(optimizer)]
+
+
+def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Bytes of an optimizer's state in managed memory."""
+    return sum(tensor.nbytes for tensor in _managed(optimizer))
+
+
+def _managed(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
+    for state in optimizer.state.values():
+        for _, tensor in tensors_in(state):
+            if getattr(tensor, "is_paged", False):
+                yield tensor
 
 
 def free_paged(allocations: Iterable[Paged]) -> int:

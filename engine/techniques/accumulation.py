@@ -23,6 +23,7 @@ TECHNIQUE = Technique(
     summary="adds up the gradients of several micro-batches before a step: a larger batch for the memory of one",
     formula="effective batch = batch_size · accumulation; activations and logits of one micro-batch at a time",
     source="https://arxiv.org/abs/1806.00187",
+    cost="as many passes as micro-batches, each less well filled",
     order=80,
     options=(Option("accumulation", 1, "micro-batches per optimizer step", (1, 2, 4, 8, 16), True, 1, 65536),),
     apply=apply,

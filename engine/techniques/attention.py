@@ -41,6 +41,7 @@ TECHNIQUE = Technique(
     summary="eager keeps the whole seq x seq score matrix of every head; sdpa and flash never build it",
     formula="eager saves about 5·heads·batch·seq² bytes a layer at 16 bit; sdpa and flash 4·heads·batch·seq",
     source="https://arxiv.org/abs/2205.14135",
+    cost="eager runs several kernels where sdpa runs one",
     order=20,
     options=(
         Option(

@@ -101,6 +101,7 @@ TECHNIQUE = Technique(
     summary="keeps only the input of a segment of layers and computes the rest again in backward",
     formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; costs one more forward, about a third",
     source="https://arxiv.org/abs/1604.06174",
+    cost="what is dropped is computed twice: at most one more forward pass, about a third more computation",
     order=60,
     options=(
         Option(

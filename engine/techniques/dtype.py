@@ -29,6 +29,7 @@ TECHNIQUE = Technique(
     summary="bytes per number: weights, gradients, optimizer state and activations all follow it",
     formula="float32 4 B, float16 and bfloat16 2 B; mixed: float32 weights, bfloat16 arithmetic under autocast",
     source="https://arxiv.org/abs/1710.03740",
+    cost="none: 16-bit arithmetic is faster on every GPU with tensor cores",
     order=10,
     options=(
         Option(

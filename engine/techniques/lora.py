@@ -59,6 +59,7 @@ TECHNIQUE = Technique(
     summary="trains two small matrices beside each chosen weight: gradients and optimizer state all but vanish",
     formula="r·(d_in + d_out) trainable parameters a target; activations stay, and so do the frozen weights",
     source="https://arxiv.org/abs/2106.09685",
+    cost="a little: two small products more per adapted module, and a far shorter optimizer step",
     order=50,
     options=(
         Option("lora", False, "train adapters, freeze the rest", (False, True)),

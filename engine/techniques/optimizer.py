@@ -62,6 +62,7 @@ TECHNIQUE = Technique(
     summary="AdamW keeps two moments per trainable parameter; foreach AdamW makes one more copy while it steps",
     formula="a parameter: AdamW 2 numbers, 8-bit 2 bytes and scales, Adafactor a row and a column, SGD none",
     source="https://arxiv.org/abs/2110.02861",
+    cost="8-bit states are converted in every step; paged ones travel over PCIe when memory runs out",
     order=70,
     options=(
         Option(

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import argparse
+import json
 import math
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -158,3 +160,30 @@ def end_progress() -> None:
     """Clear the line that `progress` wrote."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
+
+
+def refuse_unwritable(name: str, target: str | None) -> None:
+    """Find out before a run, not after it, that its result has nowhere to go.
+
+    Raises:
+        UserError: Nothing can be written there.
+    """
+    if not target or target == "-":
+        return
+    path = Path(target)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(21, "it is a folder")
+        with tempfile.TemporaryFile(dir=path.parent):
+            pass
+    except OSError as error:
+        raise UserError(f"--{name} {target}: cannot write there: {error.strerror}") from None
+
+
+def write_document(document: dict[str, Any], target: str) -> None:
+    """A document as JSON, to a file or, for `-`, to standard output."""
+    text = json.dumps(document, indent=1) + "\n"
+    if target == "-":
+        sys.stdout.write(text)
+    else:
+        Path(target).write_text(text, encoding="utf-8")

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +12,16 @@ from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.session import Session, describe
 from ..units import GIB, MIB, Unit
-from .common import FAILED, add_run_flags, config_from, end_progress, progress, reported_run
+from .common import (
+    FAILED,
+    add_run_flags,
+    config_from,
+    end_progress,
+    progress,
+    refuse_unwritable,
+    reported_run,
+    write_document,
+)
 
 DEFAULT_STEPS = 3
 
@@ -33,38 +40,20 @@ def main(flags: argparse.Namespace) -> int:
     if not config.steps:
         raise UserError("--steps 0: a run without the app needs an end; give it a number of steps from 1")
     for name in ("json", "save"):
-        _refuse_unwritable(name, getattr(flags, name))
+        refuse_unwritable(name, getattr(flags, name))
     document, session = reported_run(lambda add: Session(flags.device, add), config, progress)
     end_progress()
     if flags.save:
         session.save(Path(flags.save))
     session.close()
     if flags.json:
-        text = json.dumps(document, indent=1) + "\n"
-        if flags.json == "-":
-            sys.stdout.write(text)
-        else:
-            Path(flags.json).write_text(text, encoding="utf-8")
+        write_document(document, flags.json)
     if flags.json != "-" and not document["failure"]:
         sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
     if document["failure"]:
         sys.stderr.write(f"gpumem-tui: {document['failure']}\n")
         return FAILED
     return 0
-
-
-def _refuse_unwritable(name: str, target: str | None) -> None:
-    """Find out before a run, not after it, that its result has nowhere to go."""
-    if not target or target == "-":
-        return
-    path = Path(target)
-    try:
-        if path.is_dir():
-            raise IsADirectoryError(21, "it is a folder")
-        with tempfile.TemporaryFile(dir=path.parent):
-            pass
-    except OSError as error:
-        raise UserError(f"--{name} {target}: cannot write there: {error.strerror}") from None
 
 
 def table(document: dict[str, Any]) -> str:

@@ -1,0 +1,212 @@
+"""The CUDA caching allocator, modelled: what it would hand out and reserve.
+
+The rules are those of `c10/cuda/CUDACachingAllocator.cpp`: a small and a large
+pool; best fit among the free blocks, the lowest address among equals; a block
+that is too large is split, neighbours that are free are merged; what is not
+found is taken from CUDA in segments. One stream, as a training loop has.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left, insort
+from collections.abc import Callable
+
+from ..sources.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
+
+LARGE_SEGMENT_BYTES = 20 << 20
+"""What requests from 1 to 10 MiB take from CUDA at a time (kLargeBuffer)."""
+MIN_LARGE_BYTES = 10 << 20
+"""Requests from here on get a segment of their own size (kMinLargeAlloc)..."""
+ROUND_LARGE_BYTES = 2 << 20
+"""...rounded up to this (kRoundLarge)."""
+FIRST_ADDRESS = 1 << 40
+LAST_ADDRESS = 1 << 46
+
+
+def rounded_bytes(size: int) -> int:
+    """What the allocator's counter moves by for a request, at the least."""
+    return max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+
+
+def segment_bytes(rounded: int) -> int:
+    """What is taken from CUDA when no free block will do."""
+    if rounded <= SMALL_BYTES:
+        return SMALL_SEGMENT_BYTES
+    if rounded < MIN_LARGE_BYTES:
+        return LARGE_SEGMENT_BYTES
+    return -(-rounded // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+
+
+class OutOfMemoryError(Exception):
+    """CUDA has no more, even after all that is cached was given back."""
+
+
+class _Block:
+    __slots__ = ("address", "after", "before", "free", "pool", "requested", "size")
+
+    def __init__(self, address: int, size: int, pool: _Pool, before: _Block | None, after: _Block | None) -> None:
+        self.address, self.size, self.pool = address, size, pool
+        self.before, self.after = before, after
+        self.free, self.requested = True, 0
+
+
+class _Pool:
+    """Free blocks in the order the allocator looks through them: by size, then by address."""
+
+    def __init__(self, small: bool) -> None:
+        self.small = small
+        self.free: list[tuple[int, int]] = []
+
+    def best_fit(self, size: int) -> int | None:
+        """Take out the smallest block that is large enough; returns its address."""
+        at = bisect_left(self.free, (size, 0))
+        return self.free.pop(at)[1] if at < len(self.free) else None
+
+
+class CachingAllocator:
+    """One device's allocator.
+
+    Args:
+        capacity_bytes: What CUDA can give; None: without end.
+        expandable: As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+        place: Address of a new segment by its size, to follow a real trace; by
+            default each lies below the one before, as CUDA mostly places them.
+
+    Attributes:
+        allocated_bytes: Sum of the blocks handed out (`memory_allocated`).
+        reserved_bytes: Sum of the segments (`memory_reserved`).
+        peak_reserved_bytes: The most that was.
+    """
+
+    def __init__(
+        self,
+        capacity_bytes: int | None = None,
+        expandable: bool = False,
+        place: Callable[[int], int] | None = None,
+    ) -> None:
+        self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
+        self._capacity_bytes, self._expandable = capacity_bytes, expandable
+        self._place = place or self._below
+        self._lowest_address = LAST_ADDRESS
+        self._pools = (_Pool(small=True), _Pool(small=False))
+        self._blocks: dict[int, _Block] = {}
+        self._ends: dict[bool, _Block] = {}
+
+    def allocate(self, size: int) -> tuple[int, int]:
+        """Hand out a block; returns its address and its size.
+
+        Raises:
+            OutOfMemoryError: The capacity does not suffice.
+        """
+        rounded = rounded_bytes(size)
+        pool = self._pools[0 if rounded <= SMALL_BYTES else 1]
+        address = pool.best_fit(rounded)
+        block = self._blocks[address] if address is not None else self._more(rounded, pool)
+        rest = block.size - rounded
+        if rest >= MIN_BLOCK_BYTES if pool.small or self._expandable else rest > SMALL_BYTES:
+            self._split(block, rounded)
+        block.free, block.requested = False, size
+        self.allocated_bytes += block.size
+        return block.address, block.size
+
+    def free(self, address: int) -> tuple[int, int]:
+        """Take a block back; returns the bytes asked for and those handed out."""
+        block = self._blocks[address]
+        requested, size = block.requested, block.size
+        self.allocated_bytes -= size
+        block.free, block.requested = True, 0
+        for other in (block.before, block.after):
+            if other is not None and other.free:
+                self._take_out(other)
+        if block.after is not None and block.after.free:
+            self._absorb(block)
+        if block.before is not None and block.before.free:
+            block = block.before
+            self._absorb(block)
+        insort(block.pool.free, (block.size, block.address))
+        return requested, size
+
+    def empty_cache(self) -> None:
+        """Give CUDA back every segment that is free as a whole."""
+        for block in list(self._blocks.values()):
+            if block.free and block.before is None and block.after is None:
+                self._take_out(block)
+                del self._blocks[block.address]
+                self._ends = {small: end for small, end in self._ends.items() if end is not block}
+                self.reserved_bytes -= block.size
+
+    def alive(self) -> list[tuple[int, int, int]]:
+        """Address, bytes asked for and bytes beyond them, of what is allocated."""
+        return [(b.address, b.requested, b.size - b.requested) for b in self._blocks.values() if not b.free]
+
+    # --- segments -----------------------------------------------------------
+
+    def _more(self, rounded: int, pool: _Pool) -> _Block:
+        """A new segment, or more of an expandable one."""
+        size = segment_bytes(rounded)
+        if self._expandable:
+            return self._expand(rounded, pool)
+        self._reserve(size)
+        block = _Block(self._place(size), size, pool, None, None)
+        self._blocks[block.address] = block
+        return block
+
+    def _expand(self, rounded: int, pool: _Pool) -> _Block:
+        """Map as many pages behind the pool's last block as are missing."""
+        page = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
+        end = self._ends.get(pool.small)
+        there = end.size if end is not None and end.free else 0
+        size = -(-(rounded - there) // page) * page
+        self._reserve(size)
+        if end is not None and end.free:
+            self._take_out(end)
+            end.size += size
+            return end
+        # Each pool reserves more addresses than any device has memory.
+        address = end.address + end.size if end is not None else FIRST_ADDRESS << (1 if pool.small else 2)
+        block = _Block(address, size, pool, end, None)
+        if end is not None:
+            end.after = block
+        self._blocks[address] = self._ends[pool.small] = block
+        return block
+
+    def _reserve(self, size: int) -> None:
+        if self._capacity_bytes is not None and self.reserved_bytes + size > self._capacity_bytes:
+            self.empty_cache()
+            if self.reserved_bytes + size > self._capacity_bytes:
+                raise OutOfMemoryError
+        self.reserved_bytes += size
+        self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _below(self, size: int) -> int:
+        self._lowest_address -= -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
+        return self._lowest_address
+
+    # --- blocks -------------------------------------------------------------
+
+    def _split(self, block: _Block, size: int) -> None:
+        """Keep the first `size` bytes; the rest becomes a free block."""
+        rest = _Block(block.address + size, block.size - size, block.pool, block, block.after)
+        if block.after is not None:
+            block.after.before = rest
+        elif self._ends.get(block.pool.small) is block:
+            self._ends[block.pool.small] = rest
+        block.after, block.size = rest, size
+        self._blocks[rest.address] = rest
+        insort(rest.pool.free, (rest.size, rest.address))
+
+    def _absorb(self, block: _Block) -> None:
+        """Merge the free block that follows into this one."""
+        gone = block.after
+        assert gone is not None
+        del self._blocks[gone.address]
+        block.size += gone.size
+        block.after = gone.after
+        if gone.after is not None:
+            gone.after.before = block
+        elif self._ends.get(block.pool.small) is gone:
+            self._ends[block.pool.small] = block
+
+    def _take_out(self, block: _Block) -> None:
+        free = block.pool.free
+        del free[bisect_left(free, (block.size, block.address))]

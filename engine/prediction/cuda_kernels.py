@@ -1,0 +1,169 @@
+"""What CUDA's kernels allocate beyond the tensors they return, operator by operator.
+
+Found in PyTorch's sources and in allocator traces of a GPU; where a size depends
+on the device, the formula is the kernel's own.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from ..sources.block_layout import MIN_BLOCK_BYTES
+from . import attention
+from .gpus import Gpu
+from .reduction import scratch_bytes
+
+if TYPE_CHECKING:
+    from .tracker import FakeCuda, Kernel
+
+aten = torch.ops.aten
+Tensor = torch.Tensor
+
+
+def kernels(gpu: Gpu) -> dict[Any, Kernel]:
+    """Operators that a GPU runs in another way than the meta kernels say."""
+
+    def reduction(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+        out = func(*args, **kwargs)
+        dims = args[1] if len(args) > 1 and isinstance(args[1], list | tuple | int) else kwargs.get("dim")
+        tracker.see(out)
+        tracker.scratch(*scratch_bytes(gpu, args[0], dims))
+        return out
+
+    reductions = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+    return {
+        **attention.KERNELS,
+        **dict.fromkeys(reductions, reduction),
+        aten._local_scalar_dense.default: _item,
+        aten._to_copy.default: _to_copy,
+        aten.add.Tensor: _add,
+        aten.native_layer_norm.default: _layer_norm,
+        aten.cumsum.default: _cumsum,
+        aten.any.default: _any,
+        aten.nonzero.default: _nonzero,
+        aten.native_dropout.default: _dropout,
+        aten.embedding_dense_backward.default: _embedding_backward,
+    }
+
+
+def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
+    """What cuBLAS and cuBLASLt keep, on the loop's thread and on autograd's; returns the addresses.
+
+    `getChosenWorkspaceSize` of `aten/src/ATen/cuda/CublasHandlePool.cpp`: 32 MiB
+    from sm_90 on, else :4096:2:16:8. The order is that of `AllocatorTrace`'s
+    first products, a small tensor of which keeps the 1 MiB of the two threads
+    in segments of their own.
+    """
+    tracker.calibrate()
+    tracker.allocator.empty_cache()
+    first = tracker.allocate(MIN_BLOCK_BYTES)
+    cublas = CUBLAS_BYTES_SM90 if gpu.capability >= (9, 0) else CUBLAS_BYTES
+    workspaces = tuple(tracker.allocate(size) for size in (CUBLASLT_BYTES, cublas, cublas, CUBLASLT_BYTES))
+    tracker.release(first)
+    return workspaces
+
+
+CUBLAS_BYTES = 8_519_680
+CUBLAS_BYTES_SM90 = 32 << 20
+CUBLASLT_BYTES = 1 << 20
+
+
+def _item(_tracker: FakeCuda, func: Any, args: Any, _kwargs: Any) -> Any:
+    """A number read from a tensor: what it is where it is known, and otherwise one that changes no course."""
+    (tensor,) = args
+    if getattr(tensor, "constant", None) is not None:
+        return func(tensor)
+    if getattr(tensor, "is_any", False):
+        return False
+    return True if tensor.dtype is torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+
+
+def _to_copy(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """A host constant copied to the device is there: fake tensors would leave it on the host."""
+    (tensor,) = args
+    if kwargs.get("device") == tracker.device and getattr(tensor, "constant", None) is not None:
+        return aten.empty.memory_format(
+            list(tensor.shape), dtype=kwargs.get("dtype") or tensor.dtype, device=tracker.device
+        )
+    return func(*args, **kwargs)
+
+
+def _add(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Autograd adds up gradients in place where nobody else holds the first.
+
+    `InputBuffer::accumulate` never does so for subclasses of Tensor, as fake
+    tensors are.
+    """
+    if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled():
+        return func(*args, **kwargs)
+    mine, other = args[:2]
+    if tracker.sole_owner(mine) and mine.shape == other.shape and mine.dtype == torch.result_type(mine, other):
+        return mine.add_(other)
+    return func(*args, **kwargs)
+
+
+def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Mean and deviation are in float32; a CPU's have the input's dtype."""
+    out, mean, deviation = func(*args, **kwargs)
+    return out, mean.float(), deviation.float()
+
+
+def _embedding_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Many indices are sorted and summed up in segments (`EmbeddingBackwardKernel.cu`)."""
+    grad, indices, weights = args[:3]
+    count, width = indices.numel(), grad.shape[-1]
+    if count <= SORTED_INDICES:
+        return func(*args, **kwargs)
+    held = [tracker.allocate(count * indices.element_size()) for _ in range(2)]
+    tracker.scratch(count * indices.element_size(), _sort_scratch_bytes(count))
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    held += [tracker.allocate(size) for size in (count * 8, 8)]
+    tracker.scratch(count * 8, CUB_SCAN_BYTES)
+    held += [tracker.allocate(size) for size in (count * 8, count * 8)]
+    tracker.scratch(CUB_SCAN_BYTES)
+    partial = count // 10 + min(count, weights)  # NROWS_PER_THREAD
+    tracker.scratch(8, partial * 8, partial * -(-width // 32) * 32 * 4)
+    for address in held[::-1]:
+        tracker.release(address)
+    return out
+
+
+SORTED_INDICES = 3072
+CUB_SCAN_BYTES = 1279
+
+
+def _sort_scratch_bytes(count: int) -> int:
+    """Of `cub::DeviceRadixSort::SortPairs` with 64-bit keys and values, to about a kilobyte."""
+    return 16 * count + 18_000
+
+
+def _dropout(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """The mask is made before the output."""
+    out, mask = func(*args, **kwargs)
+    tracker.see(mask)
+    return out, mask
+
+
+def _any(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Asked whether there is any (outlier, NaN), the answer is no."""
+    out = func(*args, **kwargs)
+    out.is_any = True
+    return out
+
+
+def _nonzero(_tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
+    """How many there are depends on the data; mostly there are none."""
+    (tensor,) = args
+    return aten.empty.memory_format([0, tensor.dim()], dtype=torch.int64, device=tensor.fake_device)
+
+
+def _cumsum(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """The input is converted first if the output has another dtype."""
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    if args[0].dtype != out.dtype:
+        tracker.scratch(out.numel() * out.element_size())
+    return out

@@ -1,0 +1,79 @@
+"""What a prediction says. Loads no torch, so that whoever asks need not either."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from ..config import RunConfig
+
+SAFE_SHARE = 0.015
+SAFE_BYTES = 4 << 20
+
+
+def safe_bound_bytes(peak_bytes: int) -> int:
+    """A figure the measured peak stays under; at most 2 % above the predicted one from 1 GiB on.
+
+    What a GPU allocates beyond the model of it (cuDNN's and cuBLAS' workspaces
+    of other versions, a reduction's scratch) has been under 1 % in every run
+    measured.
+    """
+    return peak_bytes + int(peak_bytes * SAFE_SHARE) + SAFE_BYTES
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """A run that has not happened.
+
+    Attributes:
+        config: What was asked about.
+        gpu: Name of the GPU.
+        loaded_bytes: Allocated when the model is loaded.
+        after_step_bytes: Allocated after the first optimizer step.
+        peak_bytes: The most allocated at any event.
+        by_category: Composition of the peak, by the categories' keys; sums to it.
+        peak_phase: What the loop is doing then.
+        reserved_bytes: The most the caching allocator holds.
+        managed_bytes: Of paged optimizers, outside the allocator.
+        safe_bound_bytes: Above what will be measured.
+        available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
+        max_positions: Tokens in a row that the model was made for; 0: not said.
+        seconds: What predicting took.
+        document: What `run --json` would say of the run, with the same keys.
+    """
+
+    config: RunConfig
+    gpu: str
+    loaded_bytes: int
+    after_step_bytes: int
+    peak_bytes: int
+    by_category: dict[str, int]
+    peak_phase: str
+    reserved_bytes: int
+    managed_bytes: int
+    safe_bound_bytes: int
+    available_bytes: int
+    max_positions: int
+    seconds: float
+    document: dict[str, Any] = field(default_factory=dict, repr=False)
+
+    def as_document(self) -> dict[str, Any]:
+        """The document of `run`, and what only a prediction has to say."""
+        return self.document | {
+            "predicted": True,
+            "gpu": self.gpu,
+            "fits": self.fits,
+            "margin_bytes": self.margin_bytes,
+            "safe_bound_bytes": self.safe_bound_bytes,
+            "reserved_bytes": self.reserved_bytes,
+        }
+
+    @property
+    def fits(self) -> bool:
+        """Whether the safe bound is within what the GPU has."""
+        return self.margin_bytes >= 0
+
+    @property
+    def margin_bytes(self) -> int:
+        """What would be left above the safe bound; negative: what is missing."""
+        return self.available_bytes - self.safe_bound_bytes

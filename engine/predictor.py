@@ -1,0 +1,152 @@
+"""Predictions in the background, in a process of their own: they take no time from training.
+
+    predictor = Predictor(gpu("H100 80GB"))
+    predictor.want([config, another])     replaces what was wanted before
+    predictor.get(config)                 None until it is known
+
+Loads no torch: the process does. It is started with the first wish and asked
+for one prediction at a time, so what is no longer wanted is never begun.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Sequence
+from typing import Any
+
+from .config import RunConfig, UserError
+from .prediction.gpus import Gpu
+from .prediction.outcome import Prediction
+
+NICENESS = 10
+"""The process gives way to whatever trains."""
+
+Answer = Prediction | UserError
+
+
+class Predictor:
+    """A process that predicts on request.
+
+    Args:
+        gpu: For which GPU.
+    """
+
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu = gpu
+        self._known: dict[str, Answer] = {}
+        self._wanted: list[RunConfig] = []
+        self._changed = threading.Condition()
+        self._closed = False
+        self._process: subprocess.Popen[str] | None = None
+        self._thread: threading.Thread | None = None
+
+    def want(self, configs: Sequence[RunConfig]) -> None:
+        """Ask for predictions, in this order; what was asked before and is not among them is dropped."""
+        with self._changed:
+            self._wanted = [config for config in configs if _key(config) not in self._known]
+            if self._wanted and self._thread is None:
+                self._thread = threading.Thread(target=self._ask_forever, name="predictor", daemon=True)
+                self._thread.start()
+            self._changed.notify_all()
+
+    def get(self, config: RunConfig) -> Answer | None:
+        """The prediction, or why there can be none; None while it is not known."""
+        return self._known.get(_key(config))
+
+    def wait(self, timeout_s: float) -> bool:
+        """Wait until everything wanted is known; False if that took too long."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._wanted or self._closed, timeout_s)
+
+    def close(self) -> None:
+        """End the process."""
+        with self._changed:
+            self._closed = True
+            self._wanted = []
+            self._changed.notify_all()
+        if self._process is not None:
+            self._process.kill()
+        if self._thread is not None:
+            self._thread.join()
+
+    # --- the thread -----------------------------------------------------------
+
+    def _ask_forever(self) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._wanted or self._closed)
+                if self._closed:
+                    return
+                config = self._wanted[0]
+            answer = self._ask(config)
+            with self._changed:
+                self._known[_key(config)] = answer
+                self._wanted = [other for other in self._wanted if _key(other) not in self._known]
+                self._changed.notify_all()
+
+    def _ask(self, config: RunConfig) -> Answer:
+        process = self._started()
+        assert process.stdin is not None and process.stdout is not None
+        try:
+            process.stdin.write(json.dumps({"config": config.as_dict(), "gpu": dataclasses.asdict(self._gpu)}) + "\n")
+            process.stdin.flush()
+            line = process.stdout.readline()
+        except OSError:
+            line = ""
+        if not line:
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+            self._process = None  # the next wish starts another one
+            return UserError("the process that predicts has ended")
+        answer: dict[str, Any] = json.loads(line)
+        if "error" in answer:
+            return UserError(answer["error"])
+        return Prediction(config=config, **answer)
+
+    def _started(self) -> subprocess.Popen[str]:
+        if self._process is None:
+            self._process = subprocess.Popen(
+                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                text=True,
+                # It models a GPU; the one that may be here is the training's.
+                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+            )
+        return self._process
+
+
+def serve() -> None:
+    """The process: one JSON request a line on standard input, one answer a line on standard output."""
+    os.nice(NICENESS)
+    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    from .predict import predict
+
+    for line in sys.stdin:
+        request = json.loads(line)
+        card = request["gpu"] | {"capability": tuple(request["gpu"]["capability"])}
+        try:
+            prediction = predict(RunConfig.from_dict(request["config"]), Gpu(**card))
+            fields = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
+            answer = {name: value for name, value in fields.items() if name not in ("config", "document")}
+        except UserError as error:
+            answer = {"error": str(error)}
+        except Exception as error:  # one configuration that breaks must not end the others
+            answer = {"error": f"this cannot be predicted: {type(error).__name__}: {error}"}
+        answers.write(json.dumps(answer) + "\n")
+        answers.flush()
+
+
+def _key(config: RunConfig) -> str:
+    """What decides a prediction: everything but how long, on what and on which device it runs."""
+    plain = config.as_dict()
+    for name in ("device", "data", "rows", "steps", "learning_rate", "seed", "trace"):
+        del plain[name]
+    return json.dumps(plain, sort_keys=True)

@@ -1,0 +1,98 @@
+"""`gpumem-tui advise`: which techniques save most at the peak, and what they cost."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ...engine.config import RunConfig
+from ...engine.prediction.advice import Advice, advise
+from ...engine.prediction.outcome import Prediction
+from ...engine.session import describe
+from ..units import GIB, Unit
+from .common import add_run_flags, config_from, refuse_unwritable, write_document
+from .estimate import add_gpu_flag, chosen_gpu
+
+GIB_3 = Unit("GiB", GIB, 3)
+SHOWN = 8
+"""Lines of each list; the document has all of them."""
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    add_run_flags(parser)
+    add_gpu_flag(parser)
+    parser.add_argument("--json", metavar="FILE", help="write everything as JSON; - for standard output")
+    parser.set_defaults(command=main)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Predict every change; 0 also if nothing fits."""
+    config, card = config_from(flags), chosen_gpu(flags.gpu)
+    refuse_unwritable("json", flags.json)
+    from ...engine.predict import predict
+
+    def predicted(changed: RunConfig) -> Prediction:
+        return predict(changed, card)
+
+    now, alone, combined = advise(config, predicted)
+    if flags.json:
+        document = {
+            "schema": "gpumem-advice/1",
+            "predicted": True,
+            "gpu": card.name,
+            "config": config.as_dict(),
+            "now": _figures(now),
+            "single": [_entry(advice) for advice in alone],
+            "combinations": [_entry(advice) for advice in combined],
+        }
+        write_document(document, flags.json)
+    if flags.json != "-":
+        sys.stdout.write(_text(config, now, alone, combined))
+    return 0
+
+
+def _figures(prediction: Prediction) -> dict[str, Any]:
+    return {
+        "peak_bytes": prediction.peak_bytes,
+        "safe_bound_bytes": prediction.safe_bound_bytes,
+        "reserved_bytes": prediction.reserved_bytes,
+        "fits": prediction.fits,
+        "margin_bytes": prediction.margin_bytes,
+    }
+
+
+def _entry(advice: Advice) -> dict[str, Any]:
+    return {
+        "changes": advice.changes,
+        "saved_bytes": advice.saved_bytes,
+        "costs": advice.costs,
+        **_figures(advice.prediction),
+    }
+
+
+def _text(config: RunConfig, now: Prediction, alone: list[Advice], combined: list[Advice]) -> str:
+    fits = "fits" if now.fits else "does not fit"
+    lines = [
+        f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, {fits}",
+        "",
+        *_table("one change", alone),
+    ]
+    if combined:
+        lines += ["", *_table("together, what fits", combined)]
+    elif not now.fits:
+        lines += ["", "No combination that was tried fits."]
+    return "\n".join(lines) + "\n"
+
+
+def _table(title: str, listed: list[Advice]) -> list[str]:
+    shown = listed[:SHOWN]
+    width = max([len(title), *(len(advice.text) for advice in shown)]) + 2
+    lines = [f"{title:<{width}}{'saves GiB':>10}{'peak GiB':>10}  {'fits':<6}costs"]
+    lines += [
+        f"{a.text:<{width}}{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  "
+        f"{'yes' if a.prediction.fits else 'no':<6}{a.costs}"
+        for a in shown
+    ]
+    return lines if shown else [f"{title}: nothing saves anything"]

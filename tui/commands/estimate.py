@@ -1,0 +1,109 @@
+"""`gpumem-tui estimate`: a run's memory before it is run, on a GPU that need not be there."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from typing import Any
+
+from ...engine.config import RunConfig
+from ...engine.events import CATEGORIES, Category
+from ...engine.prediction.gpus import Gpu, gpu
+from ...engine.prediction.outcome import Prediction
+from ...engine.session import describe
+from ..units import GIB, MIB, Unit
+from .common import add_run_flags, config_from, refuse_unwritable, write_document
+
+DEFAULT_GPU = "H100 80GB"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    add_run_flags(parser)
+    add_gpu_flag(parser)
+    parser.add_argument("--json", metavar="FILE", help="write the prediction as JSON; - for standard output")
+    parser.add_argument("--table", action="store_true", help="weights, inference and training by data type")
+    parser.set_defaults(command=main)
+
+
+def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
+    """`--gpu`, shared by what predicts."""
+    parser.add_argument(
+        "--gpu", metavar="NAME", help=f"as in: 'RTX 4090 24GB' (default: the one here, or else {DEFAULT_GPU})"
+    )
+
+
+def chosen_gpu(name: str | None) -> Gpu:
+    """The GPU asked for, the one that is here, or the default. Raises UserError if it is unknown."""
+    if name:
+        return gpu(name)
+    from ...engine.predict import gpu_here
+
+    return gpu_here() or gpu(DEFAULT_GPU)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Predict; 0 also if it does not fit."""
+    config, card = config_from(flags), chosen_gpu(flags.gpu)
+    refuse_unwritable("json", flags.json)
+    if flags.table:
+        return _calculator(config, card, flags.json)
+    from ...engine.predict import largest_that_fit, predict
+
+    prediction = predict(config, card)
+    document = prediction.as_document() | largest_that_fit(prediction, card)
+    if flags.json:
+        write_document(document, flags.json)
+    if flags.json != "-":
+        sys.stdout.write(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
+    return 0
+
+
+def _text(prediction: Prediction, document: dict[str, Any]) -> str:
+    """The prediction for people."""
+    unit = Unit("GiB", GIB, 3) if prediction.peak_bytes >= GIB else Unit("MiB", MIB, 3)
+    show = unit.show
+    moments = {name: document[name] for name in ("loaded", "after_first_step", "peak")}
+    lines = [f"{unit.name:<16}" + "".join(f"{name.replace('_', ' '):>18}" for name in moments)]
+    for category in Category:
+        sizes = [moment["by_category"][category.key] for moment in moments.values()]
+        if any(sizes):
+            info = CATEGORIES[category]
+            lines.append(f"{info.letter} {info.title:<14}" + "".join(f"{show(size):>18}" for size in sizes))
+    lines.append(f"{'allocated':<16}" + "".join(f"{show(m['allocated_bytes']):>18}" for m in moments.values()))
+    peak = document["peak"]
+    lines += [
+        "",
+        f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}.",
+        f"Reserved by the allocator: {show(prediction.reserved_bytes)} {unit.name}.",
+    ]
+    if prediction.managed_bytes:
+        lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
+    gib = Unit("GiB", GIB, 2).full
+    verdict = "fits" if prediction.fits else "does not fit"
+    margin = f"{gib(abs(prediction.margin_bytes))} {'to spare' if prediction.fits else 'too little'}"
+    lines += [
+        f"It {verdict} in the {gib(prediction.available_bytes)} of {prediction.gpu}: at most "
+        f"{gib(prediction.safe_bound_bytes)}, {margin}.",
+        f"Largest batch size that fits: {document['max_batch_size'] or 'none'}; "
+        f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}.",
+    ]
+    return "\n".join(lines)
+
+
+def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
+    """The memory calculator's table, every figure from a prediction."""
+    from ...engine.predict import calculator
+
+    rows = calculator(config, card)
+    if target:
+        write_document({"model": config.model, "gpu": card.name, "predicted": True, "rows": rows}, target)
+    if target != "-":
+        columns = [name for name in rows[0] if name != "dtype"]
+        show = Unit("GiB", GIB, 2).show
+        heads = [name.removesuffix("_bytes").replace("_", " ") for name in columns]
+        lines = [f"{config.model}, batch {config.batch_size} of {config.seq_len} tokens, predicted peak in GiB", ""]
+        lines.append(f"{'dtype':<18}" + "".join(f"{head:>16}" for head in heads))
+        lines += [f"{row['dtype']:<18}" + "".join(f"{show(row[c]):>16}" for c in columns) for row in rows]
+        sys.stdout.write("\n".join(lines) + "\n")
+    return 0
