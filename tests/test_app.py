@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 
 import numpy as np
 import pytest
-from textual.pilot import Pilot
 from textual.strip import Strip
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
-from gpumem_tui.engine.feed import Pause, Save, Start, Stop
+from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.control import choices, free_name, offered
@@ -34,69 +32,8 @@ from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 from gpumem_tui.tui.widgets.canvas import changed_until
 from gpumem_tui.tui.writer import writing
 
+from .app_driver import GPU_UNIT, SIZES, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource
-
-SIZES = [(80, 24), (120, 40)]
-GPU_UNIT = 48 * MIB
-
-
-class Driver:
-    """An app in a terminal of a size, and the source behind it."""
-
-    def __init__(self, app: GpumemApp, source: FakeSource, pilot: Pilot[None]) -> None:
-        self.app, self.source, self.pilot = app, source, pilot
-
-    async def press(self, *keys: str) -> None:
-        await self.pilot.press(*keys)
-        await self.tick()
-
-    async def tick(self) -> None:
-        self.app.tick()
-        await self.pilot.pause()
-        assert "cannot be drawn" not in self.text
-
-    @property
-    def lines(self) -> list[str]:
-        """The rows as they would reach the terminal."""
-        canvas = self.app.canvas
-        return [canvas.render_line(y).text for y in range(canvas.size.height)]
-
-    @property
-    def text(self) -> str:
-        return "\n".join(self.lines)
-
-    def line(self, start: str) -> str:
-        """The first row that begins so, spaces aside."""
-        return next(line for line in self.lines if line.strip().startswith(start))
-
-    @property
-    def last_start(self) -> Start:
-        command = self.source.commands[-1]
-        assert isinstance(command, Start)
-        return command
-
-
-@asynccontextmanager
-async def shown(
-    source: FakeSource, size: tuple[int, int] = (80, 24), save_dir: Path | None = None, ascii: bool = False
-) -> AsyncIterator[Driver]:
-    settings = Settings(Path("/nonexistent/config.toml"))
-    settings.values["ascii"] = ascii
-    app = GpumemApp(source, refresh_hz=0, save_dir=save_dir, settings=settings)
-    async with app.run_test(size=size) as pilot:
-        driver = Driver(app, source, pilot)
-        await driver.tick()
-        yield driver
-
-
-def trained(steps: int = 2, **settings: object) -> FakeSource:
-    """A source some steps into a run."""
-    source = FakeSource()
-    source.start(**settings)
-    for _ in range(steps):
-        source.finish_step()
-    return source
-
 
 # --- the app as a whole ---------------------------------------------------------
 
@@ -175,7 +112,9 @@ async def test_nothing_is_sent_when_nothing_changed() -> None:
 async def test_ascii_means_ascii() -> None:
     source = trained(checkpointing="layers")
     source.advance(5)
-    async with shown(source, ascii=True) as driver:
+    settings = Settings(Path("/proc/none/config.toml"))
+    settings.values["ascii"] = True
+    async with shown(source, settings=settings) as driver:
         for key in "123456?":
             await driver.press(key)
             assert driver.text.isascii(), [line for line in driver.lines if not line.isascii()]

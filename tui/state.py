@@ -243,7 +243,7 @@ class ViewState:
 
     def summary(self) -> RunSummary | None:
         """The run in small, to be set beside others; None before its first complete step."""
-        if not self.kept or self.run.config is None:
+        if not self.kept or not self.kept[-1].step or self.run.config is None:
             return None
         key = (self.run.number, self.run.step, self.kept)
         if self._summary is None or self._summary[0] != key:

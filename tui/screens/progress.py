@@ -66,4 +66,4 @@ def _doing(name: str, state: ViewState) -> str:
         seconds = max(0.0, gauge.time_s - state.run.began_s)
         of = f" of {unit.show(known)}" if known else ""
         return f"loading {held}{of} {unit.name}, {seconds:.0f} s"
-    return f"warm-up, the first step: {state.phase.title}" if name == "warm-up" else name
+    return f"warm-up: {state.phase.title}" if name == "warm-up" else name

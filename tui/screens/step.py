@@ -183,7 +183,7 @@ class StepPage(Page):
         if ledger is None:
             return [Row(), Row().add(" No step has been traced yet.", self.palette.dim)]
         self._width = width - AXIS_WIDTH - 1
-        below = 6 if height < 28 else 10
+        below = max(6, min(height - 3 - 12, 13))  # on a tall screen, all ten of the largest
         chart_height = max(4, height - below - 3)
         shown, chart = self._charted(ledger, chart_height)
         column = self._column(ledger, shown)

@@ -206,6 +206,8 @@ class TechniquesPage(Page):
         """Values, what it does, in bytes, and where that is written; then what stands in the way."""
         palette = self.palette
         rows = [Row().add(("-" if palette.ascii else "─") * width, palette.dim), *self._values(line, wanted, width)]
+        if problem := self._problem(line, wanted):
+            rows.append(Row().add(f" {shorten(problem, width - 2)}", palette.busy))
         what = line.technique.summary if line.technique is not None and not line.detail else line.option.summary
         texts = [(what, palette.plain)]
         if line.technique is not None:
@@ -215,9 +217,6 @@ class TechniquesPage(Page):
         if line.technique is not None and len(rows) < room - 1:
             rows.append(Row().add(f" {shorten(line.technique.source, width - 2)}", palette.off))
         verdict = self._verdict(width)
-        problem = self._problem(line, wanted)
-        if problem and len(rows) < room - len(verdict):
-            rows.append(Row().add(f" {shorten(problem, width - 2)}", palette.busy))
         rows = rows[: room - len(verdict)]
         rows += [Row()] * (room - len(verdict) - len(rows))
         return rows + verdict
