@@ -162,7 +162,6 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["open", "/no/such/file.gpumem"], "No such file"),
         (["sweep", "--format", "pdf"], "invalid choice"),
         (["jump"], "invalid choice: 'jump'"),
-        ([], "no terminal; to run without the app: gpumem-tui run"),
     ],
 )
 def test_bad_input_is_one_line_and_not_zero(

@@ -6,36 +6,34 @@ It knows a `Source` and nothing of what is behind it; it loads no torch. It asks
 
 from __future__ import annotations
 
-import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import ClassVar
 
-from textual.app import App, ComposeResult
+from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.events import Key
+from textual.events import Click, Key, MouseScrollDown, MouseScrollUp
+from textual.screen import Screen
 
-from ..engine.config import UserError
+from ..engine.config import UserError, show
 from ..engine.feed import End, Source, Standing
-from .control import Control, offered
-from .draw import Row, wrap
+from .actions import Action
+from .board import Board
 from .palette import Palette
-from .screens.events import EventsPage
-from .screens.header import header
-from .screens.help import HelpPage
-from .screens.layers import LayersPage
-from .screens.live import LivePage
-from .screens.page import Page
-from .screens.step import StepPage
-from .screens.techniques import TechniquesPage
-from .state import ViewState
-from .units import shorten
+from .predictions import Predictions
+from .screens.tour import Tour
+from .settings import NAMED, Settings, config_path, state_path
+from .themes import THEMES
 from .widgets.canvas import Canvas
 from .writer import writing
 
-MIN_WIDTH, MIN_HEIGHT = 60, 20
+QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
+
+RATES = (0.5, 1.0, 2.0, 4.0, 10.0, 20.0)
+"""Refreshes a second that `[` and `]` step through."""
 
 
 class GpumemApp(App[None], inherit_bindings=False):
@@ -45,14 +43,16 @@ class GpumemApp(App[None], inherit_bindings=False):
         source: An engine, or a recording.
         refresh_hz: How often the source is asked; 0: only when `tick` is called.
         save_dir: Where recordings go; the working directory if None.
-        ascii: Draw without Unicode blocks.
+        settings: The config file; None: the defaults.
+        background: What the terminal's background was found to be, for the theme `auto`.
+        predictions: Peaks of configurations that have not run.
+        tour: Begin with the tour.
         on_start: Called once the first frame is out: the time to start an engine.
     """
 
-    ENABLE_COMMAND_PALETTE = False
     TITLE = "gpumem-tui"
+    COMMAND_PALETTE_BINDING = ""
 
-    # ctrl-a, ctrl-b, ctrl-s and ctrl-q belong to tmux, screen and the terminal.
     BINDINGS: ClassVar[list[BindingType]] = [
         Binding("ctrl+c", "quit", priority=True, show=False),
         Binding("ctrl+z", "suspend_process", show=False),
@@ -65,26 +65,26 @@ class GpumemApp(App[None], inherit_bindings=False):
         *,
         refresh_hz: float = 10.0,
         save_dir: Path | None = None,
-        ascii: bool = False,
+        settings: Settings | None = None,
+        background: str = "dark",
+        predictions: Predictions | None = None,
+        tour: bool = False,
         on_start: Callable[[], None] | None = None,
     ) -> None:
-        # The terminal's own colours, unless a theme was asked for. It has to be
-        # known before Textual decides how to do without colours (NO_COLOR).
-        own_theme = "TEXTUAL_THEME" in os.environ
-        super().__init__(ansi_color=None if own_theme else True)
-        if not own_theme:
-            self.theme = "ansi-dark"
-        self.source = source
+        # The terminal's own colours have to be known before Textual decides how
+        # to do without colours (NO_COLOR).
+        super().__init__(ansi_color=True)
+        self.theme = "ansi-light" if background == "light" else "ansi-dark"
+        self.settings = settings or Settings(config_path())
+        self.background, self.source = background, source
         self.refresh_hz, self.on_start = refresh_hz, on_start
-        self.state = ViewState()
-        self.control = Control(source, self.state, save_dir or Path.cwd())
-        self.palette = Palette(ascii=ascii, mono=self.no_color)
-        kinds: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, EventsPage, HelpPage)
-        self.pages: list[Page] = [kind(self.state, self.control, self.palette) for kind in kinds]
-        self.page = self.pages[0]
+        self.board = Board(source, self.settings, self._palette(), save_dir, predictions)
+        self.state, self.control = self.board.state, self.board.control
+        self.control.on_command = self._unfreeze
         self.canvas = Canvas(self.draw)
-        self._page_before_help = self.page
-        self.asking = self.ended = False
+        self.ended = False
+        self._wants_tour = tour
+        self._ticks: list[float] = []
 
     def compose(self) -> ComposeResult:
         """One widget."""
@@ -92,9 +92,10 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def on_mount(self) -> None:
         """Start the clock."""
+        if self._wants_tour:
+            self.start_tour()
         self.tick()
-        if self.refresh_hz > 0:
-            self.set_interval(1 / self.refresh_hz, self.tick)
+        self._timer = self.set_interval(1 / self.refresh_hz, self.tick) if self.refresh_hz > 0 else None
         if self.on_start is not None:
             self.call_after_refresh(self.on_start)
 
@@ -108,65 +109,30 @@ class GpumemApp(App[None], inherit_bindings=False):
         """
         if writing(self):
             return
-        if self.state.update(self.source, time.monotonic()):
+        now = time.monotonic()
+        changed = self._count(now) | self._tour_goes_on(now)
+        if not self.board.frozen:
+            changed |= self.state.update(self.source, now)
+        if changed:
             self.draw()
+
+    def _count(self, now: float) -> bool:
+        """The actual rate, for the footer; whether it reads differently than before."""
+        self._ticks = [*(t for t in self._ticks if now - t < 3.0), now]
+        if self.refresh_hz <= 0 or now - self._ticks[0] < 1.0:
+            return False
+        rate = (len(self._ticks) - 1) / (now - self._ticks[0])
+        # A rate that is as asked reads as asked, and not now 10 and now 9.
+        rate = self.refresh_hz if rate > 0.9 * self.refresh_hz else rate
+        text = f"{rate:.0f} Hz" if rate >= 1 else f"{rate:.1f} Hz"
+        changed, self.board.rate = text != self.board.rate, text
+        return changed
 
     def draw(self) -> None:
         """Show the page that is on; the canvas sends what differs."""
         width, height = self.canvas.size
-        if not width or not height:
-            return
-        if width < MIN_WIDTH or height < MIN_HEIGHT:
-            text = f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}"
-            self.canvas.show([Row().add(text)])
-            return
-        rows = [header(self.state, self.palette, width)]
-        rows += self._page_rows(width, height - 3)
-        message = self._message(width)
-        room = height - 1 - len(message)
-        rows = rows[:room] + [Row()] * (room - len(rows))
-        self.canvas.show([*map(self._plain, rows + message), self._footer(width)])
-
-    def _page_rows(self, width: int, height: int) -> list[Row]:
-        """The page; a mistake in drawing it costs the page and not the run that is going on."""
-        try:
-            return self.page.rows(width, height)
-        except Exception as error:
-            self.log.error(error)
-            return [Row().add(f" This screen cannot be drawn: {type(error).__name__}: {error}", self.palette.bad)]
-
-    def _plain(self, row: Row) -> Row:
-        """Without the few typographic characters, where only ASCII is wanted."""
-        if self.palette.ascii:
-            row.spans = [(text.translate(ASCII), style) for text, style in row.spans]
-        return row
-
-    def _message(self, width: int) -> list[Row]:
-        """What has just been said, in up to three rows, or else the page's own keys."""
-        if self.asking:
-            return [Row().add(f" {shorten(QUIT_QUESTION, width - 2)}", self.palette.busy)]
-        message = self.state.message
-        if message is None:
-            return [Row().add(f" {shorten(self.page.hint, width - 2)}", self.palette.dim)]
-        style = self.palette.bad if message.problem else self.palette.busy
-        lines = wrap(message.text, width - 2)
-        lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
-        return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
-
-    def _footer(self, width: int) -> Row:
-        palette = self.palette
-        row = Row().add(" ")
-        for number, page in enumerate(self.pages[:-1], 1):
-            on = page is self.page
-            row.add(f"{number}", palette.accent).add(f" {page.title}" if not on else "", palette.dim)
-            row.add(f" {page.title}" if on else "", palette.bold).add("  ")
-        if self.source.standing not in (Standing.OWNER, Standing.ATTACHED):
-            row.add(f"{self.source.standing} ", self.palette.bad)
-        paused = self.state.status == "paused"
-        for key, what in (("space", "go on" if paused else "pause"), ("?", "help"), ("q", "quit")):
-            if row.width + len(key) + len(what) + 2 < width:
-                row.add(" ").add(key, palette.accent).add(f" {what}", palette.dim)
-        return row
+        if width and height:
+            self.canvas.show(self.board.rows(width, height))
 
     # --- keys -----------------------------------------------------------------------
 
@@ -175,59 +141,80 @@ class GpumemApp(App[None], inherit_bindings=False):
         character = event.character or ""
         # Letters come as typed, so that B is not b; names for the rest.
         key = character if len(character) == 1 and character.isprintable() and character != " " else event.key
-        event.stop()
-        self.action_press(key)
+        if len(self.screen_stack) == 1:
+            event.stop()
+            self.action_press(key)
 
     def action_press(self, key: str) -> None:
-        """A key: the page's, or the same everywhere, or a technique's on the live screen."""
-        if self.asking:
+        """A key: text, where that is wanted; the page's own action, or one that is the same everywhere."""
+        if len(self.screen_stack) > 1:  # the command palette is open
+            self.screen.focus_next()
+            return
+        if self.board.question:
             self._answer(key)
-        elif not (self.page.press(key) or self._press_anywhere(key)) and self.page is self.pages[0]:
-            self._flip(key)
-        self.state.update(self.source, time.monotonic())
+        elif self.board.tour is not None and key == "enter":
+            self._tour_goes_on(time.monotonic(), at_once=True)
+        elif self.page.typing:
+            self.page.type(key)
+        elif found := self.board.find(key):
+            action, own = found
+            self.perform(action, self.page if own else self)
         self.draw()
 
-    def _press_anywhere(self, key: str) -> bool:
-        match key:
-            case "space":
-                self.control.toggle_pause()
-            case "s":
-                self.control.save()
-            case "r":
-                self.control.restart()
-            case "x":
-                self.control.stop()
-            case "z" if self.page is self.pages[0]:
-                self.control.go_back()
-            case "q":
-                self._quit()
-            case "!":
-                self.control.take_over()
-            case "?":
-                self._toggle_help()
-            case "escape":
-                self.state.dismiss()
-                if self.page is self.pages[-1]:
-                    self._toggle_help()
-            case _ if key.isdigit() and 1 <= int(key) < len(self.pages):
-                self.page = self.pages[int(key) - 1]
-            case _:
-                return False
-        return True
+    def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
+        """The command palette: every action that can be had here."""
+        for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
+            for action in actions:
+                text = f"{' '.join(action.keys)}  {action.text}"
+                yield SystemCommand(action.title, text, partial(self.perform, action, target))
 
-    def _quit(self) -> None:
+    def perform(self, action: Action, target: object) -> None:
+        """Do something, and show what came of it."""
+        action.run(target)
+        if not self.board.frozen:
+            self.state.update(self.source, time.monotonic())
+        self.draw()
+
+    def on_click(self, event: Click) -> None:
+        """The footer's digits, where the mouse is wanted."""
+        if event.screen_y == self.size.height - 1:
+            text = self.canvas.lines[-1]
+            digits = [i for i, c in enumerate(text[: event.screen_x + 1]) if c.isdigit() and text[i - 1] == " "]
+            if digits:
+                self.action_press(text[digits[-1]])
+
+    def on_mouse_scroll_down(self, _event: MouseScrollDown) -> None:
+        """Like the arrow key."""
+        self.action_press("down")
+
+    def on_mouse_scroll_up(self, _event: MouseScrollUp) -> None:
+        """Like the arrow key."""
+        self.action_press("up")
+
+    # --- actions ----------------------------------------------------------------------
+
+    @property
+    def page(self):  # type: ignore[no-untyped-def]
+        """The screen that is on."""
+        return self.board.page
+
+    def go(self, index: int) -> None:
+        """To a screen by its place."""
+        self.board.go(index)
+
+    def quit(self) -> None:
         """Leave; where the engine would go on without us, ask what is to become of the run."""
         run = self.state.run
         if self.source.standing is not Standing.ATTACHED:
             self.exit()
         elif run.running or run.status == "starting":
-            self.asking = True
+            self.board.question = QUIT_QUESTION
         else:
             self._answer("x")
 
     def _answer(self, key: str) -> None:
         """The answer to what becomes of the run; any other key stays."""
-        self.asking = False
+        self.board.question = ""
         if key == "x":
             with suppress(UserError):  # somebody else has ended it, or commands it by now
                 self.source.command(End())
@@ -235,23 +222,114 @@ class GpumemApp(App[None], inherit_bindings=False):
         if key in ("d", "q", "x"):
             self.exit()
 
-    def _toggle_help(self) -> None:
-        help_page = self.pages[-1]
-        if self.page is help_page:
-            self.page = self._page_before_help
+    def toggle_help(self) -> None:
+        """Explain what is selected, or go back."""
+        self.board.toggle_help()
+
+    def leave(self) -> None:
+        """Close what is open."""
+        self.board.leave()
+
+    async def action_quit(self) -> None:
+        """End the app."""
+        self.exit()
+
+    def open_palette(self) -> None:
+        """Every action by name."""
+        self.action_command_palette()
+
+    def toggle_freeze(self) -> None:
+        """Freeze the view while data goes on, or catch up."""
+        self._freeze(not self.board.frozen)
+
+    def _unfreeze(self) -> None:
+        self._freeze(False)
+
+    def _freeze(self, frozen: bool) -> None:
+        self.board.frozen = frozen
+        if self._timer is not None:
+            (self._timer.pause if frozen else self._timer.resume)()
+
+    def start_tour(self) -> None:
+        """The tour, on the live screen."""
+        self.board.go(0)
+        self.board.tour = Tour(time.monotonic())
+
+    def _tour_goes_on(self, now: float, at_once: bool = False) -> bool:
+        tour = self.board.tour
+        if tour is None:
+            return False
+        if not (tour.next(now) if at_once else tour.tick(now)):
+            self.board.tour = None
+        return True
+
+    def copy_table(self) -> None:
+        """The whole table to the terminal's clipboard, tab-separated; the screen's text if it has none."""
+        table = self.page.table()
+        lines = ["\t".join(cells) for cells in table] if table else [line.rstrip() for line in self.canvas.lines]
+        self.copy_to_clipboard("\n".join(lines) + "\n")
+        self.state.say(f"copied {len(lines)} lines")
+
+    def save_picture(self) -> None:
+        """The screen as SVG and as text."""
+        stem = f"gpumem-{self.page.title}-{time.strftime('%Y%m%d-%H%M%S')}"
+        path = self.control.save_dir / stem
+        try:
+            path.with_suffix(".svg").write_text(self.export_screenshot(title=self.TITLE), encoding="utf-8")
+            text = "\n".join(line.rstrip() for line in self.canvas.lines)
+            path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
+        except OSError as error:
+            self.state.say(f"{path}: {error.strerror}", problem=True)
         else:
-            self._page_before_help, self.page = self.page, help_page
+            self.state.say(f"saved {path}.svg and .txt")
 
-    def _flip(self, key: str) -> None:
-        """Step a technique's value and restart; batch size and length go up, in capitals down."""
-        for letter, _, option, technique in offered():
-            if not letter or key.lower() != letter:
-                continue
-            self.control.flip(option, 1 if key == letter else -1, around=technique is not None)
-            return
+    # --- settings that persist ----------------------------------------------------------
+
+    def _palette(self) -> Palette:
+        name = str(self.settings["theme"])
+        theme = THEMES[self.background if name == "auto" else name]
+        return Palette(theme, ascii=bool(self.settings["ascii"]), mono=self.no_color)
+
+    def _set(self, name: str, value: object) -> None:
+        """Change a setting, in the config file too."""
+        try:
+            self.settings.set(name, value)
+        except UserError as error:
+            self.settings.values[name] = NAMED[name].parse(value, name)
+            self.state.say(f"for this session only: {error}", problem=True)
+        else:
+            self.state.say(f"{name} {show(self.settings[name])}")
+
+    def next_theme(self) -> None:
+        """The next theme."""
+        names = [str(name) for name in NAMED["theme"].choices]
+        self._set("theme", names[(names.index(str(self.settings["theme"])) + 1) % len(names)])
+        self.board.repaint(self._palette())
+
+    def next_units(self) -> None:
+        """GiB or GB."""
+        self.state.units = "GB" if self.state.units == "GiB" else "GiB"
+        self._set("units", self.state.units)
+
+    def refresh_by(self, by: int) -> None:
+        """Refresh more or less often."""
+        nearest = min(range(len(RATES)), key=lambda i: abs(RATES[i] - self.refresh_hz))
+        self.refresh_hz = RATES[max(0, min(nearest + by, len(RATES) - 1))]
+        if self._timer is not None:
+            self._timer.stop()
+            self._timer = self.set_interval(1 / self.refresh_hz, self.tick)
+        self._ticks.clear()
+        self._set("refresh", self.refresh_hz)
 
 
-QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
-
-ASCII = str.maketrans({**dict(zip("…–·↑↓×─│", "~--^vx-|", strict=True)), "→": "->", "←": "<-"})
-"""For terminals and fonts that have ASCII only."""
+def tour_unseen() -> bool:
+    """Whether this is the first start; notes that it was, so that it is only once."""
+    path = state_path("tour-seen")
+    if path.exists():
+        return False
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    except OSError:
+        return False  # nowhere to note it: better never than every time
+    return True

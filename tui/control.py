@@ -11,6 +11,7 @@ from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
 from ..engine.technique import Technique
+from .predictions import Predictions
 from .state import ViewState
 
 WORKLOAD = (
@@ -31,13 +32,18 @@ class Control:
         source: Gets the commands.
         state: Told what comes of it.
         save_dir: Where recordings go.
+        predictions: Peaks of configurations that have not run, if there is anybody to ask.
 
     Attributes:
         pending: Changes collected and not applied, by option.
+        on_command: Called when the source is asked for something.
     """
 
-    def __init__(self, source: Source, state: ViewState, save_dir: Path) -> None:
-        self.source, self.state, self.save_dir = source, state, save_dir
+    def __init__(
+        self, source: Source, state: ViewState, save_dir: Path, predictions: Predictions | None = None
+    ) -> None:
+        self.source, self.state, self.save_dir, self.predictions = source, state, save_dir, predictions
+        self.on_command: Callable[[], None] = lambda: None
         self.pending: dict[str, Value] = {}
         self._undo: list[dict[str, Value]] = []
         self._before: list[RunConfig] = []
@@ -59,9 +65,10 @@ class Control:
         wanted = self.wanted()
         if wanted is None:
             return None
-        return self._problem(wanted)
+        return self.problem(wanted)
 
-    def _problem(self, config: RunConfig) -> str | None:
+    def problem(self, config: RunConfig) -> str | None:
+        """Why a configuration cannot be run here, or None."""
         try:
             techniques.check(config)
             if self.state.environment is not None:
@@ -148,7 +155,7 @@ class Control:
 
     def _start(self, config: RunConfig, remember: bool = True) -> bool:
         base = self.base()
-        if problem := self._problem(config):
+        if problem := self.problem(config):
             self.state.say(problem, problem=True)
             return False
         if not self._send(Start(config)):
@@ -208,6 +215,7 @@ class Control:
         except UserError as error:
             self.state.say(str(error), problem=True)
             return False
+        self.on_command()
         return True
 
 

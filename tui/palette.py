@@ -1,45 +1,25 @@
-"""The one place for colours and fills.
+"""Styles by role and by category: a theme, or no colours at all.
 
-The text has the terminal's own colours, so that light and dark terminals both
-look like themselves. Only categories have colours of their own: Paul Tol's
-colour-blind-safe schemes, each of middling lightness. Whatever a colour says, a
-letter says as well; with NO_COLOR the letters say it alone.
+Whatever a colour says, a letter says as well; with NO_COLOR the letters say it alone.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
+from typing import ClassVar
 
 from rich.color import Color, blend_rgb
-from rich.color_triplet import ColorTriplet
 from rich.style import Style
 
 from ..engine.events import Category
-
-COLOURS: dict[Category, str] = {
-    Category.PARAMETERS: "#3d7fc4",
-    Category.BUFFERS: "#8fb3dd",
-    Category.GRADIENTS: "#ee7733",
-    Category.OPTIMIZER_STATE: "#aa5faf",
-    Category.ACTIVATIONS: "#009e81",
-    Category.RECOMPUTED: "#d9bf4e",
-    Category.KV_CACHE: "#33bbee",
-    Category.LOGITS_LOSS: "#cc3d2e",
-    Category.INPUTS: "#8f9a35",
-    Category.TEMPORARIES: "#ee99aa",
-    Category.WORKSPACE: "#96704a",
-    Category.SLACK: "#8a8a8a",
-    Category.UNKNOWN: "#ee3377",
-}
-
-DEVICE_COLOURS = {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "u": "#d08770"}
-"""What is outside the allocator: cached-free, context, other processes, managed."""
+from .themes import DARK, Theme, contrast, letter_on
 
 EIGHTHS_ACROSS = " ▏▎▍▌▋▊▉█"
 EIGHTHS_UP = " ▁▂▃▄▅▆▇█"
 
-BLACK, WHITE = ColorTriplet(0, 0, 0), ColorTriplet(255, 255, 255)
+LEGIBLE = 4.6
+"""Contrast of letters that recede as far as they may."""
 
 
 @dataclass(frozen=True)
@@ -47,76 +27,96 @@ class Palette:
     """Styles by role and by category.
 
     Attributes:
+        theme: Where the colours are from.
         ascii: No Unicode blocks.
         mono: No colours: everything has to be said by letters.
     """
 
+    theme: Theme = DARK
     ascii: bool = False
     mono: bool = False
 
-    plain = Style(color="default")
-    dim = Style(color="default", dim=True)
-    bold = Style(color="default", bold=True)
-    cursor = Style(color="default", reverse=True)
-    off = Style(color="default", dim=True, italic=True)
+    plain: ClassVar[Style] = Style(color="default")
+    bold: ClassVar[Style] = Style(color="default", bold=True)
+    cursor: ClassVar[Style] = Style(color="default", reverse=True)
+
+    @cached_property
+    def dim(self) -> Style:
+        """What recedes."""
+        return Style(color="default", dim=True) if self.mono or not self.theme.dim else Style(color=self.theme.dim)
+
+    @cached_property
+    def off(self) -> Style:
+        """What cannot be had."""
+        return self.dim + Style(italic=True)
 
     @cached_property
     def good(self) -> Style:
         """Training, done, saved."""
-        return self._coloured("green")
+        return self._role(self.theme.good)
 
     @cached_property
     def busy(self) -> Style:
         """Loading, stopping, pending: look here."""
-        return self._coloured("yellow", bold=True)
+        return self._role(self.theme.busy, bold=True)
 
     @cached_property
     def bad(self) -> Style:
         """Out of memory, failed, refused."""
-        return self._coloured("red", bold=True)
+        return self._role(self.theme.bad, bold=True)
 
     @cached_property
     def accent(self) -> Style:
         """Keys, and the screen that is on."""
-        return self._coloured("cyan")
+        return self._role(self.theme.accent)
 
     @cached_property
     def ink(self) -> dict[Category, Style]:
-        """A category's letter and bar."""
-        return {c: self._hex(colour) for c, colour in COLOURS.items()}
+        """A category's bar."""
+        return {c: self.plain if self.mono else Style(color=colour) for c, colour in self.theme.colours.items()}
 
     @cached_property
     def paint(self) -> dict[Category, Style]:
         """A category's filled cell; its letter is legible on it."""
-        return {c: self._filled(colour) for c, colour in COLOURS.items()}
+        return {c: self._filled(colour) for c, colour in self.theme.colours.items()}
 
     @cached_property
-    def flat(self) -> dict[Category, Style]:
-        """A category's filled cell whose letter recedes into it."""
-        return {c: self._filled(colour, 0.35) for c, colour in COLOURS.items()}
+    def texture(self) -> dict[Category, Style]:
+        """A category's filled cell whose letter and texture recede as far as they stay legible."""
+        return {c: self._filled(colour, recede=True) for c, colour in self.theme.colours.items()}
 
     @cached_property
     def device(self) -> dict[str, Style]:
         """Filled cells of what is outside the allocator, by letter."""
-        return {letter: self._filled(colour) for letter, colour in DEVICE_COLOURS.items()}
+        return {letter: self._filled(colour) for letter, colour in self.theme.device.items()}
 
-    def over(self, below: Category, above: Category | None) -> Style:
-        """A cell in which one category ends and the next begins: eighths of `below` upon `above`."""
-        style = self.ink[below]
-        if above is None or self.mono:
-            return style
-        return style + Style(bgcolor=self.ink[above].color)
+    @cached_property
+    def _overs(self) -> dict[tuple[int, int], Style]:
+        return {}
 
-    def _coloured(self, colour: str, bold: bool = False) -> Style:
-        return Style(color="default" if self.mono else colour, bold=bold or self.mono or None)
+    def over(self, below: Category, above: Category) -> Style:
+        """A cell in which one category ends and the next begins: eighths of `below` upon `above`.
 
-    def _hex(self, colour: str) -> Style:
-        return self.plain if self.mono else Style(color=colour)
+        The same object for the same pair, so that runs of cells join.
+        """
+        pair = (int(below), int(above))
+        if pair not in self._overs:
+            self._overs[pair] = self.ink[below] + (Style() if self.mono else Style(bgcolor=self.ink[above].color))
+        return self._overs[pair]
 
-    def _filled(self, colour: str, strength: float = 1.0) -> Style:
+    def _role(self, colour: str, bold: bool = False) -> Style:
+        plain = self.mono or colour == "default"
+        return Style(color="default" if plain else colour, bold=bold or plain or None)
+
+    def _filled(self, colour: str, recede: bool = False) -> Style:
         if self.mono:
             return self.plain
-        triplet = Color.parse(colour).get_truecolor()
-        light = 0.299 * triplet.red + 0.587 * triplet.green + 0.114 * triplet.blue > 115
-        letter = blend_rgb(triplet, BLACK if light else WHITE, strength * 0.85)
-        return Style(color=Color.from_triplet(letter), bgcolor=Color.from_triplet(triplet))
+        letter = letter_on(colour)
+        return Style(color=receding(letter, colour) if recede and letter.startswith("#") else letter, bgcolor=colour)
+
+
+def receding(letter: str, fill: str) -> str:
+    """The colour nearest to its fill at which a letter is still legible."""
+    ends = Color.parse(fill).get_truecolor(), Color.parse(letter).get_truecolor()
+    mixed = (blend_rgb(*ends, step / 20).hex for step in range(1, 20))
+    return next((colour for colour in mixed if contrast(colour, fill) >= LEGIBLE), letter)

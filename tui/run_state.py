@@ -64,6 +64,7 @@ class RunState:
         recomputes: By layer.
         lit: Layers recomputed so far in the micro-batch under way, in order.
         last_recompute: The latest.
+        began_s: When it was started, on the engine's clock.
     """
 
     number: int = 0
@@ -83,6 +84,7 @@ class RunState:
     recomputes: dict[str, LayerRecomputes] = field(default_factory=dict)
     lit: list[str] = field(default_factory=list)
     last_recompute: Recompute | None = None
+    began_s: float = 0.0
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -101,7 +103,7 @@ class RunState:
         data = milestone.data
         match milestone.kind:
             case Kind.RUN_STARTED:
-                self.status, self.config = "loading", _config_of(data)
+                self.status, self.config, self.began_s = "loading", _config_of(data), milestone.time_s
             case Kind.LOADED:
                 self.parameters, self.trainable = data.get("parameters"), data.get("trainable_parameters")
                 self.status = "training"

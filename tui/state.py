@@ -15,9 +15,11 @@ from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase
 from ..engine.feed import Source, peak_bytes
 from ..engine.ledger import Ledger
 from .run_state import ConfigKey, RunState, config_key
-from .units import IN_MIB, Unit, unit_for
+from .run_summary import RunSummary, summarize
+from .units import Unit, unit_for
 
 KEPT_MILESTONES = 20_000
+KEPT_RUNS = 50
 INFO_SHOWN_S, PROBLEM_SHOWN_S = 6.0, 60.0
 
 
@@ -67,6 +69,8 @@ class ViewState:
 
     Attributes:
         live: Whether commands have an effect.
+        units: The setting: GiB or GB.
+        origin: A recording's file name; empty: runs have numbers.
         environment: Where it runs, once known.
         config: The run's, under way or last ended.
         requested: A configuration that was sent and has not started yet.
@@ -78,13 +82,17 @@ class ViewState:
         peak: Fold of the trace with the highest peak of the run.
         kept: Complete traces of the run that can be looked at.
         logs: Milestones by filter, oldest first.
+        finished: Summaries of the runs before this one, and of recordings opened beside it.
         measured: Highest peak by configuration, of all runs of this session.
+        loaded: Bytes allocated after loading, by configuration.
+        leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
         version: Grows with every change.
     """
 
     def __init__(self) -> None:
         self.live = True
+        self.units, self.origin = "GiB", ""
         self.environment: Environment | None = None
         self.config: RunConfig | None = None
         self.requested: RunConfig | None = None
@@ -95,10 +103,14 @@ class ViewState:
         self.peak: Ledger | None = None
         self.kept: tuple[StepTrace, ...] = ()
         self.logs: dict[Filter, deque[Milestone]] = {f: deque(maxlen=KEPT_MILESTONES) for f in Filter}
+        self.finished: list[RunSummary] = []
         self.measured: dict[ConfigKey, int] = {}
+        self.loaded: dict[ConfigKey, int] = {}
+        self.leaked_bytes: int | None = None
         self.message: Message | None = None
         self.version = 0
         self._clock_s = 0.0
+        self._summary: tuple[object, RunSummary] | None = None
         self._next_index = 0
         self._trace: StepTrace | None = None
         self._weighed: set[StepTrace] = set()
@@ -141,10 +153,16 @@ class ViewState:
 
     def _fold(self, milestone: Milestone) -> None:
         if milestone.kind is Kind.RUN_STARTED:
+            if summary := self.summary():
+                self.finished = [*self.finished, summary][-KEPT_RUNS:]
             self.run = RunState(number=milestone.run)
             self._forget_traces()
         self.run.fold(milestone)
         self._settle(milestone)
+        if milestone.kind is Kind.RUN_ENDED:
+            self.leaked_bytes = milestone.data.get("leaked_bytes")
+        if milestone.kind is Kind.LOADED and self.run.config and "allocated_bytes" in milestone.data:
+            self.loaded[config_key(self.run.config)] = milestone.data["allocated_bytes"]
         if milestone.kind is Kind.STEP_ENDED and self.run.config and self.run.peak_bytes is not None:
             key = config_key(self.run.config)
             self.measured[key] = max(self.measured.get(key, 0), self.run.peak_bytes)
@@ -223,6 +241,21 @@ class ViewState:
 
     # --- what screens ask -----------------------------------------------------
 
+    def summary(self) -> RunSummary | None:
+        """The run in small, to be set beside others; None before its first complete step."""
+        if not self.kept or not self.kept[-1].step or self.run.config is None:
+            return None
+        key = (self.run.number, self.run.step, self.kept)
+        if self._summary is None or self._summary[0] != key:
+            self._summary = (key, summarize(self.run, [self.fold(trace) for trace in self.kept], self.origin))
+        return self._summary[1]
+
+    @property
+    def runs(self) -> list[RunSummary]:
+        """The runs before this one and recordings, then this one."""
+        now = self.summary()
+        return [*self.finished, now] if now else self.finished
+
     @property
     def complete(self) -> Ledger | None:
         """Fold of the latest complete trace; of the first one under way while there is none."""
@@ -262,7 +295,7 @@ class ViewState:
     @property
     def unit(self) -> Unit:
         """What this run's screens count in."""
-        return unit_for(self.largest_bytes) if self.largest_bytes else IN_MIB
+        return unit_for(self.largest_bytes, self.units)
 
     @property
     def ever(self) -> set[Category]:

@@ -8,9 +8,6 @@ UNKNOWN = "–"
 
 MIB, GIB = 1 << 20, 1 << 30
 
-# Above this a screen counts in GiB; below, two decimals of a GiB would hide too much.
-GIB_FROM_BYTES = 4 * GIB
-
 
 class Unit(NamedTuple):
     """What a screen counts bytes in."""
@@ -28,13 +25,27 @@ class Unit(NamedTuple):
         return UNKNOWN if size is None else f"{self.show(size)} {self.name}"
 
 
-IN_MIB = Unit("MiB", MIB, 1)
-IN_GIB = Unit("GiB", GIB, 2)
+IN_MIB, IN_GIB = Unit("MiB", MIB, 1), Unit("GiB", GIB, 2)
+
+SYSTEMS = {"GiB": (IN_MIB, IN_GIB), "GB": (Unit("MB", 10**6, 1), Unit("GB", 10**9, 2))}
+"""By the setting `units`: for small runs, and for large ones."""
 
 
-def unit_for(largest_bytes: int) -> Unit:
-    """The unit of a screen whose largest category or total is this."""
-    return IN_GIB if largest_bytes >= GIB_FROM_BYTES else IN_MIB
+def unit_for(largest_bytes: int, system: str = "GiB") -> Unit:
+    """The unit of a screen whose largest category or total is this.
+
+    In the larger one from 4 of it on: below, two decimals would hide too much.
+    """
+    small, large = SYSTEMS[system]
+    return large if largest_bytes >= 4 * large.bytes else small
+
+
+def difference(size: int | None, base: int | None, unit: Unit) -> str:
+    """Signed; 0 without a sign, a dash where one of them is not known."""
+    if size is None or base is None:
+        return UNKNOWN
+    text = f"{(size - base) / unit.bytes:+.{unit.decimals}f}"
+    return text.lstrip("+-") if not float(text) else text
 
 
 def rate(per_second: float | None) -> str:

@@ -1,4 +1,4 @@
-"""`gpumem-tui` itself, and `gpumem-tui open`: the app on an engine or on a recording."""
+"""`gpumem-tui` itself, and `gpumem-tui open`: the app on an engine or on recordings."""
 
 from __future__ import annotations
 
@@ -6,21 +6,23 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError
-from ...engine.feed import Source
-from ...engine.launch import Launcher
-from ...engine.recording import Replay
-from ...engine.remote import Remote
-from ...engine.service import END_WITHIN_S, version
+from ..background import asked_background
+from ..settings import Settings
+from . import frames
 from .common import add_run_flags, config_from, seconds
 
 if TYPE_CHECKING:
+    from ...engine.config import RunConfig
+    from ...engine.feed import Source
+    from ...engine.remote import Remote
     from ..app import GpumemApp
+    from ..run_summary import RunSummary
 
 LOCAL_HZ, SSH_HZ = 10.0, 4.0
 PRINTED_AFTERWARDS_BYTES = 8192
@@ -32,40 +34,67 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--linger", metavar="TIME", help="end the engine this long after the last viewer has left: "
                         "90, 10m, 2h (default: 10 minutes after that and after its steps are done)")  # fmt: skip
     add_display_flags(parser)
+    frames.add_flags(parser)
     parser.set_defaults(command=main)
 
 
 def add_open(parser: argparse.ArgumentParser) -> None:
     """Flags of `open`."""
-    parser.add_argument("file", metavar="FILE", help="a .gpumem recording")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a .gpumem recording; others are set beside it")
     add_display_flags(parser)
-    parser.set_defaults(command=open_recording)
+    frames.add_flags(parser)
+    parser.set_defaults(command=open_recordings)
 
 
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
     """How the app draws."""
+    on = argparse.BooleanOptionalAction
     parser.add_argument("--hz", type=float, help="refreshes a second (default: 10, over SSH 4)")
-    parser.add_argument("--ascii", action="store_true", help="draw without Unicode blocks")
+    parser.add_argument("--theme", choices=("auto", "dark", "light", "ansi"), help="colours (default: auto)")
+    parser.add_argument("--ascii", action=on, help="draw without Unicode blocks")
+    parser.add_argument("--mouse", action=on, help="take the mouse; without, the terminal selects text as always")
 
 
 def main(flags: argparse.Namespace) -> int:
-    """Train in a process of its own, and watch."""
-    config = config_from(flags)
+    """Train in a process of its own, and watch; without a terminal, in this one."""
+    settings = display_settings(flags)
+    config = config_from(flags, profile=str(settings["profile"]))
     linger_s = seconds(flags.linger, "--linger") if flags.linger else None
+    if frames.wanted(flags):
+        return _printed(config, flags, settings)
     require_terminal()
     if flags.device not in ("auto", "cpu"):
         from ...engine import device
 
         device.select(flags.device)  # worth torch's import: the app could show nothing without it
+    from ...engine.launch import Launcher
+    from ...engine.remote import Remote
+    from ...engine.service import version
+
     remote = Remote(launch=Launcher(linger_s), version=version())
     remote.start(config)
-    return view(remote, flags)
+    return view(remote, flags, settings)
 
 
-def view(remote: Remote, flags: argparse.Namespace) -> int:
-    """Show an engine's process, and see to it that it ends if it was told to."""
+def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -> int:
+    """A run that ends with what is printed of it."""
+    from ...engine.feed import Start
+    from ...engine.session import Session
+
+    session = Session(flags.device)
     try:
-        app = show(remote, flags)
+        session.command(Start(config))
+        return frames.show(session, flags, settings, refresh_hz(settings))
+    finally:
+        session.close()
+
+
+def view(remote: Remote, flags: argparse.Namespace, settings: Settings) -> int:
+    """Show an engine's process, and see to it that it ends if it was told to."""
+    from ...engine.service import END_WITHIN_S
+
+    try:
+        app = show(remote, settings)
         # It has an orderly end of so many seconds, and then a disorderly one.
         ended = app.ended and remote.wait_ended(2 * END_WITHIN_S)
     finally:
@@ -78,34 +107,66 @@ def view(remote: Remote, flags: argparse.Namespace) -> int:
     return 0
 
 
-def open_recording(flags: argparse.Namespace) -> int:
-    """Show a recording."""
-    replay = Replay(Path(flags.file))
+def open_recordings(flags: argparse.Namespace) -> int:
+    """Show a recording, and others beside it."""
+    from ...engine.recording import Replay
+    from ..run_summary import of_source
+
+    settings = display_settings(flags)
+    paths = [Path(name) for name in flags.files]
+    replays = [Replay(path) for path in paths]
+    if frames.wanted(flags):
+        return frames.show(replays[0], flags, settings, refresh_hz(settings))
     require_terminal()
-    show(replay, flags)
+    beside = [of_source(replay, path.stem) for replay, path in zip(replays[1:], paths[1:], strict=True)]
+    show(replays[0], settings, beside, paths[0].stem)
     return 0
 
 
+def display_settings(flags: argparse.Namespace) -> Settings:
+    """The config file, and above it what was typed."""
+    settings = Settings.load()
+    for name, value in (("theme", flags.theme), ("refresh", flags.hz), ("ascii", flags.ascii), ("mouse", flags.mouse)):
+        if value is not None:
+            settings.values[name] = value
+    if flags.hz is not None and flags.hz <= 0:
+        raise UserError(f"--hz {flags.hz:g}: takes a number above 0")
+    return settings
+
+
+def refresh_hz(settings: Settings) -> float:
+    """As set, or what suits the link."""
+    return float(settings["refresh"]) or (SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ)
+
+
 def require_terminal() -> None:
-    """Refuse to draw where nobody could see it.
+    """Refuse to draw where nobody could answer.
 
     Raises:
         UserError: Standard input or output is no terminal.
     """
-    if not (sys.stdout.isatty() and sys.stdin.isatty()):
+    if not (sys.stdin.isatty() and sys.stdout.isatty()):
         raise UserError("this is no terminal; to run without the app: gpumem-tui run")
 
 
-def show(source: Source, flags: argparse.Namespace) -> GpumemApp:
-    """The app, until it is quit."""
-    from ..app import GpumemApp
+def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), origin: str = "") -> GpumemApp:
+    """The app, until it is quit.
 
-    hz = flags.hz or (SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ)
-    if hz <= 0:
-        raise UserError(f"--hz {hz:g}: takes a number above 0")
+    Args:
+        source: What is shown.
+        settings: The config file, and what was typed.
+        beside: Recordings to compare it with.
+        origin: The name of the source, if it is a recording.
+    """
+    with asked_background(settings["theme"] == "auto") as background:
+        from ..app import GpumemApp, tour_unseen
+
+        found = background()
     with _native_output_kept():
-        app = GpumemApp(source, refresh_hz=hz, save_dir=Path.cwd(), ascii=flags.ascii)
-        app.run(mouse=False)
+        tour = source.live and tour_unseen()
+        app = GpumemApp(source, refresh_hz=refresh_hz(settings), settings=settings, background=found, tour=tour)
+        app.state.finished, app.state.origin = list(beside), origin
+        app.run(mouse=bool(settings["mouse"]))
     return app
 
 

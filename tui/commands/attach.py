@@ -4,11 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ...engine import whereabouts
-from ...engine.launch import Launcher
-from ...engine.remote import Remote
-from ...engine.service import version
-from .app import add_display_flags, require_terminal, view
+from .app import add_display_flags, display_settings, require_terminal, view
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -21,10 +17,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Attach."""
+    from ...engine import whereabouts
+    from ...engine.launch import Launcher
+    from ...engine.remote import Remote
+    from ...engine.service import version
+
     place = whereabouts.find(flags.engine)
     require_terminal()
     card = place.card()
     launch = None if card and card.kind == "watch" else Launcher()
     remote = Remote(place, launch=launch, take=flags.take, version=version())
     remote.attach()
-    return view(remote, flags)
+    return view(remote, flags, display_settings(flags))

@@ -10,15 +10,13 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from ...engine import techniques
 from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
-from ...engine.events import Kind, Milestone
-from ...engine.feed import Start
-from ...engine.report import Report
-from ...engine.session import Session
-from ...profiles import model_profile, preset
+
+if TYPE_CHECKING:
+    from ...engine.events import Milestone
+    from ...engine.session import Session
 
 FAILED = 3
 """Exit code of a run that was started and did not finish."""
@@ -38,16 +36,22 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--data", metavar="FILE", help="train on this text or JSONL file instead of random tokens")
 
 
-def config_from(flags: argparse.Namespace, first: Mapping[str, Value] | None = None) -> RunConfig:
+def config_from(
+    flags: argparse.Namespace, first: Mapping[str, Value] | None = None, profile: str = "tiny"
+) -> RunConfig:
     """The configuration that the flags describe: preset, then --set, then the flags of their own.
 
     Args:
         flags: Parsed.
         first: Settings below all of these.
+        profile: What is trained where the flags name nothing.
 
     Raises:
         UserError: Whatever in them cannot be.
     """
+    from ...engine import techniques
+    from ...profiles import model_profile, preset
+
     settings: dict[str, Value] = dict(first or {})
     model = flags.model or flags.profile
     if flags.preset:
@@ -56,7 +60,7 @@ def config_from(flags: argparse.Namespace, first: Mapping[str, Value] | None = N
         model = model or chosen.model
     settings |= typed_settings(flags)
     base: dict[str, Any] = {
-        "model": model or "tiny",
+        "model": model or profile,
         "pretrained": flags.model is not None,
         "device": flags.device,
         "data": flags.data,
@@ -77,6 +81,8 @@ def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:
     Raises:
         UserError: An unknown setting, or a value that is not allowed.
     """
+    from ...engine import techniques
+
     typed = {}
     for item in flags.settings:
         name, equals, value = item.partition("=")
@@ -119,6 +125,9 @@ def run_to_end(
     Raises:
         UserError: It was refused.
     """
+    from ...engine.events import Kind
+    from ...engine.feed import Start
+
     seen = [*session.milestones(0)]
     next_index = seen[-1].index + 1 if seen else 0
     session.command(Start(config))
@@ -141,6 +150,8 @@ def reported_run(
     say: Callable[[Milestone], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Session]:
     """Run on a new session with a report listening."""
+    from ...engine.report import Report
+
     report = Report()
     session = session_of(report.add)
     milestones = run_to_end(session, config, say)
@@ -151,6 +162,8 @@ def reported_run(
 
 def progress(milestone: Milestone) -> None:
     """Tell a person at a terminal how far it is; standard output stays clean."""
+    from ...engine.events import Kind
+
     if sys.stderr.isatty() and milestone.kind in (Kind.RUN_STARTED, Kind.LOADED, Kind.STEP_ENDED, Kind.NOTE):
         sys.stderr.write(f"\r\x1b[K{time.strftime('%H:%M:%S')} {milestone.text[:100]}")
         sys.stderr.flush()

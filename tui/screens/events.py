@@ -9,18 +9,29 @@ from rich.style import Style
 
 from ...engine.config import show
 from ...engine.events import Kind, Milestone
+from ..actions import Action, moves
 from ..draw import Row, wrap
 from ..state import Filter
 from ..units import clock, count, shorten
-from .page import MOVES, Page
+from .page import Page, Table, Topic
+
+MEANINGS = {
+    Kind.RUN_STARTED: "A run began; its configuration is in the details.",
+    Kind.LOADED: "The model is on the device. What is allocated now are its parameters and buffers.",
+    Kind.STEP_ENDED: "An optimizer step ended. The peak is the allocator's own counter, of traced and untraced steps.",
+    Kind.RECOMPUTED: "Backward computed a checkpointed segment again: the bytes held for that, and the time it took.",
+    Kind.OUT_OF_MEMORY: "The device refused an allocation. The run has ended, everything of it is freed.",
+    Kind.RUN_FAILED: "The run raised an error. The traceback is in the details.",
+    Kind.REFUSED: "The engine did not do what was asked, and says why.",
+    Kind.RUN_ENDED: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
+    Kind.SAVED: "A recording was written; gpumem-tui open FILE shows it again.",
+}
 
 
 class EventsPage(Page):
-    """The fifth screen."""
+    """The sixth screen."""
 
     title = "events"
-    hint = "↑ ↓ select · end follow the latest · f filter · enter details"
-
     filter = Filter.NO_RECOMPUTES
     selected: int | None = None
     """Index of the milestone selected; None: the latest, whatever comes."""
@@ -32,24 +43,54 @@ class EventsPage(Page):
         """What the filter admits."""
         return self.state.logs[self.filter]
 
-    def press(self, key: str) -> bool:
+    def make_actions(self) -> tuple[Action, ...]:
         """Select, filter, details."""
-        if key == "f":
-            self.filter = Filter((self.filter + 1) % len(Filter))
-            self.selected = None
-        elif key == "enter" or (key == "escape" and self.detailed):
-            self.detailed = not self.detailed and bool(self.log)
-            self.detail_top = 0
-            if self.detailed and self.selected is None:
-                self.selected = self.log[-1].index
-        elif key in MOVES and self.detailed:
-            self.detail_top = max(0, self.detail_top + MOVES[key])
-        elif key in MOVES and self.log:
-            at = max(0, min(self._position() + MOVES[key], len(self.log) - 1))
+        return (
+            *moves("select; the last one follows what comes"),
+            Action("events.filter", ("f",), "Filter the log", "filter: all, no recomputes, no steps, problems only",
+                   lambda page: page.next_filter(), "filter"),
+            Action("events.details", ("enter",), "Details", "all that is known of an event, or back to the log",
+                   lambda page: page.toggle_details(), "details"),
+        )  # fmt: skip
+
+    def topic(self) -> Topic:
+        """The kind of milestone selected, or the log."""
+        if self.selected is None or not self.log:
+            text = (
+                "Everything the engine tells, with the time since it began: runs, steps, recomputes, failures, notes."
+            )
+            return Topic("the log", text)
+        kind = self.log[self._position()].kind
+        return Topic(kind.replace("_", " "), MEANINGS.get(kind, "A note of the engine."))
+
+    def table(self) -> Table:
+        """The log, as filtered."""
+        return [["time", "kind", "text"], *([clock(m.time_s), str(m.kind), m.text] for m in self.log)]
+
+    def next_filter(self) -> None:
+        """Show less, then everything again."""
+        self.filter = Filter((self.filter + 1) % len(Filter))
+        self.selected = None
+
+    def toggle_details(self) -> None:
+        """Open or close the details of what is selected."""
+        self.detailed = not self.detailed and bool(self.log)
+        self.detail_top = 0
+        if self.detailed and self.selected is None:
+            self.selected = self.log[-1].index
+
+    def leave(self) -> bool:
+        """Close the details."""
+        closed, self.detailed = self.detailed, False
+        return closed
+
+    def move(self, by: int) -> None:
+        """Select another, or scroll the details."""
+        if self.detailed:
+            self.detail_top = max(0, self.detail_top + by)
+        elif self.log:
+            at = max(0, min(self._position() + by, len(self.log) - 1))
             self.selected = None if at == len(self.log) - 1 else self.log[at].index
-        else:
-            return False
-        return True
 
     def _position(self) -> int:
         """Where in the log the selected milestone is; the oldest, if it has been dropped."""

@@ -26,11 +26,12 @@ def summary(config: RunConfig) -> str:
     return " ".join(words)
 
 
-def header(state: ViewState, palette: Palette, width: int) -> Row:
-    """Model, settings, and what the engine is doing."""
+def header(state: ViewState, palette: Palette, width: int, frozen: bool = False) -> Row:
+    """Model, settings, and what the engine is doing; or that the view is frozen while it does."""
     mark, style = status_style(state, palette)
     # What changes most stands leftmost: a row is sent from its left end.
-    row = Row().add(f" {mark} ", style).add(f"{status_text(state):<15}", style)
+    text = "view paused" if frozen else status_text(state)
+    row = Row().add(f" {mark} ", style).add(f"{text:<15}", palette.cursor if frozen else style)
     config = state.config
     if config is None:
         return row.add("gpumem-tui", palette.bold)

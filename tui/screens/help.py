@@ -1,31 +1,24 @@
-"""Help: the keys, and what every category means."""
+"""Help: what is selected, the keys, and what every category means."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from rich.style import Style
 
 from ...engine.events import CATEGORIES
-from ..control import offered
+from ..actions import KEYS_WIDTH, Action, help_lines, moves
+from ..control import Control
 from ..draw import Row, wrap
-from .page import MOVES, Page
-
-KEYS = (
-    ("1 … 5", "live, step, layers, techniques, events"),
-    ("space", "pause the run at the next micro-batch, or go on"),
-    ("r", "restart the run as it is"),
-    ("x", "stop the run and free everything"),
-    ("s", "save a recording: gpumem-tui open FILE shows it again"),
-    ("z", "live: back to the settings before; techniques: undo a change"),
-    ("esc", "take a message away, leave help or details"),
-    ("q", "quit"),
-)
+from ..palette import Palette
+from ..state import ViewState
+from .page import Page, Topic
 
 OUTSIDE = (
     ("c", "cached", "Reserved by the caching allocator and not allocated: free for this process only."),
     ("x", "context", "GPU: CUDA context and libraries. CPU: the process without its counted tensors."),
     ("m", "managed", "CUDA managed memory of paged optimizers."),
+    ("u", "unaccounted", "This process beyond torch and the context as measured."),
     ("o", "others", "Other processes on the device."),
 )
 
@@ -36,19 +29,41 @@ ABOUT = (
 
 
 class HelpPage(Page):
-    """Over all other screens; `?` and escape leave it."""
+    """Over all other screens; `?` and escape leave it.
+
+    Args:
+        state: As for every page.
+        control: As for every page.
+        palette: As for every page.
+        page: The screen it is called from.
+        everywhere: What can be done on every screen.
+    """
 
     title = "help"
-    hint = "↑ ↓ scroll · ? or esc back"
 
-    top = 0
+    def __init__(
+        self,
+        state: ViewState,
+        control: Control,
+        palette: Palette,
+        page: Callable[[], Page],
+        everywhere: Callable[[], tuple[Action, ...]],
+    ) -> None:
+        super().__init__(state, control, palette)
+        self._page, self._everywhere = page, everywhere
+        self.top = 0
 
-    def press(self, key: str) -> bool:
+    def make_actions(self) -> tuple[Action, ...]:
         """Scroll."""
-        if key not in MOVES:
-            return False
-        self.top = max(0, self.top + MOVES[key])
-        return True
+        return moves("scroll", "scroll")
+
+    def topic(self) -> Topic:
+        """Itself."""
+        return Topic("help", "Keys, and what the bytes are there for.")
+
+    def move(self, by: int) -> None:
+        """Scroll."""
+        self.top = max(0, self.top + by)
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Side by side where there is room."""
@@ -65,20 +80,23 @@ class HelpPage(Page):
         return rows[self.top : self.top + height]
 
     def _keys(self, width: int) -> list[Row]:
-        palette = self.palette
-        rows = [Row().add(" keys", palette.bold)]
-        rows += self._entries(KEYS, width)
-        letters = [(key, title) for key, title, _, _ in offered() if key]
-        rows += [Row(), Row().add(" letters: live restarts at once, techniques collects", palette.bold)]
-        rows += self._entries([(key + (" B" if key == "b" else ""), title) for key, title in letters], width)
+        """What is selected, then the keys: the screen's own, and those that hold everywhere."""
+        palette, page = self.palette, self._page()
+        topic = page.topic()
+        rows = [Row().add(f" {topic.title}", palette.bold)]
+        rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
+        rows += [Row(), Row().add(f" keys on {page.title}", palette.bold)]
+        rows += self._entries(help_lines(page.actions), width)
+        rows += [Row(), Row().add(" keys everywhere", palette.bold)]
+        rows += self._entries(help_lines(self._everywhere()), width)
         rows.append(Row())
         return rows + [Row().add(f" {line}", palette.dim) for line in wrap(ABOUT, width - 2)]
 
     def _entries(self, entries: Sequence[tuple[str, str]], width: int) -> list[Row]:
         rows = []
         for key, text in entries:
-            for i, line in enumerate(wrap(text, width - 10)):
-                rows.append(Row().add(f" {key if not i else '':<7} ", self.palette.accent).add(line))
+            for i, line in enumerate(wrap(text, width - KEYS_WIDTH - 3) or [""]):
+                rows.append(Row().add(f" {key if not i else '':<{KEYS_WIDTH}} ", self.palette.accent).add(line))
         return rows
 
     def _meanings(self, width: int) -> list[Row]:

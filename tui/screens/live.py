@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from ...engine.config import Option
 from ...engine.events import Category, Kind, Phase
 from ...engine.ledger import Bytes
+from ..actions import Action, changes, moves
+from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain, levers
 from ..layer_table import numbered_layers
@@ -13,15 +16,17 @@ from ..widgets.area import area, columns
 from ..widgets.bars import bar
 from ..widgets.ticks import ticks
 from .device_bar import device_rows
-from .page import Page
+from .page import Page, Table, Topic
+from .topics import MORE, PARTS
 
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
 """Together in one row where there is no room for a row each."""
 
 NAME_WIDTH, FIGURE_WIDTH = 18, 9
 ROOMY = 26
-WIDE = 130
 """Rows from which every category has a row of its own."""
+
+WIDE = 130
 
 CRAMPED = 20
 """Rows up to which a category that has held nothing has no row."""
@@ -31,34 +36,84 @@ class LivePage(Page):
     """The first screen."""
 
     title = "live"
-    hint = "letters switch and restart · b B batch · z back · r restart · s save · x stop"
+    lead = "a letter changes a technique and restarts · z back · "
+    focus: str | Category | None = None
+    """The part selected; None: none."""
+    _alone: list[Category] = list(Category)  # noqa: RUF012
 
-    _drawn: tuple[tuple[int, ...], list[Row]] | None = None
+    def make_actions(self) -> tuple[Action, ...]:
+        """A letter changes a technique and restarts; arrows select what `?` explains."""
+        return (*changes(offered(), _flip, "restarts at once"), *moves("select a part, for ? to explain", "? explains"))
+
+    def topic(self) -> Topic:
+        """The part selected."""
+        if isinstance(self.focus, Category):
+            info = self.focus.info
+            return Topic(f"{info.letter} {info.title}", f"{info.meaning} {MORE.get(self.focus, '')}".strip())
+        if self.focus is not None:
+            return Topic(self.focus, PARTS[self.focus])
+        return Topic(
+            "live",
+            "What fills the GPU now, what filled it at the peak, and how far the edge is. Up and down select a part of "
+            "the screen; ? then explains that part. Letters change a technique and restart the run.",
+        )
+
+    def move(self, by: int) -> None:
+        """Select another part."""
+        parts: list[str | Category] = ["run", "device", *self._alone, "why", "recompute"]
+        at = parts.index(self.focus) + by if self.focus in parts else 0 if by > 0 else len(parts) - 1
+        self.focus = parts[max(0, min(at, len(parts) - 1))]
+
+    def leave(self) -> bool:
+        """Select nothing."""
+        selected, self.focus = self.focus is not None, None
+        return selected
+
+    def undo(self) -> None:
+        """Back to the run before."""
+        self.control.go_back()
+
+    def table(self) -> Table:
+        """Categories now and at the peak, whole bytes."""
+        now = self.state.now.end if self.state.now else None
+        peak = self.state.peak.peak.by_category if self.state.peak else None
+        cells = [[c.key, *(str(sizes[c]) if sizes else UNKNOWN for sizes in (now, peak))] for c in Category]
+        return [["bytes", "now", "peak"], *cells]
+
+    _drawn: tuple[tuple[object, ...], list[Row]] | None = None
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Step, device, categories, the reason of the peak, what happened last."""
-        rows = [self._step(width)]
+        rows = self._marked("run", [self._step(width)])
         rows += [Row()] * (height >= ROOMY)
-        rows += device_rows(self.state, self.palette, width)
+        rows += self._marked("device", device_rows(self.state, self.palette, width))
         rows += [Row()] * (height > CRAMPED)
         rows += self._categories(width, height)
         rows += [Row()] * (height >= ROOMY)
-        rows += self._reason(width)
+        rows += self._marked("why", self._reason(width))
         rows += [Row()] * (height >= ROOMY)
-        rows.append(self._recompute(width))
+        rows += self._marked("recompute", [self._recompute(width)])
         chart = self._chart(width, min(height - len(rows) - 4, 10))
         rows += self._last(width, height - len(rows) - len(chart))
         rows += [Row()] * (height - len(rows) - len(chart))
         return rows + chart
+
+    def _marked(self, part: str | Category, rows: list[Row]) -> list[Row]:
+        """The rows of a part, with a mark in front if it is the one selected."""
+        if self.focus == part:
+            text, style = rows[0].spans[0]
+            mark = (">" if self.palette.ascii else "▸", self.palette.accent)
+            rows[0].spans[:1] = [mark, (text[1:], style)]
+        return rows
 
     def _chart(self, width: int, height: int) -> list[Row]:
         """The latest step at a glance, where there is room for it; screen 2 has it at length."""
         ledger = self.state.complete
         if ledger is None or height < 5:
             return []
-        key = (id(ledger), width, height)
+        key = (ledger, width, height, self.palette)
         if self._drawn is None or self._drawn[0] != key:
-            curve = ledger.curve[:, columns(ledger, width - 2)]
+            curve = ledger.curve[:, columns(ledger.total, width - 2)]
             drawn = area(curve, ledger.peak.bytes, height - 2, self.palette)
             step = f"step {ledger.trace.step}" if ledger.trace.step else "loading"
             title = Row().add(f" {step}", self.palette.bold)
@@ -89,8 +144,10 @@ class LivePage(Page):
         peak = self.state.peak.peak.by_category if self.state.peak else None
         scale = max((max(sizes.values()) for sizes in (now, peak) if sizes), default=0)
         alone = [c for c in Category if roomy or (c not in SMALL and (height > CRAMPED or c in ever))]
+        self._alone = alone
         rows = [self._headings(width)]
-        rows += [self._category(c, now, peak, scale, width) for c in alone]
+        for category in alone:
+            rows += self._marked(category, [self._category(category, now, peak, scale, width)])
         if not roomy:
             rows.append(self._small(now, peak, width))
         rows.append(self._total(now, peak, width))
@@ -112,7 +169,7 @@ class LivePage(Page):
         if state.peak is not None:
             peak = state.peak.peak
             step = f"step {peak.step}" if peak.step else "loading"
-            where = f" {step}, {peak.phase.title}" if peak.step else f" {step}"
+            where = f" {step}, {peak.phase.title.removesuffix(' step')}" if peak.step else f" {step}"
             if state.peak.trace.micro_batches > 1 and peak.phase in (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE):
                 where += f" {peak.micro_batch + 1}/{state.peak.trace.micro_batches}"
             row.add(where, palette.dim)
@@ -209,3 +266,7 @@ class LivePage(Page):
             row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
             rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows
+
+
+def _flip(page: LivePage, option: Option, by: int, around: bool) -> None:
+    page.control.flip(option, by, around)

@@ -1,13 +1,25 @@
-"""What a screen is to the app: rows for a size, and what its keys do."""
+"""What a screen is to the app: rows for a size, and what can be done on it."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import NamedTuple
 
+from ..actions import Action
 from ..control import Control
 from ..draw import Row
 from ..palette import Palette
 from ..state import ViewState
+
+Table = list[list[str]]
+"""Rows of cells, the headings first: what is copied."""
+
+
+class Topic(NamedTuple):
+    """What `?` says of the part of a screen that is selected: at most 60 words."""
+
+    title: str
+    text: str
 
 
 class Page(ABC):
@@ -15,34 +27,53 @@ class Page(ABC):
 
     Args:
         state: What there is to show.
-        control: What keys act on.
-        palette: Colours.
+        control: What its actions act on.
+        palette: Colours; replaced when the theme changes.
 
     Attributes:
         title: In the footer, and in the help.
-        hint: Its own keys, in one line.
+        lead: Begins its row of keys.
+        actions: What can be done here and not everywhere.
+        typing: Whether keys are text at the moment, for `type`.
     """
 
     title = ""
-    hint = ""
+    lead = ""
+    typing = False
 
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
         self.state, self.control, self.palette = state, control, palette
+        self.actions = self.make_actions()
+
+    @abstractmethod
+    def make_actions(self) -> tuple[Action, ...]:
+        """Its actions, before the config file's keys."""
 
     @abstractmethod
     def rows(self, width: int, height: int) -> list[Row]:
         """Draw it; at most `height` rows are shown."""
 
-    def press(self, key: str) -> bool:
-        """Take a key; False: it is none of this screen's."""
+    @abstractmethod
+    def topic(self) -> Topic:
+        """What the selected part is."""
+
+    def table(self) -> Table | None:
+        """The whole of its table, also what is out of sight; None: what is shown is all there is."""
+        return None
+
+    def leave(self) -> bool:
+        """Close details; False: there is nothing to close."""
         return False
+
+    def undo(self) -> None:
+        """Take back a change."""
+        self.state.say("nothing to undo here; on the live screen it goes back to the run before")
+
+    def type(self, key: str) -> None:  # noqa: B027 (most screens take no text)
+        """Take a key as text."""
 
 
 def scrolled(top: int, selected: int, height: int, length: int) -> int:
     """First row to show so that the selected one is in sight, moving as little as possible."""
     top = min(max(top, selected - height + 1), selected)
     return max(0, min(top, length - height))
-
-
-MOVES = {"up": -1, "down": 1, "pageup": -10, "pagedown": 10, "home": -1_000_000, "end": 1_000_000}
-"""Keys that move a selection, and by how many rows."""

@@ -4,27 +4,72 @@ from __future__ import annotations
 
 from ...engine.events import N_CATEGORIES, Category, Phase, StepTrace
 from ...engine.ledger import Ints, Ledger
+from ..actions import Action, calling
 from ..draw import Row
-from ..units import UNKNOWN, count, duration, tail
+from ..units import count, duration, tail
 from ..widgets.area import area, column_of, columns
-from .page import Page
+from .blocks import block_row
+from .page import Page, Topic
 
 AXIS_WIDTH = 8
 PHASE_LETTERS = {Phase.DATA: "d", Phase.ZERO_GRAD: "z", Phase.LOAD: "l"}
+
+
+FAR = 1_000_000_000
+CURSOR_MOVES = (
+    ("left", "left", "Cursor left", -1),
+    ("right", "right", "Cursor right", 1),
+    ("far-left", "pageup", "Cursor far left", -8),
+    ("far-right", "pagedown", "Cursor far right", 8),
+)
 
 
 class StepPage(Page):
     """The second screen."""
 
     title = "step"
-    hint = "← → cursor · home end · p to the peak · < > other steps kept · f freeze"
 
     frozen: StepTrace | None = None
     """The trace looked at; None: always the latest complete one."""
     cursor: int | None = None
-    """The column pointed at; None: the peak."""
+    """The instant pointed at; None: the peak."""
+    window = (0.0, 1.0)
+    """The part of the step on show."""
     _chart: tuple[tuple[object, ...], Ints, list[Row]] | None = None
     _width = 72
+
+    def make_actions(self) -> tuple[Action, ...]:
+        """Cursor, zoom, other steps."""
+        return (
+            *(Action(f"step.{name}", (key,), title, "move the cursor, by a column or by eight",
+                     calling("move", by), "cursor" if abs(by) == 1 else "")
+              for name, key, title, by in CURSOR_MOVES),
+            Action("step.begin", ("home",), "Cursor to the beginning", "cursor to the beginning or end of the step",
+                   lambda page: page.point(0)),
+            Action("step.end", ("end",), "Cursor to the end", "cursor to the beginning or end of the step",
+                   lambda page: page.point(FAR)),
+            Action("step.zoom-in", ("+", "="), "Zoom in", "zoom about the cursor",
+                   lambda page: page.zoom(0.5), "zoom"),
+            Action("step.zoom-out", ("-",), "Zoom out", "zoom about the cursor", lambda page: page.zoom(2.0), "zoom"),
+            Action("step.whole", ("0",), "The whole step", "the whole step", lambda page: page.zoom(FAR), "whole"),
+            Action("step.peak", ("p",), "Cursor to the peak", "cursor to the peak, and let it follow the peak",
+                   lambda page: page.follow_peak(), "peak"),
+            Action("step.before", ("<", ","), "Step before", "other traced steps that are kept",
+                   lambda page: page.other(-1), "steps"),
+            Action("step.next", (">", "."), "Next step", "other traced steps that are kept",
+                   lambda page: page.other(1), "steps"),
+            Action("step.freeze", ("f",), "Freeze this step", "stay with this step, or follow the latest",
+                   lambda page: page.freeze(), "freeze"),
+        )  # fmt: skip
+
+    def topic(self) -> Topic:
+        """The chart."""
+        return Topic(
+            "one step, event by event",
+            "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time. "
+            "Below it the phases, the cursor with its time, and what is alive there: bytes by category and the largest "
+            "tensors. ◆ marks the peak where the cursor is elsewhere.",
+        )
 
     @property
     def ledger(self) -> Ledger | None:
@@ -33,24 +78,68 @@ class StepPage(Page):
             return self.state.fold(self.frozen)
         return self.state.complete
 
-    def press(self, key: str) -> bool:
-        """Cursor, freeze, other traces."""
-        moves = {"left": -1, "right": 1, "pageup": -8, "pagedown": 8, "home": -9999, "end": 9999}
-        if key in moves:
-            at = self._column() + moves[key]
-            self.cursor = max(0, min(at, self._width - 1))
-        elif key in ("p", "escape"):
-            self.cursor = None
-        elif key == "f":
-            ledger = self.ledger
-            self.frozen = None if self.frozen is not None else ledger.trace if ledger else None
-        elif key in ("<", ">", "comma", "full_stop", "less_than_sign", "greater_than_sign"):
-            self._other(-1 if key in ("<", "comma", "less_than_sign") else 1)
-        else:
-            return False
-        return True
+    # --- actions ------------------------------------------------------------------
 
-    def _other(self, by: int) -> None:
+    def move(self, by: int) -> None:
+        """Move the cursor by columns; at the edge of what is zoomed into, that moves along."""
+        ledger = self.ledger
+        if ledger is None:
+            return
+        shown = self._shown(ledger)
+        column = self._column(ledger, shown) + by
+        # Zoomed in far, an instant has several columns.
+        while 0 <= column < len(shown) and shown[column] == self._instant(ledger):
+            column += 1 if by > 0 else -1
+        if 0 <= column < len(shown):
+            self.cursor = int(shown[column])
+            return
+        begin, end = self._range(ledger)
+        self.point(int(shown[0 if by < 0 else -1]) + by * max(1, (end - begin) // self._width))
+
+    def point(self, instant: int) -> None:
+        """Put the cursor at an instant, and bring that in sight."""
+        ledger = self.ledger
+        if ledger is None:
+            return
+        n = len(ledger.total)
+        self.cursor = max(0, min(instant, n - 1))
+        begin, end = self._range(ledger)
+        if not begin <= self.cursor < end:
+            begin = max(0, min(self.cursor - (end - begin) // 2, n - (end - begin)))
+            self.window = (begin / n, self.window[1] - self.window[0] + begin / n)
+
+    def zoom(self, factor: float) -> None:
+        """Show a smaller or larger part of the step, the cursor staying where it is."""
+        ledger = self.ledger
+        if ledger is None:
+            return
+        n = len(ledger.total)
+        at = self._instant(ledger) / n
+        begin, end = self.window
+        share = max(min(1.0, (end - begin) * factor), min(1.0, 8 / n))
+        where = (at - begin) / (end - begin) if end > begin else 0.5
+        begin = max(0.0, min(at - where * share, 1.0 - share))
+        self.window = (begin, begin + share)
+
+    def follow_peak(self) -> None:
+        """Cursor to the peak, wherever that is in the steps to come."""
+        ledger, self.cursor = self.ledger, None
+        if ledger is not None:
+            self.point(ledger.peak.event + 1)
+            self.cursor = None
+
+    def freeze(self) -> None:
+        """Stay with the step on show, or follow the latest."""
+        ledger = self.ledger
+        self.frozen = None if self.frozen is not None else ledger.trace if ledger else None
+
+    def leave(self) -> bool:
+        """Follow the latest step and its peak."""
+        away = self.frozen is not None or self.cursor is not None
+        self.frozen = self.cursor = None
+        return away
+
+    def other(self, by: int) -> None:
         """Go to another kept trace; past the last one the latest is followed again."""
         kept = self.state.kept
         if not kept:
@@ -58,11 +147,33 @@ class StepPage(Page):
         ledger = self.ledger
         steps = [trace.step for trace in kept]
         at = steps.index(ledger.trace.step) if ledger is not None and ledger.trace.step in steps else len(kept) - 1
-        if at + by >= len(kept):
-            self.frozen = None
-        else:
-            self.frozen = kept[max(0, at + by)]
+        self.frozen = None if at + by >= len(kept) else kept[max(0, at + by)]
         self.cursor = None
+
+    # --- what is on show --------------------------------------------------------------
+
+    def _range(self, ledger: Ledger) -> tuple[int, int]:
+        """First and last (exclusive) instant on show."""
+        n = len(ledger.total)
+        begin = min(round(self.window[0] * n), n - 1)
+        return begin, max(begin + 1, min(n, round(self.window[1] * n)))
+
+    def _shown(self, ledger: Ledger) -> Ints:
+        """The instant of each column."""
+        begin, end = self._range(ledger)
+        return begin + columns(ledger.total[begin:end], self._width)
+
+    def _instant(self, ledger: Ledger) -> int:
+        return ledger.peak.event + 1 if self.cursor is None else min(self.cursor, len(ledger.total) - 1)
+
+    def _at_column(self, ledger: Ledger, instant: int) -> int:
+        """The column in which an instant lies; at an edge if it is out of sight."""
+        begin, end = self._range(ledger)
+        return column_of(instant - begin, self._width, end - begin)
+
+    def _column(self, ledger: Ledger, shown: Ints) -> int:
+        column = self._at_column(ledger, self._instant(ledger))
+        return min(column, len(shown) - 1)
 
     # --- drawing ----------------------------------------------------------------
 
@@ -72,27 +183,21 @@ class StepPage(Page):
         if ledger is None:
             return [Row(), Row().add(" No step has been traced yet.", self.palette.dim)]
         self._width = width - AXIS_WIDTH - 1
-        below = 6 if height < 28 else 10
+        below = max(6, min(height - 3 - 12, 13))  # on a tall screen, all ten of the largest
         chart_height = max(4, height - below - 3)
         shown, chart = self._charted(ledger, chart_height)
-        column = min(self._column(), self._width - 1)
-        event = int(shown[column]) - 1
+        column = self._column(ledger, shown)
+        event = self._instant(ledger) - 1
         rows = [self._title(ledger, width), *chart, self._phases(ledger), self._pointer(ledger, column, event)]
         rows += self._at(ledger, event, width)
         return rows + self._largest(ledger, event, height - len(rows), width)
 
-    def _column(self) -> int:
-        ledger = self.ledger
-        if self.cursor is not None or ledger is None:
-            return self.cursor or 0
-        return column_of(ledger.peak.event + 1, self._width, len(ledger.total))
-
     def _charted(self, ledger: Ledger, height: int) -> tuple[Ints, list[Row]]:
         """The chart, drawn again only for another step or size."""
         top = max(ledger.peak.bytes, 1)
-        key = (id(ledger), self._width, height, self.state.unit)
+        key = (ledger, self._width, height, self.window, self.state.unit, self.palette)
         if self._chart is None or self._chart[0] != key:
-            shown = columns(ledger, self._width)
+            shown = self._shown(ledger)
             drawn = area(ledger.curve[:, shown], top, height, self.palette)
             rows = []
             labels = {0: top, height // 2: top // 2, height - 1: 0}
@@ -109,6 +214,8 @@ class StepPage(Page):
         seconds = (spans[-1].end_us - spans[0].begin_us) / 1e6 if spans else None
         row.add(f"  {count(len(trace.events))} events  {duration(seconds)}  peak ", palette.dim)
         row.add(self.state.unit.full(ledger.peak.bytes), palette.bold)
+        if self.window != (0.0, 1.0):
+            row.add(f"  {100 * (self.window[1] - self.window[0]):.0f} % of it", palette.busy)
         if trace.partial:
             row.add("  under way", palette.busy)
         steps = [t.step for t in self.state.kept]
@@ -125,11 +232,11 @@ class StepPage(Page):
         """Names of the phases under the columns they take up."""
         palette = self.palette
         cells = [" "] * self._width
-        n = len(ledger.total)
+        first, last = self._range(ledger)
         for span in ledger.trace.phases:
-            if span.phase is Phase.RECOMPUTE:
+            if span.phase is Phase.RECOMPUTE or span.end < first or span.begin + 1 >= last:
                 continue
-            begin, end = (column_of(i, self._width, n) for i in (span.begin + 1, max(span.begin + 1, span.end)))
+            begin, end = (self._at_column(ledger, i) for i in (span.begin + 1, max(span.begin + 1, span.end)))
             label = {Phase.OPTIMIZER: "optimizer"}.get(span.phase, span.phase.title)
             if len(label) > end - begin - 1:
                 label = PHASE_LETTERS.get(span.phase, label[:1])
@@ -142,13 +249,13 @@ class StepPage(Page):
     def _pointer(self, ledger: Ledger, column: int, event: int) -> Row:
         """The cursor, and time and bytes there; the peak's place if it is elsewhere."""
         palette = self.palette
-        peak_column = column_of(ledger.peak.event + 1, self._width, len(ledger.total))
+        peak_column = self._at_column(ledger, ledger.peak.event + 1)
         arrow, flag = ("^", "*") if palette.ascii else ("▲", "◆")
         marks = {column: (arrow, palette.accent)}
         if peak_column != column:
             marks[peak_column] = (flag, palette.busy)
         row = Row().to(AXIS_WIDTH)
-        text = f" {duration(self._time_s(ledger, event))}" + (" peak" if column == peak_column else "")
+        text = f" {duration(self._time_s(ledger, event))}" + (" peak" if event == ledger.peak.event else "")
         for x in sorted(marks):
             row.to(AXIS_WIDTH + x).add(*marks[x])
             if x == column:
@@ -184,17 +291,10 @@ class StepPage(Page):
         return [row, figures]
 
     def _largest(self, ledger: Ledger, event: int, room: int, width: int) -> list[Row]:
-        """The largest live blocks, so many as there is room for."""
-        palette, unit = self.palette, self.state.unit
+        """The ten largest live tensors, or so many as there is room for."""
+        palette = self.palette
         if room < 2:
             return []
-        rows = [Row().add(" largest blocks alive there", palette.dim)]
-        for block in ledger.largest(event, room - 1):
-            row = Row().right(unit.show(block.bytes), AXIS_WIDTH - 1).add(" ")
-            row.add(block.category.info.letter, palette.paint[block.category]).add(" ")
-            row.add(f"{block.category.info.title:<13} ", palette.dim)
-            made = "" if block.phase is Phase.IDLE else f"made in {block.phase.title}"
-            name = tail(block.name or UNKNOWN, width - row.width - len(made) - 3)
-            row.add(name).right(made, width - 1, palette.dim)
-            rows.append(row)
-        return rows
+        rows = [Row().add(" largest now", palette.dim)]
+        blocks = ledger.largest(event, min(10, room - 1))
+        return rows + [block_row(block, self.state.unit, palette, width) for block in blocks]

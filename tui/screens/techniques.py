@@ -6,21 +6,29 @@ from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
 from ...engine.technique import Technique
-from ..control import Control, choices, offered
+from ..actions import Action, changes, moves
+from ..control import choices, offered
 from ..draw import Row, wrap
-from ..palette import Palette
 from ..run_state import config_key
-from ..state import ViewState
-from ..units import UNKNOWN, shorten
-from .page import MOVES, Page, scrolled
+from ..units import UNKNOWN, difference, shorten
+from .page import Page, Table, Topic, scrolled
+
+FIGURES = (9, 9, 6, 10)
+"""Cells of predicted peak, predicted change, whether it fits, measured change."""
+
+PLAIN_FIGURES = (0, 8, 5, 9)
+"""Of the same where there is little room."""
 
 NARROW = 76
 """Columns below which the list moves closer together."""
 
 
-def _columns(width: int) -> tuple[int, int, int]:
-    """Cells of title, present value and new value."""
-    return (25, 16, 20) if width >= NARROW else (19, 12, 17)
+def _columns(width: int) -> tuple[int, int, int, tuple[int, int, int, int]]:
+    """Cells of title, present value and new value, and of the figures."""
+    if width < NARROW:
+        return 15, 9, 10, PLAIN_FIGURES
+    extra = min((width - NARROW) // 3, 14)
+    return 18 + extra, 10 + extra, 11 + extra, FIGURES
 
 
 class Line(NamedTuple):
@@ -37,16 +45,64 @@ class TechniquesPage(Page):
     """The fourth screen."""
 
     title = "techniques"
-    hint = "↑ ↓ select · ← → or its letter change · tab details · enter apply all · z undo"
+    lead = "letters or "
 
     selected = 0
     top = 0
 
-    def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
-        super().__init__(state, control, palette)
+    def make_actions(self) -> tuple[Action, ...]:
+        """A letter changes a setting; enter applies all changes as one restart."""
         self.expanded: set[str] = set()
+        text = "change the selected setting"
+        return (
+            *moves("select a setting"),
+            Action("techniques.before", ("left",), "Value before", text, lambda page: page.change(-1), "change"),
+            Action("techniques.next", ("right",), "Next value", text, lambda page: page.change(1), "change"),
+            *changes(offered(), _collect, "collected, enter applies"),
+            Action("techniques.details", ("tab",), "Details", "open or close the details of a technique",
+                   lambda page: page.toggle(), "details"),
+            Action("techniques.apply", ("enter",), "Apply the changes", "apply all changes as one restart",
+                   lambda page: page.control.apply(), "apply"),
+        )  # fmt: skip
 
-    # --- keys -------------------------------------------------------------------
+    def topic(self) -> Topic:
+        """The selected setting."""
+        lines = self.lines()
+        line = lines[min(self.selected, len(lines) - 1)]
+        if line.technique is None or line.detail:
+            return Topic(line.title, f"{line.option.summary[0].upper()}{line.option.summary[1:]}.")
+        return Topic(line.title, f"{line.technique.title} {line.technique.summary}. {line.technique.formula}.")
+
+    # --- actions ------------------------------------------------------------------
+
+    def move(self, by: int) -> None:
+        """Select another setting."""
+        self.selected = max(0, min(self.selected + by, len(self.lines()) - 1))
+
+    def change(self, by: int) -> None:
+        """Step the selected setting's value."""
+        lines = self.lines()
+        self.control.collect(lines[min(self.selected, len(lines) - 1)].option, by)
+
+    def undo(self) -> None:
+        """Take back the last change collected."""
+        self.control.undo()
+
+    def toggle(self) -> None:
+        """Open or close the details of the selected technique."""
+        lines = self.lines()
+        line = lines[min(self.selected, len(lines) - 1)]
+        if line.technique is None or len(line.technique.options) == 1:
+            self.state.say(f"{line.title} has no details")
+            return
+        self.expanded ^= {line.technique.name}
+        self.select(line.technique.switch)
+
+    def select(self, option: Option) -> None:
+        """Put the selection on a setting."""
+        self.selected = next(i for i, line in enumerate(self.lines()) if line.option.name == option.name)
+
+    # --- what is listed -------------------------------------------------------------
 
     def lines(self) -> list[Line]:
         """What can be selected: details only of what is expanded."""
@@ -57,40 +113,44 @@ class TechniquesPage(Page):
                 found += [Line("", o.name, o, technique, detail=True) for o in technique.options[1:]]
         return found
 
-    def press(self, key: str) -> bool:
-        """Select, change, expand, undo, apply."""
-        lines = self.lines()
-        line = lines[min(self.selected, len(lines) - 1)]
-        if key in MOVES:
-            self.selected = max(0, min(self.selected + MOVES[key], len(lines) - 1))
-        elif key in ("left", "right"):
-            self.control.collect(line.option, 1 if key == "right" else -1)
-        elif key in ("tab", "plus", "minus"):
-            self._toggle(line)
-        elif key == "enter":
-            self.control.apply()
-        elif key == "z":
-            self.control.undo()
-        else:
-            return self._letter(key)
-        return True
+    def candidate(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig | None:
+        """What is collected with this setting changed: as collected, or else by its key; None: no other value."""
+        name = line.option.name
+        if wanted[name] != base[name]:
+            return wanted
+        value = self.control.next_value(line.option, wanted[name], 1, around=True)
+        return None if value is None else wanted.with_({name: value})
 
-    def _letter(self, key: str) -> bool:
-        """A technique's key selects its row and steps its value; B steps the batch back."""
-        for i, line in enumerate(self.lines()):
-            if line.key and key.lower() == line.key:
-                self.selected = i
-                self.control.collect(line.option, 1 if key == line.key else -1, around=line.technique is not None)
-                return True
-        return False
+    def figures(self, config: RunConfig, base: RunConfig) -> tuple[str, str, str, str]:
+        """Predicted peak, change and whether it fits; and the change as measured, once it was run."""
+        show = self.state.unit
+        asked = self.control.predictions
+        found, now = (asked.of(c) if asked is not None else None for c in (config, base))
+        peak = UNKNOWN if found is None else f"~{show.show(found.peak_bytes)}"
+        change = UNKNOWN if found is None or now is None else difference(found.peak_bytes, now.peak_bytes, show)
+        fits = UNKNOWN if found is None or found.fits is None else "yes" if found.fits else "no"
+        return peak, change if change == UNKNOWN else f"~{change}", fits, self.measured_change(config, base)
 
-    def _toggle(self, line: Line) -> None:
-        if line.technique is None or len(line.technique.options) == 1:
-            self.state.say(f"{line.title} has no details")
-            return
-        self.expanded ^= {line.technique.name}
-        names = [other.option.name for other in self.lines()]
-        self.selected = names.index(line.technique.name)
+    def measured_change(self, config: RunConfig, base: RunConfig) -> str:
+        """Between two configurations that have both run in this session."""
+        return difference(self.measured(config), self.measured(base), self.state.unit)
+
+    def measured(self, config: RunConfig) -> int | None:
+        """Peak of a configuration that has run in this session."""
+        return self.state.measured.get(config_key(config))
+
+    def table(self) -> Table | None:
+        """Every setting with what is known of changing it."""
+        base, wanted = self.control.base(), self.control.wanted()
+        if base is None or wanted is None:
+            return None
+        cells = []
+        for line in self.lines():
+            config = self.candidate(line, wanted, base)
+            known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
+            changed = show(config[line.option.name]) if config is not None else UNKNOWN
+            cells.append([line.option.name, show(base[line.option.name]), changed, *known])
+        return [["setting", "now", "if changed", "peak", "change", "fits", "measured change"], *cells]
 
     # --- drawing ----------------------------------------------------------------
 
@@ -111,39 +171,43 @@ class TechniquesPage(Page):
         return rows + self._about(lines[self.selected], wanted, width, below)
 
     def _headings(self, width: int) -> Row:
-        title, now, _ = _columns(width)
-        row = Row().to(title + 4).add("now", self.palette.dim).to(title + now + 5).add("change to", self.palette.dim)
-        what = f"measured peak, {self.state.unit.name}" if width >= NARROW else self.state.unit.name
-        return row.right(what, width - 1, self.palette.dim)
+        title, now, _, figures = _columns(width)
+        row = Row().to(3 + title).add("now", self.palette.dim).to(3 + title + now).add("if changed", self.palette.dim)
+        edge = width - 1 - sum(figures)
+        for cells, head in zip(figures, ("peak", "change", "fits", "measured"), strict=True):
+            edge += cells
+            if cells:
+                row.right(head, edge, self.palette.dim)
+        return row
 
     def _line(self, line: Line, base: RunConfig, wanted: RunConfig, selected: bool, width: int) -> Row:
         palette, name = self.palette, line.option.name
         style = palette.cursor if selected else palette.plain
+        dim = palette.cursor if selected else palette.dim
         more = line.technique is not None and len(line.technique.options) > 1 and not line.detail
         fold = ("-" if name in self.expanded else "+") if more else " "
         row = Row().add(f" {line.key or ' '} ", palette.cursor if selected else palette.accent)
         title = f"   {line.title}" if line.detail else f"{fold} {line.title}"
-        title_cells, now_cells, change_cells = _columns(width)
-        row.add(f"{shorten(title, title_cells):<{title_cells}}", style)
-        row.add(f" {shorten(show(base[name]), now_cells - 1):<{now_cells}}", style)
-        if wanted[name] != base[name]:
-            arrow = "->" if palette.ascii else "→"
-            text = f" {arrow} {shorten(show(wanted[name]), change_cells - len(arrow) - 3)}"
-            row.add(f"{text:<{change_cells}}", palette.cursor if selected else palette.busy)
-        else:
-            row.add(" " * change_cells, style)
-        measured = self.measured(wanted) if wanted[name] != base[name] else self.measured(base) if selected else None
-        figure = self.state.unit.show(measured) if measured else ""
-        return row.add(f"{figure:>{max(width - row.width - 1, 0)}}", style)
-
-    def measured(self, config: RunConfig) -> int | None:
-        """Peak of a configuration that has run in this session."""
-        return self.state.measured.get(config_key(config))
+        title_cells, now_cells, change_cells, figure_cells = _columns(width)
+        row.add(f"{shorten(title, title_cells - 1):<{title_cells}}", style)
+        row.add(f"{shorten(show(base[name]), now_cells - 1):<{now_cells}}", style)
+        config, collected = self.candidate(line, wanted, base), wanted[name] != base[name]
+        arrow = ("-> " if palette.ascii else "→ ") if collected else ""
+        new = shorten(show(config[name]), change_cells - len(arrow) - 1) if config is not None else UNKNOWN
+        row.add(f"{arrow + new:<{change_cells}}", palette.cursor if selected else palette.busy if collected else dim)
+        row.add(" " * (width - 1 - sum(figure_cells) - row.width), style)
+        known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
+        for text, cells in zip(known, figure_cells, strict=True):
+            if cells:
+                row.add(f"{text:>{cells}}", dim if text == UNKNOWN else style)
+        return row.add(" " * (width - row.width), style) if selected else row
 
     def _about(self, line: Line, wanted: RunConfig, width: int, room: int) -> list[Row]:
         """Values, what it does, in bytes, and where that is written; then what stands in the way."""
         palette = self.palette
         rows = [Row().add(("-" if palette.ascii else "─") * width, palette.dim), *self._values(line, wanted, width)]
+        if problem := self._problem(line, wanted):
+            rows.append(Row().add(f" {shorten(problem, width - 2)}", palette.busy))
         what = line.technique.summary if line.technique is not None and not line.detail else line.option.summary
         texts = [(what, palette.plain)]
         if line.technique is not None:
@@ -156,6 +220,13 @@ class TechniquesPage(Page):
         rows = rows[: room - len(verdict)]
         rows += [Row()] * (room - len(verdict) - len(rows))
         return rows + verdict
+
+    def _problem(self, line: Line, wanted: RunConfig) -> str | None:
+        """Why the value that the key steps to cannot be had with the others as they are, or None."""
+        base = self.control.base()
+        config = self.candidate(line, wanted, base) if base is not None and not self.control.pending else None
+        reason = self.control.problem(config) if config is not None else None
+        return f"{show(config[line.option.name])}: {reason}" if config is not None and reason else None
 
     def _values(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
         """All values of the selected setting; the unavailable ones greyed, with the reason of the first."""
@@ -202,3 +273,8 @@ class TechniquesPage(Page):
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
         return [row.add(f"   measured last time: {self.state.unit.full(last) if last else UNKNOWN}", palette.plain)]
+
+
+def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
+    page.select(option)
+    page.control.collect(option, by, around)

@@ -6,24 +6,27 @@ import numpy as np
 from rich.style import Style
 
 from ...engine.events import N_CATEGORIES, Category
-from ...engine.ledger import Ints, Ledger
+from ...engine.ledger import Ints
 from ..draw import Row
 from ..palette import EIGHTHS_UP, Palette
+from ..themes import TEXTURES
 
 EIGHTHS = 8
 
 
-def columns(ledger: Ledger, width: int) -> Ints:
+def columns(total: Ints, width: int) -> Ints:
     """The instants that stand for the columns of a chart, shape [width].
 
-    Index i is the state after event i - 1, as in `Ledger.curve`. Each column
-    shows the highest instant of its share of the step, so no peak is lost.
+    Each column shows the highest instant of its share, so no peak is lost.
+
+    Args:
+        total: Bytes at every instant, as in `Ledger.total` or a part of it.
+        width: Columns.
     """
-    n = len(ledger.total)
+    n = len(total)
     edges = np.linspace(0, n, width + 1).astype(np.int64)
     begins = np.minimum(edges[:-1], n - 1)
     ends = np.maximum(edges[1:], begins + 1)
-    total = ledger.total
     return np.array([b + int(np.argmax(total[b:e])) for b, e in zip(begins, ends, strict=True)], np.int64)
 
 
@@ -76,24 +79,13 @@ def _cell(share: Ints, largest: int, filled: int, lettered: bool, palette: Palet
     category = Category(largest)
     if palette.ascii or palette.mono:
         visible = 2 * filled >= EIGHTHS
-        return (category.info.letter, palette.flat[category]) if visible else (" ", Palette.plain)
+        return (category.info.letter, palette.texture[category]) if visible else (" ", Palette.plain)
     if share[largest] == EIGHTHS:
-        return (category.info.letter if lettered else " "), palette.flat[category]
+        return (category.info.letter if lettered else TEXTURES[category]), palette.texture[category]
     if filled < EIGHTHS:
         return EIGHTHS_UP[filled], palette.ink[category]
     # Of three or more in one cell, the two largest are drawn.
     second = int(np.argsort(share)[N_CATEGORIES - 2])
     lower, upper = sorted((largest, second))
     below = max(1, min(EIGHTHS - 1, round(EIGHTHS * int(share[lower]) / int(share[lower] + share[upper]))))
-    return EIGHTHS_UP[below], _over(palette, lower, upper)
-
-
-_OVER: dict[tuple[bool, int, int], Style] = {}
-
-
-def _over(palette: Palette, lower: int, upper: int) -> Style:
-    """The same style object for the same pair, so that runs of cells join."""
-    key = (palette.mono, lower, upper)
-    if key not in _OVER:
-        _OVER[key] = palette.over(Category(lower), Category(upper))
-    return _OVER[key]
+    return EIGHTHS_UP[below], palette.over(Category(lower), Category(upper))

@@ -1,0 +1,83 @@
+"""The real app in a terminal of a size, driven by keys, over a source without an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from textual.pilot import Pilot
+
+from gpumem_tui.engine.feed import Start
+from gpumem_tui.tui.app import GpumemApp
+from gpumem_tui.tui.settings import Settings
+
+from .fake_source import MIB, FakeSource
+
+SIZES = [(80, 24), (120, 40)]
+GPU_UNIT = 48 * MIB
+
+
+class Driver:
+    """An app in a terminal of a size, and the source behind it."""
+
+    def __init__(self, app: GpumemApp, source: Any, pilot: Pilot[None]) -> None:
+        self.app, self.source, self.pilot = app, source, pilot
+
+    async def press(self, *keys: str) -> None:
+        """Keys as the app gets them from Textual; `pilot.press` takes its time over each."""
+        for key in keys:
+            self.app.action_press(key)
+        await self.tick()
+
+    async def tick(self) -> None:
+        self.app.tick()
+        await self.pilot.pause()
+        assert "cannot be drawn" not in self.text
+
+    @property
+    def lines(self) -> list[str]:
+        """The rows as they would reach the terminal."""
+        canvas = self.app.canvas
+        return [canvas.render_line(y).text for y in range(canvas.size.height)]
+
+    @property
+    def text(self) -> str:
+        return "\n".join(self.lines)
+
+    def line(self, start: str) -> str:
+        """The first row that begins so, spaces aside."""
+        return next(line for line in self.lines if line.strip().startswith(start))
+
+    @property
+    def last_start(self) -> Start:
+        command = self.source.commands[-1]
+        assert isinstance(command, Start)
+        return command
+
+
+@asynccontextmanager
+async def shown(
+    source: Any,
+    size: tuple[int, int] = (80, 24),
+    save_dir: Path | None = None,
+    settings: Settings | None = None,
+    **given: Any,
+) -> AsyncIterator[Driver]:
+    app = GpumemApp(
+        source, refresh_hz=0, save_dir=save_dir, settings=settings or Settings(Path("/proc/none/config.toml")), **given
+    )
+    async with app.run_test(size=size) as pilot:
+        driver = Driver(app, source, pilot)
+        await driver.tick()
+        yield driver
+
+
+def trained(steps: int = 2, **settings: object) -> FakeSource:
+    """A source some steps into a run."""
+    source = FakeSource()
+    source.start(**settings)
+    for _ in range(steps):
+        source.finish_step()
+    return source

@@ -1,0 +1,148 @@
+"""Everything that can be done: one definition each, seen in keys, help and command palette."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumem_tui.engine.config import UserError
+from gpumem_tui.tui.actions import RESERVED, Action, shown_keys
+from gpumem_tui.tui.board import KINDS, Board, check
+from gpumem_tui.tui.draw import wrap
+from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.settings import Settings
+
+from .app_driver import shown, trained
+from .fake_source import FakeSource
+
+NOWHERE = Path("/proc/none/config.toml")
+
+
+def board(**keys: tuple[str, ...]) -> Board:
+    settings = Settings(NOWHERE)
+    settings.keys = keys
+    return Board(FakeSource(), settings, Palette())
+
+
+SCREENS = [kind.title for kind in KINDS]
+
+
+def actions_of(screen: str) -> list[Action]:
+    made = board()
+    (page,) = (page for page in made.pages if page.title == screen)
+    return [*page.actions, *made.everywhere]
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_an_action_has_a_key_a_palette_entry_and_a_help_line(screen: str) -> None:
+    for action in actions_of(screen):
+        assert action.name and action.keys and action.title and action.text
+        assert action.title[0].isupper() or not action.title[0].isalpha() or "." in action.name
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_no_two_actions_of_a_screen_share_a_key_a_name_or_a_title(screen: str) -> None:
+    actions = actions_of(screen)
+    for what in (
+        [key for action in actions for key in action.keys],
+        [action.name for action in actions],
+        [action.title for action in actions],
+    ):
+        assert sorted(what) == sorted(set(what))
+    assert not {key for action in actions for key in action.keys} & set(RESERVED)
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_help_lists_every_action_of_the_screen_it_is_called_from(screen: str) -> None:
+    async with shown(trained(), (100, 200)) as driver:
+        await driver.press(str(SCREENS.index(screen) + 1), "?")
+        text = " ".join(driver.text.split())
+        for action in (*driver.app.board.pages[SCREENS.index(screen)].actions, *driver.app.board.everywhere):
+            assert shown_keys([action]).split()[0] in text
+            assert wrap(action.text, 60)[0] in text
+
+
+async def test_the_command_palette_offers_every_action_and_does_it() -> None:
+    async with shown(trained()) as driver:
+        await driver.press("3")
+        offered = {command.title: command for command in driver.app.get_system_commands(driver.app.screen)}
+        page = driver.app.board.page
+        assert set(offered) == {action.title for action in (*page.actions, *driver.app.board.everywhere)}
+        await driver.pilot.press(":")
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 2
+        await driver.pilot.press("tab", "escape")
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 1
+        offered["Screen: events"].callback()
+        assert driver.app.board.page.title == "events"
+
+
+async def test_keys_are_remapped() -> None:
+    settings = Settings(NOWHERE)
+    settings.keys = {"help": ("f2", "f1"), "step.zoom-in": ("a",), "screen.step": ("ctrl+o",)}
+    async with shown(trained(), (80, 80), settings=settings) as driver:
+        await driver.press("f1")
+        assert driver.app.board.page.title == "help"
+        assert "f2 f1" in driver.text
+        await driver.press("?")
+        assert driver.app.board.page.title == "help", "the default key is free now"
+        await driver.press("f1", "ctrl+o")
+        assert driver.app.board.page.title == "step"
+        await driver.press("a")
+        assert "50 % of it" in driver.text
+
+
+@pytest.mark.parametrize(
+    ("keys", "problem"),
+    [
+        ({"sav": ("S",)}, "keys.sav: there is no such action"),
+        ({"save": ("ctrl+b",)}, "ctrl[+]b belongs to tmux"),
+        ({"save": ("q",)}, "keys.save: q is quit's already"),
+        ({"stop": ("f",)}, "keys.stop: f is step.freeze's already"),
+    ],
+)
+def test_keys_that_cannot_be_are_refused_in_one_line(keys: dict[str, Any], problem: str) -> None:
+    settings = Settings(NOWHERE)
+    settings.keys = keys
+    with pytest.raises(UserError, match=problem) as caught:
+        check(settings)
+    assert str(caught.value).startswith(str(NOWHERE))
+    assert "\n" not in str(caught.value)
+
+
+async def test_every_key_of_every_screen_can_be_pressed(tmp_path: Path) -> None:
+    """Nothing raises, and nothing but quitting ends the app; twice, as many keys turn something on and off."""
+    source = trained(2, checkpointing="layers")
+    async with shown(source, save_dir=tmp_path) as driver:
+        for screen in SCREENS:
+            for action in actions_of(screen):
+                if action.name in ("quit", "palette", "pause"):
+                    continue
+                driver.app.board.page = driver.app.board.pages[SCREENS.index(screen)]
+                driver.app.action_press(action.keys[0])
+                driver.app.action_press(action.keys[0])
+                driver.app.board.page.typing = False
+                assert "cannot be drawn" not in driver.text, action
+        assert driver.app.is_running
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+async def test_what_is_selected_is_explained_in_sixty_words(screen: str) -> None:
+    source = trained(3, checkpointing="layers")
+    async with shown(source) as driver:
+        await driver.press(str(SCREENS.index(screen) + 1))
+        topics = set()
+        for _ in range(24):
+            topic = driver.app.board.page.topic()
+            topics.add(topic.title)
+            assert 3 < len(topic.text.split()) <= 60, topic
+            await driver.press("down")
+        if screen in ("live", "techniques"):
+            assert len(topics) > 8
+        before = driver.app.board.page.topic()
+        await driver.press("?")
+        assert before.title in driver.lines[1]
+        assert before.text.split(". ")[0][:50] in driver.text

@@ -1,0 +1,227 @@
+"""The config file and the commands about it; completion of the command line."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumem_tui.engine.config import UserError
+from gpumem_tui.tui.__main__ import COMMANDS, main, parser
+from gpumem_tui.tui.app import tour_unseen
+from gpumem_tui.tui.commands.completion import SHELLS, commands
+from gpumem_tui.tui.settings import OPTIONS, Settings, config_path, with_key
+
+from .app_driver import shown, trained
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path / "config"))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return tmp_path
+
+
+def written(home: Path, text: str) -> Path:
+    path = home / "config" / "gpumem-tui" / "config.toml"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+def test_without_a_file_there_are_the_defaults(home: Path) -> None:
+    settings = Settings.load()
+    assert {option.name: settings[option.name] for option in OPTIONS} == {o.name: o.default for o in OPTIONS}
+    assert settings.path == home / "config" / "gpumem-tui" / "config.toml"
+
+
+def test_a_relative_xdg_folder_is_ignored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "here")
+    assert config_path() == Path.home() / ".config" / "gpumem-tui" / "config.toml"
+
+
+def test_a_file_is_read(home: Path) -> None:
+    written(home, 'theme = "light"\nrefresh = 4\nmouse = true\n[keys]\nsave = "S"\nstep.zoom-in = ["+", "a"]\n')
+    settings = Settings.load()
+    assert (settings["theme"], settings["refresh"], settings["mouse"]) == ("light", 4.0, True)
+    assert settings.keys == {"save": ("S",), "step.zoom-in": ("+", "a")}
+
+
+@pytest.mark.parametrize(
+    ("text", "names"),
+    [
+        ('theme = "blue"\n', ("theme=blue", "auto, dark, light, ansi")),
+        ("refresh = 100\n", ("refresh=100", "60")),
+        ("thme = 1\n", ("'thme'", "did you mean theme")),
+        ("theme = \n", ("line 1",)),
+        ("[keys]\nsave = 3\n", ("keys.save", "a key")),
+        ("keys = 3\n", ("keys takes a table",)),
+    ],
+)
+def test_what_cannot_be_is_one_line_that_names_file_and_key(home: Path, text: str, names: tuple[str, ...]) -> None:
+    path = written(home, text)
+    with pytest.raises(UserError) as caught:
+        Settings.load()
+    line = str(caught.value)
+    assert line.startswith(str(path))
+    assert "\n" not in line
+    for name in names:
+        assert name in line
+
+
+def test_setting_one_key_leaves_the_rest_of_the_file_as_it_is(home: Path) -> None:
+    path = written(home, '# mine\ntheme = "dark" # old\n\n[keys]\nsave = "S"\n')
+    settings = Settings.load()
+    settings.set("theme", "light")
+    settings.set("units", "GB")
+    settings.set("keys.step.zoom-in", "+ a")
+    settings.set("keys.save", "ctrl+w")
+    assert path.read_text() == (
+        '# mine\ntheme = "light"\nunits = "GB"\n\n[keys]\nsave = "S"\n'.replace('save = "S"', '"save" = "ctrl+w"')
+        + '"step.zoom-in" = ["+", "a"]\n'
+    )
+    again = Settings.load()
+    assert again.keys == {"save": ("ctrl+w",), "step.zoom-in": ("+", "a")}
+    assert not list(path.parent.glob(".config.*"))
+
+
+def test_a_key_is_put_into_a_file_that_has_no_such_table() -> None:
+    assert with_key("", "", "a", "1") == "a = 1\n"
+    assert with_key("a = 1\n", "keys", "b", '"x"') == 'a = 1\n\n[keys]\nb = "x"\n'
+    assert with_key("[keys]\nb = 1\n", "", "a", "2") == "a = 2\n[keys]\nb = 1\n"
+
+
+async def test_what_is_set_in_the_app_persists(home: Path) -> None:
+    async with shown(trained(), settings=Settings.load()) as driver:
+        await driver.press("v", "g")
+        assert "units GB" in driver.text
+        assert "MB" in driver.line("MB")
+    settings = Settings.load()
+    assert (settings["theme"], settings["units"]) == ("dark", "GB")
+    async with shown(trained(), settings=settings) as driver:
+        assert driver.line("MB")
+
+
+async def test_where_nothing_can_be_written_it_holds_for_the_session() -> None:
+    async with shown(trained()) as driver:
+        await driver.press("g")
+        assert "for this session only" in driver.text
+        assert driver.line("MB")
+
+
+def test_the_tour_is_shown_once(home: Path) -> None:
+    assert tour_unseen()
+    assert not tour_unseen()
+
+
+async def test_the_tour_goes_through_its_stops_and_ends() -> None:
+    async with shown(trained(), tour=True) as driver:
+        seen = []
+        while driver.app.board.tour is not None:
+            seen.append(next(line for line in driver.lines if line.startswith(" tour")))
+            await driver.press("enter")
+        assert [line.split()[1] for line in seen] == ["1", "2", "3", "4", "5"]
+        await driver.press("w")
+        assert "tour 1 of 5" in driver.text
+        await driver.press("escape")
+        assert "tour" not in driver.text
+
+
+def test_the_tour_takes_half_a_minute_at_most() -> None:
+    from gpumem_tui.tui.screens.tour import STOP_S, STOPS, Tour
+
+    assert STOP_S * len(STOPS) <= 30
+    tour, clock_s = Tour(100.0), 100.0
+    while tour.tick(clock_s):
+        clock_s += 0.1
+    assert clock_s <= 131
+
+
+# --- the command ------------------------------------------------------------------
+
+
+def test_config_shows_sets_and_says_where(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "path"]) == 0
+    path = Path(capsys.readouterr().out.strip())
+    assert main(["config", "set", "theme=light", "keys.save=S ctrl+w", "refresh=4"]) == 0
+    assert main(["config"]) == 0
+    shown_text = capsys.readouterr().out
+    assert "theme = light" in shown_text
+    assert "keys.save = S ctrl+w" in shown_text
+    assert path.exists()
+
+
+@pytest.mark.parametrize(
+    ("words", "problem"),
+    [
+        (["set", "theme"], "key=value"), (["set", "theme=blue"], "theme takes auto"),
+        (["set", "x=1"], "no setting 'x'"),
+        (["set", "keys.save=q"], "q is quit's already"), (["set", "profile=gpt9"], "gpt9"),
+    ],
+)  # fmt: skip
+def test_config_refuses_what_cannot_be(
+    home: Path, capsys: pytest.CaptureFixture[str], words: list[str], problem: str
+) -> None:
+    assert main(["config", *words]) == 2
+    said = capsys.readouterr().err
+    assert problem in said
+    assert len(said.splitlines()) == 1
+
+
+def test_config_edit_opens_the_editor_on_a_file_that_explains_itself(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("EDITOR", f"{sys.executable} -c \"import sys; open(sys.argv[1], 'a').write('save = 3')\"")
+    monkeypatch.delenv("VISUAL", raising=False)
+    assert main(["config", "edit"]) == 2
+    assert "keys.save takes a key" in capsys.readouterr().err
+    text = config_path().read_text()
+    for option in OPTIONS:
+        assert option.summary in text
+
+
+def test_the_profile_setting_is_what_is_trained(home: Path) -> None:
+    from gpumem_tui.tui.commands.common import config_from
+
+    flags = parser().parse_args([])
+    assert config_from(flags, profile="gpt2").model == "gpt2"
+    assert config_from(parser().parse_args(["--profile", "tiny"]), profile="gpt2").model == "tiny"
+
+
+# --- completion ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shell", list(SHELLS))
+def test_completion_knows_every_command_and_flag(shell: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["completion", shell]) == 0
+    script = capsys.readouterr().out
+    for command in commands(parser()):
+        for word, _ in command.words:
+            assert word.removeprefix("--") in script
+    for name, _, _ in COMMANDS:
+        assert name in script
+    interpreter = shutil.which(shell)
+    if interpreter is not None:
+        checked = subprocess.run([interpreter, "-n"], input=script, text=True, capture_output=True, check=False)
+        assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize(
+    ("typed", "expected"),
+    [
+        ("gpumem-tui sw", {"sweep"}), ("gpumem-tui --preset low", {"low-memory"}),
+        ("gpumem-tui config s", {"show", "set"}),
+        ("gpumem-tui run --profile tin", {"tiny"}), ("gpumem-tui sweep --format j", {"json"}),
+        ("gpumem-tui config set th", {"theme="}), ("gpumem-tui completion z", {"zsh"}),
+    ],
+)  # fmt: skip
+def test_bash_completes(typed: str, expected: set[str], capsys: pytest.CaptureFixture[str]) -> None:
+    main(["completion", "bash"])
+    words = typed.split()
+    script = capsys.readouterr().out + f"COMP_WORDS=({' '.join(words)}); COMP_CWORD={len(words) - 1}\n"
+    script += "_gpumem_tui; printf '%s\\n' \"${COMPREPLY[@]}\"\n"
+    done = subprocess.run(["bash"], input=script, text=True, capture_output=True, check=True)
+    assert set(done.stdout.split()) == expected

@@ -1,0 +1,202 @@
+"""Everything that can be done, each from one definition: its keys, its palette entry, its line in the help.
+
+Screens list the actions of their own; those here hold on every screen.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import groupby
+from typing import Any, NamedTuple
+
+from ..engine.config import Option, UserError
+from ..engine.technique import Technique
+from .draw import wrap
+
+KEYS_WIDTH = 12
+"""Columns for keys in the help."""
+
+RESERVED = ("ctrl+a", "ctrl+b", "ctrl+s", "ctrl+q")
+"""Of tmux, screen and the terminal: no action may have them."""
+
+
+class Action(NamedTuple):
+    """One thing that can be done.
+
+    Attributes:
+        name: In the config file's `[keys]`: `save`, `step.zoom-in`.
+        keys: As typed (`B`, `<`), or Textual's name (`pageup`, `ctrl+t`).
+        title: In the command palette.
+        text: In the help; neighbours with the same text share a line.
+        run: Gets the app, or the screen whose action it is.
+        label: In the screen's row of keys; empty: not there.
+    """
+
+    name: str
+    keys: tuple[str, ...]
+    title: str
+    text: str
+    run: Callable[[Any], None]
+    label: str = ""
+
+
+def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
+    """What calls a method of the app or of a screen."""
+
+    def run(target: Any) -> None:
+        getattr(target, method)(*arguments)
+
+    return run
+
+
+def everywhere(titles: Sequence[str]) -> tuple[Action, ...]:
+    """What can be done on every screen.
+
+    Args:
+        titles: Of the screens, in the order of their digits.
+    """
+    screens = tuple(
+        Action(f"screen.{title}", (str(n),), f"Screen: {title}", ", ".join(titles), calling("go", n - 1))
+        for n, title in enumerate(titles, 1)
+    )
+    return (*screens, *EVERYWHERE)
+
+
+EVERYWHERE: tuple[Action, ...] = (
+    Action("pause", ("space",), "Pause the view", "pause the view while data goes on; again: catch up",
+           lambda app: app.toggle_freeze(), "pause"),
+    Action("help", ("?",), "Explain this", "explain what is selected; keys; what the bytes are",
+           lambda app: app.toggle_help(), "help"),
+    Action("quit", ("q",), "Quit", "quit; a run may go on without the app", lambda app: app.quit(), "quit"),
+    Action("take-over", ("!",), "Take over", "take over from whoever commands this engine",
+           lambda app: app.control.take_over()),
+    Action("palette", (":", "ctrl+p"), "Command palette", "every action by name", lambda app: app.open_palette()),
+    Action("undo", ("z",), "Undo", "undo the last change: of those collected, or go back to the run before",
+           lambda app: app.page.undo()),
+    Action("restart", ("r",), "Restart the run", "restart the run as it is", lambda app: app.control.restart()),
+    Action("hold", ("h",), "Hold the run, or let it go on", "hold the run at the next micro-batch, or let it go on",
+           lambda app: app.control.toggle_pause()),
+    Action("stop", ("x",), "Stop the run", "stop the run and free everything", lambda app: app.control.stop()),
+    Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
+           lambda app: app.control.save()),
+    Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),
+    Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
+           lambda app: app.copy_table()),
+    Action("theme", ("v",), "Next theme", "next theme: auto, dark, light, ansi", lambda app: app.next_theme()),
+    Action("units", ("g",), "GiB or GB", "count in GiB or in GB", lambda app: app.next_units()),
+    Action("slower", ("[",), "Refresh less often", "refresh less often, more often", lambda app: app.refresh_by(-1)),
+    Action("faster", ("]",), "Refresh more often", "refresh less often, more often", lambda app: app.refresh_by(1)),
+    Action("tour", ("w",), "Tour", "the tour of the first start", lambda app: app.start_tour()),
+    Action("dismiss", ("escape",), "Dismiss", "take a message away, leave help or details",
+           lambda app: app.leave()),
+)  # fmt: skip
+
+MOVES = {"up": -1, "down": 1, "pageup": -10, "pagedown": 10, "home": -1_000_000, "end": 1_000_000}
+"""Keys that move a selection, and by how many rows."""
+
+_MOVE_TITLES = ("Up", "Down", "Page up", "Page down", "First", "Last")
+
+
+def moves(text: str = "select a row", label: str = "select") -> tuple[Action, ...]:
+    """The actions of a screen that move its selection: `page.move(rows)`."""
+    return tuple(
+        Action(f"move.{key}", (key,), title, text, calling("move", by), label if abs(by) == 1 else "")
+        for (key, by), title in zip(MOVES.items(), _MOVE_TITLES, strict=True)
+    )
+
+
+Change = Callable[[Any, Option, int, bool], None]
+
+
+def _changing(change: Change, option: Option, by: int, around: bool) -> Callable[[Any], None]:
+    def run(page: Any) -> None:
+        change(page, option, by, around)
+
+    return run
+
+
+def changes(
+    offered: Iterable[tuple[str, str, Option, Technique | None]],
+    run: Callable[[Any, Option, int, bool], None],
+    how: str,
+) -> tuple[Action, ...]:
+    """A letter for every technique, and in capitals the way back.
+
+    Args:
+        offered: Key, title, option, technique.
+        run: Gets the screen, the option, +1 or -1, and whether values go round.
+        how: What comes of it, for the help.
+    """
+    found = []
+    for key, title, option, technique in offered:
+        if not key:
+            continue
+        for letter, by, which in ((key, 1, "next value"), (key.upper(), -1, "value before")):
+            found.append(
+                Action(
+                    f"change.{option.name}{'' if by > 0 else '-back'}", (letter,), f"{title}: {which}",
+                    f"{title}: next value, value before; {how}",
+                    _changing(run, option, by, technique is not None),
+                )
+            )  # fmt: skip
+    return tuple(found)
+
+
+def remapped(actions: Iterable[Action], keys: Mapping[str, tuple[str, ...]]) -> tuple[Action, ...]:
+    """The actions with the keys that a config file gives them."""
+    return tuple(action._replace(keys=keys.get(action.name, action.keys)) for action in actions)
+
+
+def check_keys(scopes: Mapping[str, Sequence[Action]], keys: Mapping[str, tuple[str, ...]], where: str) -> None:
+    """Refuse keys that no action could be reached by.
+
+    Args:
+        scopes: By screen, everything that can be done there, remapped.
+        keys: What the config file says.
+        where: The config file.
+
+    Raises:
+        UserError: One line that names file and key.
+    """
+    names = {action.name for actions in scopes.values() for action in actions}
+    for name, wanted in keys.items():
+        if name not in names:
+            raise UserError(f"{where}: keys.{name}: there is no such action; known: {', '.join(sorted(names))}")
+        if taken := set(wanted) & set(RESERVED):
+            raise UserError(f"{where}: keys.{name}: {min(taken)} belongs to tmux, screen or the terminal")
+    for actions in scopes.values():
+        owner: dict[str, str] = {}
+        for action in actions:
+            for key in action.keys:
+                if owner.setdefault(key, action.name) != action.name:
+                    raise UserError(f"{where}: keys.{action.name}: {key} is {owner[key]}'s already")
+
+
+_SHOWN = {
+    "up": "↑", "down": "↓", "left": "←", "right": "→", "pageup": "PgUp", "pagedown": "PgDn",
+    "home": "Home", "end": "End", "escape": "esc", "delete": "Del",
+}  # fmt: skip
+
+
+def shown_keys(actions: Iterable[Action]) -> str:
+    """Keys for reading: `↑ ↓`."""
+    return " ".join(_SHOWN.get(key, key) for action in actions for key in action.keys)
+
+
+def help_lines(actions: Iterable[Action]) -> list[tuple[str, str]]:
+    """Keys and text; neighbours that say the same share a line."""
+    found = []
+    for text, group in _grouped(actions, lambda action: action.text):
+        keys = wrap(shown_keys(group), KEYS_WIDTH - 1)
+        found += [(line, text if not i else "") for i, line in enumerate(keys)]
+    return found
+
+
+def hint(actions: Iterable[Action]) -> str:
+    """The labelled ones in one row, each with its first key: `↑ ↓ select · f filter`."""
+    labelled = (action._replace(keys=action.keys[:1]) for action in actions if action.label)
+    return " · ".join(f"{shown_keys(g)} {label}" for label, g in _grouped(labelled, lambda a: a.label))
+
+
+def _grouped(actions: Iterable[Action], by: Callable[[Action], str]) -> list[tuple[str, list[Action]]]:
+    return [(text, list(group)) for text, group in groupby(actions, by)]

@@ -1,0 +1,188 @@
+"""Everything that is drawn, without a terminal: the screens, the frame around them, the words said in it."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import cast
+
+from ..engine.feed import Source, Standing
+from .actions import Action, check_keys, everywhere, hint, remapped
+from .control import Control
+from .draw import Row, wrap
+from .palette import Palette
+from .predictions import Predictions
+from .screens.compare import ComparePage
+from .screens.events import EventsPage
+from .screens.header import header
+from .screens.help import HelpPage
+from .screens.layers import LayersPage
+from .screens.live import LivePage
+from .screens.page import Page
+from .screens.progress import progress
+from .screens.step import StepPage
+from .screens.techniques import TechniquesPage
+from .screens.tour import Tour
+from .settings import Settings
+from .state import ViewState
+from .units import shorten
+
+MIN_WIDTH, MIN_HEIGHT = 60, 20
+NAMED_WIDTH = 80
+"""Columns from which the footer names every screen, and not only the one that is on."""
+
+KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, ComparePage, EventsPage)
+"""The screens, in the order of their digits."""
+
+ASCII = str.maketrans({**dict(zip("…–·↑↓×─│▲◆", "~--^vx-|^*", strict=True)), "→": "->", "←": "<-"})
+"""For terminals and fonts that have ASCII only."""
+
+
+class Board:
+    """The screens over one source.
+
+    Args:
+        source: An engine, or a recording.
+        settings: The config file.
+        palette: Colours.
+        save_dir: Where recordings go; the working directory if None.
+        predictions: Peaks of configurations that have not run, if there is anybody to ask.
+
+    Raises:
+        UserError: The config file gives an action a key it cannot have.
+    """
+
+    def __init__(
+        self,
+        source: Source,
+        settings: Settings,
+        palette: Palette,
+        save_dir: Path | None = None,
+        predictions: Predictions | None = None,
+    ) -> None:
+        self.state = ViewState()
+        self.state.units = str(settings["units"])
+        self.control = Control(source, self.state, save_dir or Path.cwd(), predictions)
+        self.palette = palette
+        self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
+        self.page = self.pages[0]
+        self.everywhere = remapped(everywhere([page.title for page in self.pages]), settings.keys)
+        for page in self.pages:
+            page.actions = remapped(page.actions, settings.keys)
+        self.help = HelpPage(self.state, self.control, palette, lambda: self._before_help, lambda: self.everywhere)
+        self._before_help = self.page
+        check_keys(
+            {p.title: (*p.actions, *self.everywhere) for p in (*self.pages, self.help)},
+            settings.keys, str(settings.path),
+        )  # fmt: skip
+        self.tour: Tour | None = None
+        self.question = ""
+        self.frozen = False
+        self.rate = ""
+
+    # --- what can be done -----------------------------------------------------------
+
+    def find(self, key: str) -> tuple[Action, bool] | None:
+        """The action of a key here, and whether it is the screen's own; None: there is none."""
+        for actions, own in ((self.page.actions, True), (self.everywhere, False)):
+            for action in actions:
+                if key in action.keys:
+                    return action, own
+        return None
+
+    def go(self, index: int) -> None:
+        """To a screen by its place."""
+        self.page = self.pages[index]
+
+    def toggle_help(self) -> None:
+        """Explain what is selected, or go back."""
+        if self.page is self.help:
+            self.page = self._before_help
+        else:
+            self._before_help, self.page = self.page, self.help
+            self.help.top = 0
+
+    def leave(self) -> None:
+        """Close what is open, innermost first: the tour, a message, details, the help."""
+        if self.tour is not None:
+            self.tour = None
+        elif self.state.message is not None:
+            self.state.dismiss()
+        elif not self.page.leave() and self.page is self.help:
+            self.toggle_help()
+
+    def repaint(self, palette: Palette) -> None:
+        """Change the colours."""
+        self.palette = palette
+        for page in (*self.pages, self.help):
+            page.palette = palette
+
+    # --- drawing ----------------------------------------------------------------------
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The whole terminal."""
+        if width < MIN_WIDTH or height < MIN_HEIGHT:
+            return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
+        said = self.tour.rows(self.palette, width) if self.tour is not None else self._said(width)
+        rows = [header(self.state, self.palette, width, self.frozen)]
+        rows += self._page_rows(width, height - 3)
+        room = height - 1 - len(said)
+        rows = rows[:room] + [Row()] * (room - len(rows))
+        return [*map(self._plain, [*rows, *said, self._footer(width)])]
+
+    def _page_rows(self, width: int, height: int) -> list[Row]:
+        """The page; a mistake in drawing it costs the page and not the run that is going on."""
+        try:
+            return self.page.rows(width, height)
+        except Exception as error:
+            logging.getLogger(__name__).exception("drawing %s", self.page.title)
+            return [Row().add(f" This screen cannot be drawn: {type(error).__name__}: {error}", self.palette.bad)]
+
+    def _plain(self, row: Row) -> Row:
+        """Without the few typographic characters, where only ASCII is wanted."""
+        if self.palette.ascii:
+            row.spans = [(text.translate(ASCII), style) for text, style in row.spans]
+        return row
+
+    def _said(self, width: int) -> list[Row]:
+        """What has just been said, in up to three rows, or else the page's own keys."""
+        if self.question:
+            return [Row().add(f" {shorten(self.question, width - 2)}", self.palette.busy)]
+        message = self.state.message
+        if message is None and (row := progress(self.state, self.palette)) is not None:
+            return [row]
+        if message is None:
+            return [Row().add(f" {shorten(self.page.lead + hint(self.page.actions), width - 2)}", self.palette.dim)]
+        style = self.palette.bad if message.problem else self.palette.busy
+        lines = wrap(message.text, width - 2)
+        lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
+        return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
+
+    def _footer(self, width: int) -> Row:
+        """The screens, the keys everywhere, and how often the terminal is refreshed."""
+        palette = self.palette
+        keys = {action.name: action.keys[0] for action in self.everywhere}
+        row = Row().add(" ")
+        for page in self.pages:
+            on = page is self.page
+            title = f" {page.title}" if on or width >= NAMED_WIDTH else ""
+            row.add(keys[f"screen.{page.title}"], palette.accent).add(title, palette.bold if on else palette.dim)
+            row.add(" ")
+        standing = self.control.source.standing
+        if standing not in (Standing.OWNER, Standing.ATTACHED):
+            row.add(f" {standing}", palette.bad)
+        labels = (("help", "help"), ("quit", "quit"), ("pause", "go on" if self.frozen else "pause"))
+        room = width - len(self.rate) - 2
+        for name, label in labels:
+            if row.width + len(keys[name]) + len(label) + 2 <= room:
+                row.add(" ").add(keys[name], palette.accent).add(f" {label}", palette.dim)
+        return row.right(self.rate, width - 1, palette.dim)
+
+
+def check(settings: Settings) -> None:
+    """Refuse keys that no action could be reached by, before anything is opened.
+
+    Raises:
+        UserError: One line that names file and key.
+    """
+    Board(cast(Source, None), settings, Palette())  # nothing is asked before the first `update`

@@ -1,0 +1,87 @@
+"""`gpumem-tui config`: show the settings, say where they are, edit them."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import shlex
+import subprocess
+import sys
+
+from ...engine.config import UserError, show
+from ..settings import OPTIONS, Settings, config_path
+
+DEFAULT_EDITOR = "vi"
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """What to do with them."""
+    parser.set_defaults(command=show_all)
+    what = parser.add_subparsers(title="what", metavar="WHAT")
+    for name, function, summary in (
+        ("show", show_all, "every setting, its value and what it takes (the default)"),
+        ("path", show_path, "where the config file is"),
+        ("edit", edit, "open it in $EDITOR, and check it afterwards"),
+    ):
+        what.add_parser(name, help=summary, description=summary).set_defaults(command=function)
+    setter = what.add_parser("set", help="change settings", description="Change settings in the config file.")
+    setter.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="theme=light, keys.save='S ctrl+w', ...")
+    setter.set_defaults(command=change)
+
+
+def show_all(_flags: argparse.Namespace) -> int:
+    """Print them."""
+    settings = Settings.load()
+    there = "" if settings.path.exists() else " (not there: these are the defaults)"
+    lines = [f"# {settings.path}{there}"]
+    lines += [f"{o.name + ' = ' + show(settings[o.name]):<24} # {o.summary}; {o.allowed}" for o in OPTIONS]
+    lines += [f"keys.{name} = {' '.join(keys)}" for name, keys in settings.keys.items()]
+    sys.stdout.write("\n".join(lines) + "\n")
+    return 0
+
+
+def show_path(_flags: argparse.Namespace) -> int:
+    """Print where they are."""
+    sys.stdout.write(f"{config_path()}\n")
+    return 0
+
+
+def change(flags: argparse.Namespace) -> int:
+    """Change some; all of them, or, where one is wrong, those before it."""
+    settings = Settings.load()
+    for item in flags.settings:
+        name, equals, value = item.partition("=")
+        if not equals:
+            raise UserError(f"gpumem-tui config set {item}: write it as key=value")
+        settings.set(name.strip(), value.strip())
+    _check(settings)
+    return 0
+
+
+def edit(_flags: argparse.Namespace) -> int:
+    """Open the editor."""
+    path = config_path()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
+        lines = [f"# {o.summary}; {o.allowed}\n# {o.name} = {_toml(o.default)}\n" for o in OPTIONS]
+        path.write_text("\n".join(lines) + "\n[keys]\n# save = \"S\"\n", encoding="utf-8")  # fmt: skip
+    editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or DEFAULT_EDITOR
+    try:
+        subprocess.run([*shlex.split(editor), str(path)], check=True)
+    except (OSError, ValueError, subprocess.CalledProcessError) as error:
+        raise UserError(f"{editor}: {error}") from None
+    _check(Settings.load())
+    return 0
+
+
+def _check(settings: Settings) -> None:
+    """Keys that are taken are found only beside all the others."""
+    from ...profiles import model_profile
+    from ..board import check
+
+    model_profile(str(settings["profile"]))
+    check(settings)
+
+
+def _toml(value: object) -> str:
+    return f'"{value}"' if isinstance(value, str) else str(value).lower()

@@ -1,0 +1,143 @@
+"""The screens without a terminal: `--once`, `--json`, `--jsonl`, and what happens when stdout is none.
+
+`--once`: the live screen as text once a step is known, then the end.
+`--json`: the same as one JSON document. `--jsonl`: one a refresh, for as long as the run goes on.
+Otherwise, and no terminal: a line of plain text for everything the engine tells.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from ..units import clock
+from .common import FAILED
+
+if TYPE_CHECKING:
+    from ...engine.feed import Source
+    from ..board import Board
+    from ..settings import Settings
+    from ..state import ViewState
+
+SCHEMA = "gpumem-live/1"
+WIDTH, HEIGHT = 100, 40
+ENOUGH_STEPS = 2
+"""From the second step on, a run holds what it will hold."""
+
+
+def add_flags(parser: argparse.ArgumentParser) -> None:
+    """The ways to do without the app."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("--once", action="store_true", help="print the live screen once as text, and end")
+    what.add_argument("--json", action="store_true", help="print what the live screen shows once as JSON, and end")
+    what.add_argument("--jsonl", action="store_true", help="print that at every refresh, a line of JSON each")
+
+
+def wanted(flags: argparse.Namespace) -> bool:
+    """Whether the app is not to be opened."""
+    return bool(flags.once or flags.json or flags.jsonl or not sys.stdout.isatty())
+
+
+def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: float) -> int:
+    """Print what was asked for; 0, or 3 if the run failed."""
+    from ..board import Board
+    from ..palette import Palette
+
+    palette = Palette(mono=True, ascii=bool(settings["ascii"]) or not _prints_unicode())
+    board = Board(source, settings, palette)
+    lines = _stream(board, source, flags, hz)
+    for line in lines:
+        sys.stdout.write(line + "\n")
+        sys.stdout.flush()
+    return FAILED if source.live and board.state.run.status == "failed" else 0
+
+
+def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) -> Iterator[str]:
+    from ..state import Filter
+
+    state, told = board.state, -1
+    while True:
+        changed = state.update(source, time.monotonic())
+        over = not source.live or _over(state)
+        if flags.once or flags.json:
+            if over or (state.run.step >= ENOUGH_STEPS and state.peak is not None):
+                yield json.dumps(frame(state), indent=1) if flags.json else text(board)
+                return
+        elif flags.jsonl:
+            if changed or over:
+                yield json.dumps(frame(state))
+        else:
+            for milestone in state.logs[Filter.NO_RECOMPUTES]:
+                if milestone.index > told:
+                    told = milestone.index
+                    yield f"{clock(milestone.time_s):>8}  {milestone.kind.replace('_', ' '):<14} {milestone.text}"
+        if over:
+            if not (flags.once or flags.json or flags.jsonl):
+                yield text(board)
+            return
+        time.sleep(1 / hz)
+
+
+def _over(state: ViewState) -> bool:
+    """Whether nothing more will come: the run has ended, or was never begun."""
+    from ...engine.events import Kind
+    from ..state import Filter
+
+    log = state.logs[Filter.NOTABLE]
+    ended = bool(log) and log[-1].kind in (Kind.RUN_ENDED, Kind.REFUSED)
+    return ended and not state.run.running
+
+
+def text(board: Board) -> str:
+    """The live screen as plain text: no escape codes, no trailing blanks, no row of keys."""
+    width = min(max(shutil.get_terminal_size((WIDTH, HEIGHT)).columns, 60), 200)
+    lines = [row.text.rstrip() for row in board.rows(width, HEIGHT)]
+    return "\n".join(lines[:-2]).rstrip()
+
+
+def frame(state: ViewState) -> dict[str, Any]:
+    """What the live screen shows, for programs; sizes in whole bytes, null for what is not known."""
+    from ...engine.events import Category
+
+    run, gauge, peak = state.run, state.gauge, state.peak.peak if state.peak else None
+    now = state.now.end if state.now is not None else None
+    return {
+        "schema": SCHEMA,
+        "status": state.status,
+        "model": state.config.model if state.config else None,
+        "run": run.number,
+        "step": run.step,
+        "loss": run.loss,
+        "step_seconds": run.seconds,
+        "tokens_per_second": run.tokens_per_s,
+        "trace_share": run.trace_share,
+        "device": None if gauge is None else {
+            "time_s": gauge.time_s,
+            "phase": gauge.phase.title,
+            "allocated_bytes": gauge.allocated_bytes,
+            "reserved_bytes": gauge.reserved_bytes,
+            "managed_bytes": gauge.managed_bytes,
+            "process_bytes": gauge.process_bytes,
+            "used_bytes": gauge.device_used_bytes,
+            "total_bytes": gauge.device_total_bytes,
+        },
+        "now": None if now is None else {c.key: now[c] for c in Category},
+        "peak": None if peak is None else {
+            "step": peak.step,
+            "phase": peak.phase.title,
+            "module": peak.module,
+            "allocated_bytes": peak.bytes,
+            "by_category": {c.key: peak.by_category[c] for c in Category},
+        },
+    }  # fmt: skip
+
+
+def _prints_unicode() -> bool:
+    """Whether what reads us can have more than ASCII: a pipe gets what the locale says."""
+    return "utf" in (sys.stdout.encoding or "").lower() and os.environ.get("TERM") != "linux"

@@ -1,0 +1,27 @@
+"""What the techniques screen asks of whoever can tell a peak before a run."""
+
+from __future__ import annotations
+
+from typing import NamedTuple, Protocol
+
+from ..engine.config import RunConfig
+
+
+class Prediction(NamedTuple):
+    """Of one configuration.
+
+    Attributes:
+        peak_bytes: Highest allocated during a step.
+        fits: Whether the device holds it; None: not known.
+    """
+
+    peak_bytes: int
+    fits: bool | None
+
+
+class Predictions(Protocol):
+    """Somebody who predicts."""
+
+    def of(self, config: RunConfig) -> Prediction | None:
+        """What is known of a configuration; returns at once, None while it is being worked out."""
+        ...

@@ -1,0 +1,134 @@
+"""A run in small: what is left of it when the next one has begun, and what is compared.
+
+A summary holds no trace: a few hundred numbers, whatever the run's length.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from ..engine import techniques
+from ..engine.config import RunConfig, UserError, show
+from ..engine.events import Category, Milestone, Phase
+from ..engine.feed import Source
+from ..engine.ledger import Bytes, Ledger, layer_of
+from .run_state import RunState
+
+ROUTINE = ("rows", "steps", "seed")
+"""Without influence on memory: in no label."""
+
+
+class RunSummary(NamedTuple):
+    """One run.
+
+    Attributes:
+        label: Short; what tells it from the others' defaults: `B8 lora k=layers`.
+        origin: `run 2`, or a recording's file name.
+        config: What it ran.
+        loaded: Composition after loading; None: not known.
+        after_step: Composition after the first optimizer step, where the article measures.
+        peak: Composition at the highest peak.
+        peak_where: Step and phase of it.
+        by_phase: Highest total in each phase, over the steps kept.
+        by_layer: Bytes at the peak by layer, the model's own under "".
+        seconds: Of its last step.
+        tokens_per_s: Of its last step.
+        steps: That ended.
+    """
+
+    label: str
+    origin: str
+    config: RunConfig
+    loaded: Bytes | None
+    after_step: Bytes | None
+    peak: Bytes
+    peak_where: str
+    by_phase: dict[Phase, int]
+    by_layer: dict[str, int]
+    seconds: float | None
+    tokens_per_s: float | None
+    steps: int
+
+    @property
+    def peak_bytes(self) -> int:
+        """Everything at the peak."""
+        return sum(self.peak.values())
+
+
+def label(config: RunConfig) -> str:
+    """What a run is called in a narrow column: the batch, then what is not the default."""
+    words = [f"B{config.batch_size}"]
+    for name, value in techniques.changed(config):
+        if name not in (*ROUTINE, "batch_size"):
+            words.append(name if value is True else f"{name}={show(value)}")
+    return " ".join(words)
+
+
+def summarize(run: RunState, ledgers: Sequence[Ledger], origin: str = "") -> RunSummary:
+    """Fold what is kept of a run.
+
+    Args:
+        run: What it told; has a configuration.
+        ledgers: Of its complete traces; at least one.
+        origin: Where it is from; `run <n>` if empty.
+    """
+    assert run.config is not None
+    highest = max(ledgers, key=lambda ledger: ledger.peak.bytes)
+    peak = highest.peak
+    by_step = {ledger.trace.step: ledger for ledger in ledgers}
+    by_phase: dict[Phase, int] = {}
+    for ledger in ledgers:
+        for span in ledger.trace.phases:
+            most = int(ledger.total[span.begin : span.end + 1].max(initial=0))
+            by_phase[span.phase] = max(by_phase.get(span.phase, 0), most)
+    by_layer: dict[str, int] = {}
+    for layer, sizes in highest.by_layer(peak.event).items():
+        name = layer_of(layer)
+        by_layer[name] = by_layer.get(name, 0) + sum(sizes.values())
+    return RunSummary(
+        label=label(run.config),
+        origin=origin or f"run {run.number}",
+        config=run.config,
+        loaded=by_step[0].end if 0 in by_step else None,
+        after_step=by_step[1].after(Phase.OPTIMIZER) if 1 in by_step else None,
+        peak=peak.by_category,
+        peak_where=f"step {peak.step}, {peak.phase.title}" if peak.step else "loading",
+        by_phase=by_phase,
+        by_layer=by_layer,
+        seconds=run.seconds,
+        tokens_per_s=run.tokens_per_s,
+        steps=run.step,
+    )
+
+
+def of_source(source: Source, origin: str) -> RunSummary:
+    """A recording in small.
+
+    Raises:
+        UserError: It holds no complete step.
+    """
+    ledgers = [Ledger(trace) for trace in source.traces()]
+    run = RunState()
+    milestones: Sequence[Milestone] = source.milestones(0)
+    for milestone in milestones:
+        run.fold(milestone)
+    run.config = run.config or source.config()
+    if not ledgers or run.config is None:
+        raise UserError(f"{origin}: it holds no step to compare")
+    return summarize(run, ledgers, origin)
+
+
+def table_row(summary: RunSummary) -> list[int | None]:
+    """The article's columns: loaded, gradients, optimizer, after the first step; and the peak it lacks."""
+    loaded, after = summary.loaded, summary.after_step
+    return [
+        sum(loaded.values()) if loaded else None,
+        after[Category.GRADIENTS] if after else None,
+        after[Category.OPTIMIZER_STATE] if after else None,
+        sum(after.values()) if after else None,
+        summary.peak_bytes,
+    ]
+
+
+TABLE_HEADS = ("loaded", "gradients", "optimizer", "after step", "peak")

@@ -1,0 +1,34 @@
+"""One live block in a row: what the step and the layers screen list."""
+
+from __future__ import annotations
+
+from ...engine.events import Phase
+from ...engine.ledger import LiveBlock
+from ..draw import Row
+from ..palette import Palette
+from ..units import UNKNOWN, Unit, shorten, tail
+
+SHAPE_WIDTH = 26
+
+
+def shape_of(block: LiveBlock) -> str:
+    """`[8, 256, 2048] fp16`, as far as it is known."""
+    shape, dtype = getattr(block, "shape", None), getattr(block, "dtype", "")
+    return f"{list(shape) if shape is not None else ''} {dtype}".strip()
+
+
+def made_in(block: LiveBlock) -> str:
+    """Where it was made, if that was within the step."""
+    return "" if block.phase is Phase.IDLE else f"in {block.phase.title}"
+
+
+def block_row(block: LiveBlock, unit: Unit, palette: Palette, width: int) -> Row:
+    """Size, category, name, shape and type, and the phase it was made in."""
+    info = block.category.info
+    row = Row().right(unit.show(block.bytes), 8).add(" ").add(info.letter, palette.paint[block.category])
+    row.add(f" {info.title:<13}", palette.dim)
+    shape, made = shape_of(block), made_in(block)
+    room = width - row.width - len(made) - 2
+    shape = shorten(shape, min(SHAPE_WIDTH, room // 2))
+    row.add(tail(block.name or UNKNOWN, room - len(shape) - 1))
+    return row.right(f"{shape}  {made}".rstrip(), width - 1, palette.dim)

@@ -1,0 +1,208 @@
+"""Compare: runs of this session and opened recordings, side by side, differences signed."""
+
+from __future__ import annotations
+
+from ...engine.events import Category, Phase
+from ..actions import Action, moves
+from ..draw import Row
+from ..run_summary import TABLE_HEADS, RunSummary, table_row
+from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
+from .page import Page, Table, Topic
+
+MODES = ("categories at the peak", "highest in each phase", "layers at the peak", "the article's table")
+FIGURE, NAME = 9, 18
+LEGEND_ROWS = 5
+
+PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
+
+Line = tuple[str, list[int | None], Category | None]
+"""A row of a comparison: its name, a size a run, and its category if it is one."""
+
+
+class ComparePage(Page):
+    """The fifth screen."""
+
+    title = "compare"
+
+    mode = 0
+    selected = 0
+    base = 0
+    top = 0
+
+    def make_actions(self) -> tuple[Action, ...]:
+        """Choose a run, what to compare by, what to compare with."""
+        text = "choose a run"
+        return (
+            Action("compare.before", ("left",), "Run before", text, lambda page: page.choose(-1), "run"),
+            Action("compare.next", ("right",), "Next run", text, lambda page: page.choose(1), "run"),
+            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer; the article's table",
+                   lambda page: page.next_mode(), "compare by"),
+            Action("compare.base", ("enter",), "Compare with this run", "the run that differences are from",
+                   lambda page: page.make_base(), "compare with it"),
+            Action("compare.drop", ("delete", "-"), "Forget this run", "forget a run that has ended",
+                   lambda page: page.forget()),
+            *moves("scroll", "scroll"),
+        )  # fmt: skip
+
+    def topic(self) -> Topic:
+        """What is compared by."""
+        texts = (
+            "What filled the memory at each run's highest peak, by category. The first column is the run that all "
+            "others are compared with; behind every other figure stands its difference from it.",
+            "The most that was allocated while a phase went on, over the steps that are kept of each run.",
+            "What each layer held at the run's highest peak: its parameters, gradients, optimizer state and "
+            "activations together. Layers are matched by name.",
+            "What the reference experiment publishes, from your own runs: allocated after loading; gradients, "
+            "optimizer state and everything after the first optimizer step; and the true peak, which it does not have.",
+        )
+        return Topic(MODES[self.mode], texts[self.mode])
+
+    # --- actions --------------------------------------------------------------------
+
+    def move(self, by: int) -> None:
+        """Scroll."""
+        self.top = max(0, self.top + by)
+
+    def choose(self, by: int) -> None:
+        """Another run."""
+        self.selected = max(0, min(self.selected + by, len(self.state.runs) - 1))
+
+    def next_mode(self) -> None:
+        """Compare by something else."""
+        self.mode, self.top = (self.mode + 1) % len(MODES), 0
+
+    def make_base(self) -> None:
+        """Compare with the run chosen."""
+        self.base = self.selected
+
+    def forget(self) -> None:
+        """Drop a run that has ended from the list."""
+        finished = self.state.finished
+        if self.selected >= len(finished):
+            self.state.say("this run is still on")
+            return
+        del finished[self.selected]
+        self.base -= self.base > self.selected
+        self.state.version += 1
+
+    # --- what is compared -------------------------------------------------------------
+
+    def lines(self, runs: list[RunSummary]) -> list[Line]:
+        """The rows of the mode that is on, with the sum where there is one."""
+        if self.mode == 1:
+            return [(p.title, [run.by_phase.get(p) for run in runs], None) for p in PHASES
+                    if any(p in run.by_phase for run in runs)]  # fmt: skip
+        if self.mode == 2:
+            names = dict.fromkeys(name for run in runs for name in run.by_layer)
+            found: list[Line] = [(name or "(the model itself)", [r.by_layer.get(name, 0) for r in runs], None)
+                                 for name in names]  # fmt: skip
+        else:
+            found = [(c.info.title, [run.peak[c] for run in runs], c) for c in Category
+                     if any(run.peak[c] for run in runs)]  # fmt: skip
+        return [*found, ("all", [run.peak_bytes for run in runs], None)]
+
+    def table(self) -> Table | None:
+        """All runs and rows; bytes as whole numbers."""
+        runs = self.state.runs
+        if not runs:
+            return None
+        if self.mode == 3:
+            cells = [[run.origin, run.label, *map(_whole, table_row(run))] for run in runs]
+            return [["run", "settings", *TABLE_HEADS], *cells]
+        heads = [f"{run.origin} {run.label}" for run in runs]
+        return [["bytes", *heads], *([name, *map(_whole, sizes)] for name, sizes, _ in self.lines(runs))]
+
+    # --- drawing ----------------------------------------------------------------------
+
+    def rows(self, width: int, height: int) -> list[Row]:
+        """The runs, and the comparison."""
+        runs, palette = self.state.runs, self.palette
+        if not runs:
+            text = " No run has ended a step yet. Change something on screen 4; every run stays here to compare."
+            return [Row(), Row().add(text, palette.dim)]
+        self.selected = max(0, min(self.selected, len(runs) - 1))
+        self.base = max(0, min(self.base, len(runs) - 1))
+        unit = unit_for(max(run.peak_bytes for run in runs), self.state.units)
+        title = Row().add(f" {MODES[self.mode]}", palette.bold).add(f"  {unit.name}", palette.dim)
+        if self.mode == 3:
+            return [title, *self._article(runs, unit, width, height - 1)]
+        rows = [title, *self._legend(runs, unit, width), self._heads(runs, width)]
+        lines, body = self.lines(runs), max(1, height - len(rows) - 1)
+        self.top = max(0, min(self.top, len(lines) - body))
+        return rows + [self._line(line, unit, width) for line in lines[self.top : self.top + body]]
+
+    def _legend(self, runs: list[RunSummary], unit: Unit, width: int) -> list[Row]:
+        """Which letter is which run."""
+        top = max(0, min(self.selected - LEGEND_ROWS // 2, len(runs) - LEGEND_ROWS))
+        rows = []
+        for i, run in enumerate(runs[top : top + LEGEND_ROWS], top):
+            style = self.palette.cursor if i == self.selected else self.palette.plain
+            row = Row().add(f" {_letter(i)} ", self.palette.accent if i != self.selected else style)
+            row.add(f"{unit.show(run.peak_bytes):>8} ", style)
+            room = max(8, width - row.width - 30)
+            row.add(f"{shorten(f'{run.origin}  {run.label}', room):<{room}}", style)
+            speed = "" if run.seconds is None else f"{duration(run.seconds)} a step"
+            rows.append(row.right(f" {speed}  {run.peak_where}"[:29], width - 1, self.palette.dim))
+        return rows
+
+    def _shown(self, n_runs: int, width: int) -> list[int]:
+        """The base, and as many others as there is room for, the chosen one among them."""
+        others = [i for i in range(n_runs) if i != self.base]
+        room = max(1, (width - NAME - FIGURE - 1) // (2 * FIGURE))
+        at = others.index(self.selected) if self.selected in others else 0
+        top = max(0, min(at - room // 2, len(others) - room))
+        return [self.base, *others[top : top + room]]
+
+    def _heads(self, runs: list[RunSummary], width: int) -> Row:
+        row = Row().to(NAME)
+        for i in self._shown(len(runs), width):
+            head = _letter(i) if i == self.base else f"{_letter(i)} - {_letter(self.base)}"
+            style = self.palette.accent if i == self.selected else self.palette.dim
+            if i != self.base:
+                row.right(_letter(i), row.width + FIGURE, style)
+            row.right(head, row.width + FIGURE, style)
+        return row
+
+    def _line(self, line: Line, unit: Unit, width: int) -> Row:
+        """A size a run, and its difference from the base's."""
+        name, sizes, category = line
+        palette = self.palette
+        row = Row().add(" ")
+        if category is not None:
+            row.add(category.info.letter, palette.paint[category]).add(" ")
+        row.add(tail(name, NAME - row.width - 1), palette.bold if name == "all" else palette.plain).to(NAME)
+        base = sizes[self.base]
+        for i in self._shown(len(sizes), width):
+            size = sizes[i]
+            row.right(unit.show(size), row.width + FIGURE, palette.plain if size else palette.dim)
+            if i != self.base:
+                text, style = difference(size, base, unit), palette.dim
+                if size is not None and base is not None and size != base:
+                    style = palette.good if size < base else palette.busy
+                row.right(text, row.width + FIGURE, style)
+        return row
+
+    def _article(self, runs: list[RunSummary], unit: Unit, width: int, height: int) -> list[Row]:
+        """A row a run, in the columns of the reference experiment, and the peak."""
+        name = width - len(TABLE_HEADS) * (FIGURE + 2) - 2
+        row = Row().add(" run").to(name)
+        for head in TABLE_HEADS:
+            row.right(head, row.width + FIGURE + 2, self.palette.dim)
+        rows = [row]
+        self.top = max(0, min(self.top, len(runs) - height + 1))
+        for i, run in enumerate(runs[self.top : self.top + height - 1], self.top):
+            style = self.palette.cursor if i == self.selected else self.palette.plain
+            row = Row().add(f" {shorten(f'{run.origin} {run.label}', name - 2):<{name - 1}}", style)
+            for size in table_row(run):
+                row.add(f"{unit.show(size):>{FIGURE + 2}}", style)
+            rows.append(row)
+        return rows
+
+
+def _letter(index: int) -> str:
+    """A, B ... Z, then a ...: fifty runs have one each."""
+    return chr(ord("A") + index) if index < 26 else chr(ord("a") + index - 26)
+
+
+def _whole(size: int | None) -> str:
+    return UNKNOWN if size is None else str(size)

@@ -1,0 +1,34 @@
+"""What `?` says of the parts of the live screen; a part and its category's meaning: at most 60 words."""
+
+from __future__ import annotations
+
+from ...engine.events import Category
+
+PARTS = {
+    "run": "The last step: its time, tokens a second and loss, and the share of all time that tracing has taken.",
+    "device": (
+        "The whole device on one axis from 0 to its capacity. Letters: this run by category; then what the allocator "
+        "keeps cached, the CUDA context, other processes; dots are free: that is how far the edge is."
+    ),
+    "why": (
+        "Where the peak is, and what makes it higher than what was there when the step began. Below: the letters of "
+        "techniques that act on the largest of it; screen 4 says how much."
+    ),
+    "recompute": (
+        "A mark for every layer. With checkpointing, backward computes each layer's activations again: its mark "
+        "lights up as that happens, with the bytes held for it and the time it took."
+    ),
+}
+"""Parts of this screen that are no category, and what `?` says of them."""
+
+MORE: dict[Category, str] = {
+    Category.PARAMETERS: "Quantization shrinks them where LoRA has frozen them.",
+    Category.GRADIENTS: "As large as the trainable parameters; LoRA has next to none.",
+    Category.OPTIMIZER_STATE: "Twice the trainable parameters; 8-bit or LoRA shrink it.",
+    Category.ACTIVATIONS: "They grow with batch and sequence; checkpointing keeps only each layer's input.",
+    Category.RECOMPUTED: "One segment's at a time: the price of checkpointing, beside the time.",
+    Category.KV_CACHE: "Switch it off; c.",
+    Category.LOGITS_LOSS: "Batch x sequence x vocabulary; the loss holds it several times for a moment.",
+    Category.TEMPORARIES: "AdamW's foreach holds a copy of all gradients for a moment; fused AdamW does not.",
+}
+"""Of a category, beyond its meaning: what it follows, and what lowers it."""

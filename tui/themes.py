@@ -1,0 +1,114 @@
+"""Colours by theme, and what the tests hold them to.
+
+The text has the terminal's own colour, so that any background looks like
+itself; what is coloured is legible (4.5:1) on every background a theme is for.
+The categories' colours were searched for so that neighbours stay apart for
+readers with protanopia and deuteranopia too (tests/test_themes.py).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from ..engine.events import Category
+
+
+@dataclass(frozen=True)
+class Theme:
+    """One theme.
+
+    Attributes:
+        name: In the config file.
+        backgrounds: The darkest and the lightest it is for; empty: any.
+        colours: Of categories.
+        device: Of what is outside the allocator, by letter.
+        dim: Of what recedes; empty: the terminal's own dim.
+        good: Training, done, saved.
+        busy: Loading, pending.
+        bad: Out of memory, failed.
+        accent: Keys, and the screen that is on.
+    """
+
+    name: str
+    backgrounds: tuple[str, ...]
+    colours: Mapping[Category, str]
+    device: Mapping[str, str]
+    dim: str = ""
+    good: str = "default"
+    busy: str = "default"
+    bad: str = "default"
+    accent: str = "default"
+
+
+def _by_category(*colours: str) -> dict[Category, str]:
+    return dict(zip(Category, colours, strict=True))
+
+
+DARK = Theme(
+    "dark",
+    ("#000000", "#2b2b2b"),
+    # P B G O A R K L I T W s ?
+    _by_category(
+        "#7199fe", "#bbe8fb", "#fec965", "#cdc4fe", "#bffee6", "#a3951d", "#3d9bd4",
+        "#ec968d", "#eef576", "#ec60c7", "#d6c5a1", "#989292", "#fa5cf8",
+    ),
+    {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "u": "#d08770"},
+    dim="#a3a3a3", good="#7fd88f", busy="#f0c040", bad="#ff8f85", accent="#6cc8f0",
+)  # fmt: skip
+
+LIGHT = Theme(
+    "light",
+    ("#f2eee2", "#ffffff"),
+    _by_category(
+        "#3e4ffe", "#416698", "#9e5712", "#7306ad", "#0d7677", "#734d0c", "#073c60",
+        "#200000", "#4c7347", "#50073d", "#553f01", "#1e191b", "#ca1779",
+    ),
+    {"c": "#a8b0b8", "x": "#8a8a8a", "o": "#c4c4c4", "m": "#8f5f88", "u": "#a8552f"},
+    dim="#5f5f5f", good="#1d6b2f", busy="#7a5200", bad="#b3261e", accent="#00608f",
+)  # fmt: skip
+
+ANSI = Theme(
+    "ansi",
+    (),
+    _by_category(
+        "blue", "bright_blue", "yellow", "magenta", "green", "bright_yellow", "cyan",
+        "red", "bright_green", "bright_magenta", "bright_cyan", "bright_black", "bright_red",
+    ),
+    {"c": "bright_black", "x": "white", "o": "bright_black", "m": "magenta", "u": "red"},
+)  # fmt: skip
+
+THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
+
+TEXTURES = _by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "~", "?")
+"""What fills a category's area between its letters: told apart without colours, and a byte a cell."""
+
+XTERM = {
+    "black": "#000000", "red": "#cd0000", "green": "#00cd00", "yellow": "#cdcd00", "blue": "#0000ee",
+    "magenta": "#cd00cd", "cyan": "#00cdcd", "white": "#e5e5e5", "bright_black": "#7f7f7f",
+    "bright_red": "#ff0000", "bright_green": "#00ff00", "bright_yellow": "#ffff00", "bright_blue": "#5c5cff",
+    "bright_magenta": "#ff00ff", "bright_cyan": "#00ffff", "bright_white": "#ffffff",
+}  # fmt: skip
+"""What the sixteen colours are where nobody has changed them."""
+
+
+def luminance(colour: str) -> float:
+    """Relative luminance of `#rrggbb`, 0 to 1 (WCAG 2.1)."""
+    channels = (int(colour[i : i + 2], 16) / 255 for i in (1, 3, 5))
+    red, green, blue = (c / 12.92 if c <= 0.03928 else ((c + 0.055) / 1.055) ** 2.4 for c in channels)
+    return 0.2126 * red + 0.7152 * green + 0.0722 * blue
+
+
+def contrast(one: str, other: str) -> float:
+    """Contrast of two colours, 1 to 21 (WCAG 2.1)."""
+    low, high = sorted((luminance(one), luminance(other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+def letter_on(fill: str) -> str:
+    """Black or white: whichever is legible on a fill; one of them always is."""
+    known = XTERM.get(fill, fill)
+    black = contrast("#000000", known) >= contrast("#ffffff", known)
+    if fill in XTERM:
+        return "black" if black else "bright_white"
+    return "#000000" if black else "#ffffff"
