@@ -31,6 +31,7 @@ from .screens.page import Page
 from .screens.step import StepPage
 from .screens.techniques import TechniquesPage
 from .state import ViewState
+from .stopped import outlive_sigstop
 from .units import shorten
 from .widgets.canvas import Canvas
 from .writer import writing
@@ -92,6 +93,7 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def on_mount(self) -> None:
         """Start the clock."""
+        outlive_sigstop(self)
         self.tick()
         if self.refresh_hz > 0:
             self.set_interval(1 / self.refresh_hz, self.tick)

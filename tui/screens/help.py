@@ -19,7 +19,8 @@ KEYS = (
     ("s", "save a recording: gpumem-tui open FILE shows it again"),
     ("z", "live: back to the settings before; techniques: undo a change"),
     ("esc", "take a message away, leave help or details"),
-    ("q", "quit"),
+    ("!", "command an engine that another viewer commands"),
+    ("q", "quit: detach, and the run goes on, or stop it"),
 )
 
 OUTSIDE = (
