@@ -152,6 +152,11 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     listed = cli("ps").stdout.splitlines()
     assert re.match(r"tiny +\d+ +tiny +batch_size=2 .*lora=on.* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
 
+    second.process.send_signal(signal.SIGSTOP)
+    seen = step_of(place)
+    until(lambda: step_of(place) > seen)
+    second.process.send_signal(signal.SIGCONT)
+
     for terminal in (second, third):
         terminal.press("q", "d") if terminal is third else terminal.press("q")
         assert terminal.wait() == 0
