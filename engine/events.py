@@ -61,7 +61,7 @@ CATEGORIES: dict[Category, CategoryInfo] = {
     Category.LOGITS_LOSS: CategoryInfo("L", "logits, loss", "Scores over the vocabulary, the loss, their gradients."),
     Category.INPUTS: CategoryInfo("I", "inputs", "Token ids and labels of the batch."),
     Category.TEMPORARIES: CategoryInfo("T", "temporaries", "Made and freed within one phase."),
-    Category.WORKSPACE: CategoryInfo("W", "workspace", "What libraries keep: cuBLAS' scratch, bitsandbytes' tables."),
+    Category.WORKSPACE: CategoryInfo("W", "workspace", "Kept by cuBLAS and other libraries, or by a watched script."),
     Category.SLACK: CategoryInfo("s", "slack", "Rounding: what the allocator hands out beyond what was asked."),
     Category.UNKNOWN: CategoryInfo("?", "unknown", "What no rule could name. The goal is 0 bytes."),
 }  # fmt: skip

@@ -20,6 +20,7 @@ from . import wire
 from .config import RunConfig, UserError, show
 from .events import Kind, StepTrace
 from .feed import Command, End, Source, TakeOver
+from .forks import in_child
 from .techniques import changed
 from .whereabouts import Card
 
@@ -90,7 +91,7 @@ class Server:
             each.setblocking(False)
         self._selector.register(self._listener, selectors.EVENT_READ, None)
         self._selector.register(self._wake_read, selectors.EVENT_READ, None)
-        os.register_at_fork(after_in_child=self._forget_in_child)
+        in_child(self._forget_in_child)
 
     @property
     def viewers(self) -> int:

@@ -11,7 +11,7 @@ import torch
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category, Kind, StepTrace
+from gpumem_tui.engine.events import Category, Kind, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.profiles import PresetRow, preset
 
@@ -223,3 +223,68 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
     assert (config["lora"], config["quantization"], config["checkpointing"]) == (True, "nf4", "layers")
     ended = [m for m in session.milestones(0) if m.kind is Kind.RUN_ENDED]
     assert [m.data["leaked_bytes"] for m in ended] == [0, 0, 0, 0]
+
+
+def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_path: Any) -> None:
+    """A `transformers.Trainer` of one's own, on a device that was in use before: every event has a name.
+
+    The sums are the allocator's own: at the end of every step block by block,
+    and after the optimizer and at the peak by its counters.
+    """
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from gpumem_tui.engine.watch.leftovers import SCRIPT
+    from gpumem_tui.engine.watch.window import Window
+    from gpumem_tui.profiles import model_profile
+    from gpumem_tui.watch import MemoryCallback
+
+    profile = model_profile("polyglot-ko-1.3b")
+    in_use = torch.ones(1 << 20, device="cuda") @ torch.ones(1 << 20, device="cuda")  # cuBLAS has its workspace
+    with torch.device("cuda"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**profile.config), dtype=torch.float16)
+    model = get_peft_model(model, LoraConfig(target_modules=["query_key_value"]))
+    rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(100, 30_000, (64, 256))]
+    traces: list[StepTrace] = []
+    ends: dict[int, int] = {}
+    callback = MemoryCallback(every_step=True)
+    good = Window.publish
+
+    def publish(self: Window, trace: StepTrace) -> None:
+        good(self, trace)
+        latest = self.trace()
+        assert latest is not None
+        if not trace.partial:
+            traces.append(latest)
+
+    def stepped(self: Window, **data: Any) -> None:
+        ends[data["step"]] = data["allocated_bytes"]
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Window, "publish", publish)
+        told = Window.stepped
+        patch.setattr(Window, "stepped", lambda self, **data: (stepped(self, **data), told(self, **data))[1])
+        arguments = TrainingArguments(
+            str(tmp_path), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2, report_to=[],
+            disable_tqdm=True, save_strategy="no", max_grad_norm=1.0,
+        )  # fmt: skip
+        Trainer(model, arguments, train_dataset=rows, callbacks=[callback]).train()
+    assert in_use.item() > 0
+    assert [trace.step for trace in traces][:5] == [1, 2, 3, 4, 5]
+    for trace in traces[:5]:
+        ledger = Ledger(trace)
+        assert ledger.unmatched_frees == 0
+        assert ledger.curve[Category.UNKNOWN].max() == 0
+        after = ledger.after(Phase.OPTIMIZER)
+        assert after is not None and sum(after.values()) == ends[trace.step]
+        counted = getattr(trace, "counted", None)
+        assert counted is None or counted.end_bytes == int(ledger.total[-1])
+        held = ledger.by_name(len(trace.events) - 1, Category.WORKSPACE)
+        # The next batches, the average of the loss, the norm: kilobytes, beside a model of gigabytes.
+        assert held.get(SCRIPT, 0) < 1 << 23
+        assert trace.micro_batches == 2
+    adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
+    last = Ledger(traces[4]).after(Phase.OPTIMIZER)
+    assert last is not None
+    assert last[Category.GRADIENTS] == adapters
+    assert 2 * adapters <= last[Category.OPTIMIZER_STATE] <= 2 * adapters + 512 * 2 * 96

@@ -28,7 +28,8 @@ from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.remote import Remote, peek
-from gpumem_tui.engine.service import LINGER_S, Linger, Log
+from gpumem_tui.engine.service import BROKEN_DEVICE, LINGER_S, Linger, Log
+from gpumem_tui.engine.service import _Engine as Served
 from gpumem_tui.engine.whereabouts import Claim, Place
 
 from .conftest import Engine, small_run
@@ -152,6 +153,11 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     listed = cli("ps").stdout.splitlines()
     assert re.match(r"tiny +\d+ +tiny +batch_size=2 .*lora=on.* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
 
+    second.process.send_signal(signal.SIGSTOP)
+    seen = step_of(place)
+    until(lambda: step_of(place) > seen)
+    second.process.send_signal(signal.SIGCONT)
+
     for terminal in (second, third):
         terminal.press("q", "d") if terminal is third else terminal.press("q")
         assert terminal.wait() == 0
@@ -183,10 +189,14 @@ def test_quitting_with_stop_leaves_nothing_behind(home: Path) -> None:
 # --- several viewers ----------------------------------------------------------------
 
 
-def test_the_first_commands_and_the_others_look_until_one_takes_over(viewers: Viewers, home: Path) -> None:
+def test_the_first_commands_and_the_others_look_until_one_takes_over(
+    viewers: Viewers, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """And when all have left, an engine told not to linger leaves too."""
+    monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")  # has a native library print to descriptor 2
     first = viewers.start(small_run(steps=0), linger_s=0.0)
     until(lambda: steps(first))
+    until(lambda: any("OMP_NUM_THREADS" in m.text for m in first.milestones(0) if m.kind is Kind.OUTPUT))
     second, third = viewers.attach(first.place), viewers.attach(first.place, take=True)
     until(lambda: first.standing is Standing.READ_ONLY)
     until(lambda: third.standing is Standing.ATTACHED)
@@ -227,7 +237,7 @@ def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_ag
     status = peek(viewer.place) if viewer.place else None
     assert status is not None
     os.kill(status.pid, signal.SIGKILL)
-    until(lambda: viewer.standing is Standing.GONE, seconds=1.0)
+    until(lambda: viewer.standing is Standing.GONE)
     told = viewer.milestones(0)[-1]
     assert told.text == (
         f"the engine's process {status.pid} has ended (killed by SIGKILL); "
@@ -290,7 +300,7 @@ def test_a_viewer_sees_what_the_engine_has_from_the_beginning(serving: tuple[Pla
     place, engine = serving
     late, there = Remote(place), engine.session
     late.attach()
-    until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4, seconds=1.0)
+    until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4)
     assert list(late.milestones(0)) == list(there.milestones(0))
     assert (late.config(), late.environment()) == (there.config(), there.environment())
     for ours, theirs in zip(late.traces(), there.traces(), strict=True):
@@ -424,6 +434,17 @@ def test_linger_counts_from_when_the_last_viewer_left() -> None:
 
 
 # --- what libraries print -----------------------------------------------------------------
+
+
+def test_an_engine_that_has_lost_its_device_ends_and_says_so(home: Path, engine: Engine) -> None:
+    """After a CUDA error every call fails: only another process can go on."""
+    claim = Claim("tiny", "run", wire.PROTOCOL, "0")
+    card = claim.place.card()
+    assert card is not None
+    served = Served(engine.session, card, claim, Log(claim.place.log), Linger(None))
+    engine.session.tell(Kind.RUN_FAILED, "CUDA error: device-side assert triggered")
+    assert served.serve() == BROKEN_DEVICE
+    assert left_over(home) == []
 
 
 def test_what_is_printed_comes_line_by_line_and_a_progress_bar_as_its_last_state(tmp_path: Path) -> None:

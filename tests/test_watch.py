@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import gc
 import logging
 import shutil
 import signal
 import subprocess
 import sys
 import tempfile
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
@@ -206,6 +209,39 @@ def test_unwatching_restores_the_model_and_the_optimizer_exactly(seen: Seen) -> 
     assert hook_tables(model, optimizer) == before
 
 
+def test_watching_keeps_nothing_alive(seen: Seen) -> None:
+    model, optimizer = small_model()
+    with watch(model, optimizer) as watched:
+        train(model, optimizer, 2)
+    alive = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
+    del model, optimizer
+    gc.collect()
+    assert watched.window.milestones(0)
+    assert [reference() for reference in alive] == [None] * len(alive)
+
+
+def test_a_forked_worker_is_not_watched(seen: Seen) -> None:
+    """Nor does it hold the socket open for a script that has died."""
+    model, optimizer = small_model()
+    with watch(model, optimizer) as watched:
+        loader = torch.utils.data.DataLoader(Workers(watched), batch_size=None, num_workers=1)
+        assert list(loader) == [[True, 0]]
+        assert len(train(model, optimizer, 2)) == 2
+    check_exact(seen)
+
+
+class Workers(torch.utils.data.Dataset[tuple[bool, int]]):
+    def __init__(self, watched: watch) -> None:
+        self.watched = watched
+
+    def __len__(self) -> int:
+        return 1
+
+    def __getitem__(self, index: int) -> tuple[bool, int]:
+        sockets = [c for c in psutil.Process().net_connections(kind="unix") if "gpumem-tui" in str(c.laddr)]
+        return self.watched.shield.off, len(sockets)
+
+
 def test_a_watched_run_trains_as_an_unwatched_one() -> None:
     alone = train(*small_model(), 3)
     model, optimizer = small_model()
@@ -351,7 +387,7 @@ def test_a_script_that_was_not_edited() -> None:
     finally:
         script.send_signal(signal.SIGKILL)
         script.communicate()
-    until(lambda: remote.standing is Standing.GONE, seconds=5.0)
+    until(lambda: remote.standing is Standing.GONE)
     remote.close()
     whereabouts.clean()
     assert [path.name for path in place.folder.parent.iterdir()] == [".lock"]

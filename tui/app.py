@@ -26,6 +26,7 @@ from .palette import Palette
 from .predictions import Predictions
 from .screens.tour import Tour
 from .settings import NAMED, Settings, config_path, state_path
+from .stopped import outlive_sigstop
 from .themes import THEMES
 from .widgets.canvas import Canvas
 from .writer import writing
@@ -92,6 +93,7 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def on_mount(self) -> None:
         """Start the clock."""
+        outlive_sigstop(self)
         if self._wants_tour:
             self.start_tour()
         self.tick()

@@ -9,7 +9,6 @@ and with them a step of ours ends and the next begins.
 from __future__ import annotations
 
 import atexit
-import os
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
@@ -22,6 +21,7 @@ import torch
 
 from .. import recompute
 from ..events import Category, Phase, Recompute
+from ..forks import in_child
 from ..ledger import LOGITS, LOSS
 from ..session import GAUGE_EVERY_S, TRACE_SHARE
 from ..sources import owners
@@ -98,6 +98,9 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._remove()
         self.shield.off = True
         self.window.close(self._step, error)
+        # Whoever keeps this object is not to keep the model with it.
+        for name in ("_model", "_optimizer"):
+            vars(self).pop(name, None)
 
     def _at_exit(self) -> None:
         """The script has ended without ending this: the step it was in is nobody's any more."""
@@ -121,7 +124,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._install(tracer)
         self.window.open(recorder, tracer, device)
         atexit.register(self._at_exit)
-        os.register_at_fork(after_in_child=self._forget_in_child)
+        in_child(self._forget_in_child)
         self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
         self._begin_step()
 

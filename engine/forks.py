@@ -1,0 +1,24 @@
+"""What a forked child, such as a data loader's worker, must not go on with."""
+
+from __future__ import annotations
+
+import os
+import weakref
+from collections.abc import Callable
+from typing import Any
+
+
+def in_child(method: Callable[[], Any]) -> None:
+    """Call a bound method in every child forked from now on, for as long as its object lives.
+
+    Python offers no way to take such a registration back, so it holds the
+    object weakly.
+    """
+    reference = weakref.WeakMethod(method)
+
+    def call() -> None:
+        alive = reference()
+        if alive is not None:
+            alive()
+
+    os.register_at_fork(after_in_child=call)

@@ -1,0 +1,276 @@
+"""Faults, and what is left of the run, the terminal and the machine afterwards.
+
+    python -m tests.benchmarks.faults [--trials 216]
+
+Every trial does one of these to a real engine with a real viewer (on a pty
+where a terminal is part of it), and checks what must hold: the terminal is as
+it was, no process and no file is left, every step that was told is in what can
+be saved. Prints a line a fault: trials, failures, seconds until the viewer knew.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import shutil
+import signal
+import socket
+import statistics
+import struct
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from gpumem_tui.engine import whereabouts
+from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.feed import End, Save, Standing
+from gpumem_tui.engine.launch import Launcher
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.whereabouts import Place
+
+from ..conftest import small_run
+from ..terminal import Terminal, until
+
+
+class Bench:
+    """One machine of its own, and an engine that trials share until one kills it."""
+
+    def __init__(self) -> None:
+        self.home = Path(tempfile.mkdtemp(prefix="g-"))
+        for name in ("run", "tmp", "full"):
+            (self.home / name).mkdir()
+        self.environment = {"XDG_RUNTIME_DIR": str(self.home / "run"), "TMPDIR": str(self.home / "tmp")}
+        os.environ |= self.environment
+        self.random = random.Random(4)
+        self._viewer: Remote | None = None
+
+    def viewer(self) -> Remote:
+        """One that commands an engine which trains."""
+        if self._viewer is None or self._viewer.standing is Standing.GONE:
+            self._viewer = viewer = Remote(launch=Launcher())
+            viewer.start(small_run(steps=0))
+            until(lambda: steps(viewer) >= 2, lambda: viewer.milestones(0))
+        return self._viewer
+
+    @property
+    def place(self) -> Place:
+        place = self.viewer().place
+        assert place is not None
+        return place
+
+    def pid(self) -> int:
+        card = self.place.card()
+        assert card is not None
+        return card.pid
+
+    def terminal(self) -> Terminal:
+        """The app, attached to an engine that trains."""
+        self.viewer()
+        made = Terminal("attach", environment=self.environment, folder=self.home)
+        made.sees("tiny")
+        return made
+
+    def goes_on(self) -> None:
+        """The engine trains and answers."""
+        viewer = self.viewer()
+        now = steps(viewer)
+        until(lambda: steps(viewer) > now, lambda: viewer.milestones(0)[-3:])
+
+    def whole(self) -> None:
+        """What the viewer saw can be saved, with every step that was told, the engine alive or not."""
+        viewer = self._viewer
+        assert viewer is not None
+        path = self.home / f"{self.random.random()}.gpumem"
+        viewer.command(Save(path))
+        until(path.exists)
+        told = [m.data["step"] for m in Replay(path).milestones(0) if m.kind is Kind.STEP_ENDED]
+        assert told and told == list(range(1, len(told) + 1)), told
+        path.unlink()
+
+    def nothing_left(self) -> None:
+        """No engine of ours that nobody knows of, no file but the living one's."""
+        alive = [place.name for place in whereabouts.engines()]
+        folders = [path.name for path in (self.home / "run" / "gpumem-tui").iterdir() if path.name != ".lock"]
+        assert folders == alive, (folders, alive)
+        left = [path.name for path in (self.home / "tmp").iterdir() if not path.name.startswith("torchinductor")]
+        assert left == [], left
+
+
+def leave(terminal: Terminal) -> None:
+    """Quit the app; the terminal is as it was."""
+    terminal.press("q")
+    code = terminal.wait()
+    assert code == 0, (code, terminal.output[-600:])
+    assert terminal.sane(), terminal.output[-600:]
+    terminal.close()
+
+
+def steps(viewer: Remote) -> int:
+    return sum(m.kind is Kind.STEP_ENDED for m in viewer.milestones(0))
+
+
+def engine_killed(bench: Bench) -> float:
+    """kill -9 of the engine, the app attached: it says so, saves, and quits with the terminal as it was."""
+    viewer, terminal, pid = bench.viewer(), bench.terminal(), bench.pid()
+    for old in bench.home.glob("*.gpumem"):
+        old.unlink()
+    seen = steps(viewer)
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: viewer.standing is Standing.GONE)
+    known = time.monotonic() - began
+    terminal.sees("gone")
+    terminal.press("s")
+    (saved,) = until(lambda: list(bench.home.glob("*.gpumem")), lambda: terminal.output[-600:])
+    # The app asks ten times a second: of the last tenth it may know less than this viewer.
+    told = [m.data["step"] for m in Replay(saved).milestones(0) if m.kind is Kind.STEP_ENDED]
+    assert told and told == list(range(1, len(told) + 1)), told
+    assert steps(viewer) >= seen, (steps(viewer), seen)
+    bench.whole()
+    saved.unlink()
+    leave(terminal)
+    whereabouts.clean()
+    return known
+
+
+def app_killed(bench: Bench) -> float:
+    """kill -9 of an app: the run goes on, nothing of it stays."""
+    terminal = bench.terminal()
+    before = viewers(bench.place)
+    began = time.monotonic()
+    terminal.close()
+    until(lambda: viewers(bench.place) < before)
+    known = time.monotonic() - began
+    bench.goes_on()
+    bench.whole()
+    return known
+
+
+def viewer_stopped(bench: Bench) -> float:
+    """SIGSTOP of a viewer: the engine and the others do not notice; it catches up when it goes on."""
+    terminal = bench.terminal()
+    bench.goes_on()
+    terminal.process.send_signal(signal.SIGSTOP)
+    for _ in range(3):
+        bench.goes_on()
+    began = time.monotonic()
+    terminal.process.send_signal(signal.SIGCONT)
+    drawn = len(terminal.output)
+    until(lambda: len(terminal.output) > drawn, lambda: terminal.output[-600:])
+    known = time.monotonic() - began
+    leave(terminal)
+    return known
+
+
+def random_bytes(bench: Bench) -> float:
+    """Random bytes on the socket, at once and after a hello."""
+    return _send(bench, bench.random.randbytes(bench.random.randrange(1, 5000)))
+
+
+def giant_length(bench: Bench) -> float:
+    """A message that claims up to 4 GiB."""
+    return _send(bench, struct.pack("!I", bench.random.randrange(1 << 19, 1 << 32)) + b"x" * 100)
+
+
+def _send(bench: Bench, data: bytes) -> float:
+    place, began = bench.place, time.monotonic()
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        connection.connect(str(place.socket))
+        try:
+            connection.sendall(data)
+            connection.shutdown(socket.SHUT_WR)
+            while connection.recv(4096):
+                pass
+        except ConnectionError:
+            pass
+    known = time.monotonic() - began
+    bench.goes_on()
+    return known
+
+
+def resize_storm(bench: Bench) -> float:
+    """Two hundred sizes in a row while it draws."""
+    terminal = bench.terminal()
+    began = time.monotonic()
+    for _ in range(200):
+        terminal.resize(bench.random.randrange(1, 70), bench.random.randrange(1, 250))
+    terminal.resize(24, 80)
+    drawn = len(terminal.output)
+    until(lambda: len(terminal.output) > drawn, lambda: terminal.output[-600:])
+    known = time.monotonic() - began
+    bench.goes_on()
+    leave(terminal)
+    return known
+
+
+def disk_full(bench: Bench) -> float:
+    """Saving where there is no room: said in one line, no half of a file, and elsewhere it can be saved."""
+    viewer, full = bench.viewer(), bench.home / "full"
+    before = sum(m.kind is Kind.REFUSED for m in viewer.milestones(0))
+    began = time.monotonic()
+    viewer.command(Save(full / "run.gpumem"))
+    until(lambda: sum(m.kind is Kind.REFUSED for m in viewer.milestones(0)) > before)
+    known = time.monotonic() - began
+    assert list(full.iterdir()) == []
+    bench.goes_on()
+    bench.whole()
+    return known
+
+
+def viewers(place: Place) -> int:
+    status = peek(place)
+    return status.viewers if status is not None else 0
+
+
+FAULTS: dict[Callable[[Bench], float], int] = {
+    engine_killed: 1, app_killed: 2, viewer_stopped: 2, random_bytes: 5, giant_length: 5, resize_storm: 1, disk_full: 2,
+}  # fmt: skip
+"""How often each comes in a round of 18."""
+
+
+def main() -> int:
+    """Print the table; 0 if nothing failed."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--trials", type=int, default=216)
+    rounds = -(-flags.parse_args().trials // sum(FAULTS.values()))
+    bench = Bench()
+    # A file system without room, in memory; the root may mount one, others get a folder that takes nothing.
+    mounted = os.system(f"mount -t tmpfs -o size=4k tmpfs {bench.home / 'full'} 2>/dev/null") == 0
+    if not mounted:
+        (bench.home / "full").chmod(0o500)
+    took: dict[str, list[float]] = {fault.__name__: [] for fault in FAULTS}
+    failed: dict[str, int] = dict.fromkeys(took, 0)
+    try:
+        for _ in range(rounds):
+            trials = [fault for fault, times in FAULTS.items() for _ in range(times)]
+            bench.random.shuffle(trials)
+            for fault in trials:
+                try:
+                    took[fault.__name__].append(fault(bench))
+                    bench.nothing_left()
+                except Exception as error:
+                    failed[fault.__name__] += 1
+                    print(f"{fault.__name__}: {str(error)[:500]}", flush=True)
+        last = bench.viewer()
+        last.command(End())
+        assert last.wait_ended(30)
+        bench.nothing_left()
+    finally:
+        if mounted:
+            os.system(f"umount {bench.home / 'full'}")
+        shutil.rmtree(bench.home, ignore_errors=True)
+    print(f"{'fault':<18}{'trials':>8}{'failed':>8}{'median s':>10}{'worst s':>10}")
+    for name, seconds in took.items():
+        trials, middle = len(seconds) + failed[name], statistics.median(seconds or [0.0])
+        print(f"{name:<18}{trials:>8}{failed[name]:>8}{middle:>10.3f}{max(seconds, default=0.0):>10.3f}")
+    print(f"{sum(map(len, took.values())) + sum(failed.values())} trials, {sum(failed.values())} failed")
+    return min(sum(failed.values()), 1)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
