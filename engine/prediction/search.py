@@ -27,34 +27,47 @@ def largest(bound_at: Callable[[int], int], start: int, available: int, most: in
     """
     known: dict[int, int] = {}
     low, high = 0, most + 1  # low fits, high does not, as far as is known
-    n = min(max(1, start), most)
-    narrow = False  # the limit was guessed last time; if that has not halved the range, halve it
+    n, tries = min(max(1, start), most), 0
     while high - low > max(1, low >> RESOLUTION_BITS):
-        width = high - low
         known[n] = bound_at(n)
         low, high = (n, high) if known[n] <= available else (low, n)
-        guess = (low + high) // 2 if narrow and 2 * (high - low) > width else _guess(known, low, high, available)
-        narrow = len(known) > 2
-        n = min(max(guess, low + 1), high - 1)
+        if low in known and high in known:
+            # Mostly a line; if not, then a parabola; halving ends what neither describes.
+            guess = (_on_line, _on_parabola, _halfway)[tries % 3](known, low, high, available)
+            tries += 1
+        else:
+            guess = _outwards(known, available)
+        # That it is the largest is only known when one a little larger does not fit.
+        step = max(1, low >> RESOLUTION_BITS)
+        guess = guess + step if low <= guess < low + step else guess
+        n = min(max(guess, low + 1), most) if high > most else guess if low < guess < high else (low + high) // 2
     return low
 
 
-def _guess(known: dict[int, int], low: int, high: int, available: int) -> int:
-    """Where a parabola through the three points nearest to the limit meets it; through two, a line."""
-    near = sorted(known, key=lambda n: abs(known[n] - available))[:3]
+def _outwards(known: dict[int, int], available: int) -> int:
+    near = sorted(known, key=lambda n: abs(known[n] - available))[:2]
     if len(near) == 1:
         return near[0] * 2 if known[near[0]] <= available else near[0] // 2
-    n0, n1 = near[:2]
+    (n0, b0), (n1, b1) = ((n, known[n]) for n in near)
+    return n0 + int((available - b0) * (n1 - n0) / (b1 - b0)) if b0 != b1 else 1 << 40
+
+
+def _on_line(known: dict[int, int], low: int, high: int, available: int) -> int:
+    return low + int((available - known[low]) * (high - low) / max(1, known[high] - known[low]))
+
+
+def _on_parabola(known: dict[int, int], low: int, high: int, available: int) -> int:
+    """Through the three points nearest to the limit."""
+    n0, n1, n2 = sorted(known, key=lambda n: abs(known[n] - available))[:3]
     slope = (known[n1] - known[n0]) / (n1 - n0)
-    bend = 0.0
-    if len(near) == 3:
-        bend = ((known[near[2]] - known[n1]) / (near[2] - n1) - slope) / (near[2] - n0)
+    bend = ((known[n2] - known[n1]) / (n2 - n1) - slope) / (n2 - n0)
     # known[n0] + slope·(n - n0) + bend·(n - n0)·(n - n1) = available
-    a, b, c = bend, slope - bend * (n0 + n1), known[n0] - available - slope * n0 + bend * n0 * n1
-    root = b * b - 4 * a * c
-    if b + math.sqrt(max(root, 0.0)) <= 0 or root < 0:
-        return high - 1
-    guess = int(-2 * c / (b + math.sqrt(root)))
-    # That it is the largest is only known when one a little larger does not fit.
-    step = max(1, low >> RESOLUTION_BITS)
-    return guess + step if low <= guess < low + step else guess
+    b, c = slope - bend * (n0 + n1), known[n0] - available - slope * n0 + bend * n0 * n1
+    root = b * b - 4 * bend * c
+    if root < 0 or b + math.sqrt(root) <= 0:
+        return (low + high) // 2
+    return int(-2 * c / (b + math.sqrt(root)))
+
+
+def _halfway(_known: dict[int, int], low: int, high: int, _available: int) -> int:
+    return (low + high) // 2
