@@ -85,7 +85,7 @@ def test_screens_look_as_they_did(screen: str, size: tuple[int, int]) -> None:
 async def test_as_a_picture(screen: str, background: str) -> None:
     async with shown(replay(screen), background=background) as driver:
         await driver.press(str(SCREENS.index(screen) + 1))
-        svg = re.sub(r"terminal-\d+", "terminal", driver.app.export_screenshot(title="gpumem-tui"))
+        svg = re.sub(r"terminal-\d+", "terminal", driver.app.picture())
         assert svg == kept(SNAPSHOTS / f"{screen}-{background}.svg", svg)
 
 
