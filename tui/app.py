@@ -272,12 +272,21 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.copy_to_clipboard("\n".join(lines) + "\n")
         self.state.say(f"copied {len(lines)} lines")
 
+    def picture(self) -> str:
+        """The screen as SVG, on the background it is seen on."""
+        svg = self.export_screenshot(title=self.TITLE)
+        return svg.replace("#292929", "#ffffff").replace("#c5c8c6", "#1c1c1c") if self._light else svg
+
+    @property
+    def _light(self) -> bool:
+        return self.board.palette.theme.name == "light"
+
     def save_picture(self) -> None:
         """The screen as SVG and as text."""
         stem = f"gpumem-{self.page.title}-{time.strftime('%Y%m%d-%H%M%S')}"
         path = self.control.save_dir / stem
         try:
-            path.with_suffix(".svg").write_text(self.export_screenshot(title=self.TITLE), encoding="utf-8")
+            path.with_suffix(".svg").write_text(self.picture(), encoding="utf-8")
             text = "\n".join(line.rstrip() for line in self.canvas.lines)
             path.with_suffix(".txt").write_text(text + "\n", encoding="utf-8")
         except OSError as error:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -121,6 +122,7 @@ def _most(ledger: Ledger, codes: Ints, n_layers: int, categories: tuple[Category
     return most
 
 
+@lru_cache(maxsize=4)
 def numbered_layers(names: tuple[str, ...]) -> list[str]:
     """The repeated layers of a model, in order: those of the most frequent prefix."""
     layers = dict.fromkeys(layer_of(name) for name in names)

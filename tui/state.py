@@ -111,6 +111,7 @@ class ViewState:
         self.version = 0
         self._clock_s = 0.0
         self._summary: tuple[object, RunSummary] | None = None
+        self._ever: tuple[object, set[Category]] | None = None
         self._next_index = 0
         self._trace: StepTrace | None = None
         self._weighed: set[StepTrace] = set()
@@ -300,10 +301,13 @@ class ViewState:
     @property
     def ever(self) -> set[Category]:
         """Categories that hold anything, now or at the peak."""
-        found: set[Category] = set()
-        for sizes in (self.now.end if self.now else {}, self.peak.peak.by_category if self.peak else {}):
-            found |= {category for category, size in sizes.items() if size}
-        return found
+        key = (self.now, self.peak)
+        if self._ever is None or self._ever[0] != key:
+            found: set[Category] = set()
+            for sizes in (self.now.end if self.now else {}, self.peak.peak.by_category if self.peak else {}):
+                found |= {category for category, size in sizes.items() if size}
+            self._ever = (key, found)
+        return self._ever[1]
 
     # --- messages -------------------------------------------------------------
 

@@ -139,10 +139,10 @@ class ComparePage(Page):
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {_letter(i)} ", self.palette.accent if i != self.selected else style)
             row.add(f"{unit.show(run.peak_bytes):>8} ", style)
-            room = max(8, width - row.width - 30)
+            room = max(8, width - row.width - 29)
             row.add(f"{shorten(f'{run.origin}  {run.label}', room):<{room}}", style)
-            speed = "" if run.seconds is None else f"{duration(run.seconds)} a step"
-            rows.append(row.right(f" {speed}  {run.peak_where}"[:29], width - 1, self.palette.dim))
+            speed = "" if run.seconds is None else duration(run.seconds)
+            rows.append(row.right(f" {speed}  {run.peak_where}"[:27], width - 1, self.palette.dim))
         return rows
 
     def _shown(self, n_runs: int, width: int) -> list[int]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.segment import Segment
+from rich.style import Style
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
@@ -32,6 +33,7 @@ class Canvas(Widget):
         super().__init__()
         self._redraw = redraw
         self._strips: list[Strip] = []
+        self._spans: list[list[tuple[str, Style]]] = []
 
     def on_resize(self) -> None:
         """Rows are made for a size: ask for new ones."""
@@ -44,10 +46,17 @@ class Canvas(Widget):
             How many rows have to be sent.
         """
         width, height, base = self.size.width, self.size.height, self.rich_style
-        strips = [row.strip(width, base) for row in rows[:height]]
+        before, spans = self._strips, [row.spans for row in rows[:height]]
+        same_width = len(before) == height and before[0].cell_length == width
+        # Most rows say what they said before: they keep their strip.
+        strips = [
+            before[y] if same_width and y < len(self._spans) and row.spans == self._spans[y] else row.strip(width, base)
+            for y, row in enumerate(rows[:height])
+        ]
+        self._spans = spans
         strips += [Strip([Segment(" " * width, base)], width)] * (height - len(strips))
-        before, self._strips = self._strips, strips
-        if len(before) != height or any(strip.cell_length != width for strip in before[:1]):
+        self._strips = strips
+        if not same_width:
             self.refresh()
             return height
         changed = [Region(0, y, end, 1) for y in range(height) if (end := changed_until(before[y], strips[y]))]
@@ -73,6 +82,8 @@ def changed_until(before: Strip, after: Strip) -> int:
     The compositor sends a row from its left end to the end of what changed, so
     that end is what has to be found.
     """
+    if before is after:
+        return 0
     old, new = list(before), list(after)
     end = after.cell_length
     while old and new and old[-1] == new[-1]:

@@ -1,0 +1,42 @@
+"""Makes the recordings that the snapshots are taken from: `python -m tests.recordings.make`.
+
+Synthetic: believable steps of a small transformer on a pretended GPU, the same on every machine.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+from gpumem_tui.engine.recording import write
+
+from ..fake_source import GPU, MIB, FakeSource
+
+HERE = Path(__file__).parent
+UNIT = 48 * MIB
+
+RECORDINGS: dict[str, dict[str, Any]] = {
+    "full": {},
+    "checkpointed": {"checkpointing": "layers", "accumulation": 2},
+    "lora": {"lora": True},
+}
+
+
+def make(path: Path, settings: dict[str, Any]) -> None:
+    """Three steps of one configuration."""
+    source = FakeSource(GPU, layers=8, unit=UNIT)
+    source.start(**settings)
+    for _ in range(3):
+        source.finish_step()
+    # Times of the wall clock would be others every time.
+    milestones = [dataclasses.replace(m, time_s=m.index * 0.1) for m in source.milestones(0)]
+    source.milestones = lambda since: milestones[since:]  # type: ignore[method-assign]
+    gauge = source.gauge()
+    assert gauge is not None
+    write(path, source, dataclasses.replace(gauge, time_s=len(milestones) * 0.1))
+
+
+if __name__ == "__main__":
+    for name, settings in RECORDINGS.items():
+        make(HERE / f"{name}.gpumem", settings)

@@ -1,0 +1,100 @@
+"""Every screen at four sizes in four looks, from committed recordings, as it was when somebody last looked at it.
+
+A frame's text is kept to be read in a diff; how it is styled is kept as a digest, cell by
+cell. When a screen is meant to change: `GPUMEM_SNAPSHOTS=write pytest tests/test_snapshots.py`,
+and look at what `git diff` shows. Two are kept as SVG, as the terminal's picture of themselves.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.tui.board import KINDS, Board
+from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.run_summary import of_source
+from gpumem_tui.tui.settings import Settings
+from gpumem_tui.tui.themes import THEMES
+
+from .app_driver import shown
+
+HERE = Path(__file__).parent
+SNAPSHOTS, RECORDINGS = HERE / "snapshots", HERE / "recordings"
+WRITE = os.environ.get("GPUMEM_SNAPSHOTS") == "write"
+SIZES = [(60, 20), (80, 24), (120, 40), (200, 60)]
+LOOKS = {"dark": Palette(THEMES["dark"]), "light": Palette(THEMES["light"]), "ansi": Palette(THEMES["ansi"]),
+         "no-colour": Palette(mono=True)}  # fmt: skip
+SCREENS = [*(kind.title for kind in KINDS), "help"]
+RECORDING = {"compare": "full", "layers": "checkpointed", "events": "checkpointed"}
+"""By screen; the others show `full`."""
+
+
+def board(screen: str, palette: Palette) -> Board:
+    made = Board(replay(screen), Settings(Path("/proc/none/config.toml")), palette)
+    made.state.finished = [of_source(Replay(RECORDINGS / f"{name}.gpumem"), name) for name in ("checkpointed", "lora")]
+    made.state.origin = "full"
+    made.state.update(made.control.source, 0.0)
+    if screen == "help":
+        made.toggle_help()
+    else:
+        made.page = made.pages[SCREENS.index(screen)]
+    return made
+
+
+def replay(screen: str) -> Replay:
+    return Replay(RECORDINGS / f"{RECORDING.get(screen, 'full')}.gpumem")
+
+
+def kept(path: Path, new: str) -> str:
+    """What is kept, replaced first if that is asked for."""
+    if WRITE:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(new, encoding="utf-8")
+    return path.read_text(encoding="utf-8") if path.exists() else ""
+
+
+@pytest.mark.parametrize("size", SIZES, ids=lambda size: f"{size[0]}x{size[1]}")
+@pytest.mark.parametrize("screen", SCREENS)
+def test_screens_look_as_they_did(screen: str, size: tuple[int, int]) -> None:
+    width, height = size
+    texts: dict[str, str] = {}
+    styles: dict[str, str] = {}
+    for look, palette in LOOKS.items():
+        strips = [row.strip(width, palette.plain) for row in board(screen, palette).rows(width, height)]
+        texts[look] = "\n".join(strip.text.rstrip() for strip in strips) + "\n"
+        runs = [(segment.text, str(segment.style)) for strip in strips for segment in strip]
+        styles[look] = hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16]
+        if look == "no-colour":
+            assert not any(re.search(r"#|\bon\b|red|green|blue|cyan|yellow|magenta", style) for _, style in runs)
+    assert texts["dark"] == texts["light"] == texts["ansi"], "a theme changes no word"
+    name = f"{screen}-{width}x{height}"
+    digests = "".join(f"{look} {digest}\n" for look, digest in styles.items())
+    frame = f"{texts['dark']}{'=' * width}\n{digests}"
+    if texts["no-colour"] != texts["dark"]:
+        frame += f"{'=' * width}\n{texts['no-colour']}"
+    assert frame == kept(SNAPSHOTS / f"{name}.txt", frame)
+
+
+@pytest.mark.parametrize(("screen", "background"), [("live", "dark"), ("step", "light")])
+async def test_as_a_picture(screen: str, background: str) -> None:
+    async with shown(replay(screen), background=background) as driver:
+        await driver.press(str(SCREENS.index(screen) + 1))
+        svg = re.sub(r"terminal-\d+", "terminal", driver.app.picture())
+        assert svg == kept(SNAPSHOTS / f"{screen}-{background}.svg", svg)
+
+
+def test_the_recordings_are_what_their_script_makes(tmp_path: Path) -> None:
+    from .recordings.make import RECORDINGS as WANTED
+    from .recordings.make import make
+
+    for name, settings in WANTED.items():
+        make(tmp_path / f"{name}.gpumem", settings)
+        made, committed = (Replay(folder / f"{name}.gpumem") for folder in (tmp_path, RECORDINGS))
+        assert of_source(made, name) == of_source(committed, name)
+        assert made.milestones(0) == committed.milestones(0)
