@@ -16,10 +16,10 @@ import time
 from typing import Any
 
 import torch
-from gpumem_tui.watch import watch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpumem_tui.profiles import model_profile
+from gpumem_tui.watch import watch
 
 
 def stretch(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, steps: int) -> float:
