@@ -261,6 +261,8 @@ def main() -> int:
         assert last.wait_ended(30)
         bench.nothing_left()
     finally:
+        for place in whereabouts.engines():  # after a failure of ours
+            os.kill(card.pid if (card := place.card()) else 0, signal.SIGKILL)
         if mounted:
             os.system(f"umount {bench.home / 'full'}")
         shutil.rmtree(bench.home, ignore_errors=True)
