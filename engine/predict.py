@@ -165,7 +165,9 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
             recorder.workspaces = take_workspaces(gpu, recorder)
             workspace = recorder.allocated_bytes()
             facts = _run(config, plan, tracer, traces, results)
-    except (RuntimeError, NotImplementedError) as error:
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library says to this model and these settings
         raise UserError(f"{config.model}: this cannot be predicted: {_one_line(error)}") from error
     finally:
         tracer.release()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -21,6 +22,9 @@ _DATA: Any = torch.Tensor.data
 def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
     """Everything that asks for the type of the device is told what it needs to hear."""
     with ExitStack() as undo:
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
         library = torch.library.Library("aten", "IMPL")
         undo.callback(library._destroy)
         library.impl("scaled_dot_product_attention", lambda *a, **k: sdpa(gpu, *a, **k), "AutogradCPU")
