@@ -10,6 +10,7 @@ the same way if it is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import fcntl
 import os
 import pty
@@ -45,7 +46,6 @@ class Terminal:
         main, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLORFGBG": "15;0"}
-        environment.pop("NO_COLOR", None)
         self.process = subprocess.Popen(
             command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True, close_fds=True
         )
@@ -72,6 +72,12 @@ class Terminal:
                 return time.monotonic() - now + (now - began)
         return None
 
+    def bytes_in(self, seconds: float) -> int:
+        """What is written in a while."""
+        before = self.total
+        self.read_for(seconds)
+        return self.total - before
+
     def press(self, key: str) -> None:
         """Type."""
         self.tail = b""
@@ -88,7 +94,8 @@ class Terminal:
 
     def close(self) -> None:
         """End it."""
-        os.killpg(self.process.pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         os.close(self.fd)
 
@@ -166,6 +173,7 @@ def memray(seconds: float) -> None:
 
 def main() -> None:
     """All of it, or some."""
+    os.environ.pop("NO_COLOR", None)
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--seconds", type=float, default=15, help="of every steady measurement")
     parser.add_argument("--presses", type=int, default=40)

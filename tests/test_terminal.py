@@ -1,0 +1,63 @@
+"""The program in a real terminal (a pty): what it writes there, byte by byte."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from .benchmarks.terminal import RECORDING, TUI, Terminal
+
+COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
+
+
+@contextmanager
+def opened(*flags: str, **environment: str) -> Iterator[Terminal]:
+    """A recording in the app; ends it afterwards."""
+    before = dict(os.environ)
+    os.environ.update(environment)
+    try:
+        terminal = Terminal([*TUI, "open", str(RECORDING), *flags], (80, 24))
+    finally:
+        os.environ.clear()
+        os.environ.update(before)
+    try:
+        assert terminal.read_for(30, until=b"parameters") is not None, terminal.tail
+        yield terminal
+    finally:
+        terminal.close()
+
+
+@pytest.fixture(autouse=True)
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", str(tmp_path))
+    monkeypatch.delenv("NO_COLOR", raising=False)
+
+
+def test_no_color_sends_no_colour_on_any_screen_nor_in_the_palette() -> None:
+    with opened(NO_COLOR="1") as terminal:
+        seen = terminal.tail
+        for key, expected in (("2", b"largest now"), ("3", b"all at once"), ("4", b"if changed"), (":", b"Search")):
+            terminal.press(key)
+            assert terminal.read_for(30, until=expected) is not None, terminal.tail
+            seen += terminal.tail
+        assert not COLOUR.findall(seen)
+
+
+def test_colours_are_sent_otherwise() -> None:
+    with opened() as terminal:
+        assert COLOUR.search(terminal.tail)
+
+
+def test_nothing_is_written_when_nothing_changes_and_q_ends_it() -> None:
+    with opened("--hz", "20") as terminal:
+        quiet = (terminal.bytes_in(1.5) for _ in range(20))
+        assert 0 in quiet, "it never comes to rest"
+        assert terminal.bytes_in(1.5) == 0
+        terminal.press("q")
+        terminal.read_for(30, until=b"\x1b[?1049l")
+        assert terminal.process.wait(30) == 0
