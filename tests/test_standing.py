@@ -50,7 +50,7 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
         await pilot.press(answer)
         assert app.ended is ends
         assert (End() in engine.told) is ends
-        assert app.is_running is True or not stays
+        assert (app.return_code is None) is stays
         if stays:
             assert "esc stay" not in shown(app)
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
@@ -62,7 +62,7 @@ async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(standin
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("q")
-        assert not app.asking
+        assert app.return_code == 0
     assert engine.told == []
 
 
