@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import os
 import time
 import warnings
 from dataclasses import dataclass
@@ -155,7 +156,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
     config = dataclasses.replace(config, steps=steps)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     plan = prepare(config, DEVICE, shapes_only=True)
-    recorder = FakeCuda(CachingAllocator(), kernels(gpu))
+    recorder = FakeCuda(CachingAllocator(expandable=_expandable_segments()), kernels(gpu))
     # No step is described: another mode on top would change what the model of CUDA sees of references.
     tracer = Tracer(
         recorder, lambda t: None if t.partial else traces.append(t), recomputes.append, float("inf"), described=0
@@ -217,6 +218,12 @@ def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
     ]
     milestones = [Milestone(i, 0.0, kind, 1, "", data) for i, (kind, data) in enumerate(said)]
     return report.document(environment(gpu), config, milestones)
+
+
+def _expandable_segments() -> bool:
+    """Whether PyTorch is told to use them, as it would be for the run."""
+    told = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
 
 
 def _one_line(error: BaseException) -> str:

@@ -148,6 +148,30 @@ def test_paged_state_is_outside_of_the_allocator() -> None:
 # --- the allocator --------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("name", "expandable"), [("gpt2-h200", False), ("polyglot-expandable-h200", True)], ids=["native", "expandable"]
+)
+def test_a_real_trace_reserves_what_it_reserved(name: str, expandable: bool) -> None:
+    """Three steps on an H200, every allocation and segment of the process in order: same bytes at every one."""
+    with np.load(Path(__file__).parent / "data" / f"{name}.npz", allow_pickle=False) as trace:
+        actions = trace["actions"][trace["action"]].tolist()
+        addresses, sizes = trace["address"].tolist(), trace["size"].tolist()
+    segments = iter([a for a, action in zip(addresses, actions, strict=True) if action == "segment_alloc"])
+    allocator = CachingAllocator(expandable=expandable, place=None if expandable else lambda _: next(segments))
+    where: dict[int, int] = {}
+    reserved = 0
+    for action, address, size in zip(actions, addresses, sizes, strict=True):
+        if action in ("segment_alloc", "segment_map"):
+            reserved += size
+        elif action == "alloc":
+            where[address], _ = allocator.allocate(size)
+            assert allocator.reserved_bytes == reserved
+            assert expandable or where[address] == address
+        elif action == "free_requested":
+            allocator.free(where.pop(address))
+    assert allocator.peak_reserved_bytes == reserved > 7 * 10**9
+
+
 def test_small_requests_share_a_segment_and_large_ones_have_their_own() -> None:
     allocator = CachingAllocator()
     allocator.allocate(1)

@@ -174,7 +174,7 @@ def test_the_layout_follows_the_allocator_to_the_byte(name: str) -> None:
     actions = recorded["actions"][recorded["action"]].tolist()
     layout, allocated, peak, reserved = BlockLayout([]), 0, 0, 0
     signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-    for action, address, size in zip(actions, recorded["addr"].tolist(), recorded["size"].tolist(), strict=True):
+    for action, address, size in zip(actions, recorded["address"].tolist(), recorded["size"].tolist(), strict=True):
         if action == "alloc":
             allocated += layout.allocate(address, size)
         elif action == "free_requested":

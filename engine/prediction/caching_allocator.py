@@ -57,9 +57,17 @@ class _Pool:
         self.small = small
         self.free: list[tuple[int, int]] = []
 
-    def best_fit(self, size: int) -> int | None:
-        """Take out the smallest block that is large enough; returns its address."""
+    def best_fit(self, size: int, last_resort: int | None = None) -> int | None:
+        """Take out the smallest block that is large enough; returns its address.
+
+        Args:
+            size: How large.
+            last_resort: Address of a block that counts as larger than all: it
+                can grow.
+        """
         at = bisect_left(self.free, (size, 0))
+        if at + 1 < len(self.free) and self.free[at][1] == last_resort:
+            at += 1
         return self.free.pop(at)[1] if at < len(self.free) else None
 
 
@@ -100,7 +108,8 @@ class CachingAllocator:
         """
         rounded = rounded_bytes(size)
         pool = self._pools[0 if rounded <= SMALL_BYTES else 1]
-        address = pool.best_fit(rounded)
+        end = self._ends.get(pool.small)
+        address = pool.best_fit(rounded, end.address if end is not None else None)
         block = self._blocks[address] if address is not None else self._more(rounded, pool)
         rest = block.size - rounded
         if rest >= MIN_BLOCK_BYTES if pool.small or self._expandable else rest > SMALL_BYTES:
