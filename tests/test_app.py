@@ -763,7 +763,7 @@ def test_changed_until_finds_the_last_cell_that_differs() -> None:
     palette = Palette()
 
     def strip(a: str, b: str = "") -> Strip:
-        return Row().add(a, palette.bold).add(b, palette.dim).strip(20, palette.plain)
+        return Row().add(a, palette.bold).add(b, palette.dim).strip(20)
 
     assert changed_until(strip("same", "too"), strip("same", "too")) == 0
     assert changed_until(strip("same", "too"), strip("sane", "too")) == 3

@@ -181,3 +181,21 @@ def test_help_comes_without_torch() -> None:
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert "sweep" in done.stdout
+
+
+def test_without_a_terminal_the_program_itself_writes_plain_text_and_ends_with_the_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["--steps", "2", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "step ended     step 2: loss" in out
+    assert "0 bytes leaked" in out
+    assert "P parameters" in out
+    assert "\x1b" not in out
+
+
+def test_once_is_one_frame_and_the_run_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["--once", *QUICK]) == 0
+    out = capsys.readouterr().out
+    assert "The peak is" in out
+    assert "step ended" not in out

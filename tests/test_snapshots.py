@@ -66,7 +66,7 @@ def test_screens_look_as_they_did(screen: str, size: tuple[int, int]) -> None:
     texts: dict[str, str] = {}
     styles: dict[str, str] = {}
     for look, palette in LOOKS.items():
-        strips = [row.strip(width, palette.plain) for row in board(screen, palette).rows(width, height)]
+        strips = [row.strip(width) for row in board(screen, palette).rows(width, height)]
         texts[look] = "\n".join(strip.text.rstrip() for strip in strips) + "\n"
         runs = [(segment.text, str(segment.style)) for strip in strips for segment in strip]
         styles[look] = hashlib.sha256(json.dumps(runs).encode()).hexdigest()[:16]

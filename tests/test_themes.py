@@ -31,7 +31,7 @@ def test_text_without_a_background_to_rely_on_has_the_terminals_own_colour() -> 
     palette = Palette(THEMES["ansi"])
     for name in (*TEXTS, "plain", "bold"):
         color = getattr(palette, name).color
-        assert color is not None and color.is_default, name
+        assert color is None or color.is_default, name
 
 
 @pytest.mark.parametrize("name", list(THEMES))

@@ -52,21 +52,43 @@ class Row:
         """Without the styles."""
         return "".join(text for text, _ in self.spans)
 
-    def strip(self, width: int, base: Style) -> Strip:
-        """For Textual: cut or filled to a width, every segment with a style."""
-        segments: list[Segment] = []
+    def strip(self, width: int) -> Strip:
+        """For Textual: cut or filled to a width, every segment with a style.
+
+        A change of style costs a terminal up to forty bytes: neighbours of one
+        style are one segment, and blanks take the style they stand beside.
+        """
+        joined: list[tuple[str, Style]] = []
         room = width
         for text, style in self.spans:
             cells = len(text) if text.isascii() else cell_len(text)
             if cells > room:
                 text = set_cell_size(text, room)  # noqa: PLW2901
                 cells = room
-            if cells:
-                segments.append(Segment(text, base + style))
             room -= cells
+            if cells:
+                _join(joined, text, style)
         if room:
-            segments.append(Segment(" " * room, base))
-        return Strip(segments, width)
+            _join(joined, " " * room, PLAIN)
+        return Strip([Segment(text, style) for text, style in joined], width)
+
+
+def _join(joined: list[tuple[str, Style]], text: str, style: Style) -> None:
+    """Add a span, to the one before if the terminal would show the same."""
+    if joined:
+        before, other = joined[-1]
+        if style == other or (text.isspace() and _hollow(style) and _hollow(other)):
+            joined[-1] = (before + text, other)
+            return
+        if before.isspace() and _hollow(other) and _hollow(style):
+            joined[-1] = (before + text, style)
+            return
+    joined.append((text, style))
+
+
+def _hollow(style: Style) -> bool:
+    """Whether a blank looks the same in it as in any other such style."""
+    return style.bgcolor is None and not style.reverse and not style.underline
 
 
 def wrap(text: str, width: int) -> list[str]:

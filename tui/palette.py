@@ -36,14 +36,14 @@ class Palette:
     ascii: bool = False
     mono: bool = False
 
-    plain: ClassVar[Style] = Style(color="default")
-    bold: ClassVar[Style] = Style(color="default", bold=True)
-    cursor: ClassVar[Style] = Style(color="default", reverse=True)
+    plain: ClassVar[Style] = Style()
+    bold: ClassVar[Style] = Style(bold=True)
+    cursor: ClassVar[Style] = Style(reverse=True)
 
     @cached_property
     def dim(self) -> Style:
         """What recedes."""
-        return Style(color="default", dim=True) if self.mono or not self.theme.dim else Style(color=self.theme.dim)
+        return Style(dim=True) if self.mono or not self.theme.dim else Style(color=self.theme.dim)
 
     @cached_property
     def off(self) -> Style:
@@ -106,7 +106,7 @@ class Palette:
 
     def _role(self, colour: str, bold: bool = False) -> Style:
         plain = self.mono or colour == "default"
-        return Style(color="default" if plain else colour, bold=bold or plain or None)
+        return Style(color=None if plain else colour, bold=bold or plain or None)
 
     def _filled(self, colour: str, recede: bool = False) -> Style:
         if self.mono:

@@ -46,6 +46,8 @@ class Terminal:
         main, side = pty.openpty()
         fcntl.ioctl(side, termios.TIOCSWINSZ, struct.pack("HHHH", size[1], size[0], 0, 0))
         environment = os.environ | {"TERM": "xterm-256color", "COLORTERM": "truecolor", "COLORFGBG": "15;0"}
+        if bytes_per_s is not None:  # sshd does not pass it on
+            del environment["COLORTERM"]
         self.process = subprocess.Popen(
             command, stdin=side, stdout=side, stderr=side, env=environment, start_new_session=True, close_fds=True
         )

@@ -10,7 +10,7 @@ from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
 
-from ..draw import Row
+from ..draw import PLAIN, Row
 
 
 class Canvas(Widget):
@@ -45,16 +45,16 @@ class Canvas(Widget):
         Returns:
             How many rows have to be sent.
         """
-        width, height, base = self.size.width, self.size.height, self.rich_style
+        width, height = self.size
         before, spans = self._strips, [row.spans for row in rows[:height]]
         same_width = len(before) == height and before[0].cell_length == width
         # Most rows say what they said before: they keep their strip.
         strips = [
-            before[y] if same_width and y < len(self._spans) and row.spans == self._spans[y] else row.strip(width, base)
+            before[y] if same_width and y < len(self._spans) and row.spans == self._spans[y] else row.strip(width)
             for y, row in enumerate(rows[:height])
         ]
         self._spans = spans
-        strips += [Strip([Segment(" " * width, base)], width)] * (height - len(strips))
+        strips += [Strip([Segment(" " * width, PLAIN)], width)] * (height - len(strips))
         self._strips = strips
         if not same_width:
             self.refresh()
@@ -68,7 +68,7 @@ class Canvas(Widget):
         """A row, for Textual."""
         if y < len(self._strips):
             return self._strips[y]
-        return Strip([Segment(" " * self.size.width, self.rich_style)], self.size.width)
+        return Strip([Segment(" " * self.size.width, PLAIN)], self.size.width)
 
     @property
     def lines(self) -> list[str]:
