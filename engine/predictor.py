@@ -59,6 +59,10 @@ class Predictor:
         """The prediction, or why there can be none; None while it is not known."""
         return self._known.get(_key(config))
 
+    def answers(self) -> int:
+        """How many configurations are known."""
+        return len(self._known)
+
     def wait(self, timeout_s: float) -> bool:
         """Wait until everything wanted is known; False if that took too long."""
         with self._changed:

@@ -400,4 +400,5 @@ class FakeSource:
         self.feed.gauge = Gauge(
             self.feed.clock_s(), allocated, reserved, 0, process, used,
             environment.device_total_bytes, phase, self._step,
+            None if process is None or reserved is None else process - reserved,
         )  # fmt: skip

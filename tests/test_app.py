@@ -783,9 +783,9 @@ def test_explanations_say_what_is_in_the_ledger() -> None:
     assert f"activations {grown / MIB:.1f}" in text
     assert "~" not in text
     config = source.config()
-    assert "k checkpointing" in levers(ledger.peak, config)
+    assert "checkpointing" in levers(ledger.peak, config)
     assert config is not None
-    assert "k checkpointing" not in levers(ledger.peak, config.with_({"checkpointing": "layers"}))
+    assert "checkpointing" not in levers(ledger.peak, config.with_({"checkpointing": "layers"}))
 
 
 def test_device_shares_when_nvml_sees_no_processes() -> None:

@@ -260,8 +260,13 @@ async def test_layers_are_found_by_name() -> None:
 class Oracle:
     """Predicts by a rule of its own."""
 
+    gpu_name = "H100 80GB"
+
     def __init__(self) -> None:
         self.ready = False
+
+    def answers(self) -> int:
+        return int(self.ready)
 
     def of(self, config: RunConfig) -> Prediction | None:
         if not self.ready:
@@ -276,7 +281,11 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
     async with shown(source, predictions=oracle) as driver:
         await driver.press("4")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "–", "–", "–", "–"]
+        assert "~ predicted for H100 80GB" in driver.text
         oracle.ready = True
+        await driver.press("1")
+        assert "saves most: l LoRA on, ~-50.0 MiB" in driver.text
+        await driver.press("4")
         await driver.press("down")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "~116.0", "~+8.0", "yes", "–"]
         assert driver.line("l + LoRA").split()[3:] == ["off", "on", "~58.0", "~-50.0", "yes", "–"]

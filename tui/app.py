@@ -112,7 +112,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         if writing(self):
             return
         now = time.monotonic()
-        changed = self._count(now) | self._tour_goes_on(now)
+        changed = self._count(now) | self._tour_goes_on(now) | self.board.predicted()
         if not self.board.frozen:
             changed |= self.state.update(self.source, now)
         if changed:

@@ -77,6 +77,7 @@ class Board:
         )  # fmt: skip
         self.tour: Tour | None = None
         self.question = ""
+        self._answers = 0
         self.frozen = False
         self.rate = ""
 
@@ -110,6 +111,12 @@ class Board:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
+
+    def predicted(self) -> bool:
+        """Whether something has been predicted since this was asked last."""
+        predictions, before = self.control.predictions, self._answers
+        self._answers = predictions.answers() if predictions is not None else 0
+        return self._answers != before
 
     def repaint(self, palette: Palette) -> None:
         """Change the colours."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from itertools import count
 from pathlib import Path
 
@@ -97,6 +97,27 @@ class Control:
             if self.unavailable(option, values[position]) is None:
                 return values[position]
         return None
+
+    def strongest(self, names: Iterable[str]) -> tuple[Technique, Value, int] | None:
+        """Of some techniques' next values the one that saves most at the predicted peak.
+
+        Returns:
+            Technique, value, bytes saved; None while nothing is known, or nothing saves.
+        """
+        base, predictions = self.state.run.config or self.base(), self.predictions
+        now = predictions.of(base) if predictions is not None and base is not None else None
+        found: list[tuple[Technique, Value, int]] = []
+        for name in names:
+            technique = techniques.registry()[name]
+            assert base is not None
+            value = self.next_value(technique.switch, base[name], 1, around=True)
+            config = base.with_({name: value}) if value is not None else None
+            if config is None or predictions is None or self.problem(config) is not None:
+                continue
+            then = predictions.of(config)
+            if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
+                found.append((technique, value, now.peak_bytes - then.peak_bytes))
+        return max(found, key=lambda one: one[2], default=None)
 
     # --- changes ----------------------------------------------------------------
 

@@ -65,13 +65,13 @@ def _listed(items: list[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def levers(peak: Peak, config: RunConfig | None) -> str:
-    """Which keys act on what the peak is made of, largest first; no word about how much.
+def levers(peak: Peak, config: RunConfig | None) -> list[str]:
+    """Which techniques act on what the peak is made of, largest first; no word about how much.
 
     Only what is not switched on already.
     """
     if config is None:
-        return ""
+        return []
     sizes: Bytes = peak.by_category
     found: list[str] = []
     for category in sorted(sizes, key=sizes.__getitem__, reverse=True):
@@ -79,8 +79,7 @@ def levers(peak: Peak, config: RunConfig | None) -> str:
             technique = techniques.registry().get(name)
             if technique is not None and config[name] in idle and name not in found:
                 found.append(name)
-    chosen = (techniques.registry()[name] for name in found[:3])
-    return ", ".join(f"{technique.key} {technique.title}" for technique in chosen)
+    return found[:3]
 
 
 LEVERS: dict[Category, tuple[tuple[str, tuple[object, ...]], ...]] = {

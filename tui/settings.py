@@ -30,6 +30,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("refresh", 0.0, "refreshes a second; 0: 10, and 4 over SSH", (), False, 0, 60),
     Option("units", "GiB", "count in GiB (2^30) or GB (10^9)", ("GiB", "GB")),
     Option("profile", "tiny", "what is trained where no --profile or --model is given", (), True),
+    Option("gpu", "", "GPU that is predicted for; empty: this one, and where there is none an H100 80GB", (), True),
     Option("ascii", False, "draw without Unicode blocks"),
     Option("mouse", False, "take the mouse; off, the terminal selects text as always"),
 )

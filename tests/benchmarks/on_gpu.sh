@@ -3,8 +3,11 @@
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 failed=0
-python3 -m pytest -m gpu -q -p no:cacheprovider "$@" || failed=1
+python3 -m pytest -m gpu -n 0 -q -p no:cacheprovider "$@" || failed=1
 python3 -m tests.benchmarks.exactness || failed=1
 python3 -m gpumem_tui.tui sweep --preset reference --format md || failed=1
 python3 -m tests.benchmarks.cost || failed=1
+python3 -m tests.benchmarks.watched || failed=1
+python3 -m tests.benchmarks.attached || failed=1
+python3 -m tests.benchmarks.prediction || failed=1
 exit $failed

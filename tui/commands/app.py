@@ -7,7 +7,7 @@ import os
 import sys
 import tempfile
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -162,9 +162,14 @@ def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), 
         from ..app import GpumemApp, tour_unseen
 
         found = background()
-    with _native_output_kept():
+    from ..foresight import Background
+
+    with closing(Background(source, str(settings["gpu"]))) as predictions, _native_output_kept():
         tour = source.live and tour_unseen()
-        app = GpumemApp(source, refresh_hz=refresh_hz(settings), settings=settings, background=found, tour=tour)
+        app = GpumemApp(
+            source, refresh_hz=refresh_hz(settings), settings=settings, background=found,
+            predictions=predictions, tour=tour,
+        )  # fmt: skip
         app.state.finished, app.state.origin = list(beside), origin
         app.run(mouse=bool(settings["mouse"]))
     return app

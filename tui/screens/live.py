@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...engine.config import Option
+from ...engine import techniques
+from ...engine.config import Option, show
 from ...engine.events import Category, Kind, Phase
 from ...engine.ledger import Bytes
 from ..actions import Action, changes, moves
@@ -234,8 +235,18 @@ class LivePage(Page):
     def _levers(self) -> str:
         """What can be pressed about it."""
         state = self.state
-        keys = levers(state.peak.peak, state.run.config or state.config) if state.peak and state.live else ""
-        return f"acting on this: {keys}" if keys else ""
+        names = levers(state.peak.peak, state.run.config or state.config) if state.peak and state.live else []
+        if not names:
+            return ""
+        best = self.control.strongest(names)
+        if best is None:
+            known = (techniques.registry()[name] for name in names)
+            return "acting on this: " + ", ".join(f"{technique.key} {technique.title}" for technique in known)
+        technique, value, saved = best
+        predictions = self.control.predictions
+        elsewhere = predictions is not None and not (state.environment and state.environment.on_gpu)
+        there = f" on {predictions.gpu_name}" if predictions is not None and elsewhere else ""
+        return f"saves most: {technique.key} {technique.title} {show(value)}, ~-{state.unit.full(saved)}{there}"
 
     def _recompute(self, width: int) -> Row:
         """The layers as a strip that lights up while backward computes them again."""

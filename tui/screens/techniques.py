@@ -264,7 +264,9 @@ class TechniquesPage(Page):
         """What enter would do, or why it would not."""
         palette, pending = self.palette, self.control.pending
         if not pending:
-            return [Row().add(" no changes collected", palette.dim)]
+            predictions = self.control.predictions
+            whose = f"   ~ predicted for {predictions.gpu_name}" if predictions and predictions.gpu_name else ""
+            return [Row().add(" no changes collected", palette.dim).add(shorten(whose, width - 24), palette.dim)]
         problem = self.control.conflict()
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)[:2]]

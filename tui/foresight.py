@@ -1,0 +1,82 @@
+"""Predictions for the screens, worked out in a process that gives way to the training."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from ..engine.config import RunConfig, UserError
+from ..engine.events import Environment
+from ..engine.feed import Source
+from ..engine.prediction.gpus import Gpu, gpu
+from ..engine.predictor import Predictor
+from .predictions import Prediction
+
+WITHOUT_A_GPU = "H100 80GB"
+"""Which GPU is asked about where there is none, if nobody says."""
+
+REMEMBERED = 24
+"""Wishes that are not answered yet; older ones are those of a screen long left."""
+
+
+class Background:
+    """Predicts in a process of its own, what was asked for last first.
+
+    Args:
+        source: Whose device it is for.
+        wanted: Name of the GPU to predict for; empty: the one of the engine,
+            or `WITHOUT_A_GPU`.
+
+    Raises:
+        UserError: No such GPU.
+    """
+
+    def __init__(self, source: Source, wanted: str = "") -> None:
+        self._source = source
+        self._gpu = gpu(wanted) if wanted else None
+        self._predictor: Predictor | None = None
+        self._asked: dict[str, RunConfig] = {}
+        self.gpu_name = ""
+
+    def answers(self) -> int:
+        """How many have been worked out."""
+        return self._predictor.answers() if self._predictor is not None else 0
+
+    def of(self, config: RunConfig) -> Prediction | None:
+        """What is known; a wish if nothing is."""
+        environment = self._source.environment()
+        if environment is None:
+            return None
+        if self._predictor is None:
+            target = self._gpu or gpu_of(environment)
+            self.gpu_name, self._predictor = target.name, Predictor(target)
+        answer = self._predictor.get(config)
+        key = repr(config)
+        if answer is not None:
+            self._asked.pop(key, None)
+            return None if isinstance(answer, UserError) else Prediction(answer.peak_bytes, answer.fits)
+        if key not in self._asked:
+            self._asked[key] = config
+            for old in list(self._asked)[:-REMEMBERED]:
+                del self._asked[old]
+            self._predictor.want(list(self._asked.values()))
+        return None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._predictor is not None:
+            self._predictor.close()
+
+
+def gpu_of(environment: Environment) -> Gpu:
+    """The engine's GPU with the memory it really has; without one, `WITHOUT_A_GPU`."""
+    if not environment.on_gpu:
+        return gpu(WITHOUT_A_GPU)
+    memory = environment.device_total_bytes
+    try:
+        return replace(gpu(environment.device_name.removeprefix("NVIDIA ")), memory_bytes=memory)
+    except UserError:
+        major, _, minor = (environment.capability or "8.0").partition(".")
+        alike = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
+        return replace(
+            alike, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
+        )  # fmt: skip
