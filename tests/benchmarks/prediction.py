@@ -3,8 +3,8 @@
 Predicts and runs every configuration of a matrix and prints configuration,
 predicted, measured and error, for the peak and for what the allocator reserves;
 the same goes to FILE as JSON. What is marked with * comes after the first SEEN
-configurations of its model, those whose traces the prediction was written by. Predictions come from a process of their own
-while this one measures; between runs the allocator's cache is emptied.
+configurations of its model, those whose traces the prediction was written by.
+Predictions come from a process of their own while this one measures; between runs the allocator's cache is emptied.
 """
 
 from __future__ import annotations
