@@ -795,7 +795,7 @@ def test_device_shares_when_nvml_sees_no_processes() -> None:
     source.start()
     gauge = source.gauge()
     assert gauge is not None
-    hidden = dataclasses.replace(gauge, process_bytes=None)
+    hidden = dataclasses.replace(gauge, process_bytes=None, context_bytes=None)
     found = {share.title: share.bytes for share in shares(hidden, hidden.allocated_bytes, True)}
     assert found["context"] is None
     assert found["context and others"] == (hidden.device_used_bytes or 0) - (hidden.reserved_bytes or 0)

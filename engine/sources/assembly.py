@@ -148,9 +148,8 @@ class Assembler:
 
     def _trace(self, taken: Taken) -> StepTrace:
         self._chunks = [np.concatenate([*self._chunks, self._recorder.events(taken.drained)])]
-        events = self._chunks[0].copy()
+        events, marks = self._chunks[0].copy(), _marks(taken.marks)
         events["mark"] = _settled(events["mark"] - taken.first_mark)
-        marks = _marks(taken.marks)
         if taken.counted and taken.operators:
             self._made = _learned(events, marks, taken)
         return StepTrace(

@@ -109,9 +109,15 @@ def of_libraries() -> Iterator[Owned]:
 
 
 def drop_library_caches() -> None:
-    """Empty them; they are filled again when they are needed."""
+    """Empty them; they are filled again when they are needed.
+
+    bitsandbytes also keeps a reference to every paged tensor there ever was.
+    """
     module = sys.modules.get("bitsandbytes.functional")
     getattr(module, "name2qmap", {}).clear()
+    pages = getattr(module, "GlobalPageManager", None)
+    if pages is not None:
+        pages.get_instance().paged_tensors.clear()
 
 
 def of_tensors(category: Category, named: Iterable[tuple[str, torch.Tensor]]) -> Iterator[Owned]:

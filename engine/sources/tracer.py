@@ -85,6 +85,8 @@ class Tracer:
         last_traced: The last step that was recorded.
     """
 
+    _marks_given = 0
+
     def __init__(
         self,
         recorder: Recorder,
@@ -109,7 +111,8 @@ class Tracer:
         self._optimizer_name = 0
         self._micro_batch = 0
         self._descriptions: dict[Made, int] = {}
-        self._next_mark = 0
+        # Threads of autograd's own keep the last mark they were given, also from a run before this one.
+        self._next_mark = Tracer._marks_given
         self._step: _Step | None = None
         self._hooks: ExitStack | None = None
         self._hooked = False
@@ -166,6 +169,7 @@ class Tracer:
         self._fixed = np.empty(0, OWNER)
         self._int8.clear()
         self._parameters.clear()
+        Tracer._marks_given = max(Tracer._marks_given, self._next_mark)
         self.recorder.stop()
         self._assembler.close()
 
