@@ -228,8 +228,7 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
 def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_path: Any) -> None:
     """A `transformers.Trainer` of one's own, on a device that was in use before: every event has a name.
 
-    The sums are the allocator's own: at the end of every step block by block,
-    and after the optimizer and at the peak by its counters.
+    The sums are the allocator's own at the end of every step and after the optimizer; its peak is the script's.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -277,8 +276,7 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         assert ledger.curve[Category.UNKNOWN].max() == 0
         after = ledger.after(Phase.OPTIMIZER)
         assert after is not None and sum(after.values()) == ends[trace.step]
-        counted = getattr(trace, "counted", None)
-        assert counted is None or counted.end_bytes == int(ledger.total[-1])
+        assert trace.counted is not None and trace.counted.end_bytes == int(ledger.total[-1])
         held = ledger.by_name(len(trace.events) - 1, Category.WORKSPACE)
         # The next batches, the average of the loss, the norm: kilobytes, beside a model of gigabytes.
         assert held.get(SCRIPT, 0) < 1 << 23
