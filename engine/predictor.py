@@ -24,7 +24,7 @@ from .config import RunConfig, UserError
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction
 
-NICENESS = 10
+NICENESS = 19
 """The process gives way to whatever trains."""
 
 Answer = Prediction | UserError
