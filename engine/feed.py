@@ -229,6 +229,36 @@ class Feed:
             return [kept[step] for step in sorted(kept)]
 
 
+class Published:
+    """The reading half of a `Source` over a feed."""
+
+    _feed: Feed
+
+    def environment(self) -> Environment | None:
+        """Where it runs; None until that is known."""
+        return self._feed.environment
+
+    def config(self) -> RunConfig | None:
+        """Of the run under way or last ended."""
+        return self._feed.config
+
+    def gauge(self) -> Gauge | None:
+        """The latest reading."""
+        return self._feed.gauge
+
+    def trace(self) -> StepTrace | None:
+        """The latest trace, partial or not."""
+        return self._feed.latest
+
+    def traces(self) -> Sequence[StepTrace]:
+        """The traces kept of this run."""
+        return self._feed.traces()
+
+    def milestones(self, since: int) -> Sequence[Milestone]:
+        """Milestones from an index on."""
+        return self._feed.milestones(since)
+
+
 def peak_bytes(trace: StepTrace) -> int:
     """The most allocated at any event of a trace, without naming anything."""
     began = int(trace.begin["bytes"].sum() + trace.begin["slack"].sum())

@@ -13,15 +13,14 @@ import select
 import socket
 import threading
 from collections import deque
-from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 from . import techniques, wire
 from .advice import advice
 from .config import RunConfig, UserError
-from .events import Environment, Gauge, Kind, Milestone, StepTrace
-from .feed import Command, Feed, Save, Standing, Start, TakeOver
+from .events import Environment, Kind, Milestone
+from .feed import Command, Feed, Published, Save, Standing, Start, TakeOver
 from .launch import Launcher
 from .recording import write
 from .whereabouts import Place
@@ -32,7 +31,7 @@ ANSWERS_WITHIN_S = 60.0
 LOG_TAIL_BYTES = 8192
 
 
-class Remote:
+class Remote(Published):
     """A viewer's end of the socket.
 
     Args:
@@ -85,26 +84,6 @@ class Remote:
     def environment(self) -> Environment | None:
         """Where the engine runs."""
         return self._environment
-
-    def config(self) -> RunConfig | None:
-        """Of the run under way or last ended."""
-        return self._feed.config
-
-    def gauge(self) -> Gauge | None:
-        """The latest reading that came over."""
-        return self._feed.gauge
-
-    def trace(self) -> StepTrace | None:
-        """The latest trace that came over."""
-        return self._feed.latest
-
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces kept on this side."""
-        return self._feed.traces()
-
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """Milestones from an index on, with those of this side."""
-        return self._feed.milestones(since)
 
     def command(self, command: Command) -> None:
         """Pass a command on; saving happens on this side, whoever commands.

@@ -12,21 +12,21 @@ import queue
 import threading
 import time
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import techniques
 from .config import RunConfig, UserError, show
-from .events import Environment, Gauge, Kind, Milestone, Phase, Recompute, StepTrace
-from .feed import Command, Feed, Pause, Save, Standing, Start, Stop
+from .events import Gauge, Kind, Phase, Recompute, StepTrace
+from .feed import Command, Feed, Pause, Published, Save, Standing, Start, Stop
+from .meter import LIBRARIES_LOADED, Meter
 from .recording import write
 
 if TYPE_CHECKING:
     import torch
 
-    from .device import Nvml
     from .sources.owners import Paged
     from .sources.recorder import Recorder
     from .sources.tracer import Tracer
@@ -34,8 +34,6 @@ if TYPE_CHECKING:
     from .workload import Plan, Workload
 
 GAUGE_EVERY_S = 0.1
-LIBRARIES_LOADED = 3
-"""Step by which everything that is loaded when it is first used has been used."""
 TRACE_SHARE = 0.01
 """Of the run's wall time that tracing may take when left to the governor."""
 
@@ -44,7 +42,7 @@ class _Ended(BaseException):
     """Raised inside the loop to leave it: no error, and not to be caught as one."""
 
 
-class Session:
+class Session(Published):
     """An engine in this process; a `Source`.
 
     Args:
@@ -63,11 +61,10 @@ class Session:
         self._resume.set()
         self._recorder: Recorder | None = None
         self._tracer: Tracer | None = None
-        self._nvml: Nvml | None = None
+        self._meter: Meter | None = None
         self._device: torch.device | None = None
         self._managed: list[Paged] = []
         self._managed_bytes = 0
-        self._context_bytes: int | None = None
         self._steps = 0
         self._refused: str | None = None
         self._good: RunConfig | None = None
@@ -77,30 +74,6 @@ class Session:
         self._thread.start()
 
     # --- Source -------------------------------------------------------------
-
-    def environment(self) -> Environment | None:
-        """None until torch has been imported."""
-        return self._feed.environment
-
-    def config(self) -> RunConfig | None:
-        """Of the run under way or last ended."""
-        return self._feed.config
-
-    def gauge(self) -> Gauge | None:
-        """The latest reading."""
-        return self._feed.gauge
-
-    def trace(self) -> StepTrace | None:
-        """The latest trace, partial or not."""
-        return self._feed.latest
-
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces kept of this run."""
-        return self._feed.traces()
-
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """Milestones from an index on."""
-        return self._feed.milestones(since)
 
     def command(self, command: Command) -> None:
         """Ask for something.
@@ -178,9 +151,9 @@ class Session:
         from . import device
 
         self._device = device.select(self._wanted)
-        self._feed.environment = device.environment(self._device)
-        if self._device.type == "cuda":
-            self._nvml = device.Nvml(self._device)
+        self._feed.environment = environment = device.environment(self._device)
+        nvml = device.Nvml(self._device) if self._device.type == "cuda" else None
+        self._meter = Meter(nvml, environment.device_total_bytes)
 
     def _run_and_report(self, config: RunConfig) -> None:
         """Run once; whatever happens becomes milestones."""
@@ -363,39 +336,14 @@ class Session:
             self._feed.publish_gauge(self._read_gauge())
 
     def _read_gauge(self) -> Gauge:
-        """One reading; NVML's and the allocator's counters are taken at one moment, or taken again."""
-        import psutil
-
-        recorder, tracer, environment = self._recorder, self._tracer, self._feed.environment
-        assert environment is not None
-        reserved = recorder.reserved_bytes() if recorder else None
-        if self._nvml is not None:
-            process, used = self._nvml.process_bytes(), self._nvml.used_bytes()
-            if recorder and recorder.reserved_bytes() != reserved:
-                reserved = recorder.reserved_bytes()
-                process, used = self._nvml.process_bytes(), self._nvml.used_bytes()
-        else:
-            memory = psutil.virtual_memory()
-            process, used = psutil.Process().memory_info().rss, memory.total - memory.available
-        return Gauge(
-            time_s=self._feed.clock_s(),
-            allocated_bytes=recorder.allocated_bytes() if recorder else 0,
-            reserved_bytes=reserved,
-            managed_bytes=self._managed_bytes,
-            process_bytes=process,
-            device_used_bytes=used,
-            device_total_bytes=environment.device_total_bytes,
-            phase=tracer.phase_now if tracer else Phase.IDLE,
-            step=tracer.step_now if tracer else 0,
-            context_bytes=self._context_bytes,
-        )
+        assert self._meter is not None
+        return self._meter.read(self._feed.clock_s(), self._recorder, self._tracer, self._managed_bytes)
 
     def _measure_context(self) -> None:
-        """What this process holds on the device that torch does not: kernels are loaded when first used."""
-        if self._nvml is None:
-            return
-        self._context_bytes = self._read_gauge().beyond_torch_bytes
-        if self._context_bytes is None and self._steps == 1:
+        """Kernels are loaded when they are first used: once at a run's start, and again after its first steps."""
+        assert self._meter is not None
+        assert self._recorder is not None
+        if not self._meter.measure_context(self._recorder) and self._steps == 1:
             self._feed.milestone(
                 Kind.NOTE, "NVML shows no processes here (a container?): CUDA context and others are one figure"
             )

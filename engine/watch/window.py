@@ -7,19 +7,18 @@ import dataclasses
 import os
 import threading
 import time
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import psutil
 import torch
 
 from .. import device as devices
 from .. import wire
 from ..advice import advice
 from ..config import RunConfig, UserError
-from ..events import Environment, Gauge, Kind, Milestone, Phase, Recompute, StepTrace
-from ..feed import Command, Feed, Save, Standing
+from ..events import Gauge, Kind, Phase, Recompute, StepTrace
+from ..feed import Command, Feed, Published, Save, Standing
+from ..meter import LIBRARIES_LOADED, Meter
 from ..recording import write
 from ..server import Server
 from ..service import version
@@ -35,7 +34,7 @@ LAST_ANSWERS_S = 0.5
 """How long viewers have to ask for what was said last."""
 
 
-class Window:
+class Window(Published):
     """A watched script as a `Source`, and its socket.
 
     Args:
@@ -58,37 +57,13 @@ class Window:
         self.shield = Shield(self.failed)
         self._recorder: Recorder | None = None
         self._tracer: Tracer | None = None
-        self._nvml: devices.Nvml | None = None
+        self._meter: Meter | None = None
         self._server: Server | None = None
         self._claim: Claim | None = None
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
     # --- Source -------------------------------------------------------------
-
-    def environment(self) -> Environment | None:
-        """This machine."""
-        return self._feed.environment
-
-    def config(self) -> RunConfig | None:
-        """The loop in our own words, from the first forward on."""
-        return self._feed.config
-
-    def gauge(self) -> Gauge | None:
-        """The latest reading."""
-        return self._feed.gauge
-
-    def trace(self) -> StepTrace | None:
-        """The latest trace."""
-        return self._feed.latest
-
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces kept."""
-        return self._feed.traces()
-
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """Milestones from an index on."""
-        return self._feed.milestones(since)
 
     def command(self, command: Command) -> None:
         """Refuse, with advice; only saving is ours to do.
@@ -108,8 +83,9 @@ class Window:
         A socket that cannot be had is said in one line; the watching goes on for what it is worth.
         """
         self._recorder, self._tracer = recorder, tracer
-        self._nvml = devices.Nvml(device) if device.type == "cuda" else None
-        self._feed.environment = devices.environment(device)
+        self._feed.environment = environment = devices.environment(device)
+        nvml = devices.Nvml(device) if device.type == "cuda" else None
+        self._meter = Meter(nvml, environment.device_total_bytes)
         self._run_thread("gpumem-tui gauge", self._gauge_forever)
         try:
             self._claim = claim = Claim(self._name, "watch", wire.PROTOCOL, version())
@@ -149,6 +125,8 @@ class Window:
         """A step of the optimizer has ended."""
         said = "" if loss is None else f"loss {loss:.4f}, "
         text = f"step {step}: {said}{seconds * 1e3:.0f} ms"
+        if self._meter is not None and self._recorder is not None and step <= LIBRARIES_LOADED:
+            self._meter.measure_context(self._recorder)
         if self._feed.training_gauge is None:
             self._feed.publish_gauge(dataclasses.replace(self._read_gauge(), phase=Phase.OPTIMIZER))
         self._feed.milestone(Kind.STEP_ENDED, text, step=step, loss=loss, seconds=seconds, **data)
@@ -216,23 +194,5 @@ class Window:
             self._feed.publish_gauge(gauge)
 
     def _read_gauge(self) -> Gauge:
-        recorder, tracer, environment = self._recorder, self._tracer, self._feed.environment
-        assert recorder is not None
-        assert tracer is not None
-        assert environment is not None
-        if self._nvml is not None:
-            process, used = self._nvml.process_bytes(), self._nvml.used_bytes()
-        else:
-            memory = psutil.virtual_memory()
-            process, used = psutil.Process().memory_info().rss, memory.total - memory.available
-        return Gauge(
-            time_s=self._feed.clock_s(),
-            allocated_bytes=recorder.allocated_bytes(),
-            reserved_bytes=recorder.reserved_bytes(),
-            managed_bytes=self.managed_bytes,
-            process_bytes=process,
-            device_used_bytes=used,
-            device_total_bytes=environment.device_total_bytes,
-            phase=tracer.phase_now,
-            step=tracer.step_now,
-        )
+        assert self._meter is not None
+        return self._meter.read(self._feed.clock_s(), self._recorder, self._tracer, self.managed_bytes)

@@ -1,0 +1,66 @@
+"""The gauge's reading, for an engine's own run and for a watched script alike."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import psutil
+
+from .events import Gauge, Phase
+
+if TYPE_CHECKING:
+    from .device import Nvml
+    from .sources.recorder import Recorder
+    from .sources.tracer import Tracer
+
+LIBRARIES_LOADED = 3
+"""Step by which everything that is loaded when it is first used has been used."""
+
+
+class Meter:
+    """Reads the counters of one device.
+
+    Args:
+        nvml: None on a CPU.
+        total_bytes: Capacity.
+    """
+
+    def __init__(self, nvml: Nvml | None, total_bytes: int) -> None:
+        self._nvml, self._total_bytes = nvml, total_bytes
+        self._context_bytes: int | None = None
+
+    def read(self, time_s: float, recorder: Recorder | None, tracer: Tracer | None, managed_bytes: int) -> Gauge:
+        """One reading; NVML's and the allocator's counters are taken at one moment, or taken again."""
+        reserved = recorder.reserved_bytes() if recorder else None
+        process, used = self._process_and_used()
+        if self._nvml is not None and recorder and recorder.reserved_bytes() != reserved:
+            reserved = recorder.reserved_bytes()
+            process, used = self._process_and_used()
+        return Gauge(
+            time_s=time_s,
+            allocated_bytes=recorder.allocated_bytes() if recorder else 0,
+            reserved_bytes=reserved,
+            managed_bytes=managed_bytes,
+            process_bytes=process,
+            device_used_bytes=used,
+            device_total_bytes=self._total_bytes,
+            phase=tracer.phase_now if tracer else Phase.IDLE,
+            step=tracer.step_now if tracer else 0,
+            context_bytes=self._context_bytes,
+        )
+
+    def measure_context(self, recorder: Recorder) -> bool:
+        """Take what this process holds on the device beyond torch's bytes for its context and libraries.
+
+        Returns:
+            Whether NVML could tell; True where there is nothing to tell.
+        """
+        if self._nvml is not None:
+            self._context_bytes = self.read(0.0, recorder, None, 0).beyond_torch_bytes
+        return self._nvml is None or self._context_bytes is not None
+
+    def _process_and_used(self) -> tuple[int | None, int]:
+        if self._nvml is not None:
+            return self._nvml.process_bytes(), self._nvml.used_bytes()
+        memory = psutil.virtual_memory()
+        return psutil.Process().memory_info().rss, memory.total - memory.available
