@@ -259,7 +259,7 @@ class Session(Published):
 
         with tracer.step(0, 1, True, tuple):
             with tracer.phase(Phase.LOAD):
-                workload = build(plan)
+                workload = build(plan, tracer.loader(plan.shell))
             tracer.adopt(workload.model, workload.optimizer)
         self._loaded(workload, tracer, time.perf_counter() - began)
 

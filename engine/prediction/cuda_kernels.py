@@ -59,7 +59,7 @@ def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
     in segments of their own.
     """
     tracker.calibrate()
-    tracker.allocator.empty_cache()
+    tracker.empty_cache()
     first = tracker.allocate(MIN_BLOCK_BYTES)
     cublas = CUBLAS_BYTES_SM90 if gpu.capability >= (9, 0) else CUBLAS_BYTES
     workspaces = tuple(tracker.allocate(size) for size in (CUBLASLT_BYTES, cublas, cublas, CUBLASLT_BYTES))
