@@ -24,7 +24,7 @@ from .config import RunConfig, UserError
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction
 
-TOLD = ("loaded", "after_first_step", "peak", "highest_by_phase", "steps")
+TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "steps")
 """Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
 
 NICENESS = 19

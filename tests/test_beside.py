@@ -6,6 +6,7 @@ import dataclasses
 import json
 import re
 from contextlib import closing
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -113,6 +114,8 @@ async def test_nothing_is_set_beside_a_run_on_a_cpu_and_one_line_says_why() -> N
             await driver.press("5")
             assert "it is on a CPU, predictions are of GPUs" in driver.text
             assert len(driver.app.page.runs()) == 1
+            await driver.press("tab", "tab", "tab", "tab")
+            assert "A difference takes two runs." in driver.text
             assert "~" not in driver.text
 
 
@@ -231,6 +234,8 @@ async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() ->
             for phase, size in measured.by_phase.items():
                 assert predicted.by_phase[phase] == pytest.approx(size, rel=0.01), phase
             assert (predicted.label, predicted.peak_module) == (measured.label, "loss")
+            ran, here = "2.11.0", version("torch").split("+")[0]
+            assert (f"~ predicted with torch {here} (run: {ran})" in driver.text) == (here != ran)
 
 
 @pytest.mark.parametrize(

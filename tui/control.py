@@ -135,9 +135,12 @@ class Control:
         key = (run.config, run.number, self.state.environment, predictions.answers())
         if self._foreseen is None or self._foreseen[0] != key:
             found = predictions.of_run(run.config)
-            origin = f"{self.state.origin or f'run {run.number}'}, predicted"
-            summary = found if isinstance(found, str) else of_prediction(found.document, run.config, origin)
-            self._foreseen = (key, summary)
+            if not isinstance(found, str):
+                packages = self.state.environment.packages if self.state.environment else {}
+                origin = self.state.origin or f"run {run.number}"
+                self._foreseen = (key, of_prediction(found.document, run.config, origin, packages))
+            else:
+                self._foreseen = (key, found)
         return self._foreseen[1]
 
     # --- changes ----------------------------------------------------------------

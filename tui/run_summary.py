@@ -39,6 +39,7 @@ class RunSummary(NamedTuple):
         tokens_per_s: Of its last step.
         steps: That ended.
         predicted: It has not happened.
+        caveat: What to know when it is compared with the run that has.
     """
 
     label: str
@@ -56,6 +57,7 @@ class RunSummary(NamedTuple):
     tokens_per_s: float | None
     steps: int
     predicted: bool = False
+    caveat: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -124,12 +126,21 @@ def of_source(source: Source, origin: str) -> RunSummary:
     return summarize(run, ledgers, origin)
 
 
-def of_prediction(document: Mapping[str, Any], config: RunConfig, origin: str) -> RunSummary:
-    """A run that has not happened in small, from the document of it."""
+def of_prediction(
+    document: Mapping[str, Any], config: RunConfig, origin: str, packages: Mapping[str, str]
+) -> RunSummary:
+    """A run that has happened as it was predicted, in small.
+
+    Args:
+        document: Of the prediction.
+        config: What was predicted.
+        origin: Of the run.
+        packages: By which it ran; others are worth a word.
+    """
     peak, phases = document["peak"], document["highest_by_phase"]
     return RunSummary(
         label=label(config),
-        origin=origin,
+        origin=f"{origin}, predicted",
         config=config,
         loaded=_sizes(document["loaded"]),
         after_step=_sizes(document["after_first_step"]),
@@ -143,7 +154,16 @@ def of_prediction(document: Mapping[str, Any], config: RunConfig, origin: str) -
         tokens_per_s=None,
         steps=len(document["steps"]),
         predicted=True,
+        caveat=_other_versions(document["environment"]["packages"], packages),
     )
+
+
+def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -> str:
+    """The libraries that a run and its prediction do not have in common: they may allocate otherwise."""
+    both = {name: (version.split("+")[0], running[name].split("+")[0])
+            for name, version in predicting.items() if name in running}  # fmt: skip
+    told = [f"{name} {one} (run: {other})" for name, (one, other) in both.items() if one != other]
+    return f"~ predicted with {', '.join(told)}" if told else ""
 
 
 def _sizes(composition: Mapping[str, Any]) -> Bytes:

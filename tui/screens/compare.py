@@ -167,12 +167,14 @@ class ComparePage(Page):
         unit = unit_for(max(run.peak_bytes for run in runs), self.state.units)
         name = "bytes" if self.mode == 4 else unit.name
         title = Row().add(f" {MODES[self.mode]}", palette.bold).add(f"  {name}", palette.dim)
-        below = self._unforeseen(width)
+        below = self._footnote(width)
         height -= len(below)
         if self.mode == 3:
             return [title, *self._article(runs, unit, width, height - 1), *below]
         rows = [title, *self._legend(runs, unit, width)]
-        if self.mode == 4:
+        if self.mode == 4 and len(runs) < 2:
+            lines = [Row().add(" A difference takes two runs.", palette.dim)]
+        elif self.mode == 4:
             base, other, parts = self.parts(runs)
             rows += peak_rows({_letter(i): runs[i] for i in (base, other)}, width, palette)
             lines = owner_rows(parts, ["~" * runs[i].predicted for i in (base, other)], width, palette)
@@ -183,12 +185,11 @@ class ComparePage(Page):
         self.top = max(0, min(self.top, len(lines) - body))
         return rows + lines[self.top : self.top + body] + below
 
-    def _unforeseen(self, width: int) -> list[Row]:
-        """Why no prediction is beside the run that is shown, if one could be expected."""
-        why = self.control.foreseen()
-        if not isinstance(why, str) or not why:
-            return []
-        return [Row(), Row().add(f" {shorten(why, width - 2)}", self.palette.dim)]
+    def _footnote(self, width: int) -> list[Row]:
+        """Why no prediction is beside the run that is shown, or what to know of the one that is."""
+        predicted = self.control.foreseen()
+        word = predicted if isinstance(predicted, str) else predicted.caveat
+        return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 
     def _legend(self, runs: list[RunSummary], unit: Unit, width: int) -> list[Row]:
         """Which letter is which run."""
