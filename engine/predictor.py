@@ -24,6 +24,9 @@ from .config import RunConfig, UserError
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction
 
+TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "steps")
+"""Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
+
 NICENESS = 19
 """The process gives way to whatever trains."""
 
@@ -150,7 +153,9 @@ def serve() -> None:
         try:
             prediction = predict(RunConfig.from_dict(request["config"]), Gpu(**card))
             fields = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
-            answer = {name: value for name, value in fields.items() if name not in ("config", "document")}
+            answer = {name: value for name, value in fields.items() if name != "config"}
+            answer["document"] = {name: prediction.document[name] for name in TOLD}
+            answer["document"]["peak"] = {k: v for k, v in prediction.document["peak"].items() if k != "largest"}
         except UserError as error:
             answer = {"error": str(error)}
         except Exception as error:  # one configuration that breaks must not end the others

@@ -14,6 +14,8 @@ from .predictions import Prediction
 WITHOUT_A_GPU = "H100 80GB"
 """Which GPU is asked about where there is none, if nobody says."""
 
+WORKING = "The prediction of this run is being worked out."
+
 REMEMBERED = 24
 """Wishes that are not answered yet; older ones are those of a screen long left."""
 
@@ -53,7 +55,9 @@ class Background:
         key = repr(config)
         if answer is not None:
             self._asked.pop(key, None)
-            return None if isinstance(answer, UserError) else Prediction(answer.peak_bytes, answer.fits)
+            if isinstance(answer, UserError):
+                return None
+            return Prediction(answer.peak_bytes, answer.fits, answer.document)
         if key not in self._asked:
             self._asked[key] = config
             for old in list(self._asked)[:-REMEMBERED]:
@@ -61,10 +65,31 @@ class Background:
             self._predictor.want(list(self._asked.values()))
         return None
 
+    def of_run(self, config: RunConfig) -> Prediction | str:
+        """What is known of a run here; why nothing can be set beside it."""
+        environment = self._source.environment()
+        if environment is None:
+            return WORKING
+        if not environment.on_gpu:
+            return "No prediction is set beside this run: it is on a CPU, predictions are of GPUs."
+        here = gpu_of(environment)
+        if self._gpu is not None and not alike(self._gpu, here):
+            return f"No prediction is set beside this run: it is on {here.name}, predictions are of {self._gpu.name}."
+        found = self.of(config)
+        if found is not None:
+            return found
+        answer = self._predictor.get(config) if self._predictor is not None else None
+        return f"No prediction of this run: {answer}" if isinstance(answer, UserError) else WORKING
+
     def close(self) -> None:
         """End the process."""
         if self._predictor is not None:
             self._predictor.close()
+
+
+def alike(one: Gpu, other: Gpu) -> bool:
+    """Whether a run allocates the same on both; how much memory they have does not matter to that."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("capability", "multiprocessors", "threads"))
 
 
 def gpu_of(environment: Environment) -> Gpu:
@@ -76,7 +101,7 @@ def gpu_of(environment: Environment) -> Gpu:
         return replace(gpu(environment.device_name.removeprefix("NVIDIA ")), memory_bytes=memory)
     except UserError:
         major, _, minor = (environment.capability or "8.0").partition(".")
-        alike = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
+        akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
         return replace(
-            alike, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
+            akin, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
         )  # fmt: skip
