@@ -20,7 +20,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import techniques
 from .config import RunConfig, UserError, Value
@@ -32,6 +31,7 @@ from .prediction.cuda_kernels import kernels, take_workspaces
 from .prediction.fake_cuda import cuda_paths
 from .prediction.gpus import Gpu
 from .prediction.layers import Layers, shortened
+from .prediction.op_cache import op_cache
 from .prediction.outcome import Prediction, safe_bound_bytes
 from .prediction.playback import Played, play
 from .prediction.script import Script
@@ -207,7 +207,7 @@ class _Rehearsing:
         try:
             with (
                 cuda_paths(self.gpu, recorder, self._times),
-                FakeTensorMode(allow_non_fake_inputs=True),
+                op_cache().mode,
                 recorder,
             ):
                 recorder.workspaces = take_workspaces(self.gpu, recorder)
@@ -360,7 +360,7 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     plan = prepare(config, DEVICE, shapes_only=True)
     plan.recipe.transforms.clear()  # what prepares for training
     recorder = FakeCuda(kernels(gpu))
-    with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
+    with cuda_paths(gpu, recorder), op_cache().mode, recorder:
         recorder.workspaces = take_workspaces(gpu, recorder)
         before = len(recorder.rows())
         model = build(plan).model.eval()

@@ -47,7 +47,7 @@ class Oracle:
     def answers(self) -> int:
         return int(self.ready)
 
-    def of(self, config: RunConfig) -> Prediction | None:
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         if not self.ready:
             return None
         source = gpu_run(2)

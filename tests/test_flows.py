@@ -268,7 +268,7 @@ class Oracle:
     def answers(self) -> int:
         return int(self.ready)
 
-    def of(self, config: RunConfig) -> Prediction | None:
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         if not self.ready:
             return None
         size = 100 * MIB + config.batch_size * MIB - 50 * MIB * bool(config["lora"])

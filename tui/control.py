@@ -107,7 +107,7 @@ class Control:
             Technique, value, bytes saved; None while nothing is known, or nothing saves.
         """
         base, predictions = self.state.run.config or self.base(), self.predictions
-        now = predictions.of(base) if predictions is not None and base is not None else None
+        now = predictions.of(base, hurry=False) if predictions is not None and base is not None else None
         found: list[tuple[Technique, Value, int]] = []
         for name in names:
             technique = techniques.registry()[name]
@@ -116,7 +116,7 @@ class Control:
             config = base.with_({name: value}) if value is not None else None
             if config is None or predictions is None or self.problem(config) is not None:
                 continue
-            then = predictions.of(config)
+            then = predictions.of(config, hurry=False)
             if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
                 found.append((technique, value, now.peak_bytes - then.peak_bytes))
         return max(found, key=lambda one: one[2], default=None)

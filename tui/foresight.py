@@ -21,7 +21,7 @@ REMEMBERED = 24
 
 
 class Background:
-    """Predicts in a process of its own, what was asked for last first.
+    """Predicts in a process of its own, what somebody waits for first.
 
     Args:
         source: Whose device it is for.
@@ -36,14 +36,14 @@ class Background:
         self._source = source
         self._gpu = gpu(wanted) if wanted else None
         self._predictor: Predictor | None = None
-        self._asked: dict[str, RunConfig] = {}
+        self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self.gpu_name = ""
 
     def answers(self) -> int:
         """How many have been worked out."""
         return self._predictor.answers() if self._predictor is not None else 0
 
-    def of(self, config: RunConfig) -> Prediction | None:
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         """What is known; a wish if nothing is."""
         environment = self._source.environment()
         if environment is None:
@@ -58,11 +58,13 @@ class Background:
             if isinstance(answer, UserError):
                 return None
             return Prediction(answer.peak_bytes, answer.fits, answer.document)
-        if key not in self._asked:
-            self._asked[key] = config
+        if key not in self._asked or hurry > self._asked[key][1]:
+            self._asked.pop(key, None)
+            self._asked[key] = config, hurry
             for old in list(self._asked)[:-REMEMBERED]:
                 del self._asked[old]
-            self._predictor.want(list(self._asked.values()))
+            some, others = ([c for c, hurried in self._asked.values() if hurried is wanted] for wanted in (True, False))
+            self._predictor.want(some, others)
         return None
 
     def of_run(self, config: RunConfig) -> Prediction | str:

@@ -30,8 +30,13 @@ class Predictions(Protocol):
 
     gpu_name: str
 
-    def of(self, config: RunConfig) -> Prediction | None:
-        """What is known of a configuration; returns at once, None while it is being worked out."""
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
+        """What is known of a configuration; returns at once, None while it is being worked out.
+
+        Args:
+            config: Which.
+            hurry: Whether somebody waits for it.
+        """
         ...
 
     def of_run(self, config: RunConfig) -> Prediction | str:

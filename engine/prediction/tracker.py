@@ -18,7 +18,7 @@ import torch
 from ..events import EVENT
 from ..sources.op_tracker import OpTracker
 from .caching_allocator import rounded_bytes
-from .op_cache import OpCache
+from .op_cache import op_cache
 from .script import Source
 
 DEVICE = torch.device("cpu", 0)
@@ -54,7 +54,7 @@ class FakeCuda(OpTracker):
         self._sizes: dict[int, int] = {}
         self._kernels = kernels
         self._in_library = False
-        self._cache = OpCache()
+        self._cache = op_cache()
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
