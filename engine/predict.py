@@ -16,6 +16,7 @@ import gc
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -129,8 +130,12 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
     )
 
 
-def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
+def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Prediction]) -> dict[str, int]:
     """The largest batch size and the largest sequence length that fit, everything else being equal.
+
+    Args:
+        prediction: Of the run as it is.
+        predicted: Predicts other ones on the same GPU.
 
     Returns:
         `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
@@ -141,7 +146,7 @@ def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
         def bound_at(value: int) -> int:
             if value == config[name]:
                 return prediction.safe_bound_bytes
-            return predict(config.with_({name: value}), gpu).safe_bound_bytes
+            return predicted(config.with_({name: value})).safe_bound_bytes
 
         found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
         return found if found >= smallest else 0
