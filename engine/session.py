@@ -151,6 +151,8 @@ class Session(Published):
         from . import device
 
         self._device = device.select(self._wanted)
+        if self._device.type == "cpu":
+            device.leave_a_core()
         self._feed.environment = environment = device.environment(self._device)
         nvml = device.Nvml(self._device) if self._device.type == "cuda" else None
         self._meter = Meter(nvml, environment.device_total_bytes)
