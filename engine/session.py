@@ -209,6 +209,7 @@ class Session(Published):
         try:
             # Outside the recording: importing libraries makes tensors that stay.
             plan = prepare(config, self._device)
+            gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
             with recording_ops:
                 self._train(config, plan, tracer)
             tracer.settle()
@@ -239,6 +240,7 @@ class Session(Published):
 
         drop_library_caches()
         gc.collect()
+        gc.unfreeze()
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()

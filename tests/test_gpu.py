@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import replace
+from itertools import groupby
 from typing import Any
 
 import numpy as np
@@ -298,7 +299,8 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         assert trace.micro_batches == 2
     sums = iter(np.concatenate([Ledger(trace).total for trace in traces[:5]]).tolist())
     assert len(counted) > 5 * 2 * 500
-    assert all(number in sums for number in counted)  # each is looked for behind the one before
+    # Where nothing happened in between, the counter is read twice; else each is looked for behind the one before.
+    assert all(number in sums for number, _ in groupby(counted))
     adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     last = Ledger(traces[4]).after(Phase.OPTIMIZER)
     assert last is not None

@@ -1,13 +1,13 @@
 """What an attached app costs the training: step times with it at 10 Hz over step times without.
 
-    python -m tests.benchmarks.attached [--profile tiny] [--rounds 6] [--steps 30]
+    python -m tests.benchmarks.attached [--profile tiny] [--pairs 20] [--set KEY=VALUE]
 
-One engine trains all the while; the app is attached and detached in turn, in a
-terminal that is drawn on. Each stretch of steps with it is set against the mean
-of the stretches without before and after, so that a machine that gets slower or
+One engine trains all the while. The app is attached in a terminal that is drawn
+on; once it has come up it is stopped and let go on in turn, every few seconds
+(a stopped viewer asks for nothing), so that a machine that gets slower or
 faster weighs on both sides alike. Speed with the app over speed without: 1.00
-means that it costs nothing. A stretch while the app comes up (it loads the
-libraries that predict) counts for itself.
+means that it costs nothing. Its coming up, in which the libraries that predict
+are loaded in a process of their own, is set against the steps before it.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import os
 import shutil
+import signal
 import statistics
 import sys
 import tempfile
@@ -23,7 +24,8 @@ import time
 from pathlib import Path
 
 from gpumem_tui.engine import techniques, whereabouts
-from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import End
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
@@ -31,32 +33,49 @@ from gpumem_tui.tui.commands.app import LOCAL_HZ
 
 from ..terminal import Terminal, until
 
-SKIPPED = 2
-"""Steps at the beginning of a stretch that are not counted: they had begun before."""
+WINDOW_S = 2.0
+MARGIN_S = 0.4
+"""At the beginning of a window nothing is counted: the engine's clock is known to a tenth of a second."""
 
 COMING_UP_S = 20.0
-STRETCHES = 3
-"""With the app, in a round."""
 
 
-def stretch(viewer: Remote, steps: int) -> float:
-    """Seconds of the median step among the next so many."""
-    begin = told(viewer)[-1].index if told(viewer) else -1
-    until(lambda: sum(m.index > begin for m in told(viewer)) >= steps + SKIPPED, seconds=600)
-    seconds = [m.data["seconds"] for m in told(viewer) if m.index > begin][SKIPPED : SKIPPED + steps]
-    return statistics.median(seconds)
+class Engine:
+    """An engine that trains without end, seen by a viewer that seldom asks."""
 
+    def __init__(self, config: RunConfig) -> None:
+        self.viewer = Remote(launch=Launcher(), ask_every_s=0.5)
+        self.viewer.start(config)
+        self._offsets_s: list[float] = []
 
-def told(viewer: Remote) -> list:  # type: ignore[type-arg]
-    return [m for m in viewer.milestones(0) if m.kind is Kind.STEP_ENDED]
+    def steps(self) -> list[Milestone]:
+        """All that were told of so far."""
+        gauge = self.viewer.gauge()
+        if gauge is not None:
+            self._offsets_s.append(time.monotonic() - gauge.time_s)
+        return [m for m in self.viewer.milestones(0) if m.kind is Kind.STEP_ENDED]
+
+    def during(self, window: tuple[float, float]) -> list[float]:
+        """Seconds of the steps that lie within a window of the monotonic clock."""
+        begin_s, end_s = (at - min(self._offsets_s) for at in window)
+        return [
+            m.data["seconds"] for m in self.steps() if begin_s <= m.time_s - m.data["seconds"] and m.time_s <= end_s
+        ]
+
+    def wait(self, seconds: float) -> tuple[float, float]:
+        """Let it train; returns the window without its margin."""
+        begin = time.monotonic()
+        while time.monotonic() < begin + seconds:
+            self.steps()
+            threading.Event().wait(0.1)
+        return begin + MARGIN_S, time.monotonic()
 
 
 def main() -> int:
     """Print the ratio; 0 if it is at least 0.99."""
     flags = argparse.ArgumentParser(description=__doc__)
     flags.add_argument("--profile", default="tiny")
-    flags.add_argument("--rounds", type=int, default=6)
-    flags.add_argument("--steps", type=int, default=30)
+    flags.add_argument("--pairs", type=int, default=20)
     flags.add_argument("--set", action="append", default=[], help="key=value")
     chosen = flags.parse_args()
     home = Path(tempfile.mkdtemp(prefix="g-"))
@@ -64,49 +83,40 @@ def main() -> int:
     environment = {"XDG_RUNTIME_DIR": str(home / "run")}
     os.environ |= environment
     typed = dict(item.split("=", 1) for item in chosen.set)
-    config = techniques.configure({"model": chosen.profile}, techniques.parse(typed, "--set"))
-    # It learns of the steps afterwards: milestones keep, so it need not ask while they are measured.
-    viewer = Remote(launch=Launcher(), ask_every_s=2.0)
-    viewer.start(config)
-    alone: list[float] = []
-    settled: list[float] = []
-    coming_up: list[float] = []
-    ratios: list[float] = []
+    engine = Engine(techniques.configure({"model": chosen.profile}, techniques.parse(typed, "--set")))
+    pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
     try:
-        until(lambda: len(told(viewer)) > 10, lambda: viewer.milestones(0), seconds=600)
-        alone.append(stretch(viewer, chosen.steps))
-        for _ in range(chosen.rounds):
-            attached_s = time.monotonic()
-            app = Terminal("attach", "--hz", f"{LOCAL_HZ:g}", environment=environment, folder=home)
-            app.sees("read-only")
-            coming_up.append(stretch(viewer, chosen.steps))
-            threading.Event().wait(max(0.0, attached_s + COMING_UP_S - time.monotonic()))
+        until(lambda: len(engine.steps()) > 10, lambda: engine.viewer.milestones(0), seconds=600)
+        before = engine.wait(COMING_UP_S / 2)
+        app = Terminal("attach", "--hz", f"{LOCAL_HZ:g}", environment=environment, folder=home)
+        coming_up = engine.wait(COMING_UP_S)
+        app.sees("read-only")
+        for _ in range(chosen.pairs):
             drawn = len(app.output)
-            with_it = [stretch(viewer, chosen.steps) for _ in range(STRETCHES)]
+            with_it = engine.wait(WINDOW_S)
             assert len(app.output) > drawn
-            app.press("q")
-            app.wait()
-            app.close()
-            alone.append(stretch(viewer, chosen.steps))
-            settled += with_it
-            ratios += [(alone[-2] + alone[-1]) / 2 / seconds for seconds in with_it]
+            app.process.send_signal(signal.SIGSTOP)
+            pairs.append((with_it, engine.wait(WINDOW_S)))
+            app.process.send_signal(signal.SIGCONT)
+        app.press("q")
+        app.wait()
+        app.close()
         status = peek(whereabouts.engines()[0])
         where = status.device if status else "?"
+        engine.wait(1.0)
     finally:
-        viewer.command(End())
-        viewer.wait_ended(60)
-        viewer.close()
+        engine.viewer.command(End())
+        engine.viewer.wait_ended(60)
+        engine.viewer.close()
         shutil.rmtree(home, ignore_errors=True)
-    ratio = statistics.median(ratios)
-    without, starting = statistics.median(alone), statistics.median(coming_up)
-    print(f"{chosen.profile} {' '.join(chosen.set)} on {where}: step {without * 1e3:.1f} ms alone,")
-    print(
-        f"{statistics.median(settled) * 1e3:.1f} ms with the app at {LOCAL_HZ:g} Hz, {starting * 1e3:.1f} ms coming up;"
-    )
-    print(
-        f"speed with over without: {ratio:.3f} (median of {len(ratios)} stretches), {without / starting:.3f} coming up"
-    )
-    print("stretches: " + " ".join(f"{r:.3f}" for r in sorted(ratios)))
+    watched, alone = ([statistics.fmean(engine.during(pair[side])) for pair in pairs] for side in (0, 1))
+    ratios = [a / b for a, b in zip(alone, watched, strict=True)]
+    ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
+    started = statistics.fmean(engine.during(before)) / statistics.fmean(engine.during(coming_up))
+    print(f"{chosen.profile} {' '.join(chosen.set)} on {where}: step {statistics.fmean(alone) * 1e3:.1f} ms alone,")
+    print(f"{statistics.fmean(watched) * 1e3:.1f} ms with the app at {LOCAL_HZ:g} Hz")
+    print(f"speed with over without: {ratio:.3f} +- {error:.3f} ({len(ratios)} pairs of windows of {WINDOW_S:g} s)")
+    print(f"while the app comes up, for {COMING_UP_S:g} s: {started:.3f}")
     return int(ratio < 0.99)
 
 
