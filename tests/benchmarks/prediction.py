@@ -140,6 +140,11 @@ def compare(config: RunConfig, predicted: Answer, steps: list[dict[str, Any]], f
     }
 
 
+def heading() -> str:
+    """Of the columns that `show` fills."""
+    return f"{'GiB':<92}{'predicted':>10}{'measured':>10}{'error %':>9}{'reserved %':>11}{'bound %':>9}{'s':>7}"
+
+
 def show(row: dict[str, Any]) -> str:
     """One line for people."""
     name = f"{'*' if row['held_out'] else ' '} {row['config']}"
@@ -163,7 +168,7 @@ def main() -> None:
     matrix = configs()
     predictor.want([config for config, _ in matrix])
     rows = []
-    print(f"{'GiB':<92}{'predicted':>10}{'measured':>10}{'error %':>9}{'reserved %':>11}{'bound %':>9}{'s':>7}")
+    print(heading())
     try:
         for config, held_out in matrix:
             steps, failure = measure(session, config)
@@ -176,10 +181,12 @@ def main() -> None:
         predictor.close()
         session.close()
     for title, chosen in (("all", rows), ("held out (*)", [row for row in rows if row["held_out"]])):
-        _summary(title, [row for row in chosen if "error_percent" in row])
+        summary(title, chosen)
 
 
-def _summary(title: str, rows: list[dict[str, Any]]) -> None:
+def summary(title: str, rows: list[dict[str, Any]]) -> None:
+    """One line over all that could be compared."""
+    rows = [row for row in rows if "error_percent" in row]
     if not rows:
         return
     errors = [abs(row["error_percent"]) for row in rows]
