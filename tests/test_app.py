@@ -47,12 +47,17 @@ def test_the_app_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-async def test_on_start_is_called_after_the_first_frame() -> None:
-    started: list[str] = []
-    app = GpumemApp(FakeSource(), refresh_hz=0, on_start=lambda: started.append(app.canvas.lines[0]))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.pause()
-        assert started
+async def test_the_palette_closes_where_it_has_no_room() -> None:
+    async with shown(trained()) as driver:
+        driver.app.open_palette()
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 2
+        await driver.pilot.resize_terminal(4, 58)
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 1
+        driver.app.open_palette()
+        await driver.tick()
+        assert len(driver.app.screen_stack) == 1
 
 
 async def test_before_anything_is_known() -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -171,6 +172,7 @@ def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), 
             predictions=predictions, tour=tour,
         )  # fmt: skip
         app.state.finished, app.state.origin = list(beside), origin
+        gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
         app.run(mouse=bool(settings["mouse"]))
     return app
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from rich.segment import Segment
-from rich.style import Style
 from textual.geometry import Region
 from textual.strip import Strip
 from textual.widget import Widget
@@ -33,7 +32,7 @@ class Canvas(Widget):
         super().__init__()
         self._redraw = redraw
         self._strips: list[Strip] = []
-        self._spans: list[list[tuple[str, Style]]] = []
+        self._rows: Sequence[Row] = ()
 
     def on_resize(self) -> None:
         """Rows are made for a size: ask for new ones."""
@@ -46,14 +45,16 @@ class Canvas(Widget):
             How many rows have to be sent.
         """
         width, height = self.size
-        before, spans = self._strips, [row.spans for row in rows[:height]]
+        before, rows_before, rows = self._strips, self._rows, rows[:height]
         same_width = len(before) == height and before[0].cell_length == width
-        # Most rows say what they said before: they keep their strip.
+        # Most rows say what they said before, many are the very same: they keep their strip.
         strips = [
-            before[y] if same_width and y < len(self._spans) and row.spans == self._spans[y] else row.strip(width)
-            for y, row in enumerate(rows[:height])
+            before[y]
+            if same_width and y < len(rows_before) and (row is rows_before[y] or row.spans == rows_before[y].spans)
+            else row.strip(width)
+            for y, row in enumerate(rows)
         ]
-        self._spans = spans
+        self._rows = rows
         strips += [Strip([Segment(" " * width, PLAIN)], width)] * (height - len(strips))
         self._strips = strips
         if not same_width:
