@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from textual.strip import Strip
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
@@ -29,7 +28,6 @@ from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
 from gpumem_tui.tui.units import IN_GIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
-from gpumem_tui.tui.widgets.canvas import changed_until
 from gpumem_tui.tui.writer import writing
 
 from .app_driver import GPU_UNIT, SIZES, shown, trained
@@ -762,18 +760,6 @@ def test_bars_have_their_width_and_share(ascii: bool) -> None:
     assert row.width == 8
     assert [len(text) for text, _ in row.spans] == [2, 4, 2]
     assert stacked([Part("P", 1, palette.plain)], 10**9, 8, palette).text[0] == "P"
-
-
-def test_changed_until_finds_the_last_cell_that_differs() -> None:
-    palette = Palette()
-
-    def strip(a: str, b: str = "") -> Strip:
-        return Row().add(a, palette.bold).add(b, palette.dim).strip(20)
-
-    assert changed_until(strip("same", "too"), strip("same", "too")) == 0
-    assert changed_until(strip("same", "too"), strip("sane", "too")) == 3
-    assert changed_until(strip("same", "too"), strip("same", "two")) == 6
-    assert changed_until(strip("same", "too"), strip("same", "toon")) == 8
 
 
 def test_explanations_say_what_is_in_the_ledger() -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .benchmarks.terminal import RECORDING, TUI, Terminal
+from .vt import Screen
 
 COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
 
@@ -61,3 +62,33 @@ def test_nothing_is_written_when_nothing_changes_and_q_ends_it() -> None:
         terminal.press("q")
         terminal.read_for(30, until=b"\x1b[?1049l")
         assert terminal.process.wait(30) == 0
+
+
+def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows drawn by the compositor and cells sent past it, over each other, on a real terminal."""
+    monkeypatch.chdir(tmp_path)
+    with opened("--hz", "20") as terminal:
+        screen = Screen(80, 24)
+        screen.feed(terminal.tail.decode())
+        for key, expected in (
+            ("2", b"largest now"),
+            ("p", b""),
+            ("+", b" % of it"),
+            ("3", b"all at once"),
+            ("\x1b[B", b""),
+            (":", b"Search"),
+            ("\x1b", b"all at once"),
+            ("v", b"theme dark"),
+            ("?", b"keys on"),
+            ("?", b""),
+            ("4", b"if changed"),
+            ("i", b"saved"),
+        ):
+            terminal.press(key)
+            assert not expected or terminal.read_for(30, until=expected) is not None, (key, terminal.tail)
+            terminal.read_for(0.3)
+            screen.feed(terminal.tail.decode())
+        (saved,) = tmp_path.glob("gpumem-techniques-*.txt")
+        said = saved.read_text().splitlines()
+        assert said[3:20] == screen.lines[3:20]
+        assert len({line for line in said if line}) > 15

@@ -29,7 +29,7 @@ from .settings import NAMED, Settings, config_path, state_path
 from .stopped import outlive_sigstop
 from .themes import THEMES
 from .widgets.canvas import Canvas
-from .writer import writing
+from .writer import send, writing
 
 QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
 
@@ -80,7 +80,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.board = Board(source, self.settings, self._palette(), save_dir, predictions)
         self.state, self.control = self.board.state, self.board.control
         self.control.on_command = self._unfreeze
-        self.canvas = Canvas(self.draw)
+        self.canvas = Canvas(self.draw, partial(send, self))
         self.ended = False
         self._wants_tour = tour
         self._ticks: list[float] = []

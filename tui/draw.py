@@ -98,16 +98,16 @@ def _join(joined: list[tuple[str, Style]], text: str, style: Style) -> None:
     """Add a span, to the one before if the terminal would show the same."""
     if joined:
         before, other = joined[-1]
-        if style is other or style == other or (text.isspace() and _hollow(style) and _hollow(other)):
+        if style is other or style == other or (text.isspace() and hollow(style) and hollow(other)):
             joined[-1] = (before + text, other)
             return
-        if before.isspace() and _hollow(other) and _hollow(style):
+        if before.isspace() and hollow(other) and hollow(style):
             joined[-1] = (before + text, style)
             return
     joined.append((text, style))
 
 
-def _hollow(style: Style) -> bool:
+def hollow(style: Style) -> bool:
     """Whether a blank looks the same in it as in any other such style."""
     return style.bgcolor is None and not style.reverse and not style.underline
 
