@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from .benchmarks.terminal import RECORDING, TUI, Terminal
+from .terminal import Terminal as Program
 from .vt import Screen
 
 COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
@@ -92,3 +93,16 @@ def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypat
         said = saved.read_text().splitlines()
         assert said[3:20] == screen.lines[3:20]
         assert len({line for line in said if line}) > 15
+
+
+def test_ctrl_c_ends_a_run_without_the_app_in_order(tmp_path: Path) -> None:
+    terminal = Program(
+        "run", "--profile", "tiny", "--device", "cpu", "--steps", "100000", environment={}, folder=tmp_path
+    )
+    try:
+        terminal.sees("step 2")
+        terminal.press("\x03")
+        assert terminal.wait() == 130, terminal.output[-500:]
+        assert b"terminate called" not in terminal.output
+    finally:
+        terminal.close()
