@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -93,6 +94,17 @@ def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypat
         said = saved.read_text().splitlines()
         assert said[3:20] == screen.lines[3:20]
         assert len({line for line in said if line}) > 15
+
+
+def test_the_screen_is_on_the_terminal_though_errors_go_to_a_file(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    command = shlex.join([*TUI, "open", str(RECORDING)])
+    terminal = Terminal(["sh", "-c", f"exec {command} 2> {errors}"], (80, 24))
+    try:
+        assert terminal.read_for(30, until=b"parameters") is not None, terminal.tail
+    finally:
+        terminal.close()
+    assert errors.read_bytes() == b""
 
 
 def test_ctrl_c_ends_a_run_without_the_app_in_order(tmp_path: Path) -> None:
