@@ -40,6 +40,17 @@ def select(wanted: str) -> torch.device:
     return torch.device("cuda", int(index or 0))
 
 
+def leave_a_core() -> None:
+    """Have the calling thread compute on all of this machine's cores but one, unless OMP_NUM_THREADS says otherwise.
+
+    An operator waits for the slowest of its threads. Were there one on every
+    core, each short wait for a core that draws the screen would hold up all.
+    """
+    if "OMP_NUM_THREADS" not in os.environ:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+        torch.set_num_threads(max(1, min(torch.get_num_threads(), cores - 1)))
+
+
 def memory_total_bytes(device: torch.device) -> int:
     """Capacity: the CUDA runtime's figure, or the machine's RAM."""
     if device.type == "cuda":

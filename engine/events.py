@@ -312,7 +312,7 @@ class Milestone:
 
 
 MILESTONE_DATA: dict[Kind, str] = {
-    Kind.RUN_STARTED: "config: dict (RunConfig.as_dict)",
+    Kind.RUN_STARTED: "config: dict (RunConfig.as_dict); watched: true if the loop is somebody's own",
     Kind.LOADED: "parameters, trainable_parameters, allocated_bytes, seconds",
     Kind.STEP_ENDED: "step, loss, seconds, tokens, allocated_bytes, peak_bytes, reserved_bytes, traced, trace_seconds",
     Kind.RECOMPUTED: "step, micro_batch, layers, bytes, ms, early_stop",

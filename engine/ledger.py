@@ -186,6 +186,15 @@ class Ledger:
             self.trace.step, event, int(self.total[event + 1]), phase, micro_batch, module, self.at(event)
         )  # fmt: skip
 
+    @cached_property
+    def highest_by_phase(self) -> dict[Phase, int]:
+        """The most allocated while each phase went on, in the order they began."""
+        highest: dict[Phase, int] = {}
+        for span in self.trace.phases:
+            most = int(self.total[span.begin : span.end + 1].max(initial=0))
+            highest[span.phase] = max(highest.get(span.phase, 0), most)
+        return highest
+
     def where(self, event: int) -> tuple[Phase, int, str]:
         """Phase, micro-batch and module at work when an event happened."""
         phase, micro_batch = Phase.IDLE, 0
@@ -243,10 +252,11 @@ class Ledger:
         }
 
     def by_name(self, event: int, category: Category) -> dict[str, int]:
-        """Bytes of one category after an event by owner or module, largest first."""
-        blocks = self.alive(event)
-        blocks = blocks[blocks["category"] == category]
-        sums = np.bincount(blocks["name"], weights=blocks["bytes"], minlength=len(self.trace.names))
+        """Bytes of one category after an event by owner or module, largest first; slack by whose block it follows."""
+        blocks, column = self.alive(event), "slack"
+        if category is not Category.SLACK:
+            blocks, column = blocks[blocks["category"] == category], "bytes"
+        sums = np.bincount(blocks["name"], weights=blocks[column], minlength=len(self.trace.names))
         order = np.argsort(-sums, kind="stable")
         return {self.trace.names[i]: int(sums[i]) for i in order if sums[i]}
 

@@ -1,9 +1,10 @@
 """Know before you run: the very same loop over fake tensors, on a modelled GPU.
 
-    plan        the run's, on the device `cpu:0`
+    plan        the run's, on the device `cpu:0`; of equal layers only a few (`shortened`)
     recorder    FakeCuda: what operators return, and what CUDA's kernels take beside it
-    allocator   CachingAllocator: blocks, slack and segments
     build, train, Tracer, hooks, Ledger: those of a measured run
+    script      what they ask the allocator for; with all layers again (`stretch`)
+    allocator   CachingAllocator: blocks, slack and segments (`play`)
 
 Nothing is computed and nothing is read but the model's configuration.
 """
@@ -15,29 +16,36 @@ import gc
 import os
 import time
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from . import techniques
 from .config import RunConfig, UserError, Value
 from .device import installed_packages
 from .events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
+from .ledger import strip_wrappers
 from .prediction.caching_allocator import CachingAllocator
 from .prediction.cuda_kernels import kernels, take_workspaces
 from .prediction.fake_cuda import cuda_paths
 from .prediction.gpus import Gpu
+from .prediction.layers import Layers, shortened
+from .prediction.op_cache import op_cache
 from .prediction.outcome import Prediction, safe_bound_bytes
+from .prediction.playback import Played, play
+from .prediction.script import Script
 from .prediction.search import largest
 from .prediction.steady_state import repeat
+from .prediction.stretching import stretch
 from .prediction.tracker import DEVICE, FakeCuda
+from .prediction.walks import UnlikeError
 from .report import Report
 from .sources import owners
 from .sources.tracer import Tracer
 from .train import StepResult, train
-from .workload import Plan, build, prepare
+from .workload import Plan, build, numel, prepare
 
 STEPS = 2
 """Enough for the steady state: the second step runs beside what the first has left."""
@@ -57,6 +65,7 @@ class Rehearsal:
         managed_bytes: Of paged optimizers.
         reserved_bytes: The most the allocator held.
         max_positions: Tokens in a row that the model was made for; 0: not said.
+        traced_layers: How many layers were traced to know of all; None: each.
     """
 
     traces: list[StepTrace]
@@ -68,6 +77,7 @@ class Rehearsal:
     managed_bytes: int
     reserved_bytes: int
     max_positions: int
+    traced_layers: int | None
 
 
 def gpu_here() -> Gpu | None:
@@ -120,8 +130,12 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
     )
 
 
-def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
+def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Prediction]) -> dict[str, int]:
     """The largest batch size and the largest sequence length that fit, everything else being equal.
+
+    Args:
+        prediction: Of the run as it is.
+        predicted: Predicts other ones on the same GPU.
 
     Returns:
         `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
@@ -132,7 +146,7 @@ def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
         def bound_at(value: int) -> int:
             if value == config[name]:
                 return prediction.safe_bound_bytes
-            return predict(config.with_({name: value}), gpu).safe_bound_bytes
+            return predicted(config.with_({name: value})).safe_bound_bytes
 
         found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
         return found if found >= smallest else 0
@@ -143,63 +157,143 @@ def largest_that_fit(prediction: Prediction, gpu: Gpu) -> dict[str, int]:
     }
 
 
-def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Rehearsal:
+def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool = False) -> Rehearsal:
     """Load and train over fake tensors.
+
+    Args:
+        config: The run.
+        gpu: Where it would run.
+        steps: How many to go through, from 2 on.
+        every_layer: Trace each layer, also those that are alike. The result is
+            the same and takes longer.
 
     Raises:
         UserError: What a run would refuse as well, or an operator of the model
             has no shape without data.
     """
-    traces: list[StepTrace] = []
-    results: list[StepResult] = []
-    recomputes: list[Recompute] = []
     config = dataclasses.replace(config, steps=steps)
-    gc.freeze()  # so that collecting afterwards looks at what was made here only
     plan = prepare(config, DEVICE, shapes_only=True)
-    recorder = FakeCuda(CachingAllocator(expandable=_expandable_segments()), kernels(gpu))
-    # No step is described: another mode on top would change what the model of CUDA sees of references.
-    tracer = Tracer(
-        recorder, lambda t: None if t.partial else traces.append(t), recomputes.append, float("inf"), described=0
-    )
+    short, layers = (plan, None) if every_layer else shortened(plan)
+    gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
-        with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
-            recorder.workspaces = take_workspaces(gpu, recorder)
-            workspace = recorder.allocated_bytes()
-            facts = _run(config, plan, tracer, traces, results)
+        return _Rehearsing(config, gpu, short, layers).run()
+    except UnlikeError:
+        return _Rehearsing(config, gpu, plan, None).run()
     except UserError:
         raise
     except Exception as error:  # whatever a library says to this model and these settings
         raise UserError(f"{config.model}: this cannot be predicted: {_one_line(error)}") from error
     finally:
-        tracer.release()
         gc.collect()
         gc.unfreeze()
-    reserved = recorder.allocator.peak_reserved_bytes
-    positions = int(getattr(plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
-    return Rehearsal(traces, results, recomputes, *facts[:2], workspace, facts[2], reserved, positions)
 
 
-def _run(
-    config: RunConfig, plan: Plan, tracer: Tracer, traces: list[StepTrace], results: list[StepResult]
-) -> tuple[int, int, int]:
-    with tracer.step(0, 1, True, tuple):
-        with tracer.phase(Phase.LOAD):
-            workload = build(plan)
-        tracer.adopt(workload.model, workload.optimizer)
-    recorder = tracer.recorder
-    assert isinstance(recorder, FakeCuda)
+class _Rehearsing:
+    """One pass of the loop.
 
-    def on_step(result: StepResult) -> None:
-        results.append(result)
-        if result.step == config.steps:  # while the loop still holds what it holds between steps
-            recorder.close()
-            tracer.settle()
-            repeat(recorder.allocator, *traces[-2:])
+    Args:
+        config: With the number of steps to go through.
+        gpu: Where it would run.
+        plan: What to build; of fewer layers, if some stand for others.
+        layers: Which those are.
+    """
 
-    with tracer.attached(), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
-        train(config, workload, tracer, lambda _: True, lambda: None, on_step)
-    return workload.parameters, workload.trainable_parameters, owners.paged_bytes(workload.optimizer)
+    def __init__(self, config: RunConfig, gpu: Gpu, plan: Plan, layers: Layers | None) -> None:
+        self.config, self.gpu, self.plan, self.layers = config, gpu, plan, layers
+        self.traces: list[StepTrace] = []
+        self.steps: list[StepResult] = []
+        self.recomputes: list[Recompute] = []
+
+    def run(self) -> Rehearsal:
+        """Rehearse, and give every block its place."""
+        recorder = FakeCuda(kernels(self.gpu))
+        # No step is described: another mode on top would change what the model of CUDA sees of references.
+        tracer = Tracer(recorder, self._keep, self.recomputes.append, float("inf"), described=-1)
+        try:
+            with (
+                cuda_paths(self.gpu, recorder, self._times),
+                op_cache().mode,
+                recorder,
+            ):
+                recorder.workspaces = take_workspaces(self.gpu, recorder)
+                workspace = recorder.allocated_bytes()
+                counts = self._train(tracer, recorder)
+        finally:
+            tracer.release()
+        script = Script(
+            recorder.rows(),
+            list(zip(recorder.starts, self.traces, strict=True)),
+            self.recomputes,
+            recorder.sources,
+        )
+        if self.layers is not None:
+            script = stretch(script, self.layers)
+        allocator = CachingAllocator(expandable=_expandable_segments())
+        played = play(script, allocator)
+        repeat(allocator, *played.traces[-2:])
+        positions = int(getattr(self.plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
+        return Rehearsal(
+            traces=played.traces,
+            steps=[_counted(step, n, script, played) for n, step in enumerate(self.steps, 1)],
+            recomputes=played.recomputes,
+            parameters=counts[0],
+            trainable_parameters=counts[1],
+            workspace_bytes=workspace,
+            managed_bytes=counts[2],
+            reserved_bytes=allocator.peak_reserved_bytes,
+            max_positions=positions,
+            traced_layers=self.layers.traced if self.layers else None,
+        )
+
+    def _keep(self, trace: StepTrace) -> None:
+        if not trace.partial:
+            self.traces.append(trace)
+
+    def _times(self, name: str) -> int:
+        """How many parameters the named one stands for."""
+        return self.layers.times(strip_wrappers(name)) if self.layers else 1
+
+    def _train(self, tracer: Tracer, recorder: FakeCuda) -> tuple[int, int, int]:
+        """Returns the parameters, those trained, and the bytes in managed memory."""
+        with tracer.step(0, 1, True, tuple):
+            with tracer.phase(Phase.LOAD):
+                workload = build(self.plan, tracer.loader(self.plan.shell))
+            tracer.adopt(workload.model, workload.optimizer)
+
+        def on_step(result: StepResult) -> None:
+            self.steps.append(result)
+            if result.step == self.config.steps:  # while the loop still holds what it holds between steps
+                recorder.close()
+                tracer.settle()
+
+        with tracer.attached(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
+            train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
+        names = {parameter: name for name, parameter in workload.model.named_parameters()}
+        sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]
+        managed = sum(
+            self._times(names[parameter]) * owners.paged_bytes([state])
+            for parameter, state in workload.optimizer.state.items()
+        )
+        return (
+            sum(times * size for times, size, _ in sizes),
+            sum(times * size for times, size, trained in sizes if trained),
+            managed,
+        )
+
+
+def _counted(step: StepResult, nth: int, script: Script, played: Played) -> StepResult:
+    """A step's result with the allocator's counters."""
+    start, trace = script.traces[nth]
+    row = start + max(span.end for span in trace.phases if span.phase is Phase.OPTIMIZER) - 1
+    counted = played.traces[nth].counted
+    assert counted is not None and counted.peak_bytes is not None
+    return dataclasses.replace(
+        step,
+        allocated_bytes=int(played.allocated[row]),
+        peak_bytes=counted.peak_bytes,
+        reserved_bytes=int(played.reserved[row]),
+    )
 
 
 def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
@@ -270,13 +364,14 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     """Bytes loaded, and the peak of a forward pass over one batch without gradients."""
     plan = prepare(config, DEVICE, shapes_only=True)
     plan.recipe.transforms.clear()  # what prepares for training
-    recorder = FakeCuda(CachingAllocator(), kernels(gpu))
-    with cuda_paths(gpu, recorder), FakeTensorMode(allow_non_fake_inputs=True), recorder:
+    recorder = FakeCuda(kernels(gpu))
+    with cuda_paths(gpu, recorder), op_cache().mode, recorder:
         recorder.workspaces = take_workspaces(gpu, recorder)
-        taken = recorder.allocated_bytes()
+        before = len(recorder.rows())
         model = build(plan).model.eval()
-        loaded = recorder.allocated_bytes() - taken
-        recorder.reset_peak()
+        loaded = len(recorder.rows())
         with torch.no_grad():
             model(input_ids=plan.batches.next()["input_ids"])
-        return loaded, recorder.peak_bytes()
+        recorder.close()
+    allocated = play(Script(recorder.rows(), [], [], []), CachingAllocator()).allocated
+    return int(allocated[loaded - 1] - allocated[before - 1]), int(allocated[loaded - 1 :].max())

@@ -17,15 +17,23 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from .config import RunConfig, UserError
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction
 
+TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "steps")
+"""Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
+
 NICENESS = 19
 """The process gives way to whatever trains."""
+
+UNHURRIED_SHARE = 0.1
+"""Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
 
 Answer = Prediction | UserError
 
@@ -40,16 +48,22 @@ class Predictor:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu = gpu
         self._known: dict[str, Answer] = {}
-        self._wanted: list[RunConfig] = []
+        self._wanted: list[tuple[RunConfig, bool]] = []
         self._changed = threading.Condition()
         self._closed = False
         self._process: subprocess.Popen[str] | None = None
         self._thread: threading.Thread | None = None
 
-    def want(self, configs: Sequence[RunConfig]) -> None:
-        """Ask for predictions, in this order; what was asked before and is not among them is dropped."""
+    def want(self, configs: Sequence[RunConfig], unhurried: Sequence[RunConfig] = ()) -> None:
+        """Ask for predictions, in this order; what was asked before and is not among them is dropped.
+
+        Args:
+            configs: What somebody waits for.
+            unhurried: What nobody waits for: while there is nothing else, the process rests most of the time.
+        """
         with self._changed:
-            self._wanted = [config for config in configs if _key(config) not in self._known]
+            wanted = [(config, True) for config in configs] + [(config, False) for config in unhurried]
+            self._wanted = [(config, hurry) for config, hurry in wanted if _key(config) not in self._known]
             if self._wanted and self._thread is None:
                 self._thread = threading.Thread(target=self._ask_forever, name="predictor", daemon=True)
                 self._thread.start()
@@ -90,12 +104,15 @@ class Predictor:
                 self._changed.wait_for(lambda: self._wanted or self._closed)
                 if self._closed:
                     return
-                config = self._wanted[0]
+                config, _ = self._wanted[0]
+            began = time.monotonic()
             answer = self._ask(config)
+            rest_s = (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1)
             with self._changed:
                 self._known[_key(config)] = answer
-                self._wanted = [other for other in self._wanted if _key(other) not in self._known]
+                self._wanted = [other for other in self._wanted if _key(other[0]) not in self._known]
                 self._changed.notify_all()
+                self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
 
     def _ask(self, config: RunConfig) -> Answer:
         process = self._started()
@@ -123,6 +140,7 @@ class Predictor:
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 text=True,
+                start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
                 # It models a GPU; the one that may be here is the training's.
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
             )
@@ -140,7 +158,7 @@ def _bury(process: subprocess.Popen[str]) -> None:
 
 def serve() -> None:
     """The process: one JSON request a line on standard input, one answer a line on standard output."""
-    os.nice(NICENESS)
+    _give_way()
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     from .predict import predict
 
@@ -150,13 +168,25 @@ def serve() -> None:
         try:
             prediction = predict(RunConfig.from_dict(request["config"]), Gpu(**card))
             fields = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
-            answer = {name: value for name, value in fields.items() if name not in ("config", "document")}
+            answer = {name: value for name, value in fields.items() if name != "config"}
+            answer["document"] = {name: prediction.document[name] for name in TOLD}
+            answer["document"]["peak"] = {k: v for k, v in prediction.document["peak"].items() if k != "largest"}
         except UserError as error:
             answer = {"error": str(error)}
         except Exception as error:  # one configuration that breaks must not end the others
             answer = {"error": f"this cannot be predicted: {type(error).__name__}: {error}"}
         answers.write(json.dumps(answer) + "\n")
         answers.flush()
+
+
+def _give_way() -> None:
+    """Run when nothing else would."""
+    os.nice(NICENESS)
+    if hasattr(os, "SCHED_IDLE"):
+        with contextlib.suppress(OSError):
+            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(NICENESS))
 
 
 def _key(config: RunConfig) -> str:

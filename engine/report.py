@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from .config import RunConfig
+from .difference import owned
 from .events import Category, Environment, Kind, Milestone, Phase, StepTrace
 from .ledger import Bytes, Ledger
 
@@ -22,6 +23,7 @@ class Report:
         self._loaded: dict[str, Any] | None = None
         self._after_first_step: dict[str, Any] | None = None
         self._peak: dict[str, Any] | None = None
+        self._by_phase: dict[Phase, int] = {}
         self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
     def add(self, trace: StepTrace) -> None:
@@ -36,6 +38,8 @@ class Report:
         after_step = ledger.after(Phase.OPTIMIZER)
         if trace.step == 1 and after_step is not None:
             self._after_first_step = composition(after_step)
+        for phase, size in ledger.highest_by_phase.items():
+            self._by_phase[phase] = max(self._by_phase.get(phase, 0), size)
         peak = ledger.peak
         if self._peak is None or peak.bytes > self._peak["allocated_bytes"]:
             by_layer = ledger.by_layer(peak.event)
@@ -45,6 +49,7 @@ class Report:
                 "micro_batch": peak.micro_batch,
                 "module": peak.module,
                 "by_layer": {name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
+                "by_owner": {c.key: kinds for c, kinds in owned(ledger, peak.event).items()},
                 "largest": [
                     {
                         "bytes": b.bytes,
@@ -80,6 +85,7 @@ class Report:
             "loaded": self._loaded,
             "after_first_step": self._after_first_step,
             "peak": self._peak,
+            "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
             "steps": [{key: m.data[key] for key in STEP_KEYS} for m in milestones if m.kind is Kind.STEP_ENDED],
             "recomputes": [dict(m.data) for m in milestones if m.kind is Kind.RECOMPUTED],
             "managed_bytes": ended.get("managed_bytes"),

@@ -151,6 +151,8 @@ class Session(Published):
         from . import device
 
         self._device = device.select(self._wanted)
+        if self._device.type == "cpu":
+            device.leave_a_core()
         self._feed.environment = environment = device.environment(self._device)
         nvml = device.Nvml(self._device) if self._device.type == "cuda" else None
         self._meter = Meter(nvml, environment.device_total_bytes)
@@ -259,7 +261,7 @@ class Session(Published):
 
         with tracer.step(0, 1, True, tuple):
             with tracer.phase(Phase.LOAD):
-                workload = build(plan)
+                workload = build(plan, tracer.loader(plan.shell))
             tracer.adopt(workload.model, workload.optimizer)
         self._loaded(workload, tracer, time.perf_counter() - began)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -39,7 +39,8 @@ class Technique:
         summary: One line: what it does to memory.
         formula: What it saves or costs, in bytes.
         source: Where it is described: paper or library documentation.
-        cost: What it costs in time, in half a sentence.
+        cost: What it costs in time, in half a sentence; where it depends on the
+            switch's value, by value.
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
         options: The switch first, then its details.
@@ -58,7 +59,7 @@ class Technique:
     source: str
     order: int
     options: tuple[Option, ...]
-    cost: str = "nothing measurable"
+    cost: str | Mapping[Value, str] = "nothing measurable"
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     conflict: Callable[[RunConfig], str | None] = _never
     unavailable: Callable[[Value, Environment], str | None] = _always
@@ -67,3 +68,7 @@ class Technique:
     def switch(self) -> Option:
         """The option that carries the technique's name."""
         return self.options[0]
+
+    def cost_of(self, value: Value) -> str:
+        """What one of the switch's values costs in time."""
+        return self.cost if isinstance(self.cost, str) else self.cost[value]

@@ -38,6 +38,7 @@ class Recipe:
         trains_all: Whether every weight is trained, and not adapters beside them.
         state_bytes: Of optimizer state per trained parameter, at the least.
         weight_bits: Of a stored weight, at the least; 0: as many as the dtype has.
+        layer_period: After how many layers what is done to them repeats.
     """
 
     dtype: torch.dtype
@@ -51,6 +52,7 @@ class Recipe:
     trains_all: bool = True
     state_bytes: int = 0
     weight_bits: int = 0
+    layer_period: int = 1
 
 
 @dataclass
@@ -88,7 +90,7 @@ class Workload:
     @property
     def parameters(self) -> int:
         """Parameters, a tied one counted once, quantized ones at their true number."""
-        return sum(_numel(p) for p in self.model.parameters())
+        return sum(numel(p) for p in self.model.parameters())
 
     @property
     def trainable_parameters(self) -> int:
@@ -131,7 +133,7 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     )
     for technique in registry().values():
         technique.apply(config, recipe)
-    shell = _shell(architecture)
+    shell = shell_of(architecture)
     if shapes_only:
         ids = labels = torch.zeros((1, 1), dtype=torch.int64).expand(config.batch_size, config.seq_len)
     else:
@@ -141,14 +143,19 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     return Plan(config, profile, architecture, shell, recipe, batches, device, shapes_only)
 
 
-def build(plan: Plan) -> Workload:
+def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Workload:
     """Load the model on the device with every technique applied.
+
+    Args:
+        plan: The run.
+        reading: Told which module's weight is read next; "": all have been.
 
     Raises:
         UserError: The model cannot be had, or a technique does not suit it.
     """
     torch.manual_seed(plan.config.seed)
-    model = _load(plan)
+    model = _load(plan, reading)
+    reading("")
     for transform in plan.recipe.transforms:
         model = transform(model)
     model.train()
@@ -179,7 +186,7 @@ def _architecture(config: RunConfig, profile: ModelProfile | None) -> Any:
         raise UserError(f"--model {config.model}: {_first_line(error)}") from None
 
 
-def _shell(hf_config: Any) -> Model:
+def shell_of(hf_config: Any) -> Model:
     """The model on the meta device: every shape, no storage."""
     from transformers import AutoModelForCausalLM
 
@@ -206,7 +213,7 @@ def _refuse_too_large(name: str, shell: Model, recipe: Recipe, device: torch.dev
         raise UserError(f"{name} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB")
 
 
-def _load(plan: Plan) -> Model:
+def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
     """Load through `from_pretrained`, real weights or random ones alike."""
     from transformers import AutoModelForCausalLM
 
@@ -226,7 +233,7 @@ def _load(plan: Plan) -> Model:
         shell, persistent = plan.shell, plan.shell.state_dict()
         generator = torch.Generator(plan.device).manual_seed(config.seed)
         weights = {
-            name: _RandomWeight(name, tuple(tensor.shape), dtype, generator)
+            name: _RandomWeight(name, tuple(tensor.shape), dtype, generator, reading)
             for name, tensor in [*shell.named_parameters(), *shell.named_buffers()]
             if name in persistent
         }
@@ -254,10 +261,18 @@ class _RandomWeight:
     included, one tensor at a time and directly on the device.
     """
 
-    def __init__(self, name: str, shape: tuple[int, ...], dtype: torch.dtype, generator: torch.Generator) -> None:
-        self.name, self.shape, self.dtype, self.generator = name, shape, dtype, generator
+    def __init__(
+        self,
+        name: str,
+        shape: tuple[int, ...],
+        dtype: torch.dtype,
+        generator: torch.Generator,
+        reading: Callable[[str], None],
+    ) -> None:
+        self.name, self.shape, self.dtype, self.generator, self.reading = name, shape, dtype, generator, reading
 
     def __getitem__(self, _index: Any) -> torch.Tensor:
+        self.reading(self.name.rpartition(".")[0])
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.generator.device)
         if len(self.shape) < 2:  # norms and biases
             return tensor.fill_(1.0 if self.name.endswith("weight") else 0.0)
@@ -325,7 +340,7 @@ def _texts(path: Path) -> Iterator[str]:
                 raise UserError(f'--data {path}:{number}: not a JSON object with a "text"') from None
 
 
-def _numel(parameter: torch.nn.Parameter) -> int:
+def numel(parameter: torch.nn.Parameter) -> int:
     """Weights in a parameter; 4-bit storage packs two into one element."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

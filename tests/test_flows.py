@@ -268,11 +268,14 @@ class Oracle:
     def answers(self) -> int:
         return int(self.ready)
 
-    def of(self, config: RunConfig) -> Prediction | None:
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         if not self.ready:
             return None
         size = 100 * MIB + config.batch_size * MIB - 50 * MIB * bool(config["lora"])
-        return Prediction(size, size < 120 * MIB)
+        return Prediction(size, size < 120 * MIB, {})
+
+    def of_run(self, config: RunConfig) -> str:
+        return ""
 
 
 async def test_predictions_stand_before_and_measurements_beside_them() -> None:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -229,6 +230,8 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
     """A `transformers.Trainer` of one's own, on a device that was in use before: every event has a name.
 
     The sums are the allocator's own at the end of every step and after the optimizer; its peak is the script's.
+    Between those its counter is read after every module in forward and before every module's gradient goes on:
+    the ledger's sums go through the very same numbers in the same order.
     """
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
@@ -244,6 +247,18 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**profile.config), dtype=torch.float16)
     model = get_peft_model(model, LoraConfig(target_modules=["query_key_value"]))
     rows = [{"input_ids": ids, "labels": ids} for ids in torch.randint(100, 30_000, (64, 256))]
+    counted: list[int] = []
+
+    def count(*_: Any) -> None:
+        counted.append(torch.cuda.memory_allocated())
+
+    def leave(_module: Any, _inputs: Any, output: Any) -> None:
+        count()
+        if isinstance(output, torch.Tensor) and output.requires_grad:
+            output.register_hook(count)
+
+    for module in model.modules():
+        module.register_forward_hook(leave)
     traces: list[StepTrace] = []
     ends: dict[int, int] = {}
     callback = MemoryCallback(every_step=True)
@@ -281,6 +296,9 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         # The next batches, the average of the loss, the norm: kilobytes, beside a model of gigabytes.
         assert held.get(SCRIPT, 0) < 1 << 23
         assert trace.micro_batches == 2
+    sums = iter(np.concatenate([Ledger(trace).total for trace in traces[:5]]).tolist())
+    assert len(counted) > 5 * 2 * 500
+    assert all(number in sums for number in counted)  # each is looked for behind the one before
     adapters = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     last = Ledger(traces[4]).after(Phase.OPTIMIZER)
     assert last is not None

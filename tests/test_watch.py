@@ -148,6 +148,7 @@ def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
 def test_a_plain_loop(seen: Seen) -> None:
     losses = plain_loop.main(4)
     check_exact(seen)
+    assert [started.data["watched"] for started in seen.told(Kind.RUN_STARTED)] == [True]
     told = [m.data["step"] for m in seen.told(Kind.STEP_ENDED)]
     assert told == [1, 2, 3, 4] and len(losses) == 4
     ledger = seen.ledgers[-1]

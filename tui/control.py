@@ -12,6 +12,7 @@ from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
 from ..engine.technique import Technique
 from .predictions import Predictions
+from .run_summary import RunSummary, of_prediction
 from .state import ViewState
 
 WORKLOAD = (
@@ -48,6 +49,7 @@ class Control:
         self._undo: list[dict[str, Value]] = []
         self._before: list[RunConfig] = []
         self._saved: set[Path] = set()
+        self._foreseen: tuple[object, RunSummary | str] | None = None
 
     # --- configurations -------------------------------------------------------
 
@@ -105,7 +107,7 @@ class Control:
             Technique, value, bytes saved; None while nothing is known, or nothing saves.
         """
         base, predictions = self.state.run.config or self.base(), self.predictions
-        now = predictions.of(base) if predictions is not None and base is not None else None
+        now = predictions.of(base, hurry=False) if predictions is not None and base is not None else None
         found: list[tuple[Technique, Value, int]] = []
         for name in names:
             technique = techniques.registry()[name]
@@ -114,10 +116,32 @@ class Control:
             config = base.with_({name: value}) if value is not None else None
             if config is None or predictions is None or self.problem(config) is not None:
                 continue
-            then = predictions.of(config)
+            then = predictions.of(config, hurry=False)
             if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
                 found.append((technique, value, now.peak_bytes - then.peak_bytes))
         return max(found, key=lambda one: one[2], default=None)
+
+    def foreseen(self) -> RunSummary | str:
+        """The run that is shown as it was predicted, as a run of its own.
+
+        Returns:
+            A line that says why there is none to set beside it, empty if nobody predicts.
+        """
+        run, predictions = self.state.run, self.predictions
+        if predictions is None or run.config is None:
+            return ""
+        if run.watched:
+            return "No prediction is set beside this run: the loop is a script's own."
+        key = (run.config, run.number, self.state.environment, predictions.answers())
+        if self._foreseen is None or self._foreseen[0] != key:
+            found = predictions.of_run(run.config)
+            if not isinstance(found, str):
+                packages = self.state.environment.packages if self.state.environment else {}
+                origin = self.state.origin or f"run {run.number}"
+                self._foreseen = (key, of_prediction(found.document, run.config, origin, packages))
+            else:
+                self._foreseen = (key, found)
+        return self._foreseen[1]
 
     # --- changes ----------------------------------------------------------------
 

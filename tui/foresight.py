@@ -14,12 +14,14 @@ from .predictions import Prediction
 WITHOUT_A_GPU = "H100 80GB"
 """Which GPU is asked about where there is none, if nobody says."""
 
+WORKING = "The prediction of this run is being worked out."
+
 REMEMBERED = 24
 """Wishes that are not answered yet; older ones are those of a screen long left."""
 
 
 class Background:
-    """Predicts in a process of its own, what was asked for last first.
+    """Predicts in a process of its own, what somebody waits for first.
 
     Args:
         source: Whose device it is for.
@@ -34,14 +36,14 @@ class Background:
         self._source = source
         self._gpu = gpu(wanted) if wanted else None
         self._predictor: Predictor | None = None
-        self._asked: dict[str, RunConfig] = {}
+        self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self.gpu_name = ""
 
     def answers(self) -> int:
         """How many have been worked out."""
         return self._predictor.answers() if self._predictor is not None else 0
 
-    def of(self, config: RunConfig) -> Prediction | None:
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         """What is known; a wish if nothing is."""
         environment = self._source.environment()
         if environment is None:
@@ -53,18 +55,43 @@ class Background:
         key = repr(config)
         if answer is not None:
             self._asked.pop(key, None)
-            return None if isinstance(answer, UserError) else Prediction(answer.peak_bytes, answer.fits)
-        if key not in self._asked:
-            self._asked[key] = config
+            if isinstance(answer, UserError):
+                return None
+            return Prediction(answer.peak_bytes, answer.fits, answer.document)
+        if key not in self._asked or hurry > self._asked[key][1]:
+            self._asked.pop(key, None)
+            self._asked[key] = config, hurry
             for old in list(self._asked)[:-REMEMBERED]:
                 del self._asked[old]
-            self._predictor.want(list(self._asked.values()))
+            some, others = ([c for c, hurried in self._asked.values() if hurried is wanted] for wanted in (True, False))
+            self._predictor.want(some, others)
         return None
+
+    def of_run(self, config: RunConfig) -> Prediction | str:
+        """What is known of a run here; why nothing can be set beside it."""
+        environment = self._source.environment()
+        if environment is None:
+            return WORKING
+        if not environment.on_gpu:
+            return "No prediction is set beside this run: it is on a CPU, predictions are of GPUs."
+        here = gpu_of(environment)
+        if self._gpu is not None and not alike(self._gpu, here):
+            return f"No prediction is set beside this run: it is on {here.name}, predictions are of {self._gpu.name}."
+        found = self.of(config)
+        if found is not None:
+            return found
+        answer = self._predictor.get(config) if self._predictor is not None else None
+        return f"No prediction of this run: {answer}" if isinstance(answer, UserError) else WORKING
 
     def close(self) -> None:
         """End the process."""
         if self._predictor is not None:
             self._predictor.close()
+
+
+def alike(one: Gpu, other: Gpu) -> bool:
+    """Whether a run allocates the same on both; how much memory they have does not matter to that."""
+    return all(getattr(one, name) == getattr(other, name) for name in ("capability", "multiprocessors", "threads"))
 
 
 def gpu_of(environment: Environment) -> Gpu:
@@ -76,7 +103,7 @@ def gpu_of(environment: Environment) -> Gpu:
         return replace(gpu(environment.device_name.removeprefix("NVIDIA ")), memory_bytes=memory)
     except UserError:
         major, _, minor = (environment.capability or "8.0").partition(".")
-        alike = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
+        akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
         return replace(
-            alike, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
+            akin, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
         )  # fmt: skip

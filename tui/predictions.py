@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ..engine.config import RunConfig
 
@@ -13,10 +13,12 @@ class Prediction(NamedTuple):
     Attributes:
         peak_bytes: Highest allocated during a step.
         fits: Whether the device holds it; None: not known.
+        document: What `run --json` would say of its memory (`predictor.TOLD`).
     """
 
     peak_bytes: int
     fits: bool | None
+    document: dict[str, Any]
 
 
 class Predictions(Protocol):
@@ -28,8 +30,17 @@ class Predictions(Protocol):
 
     gpu_name: str
 
-    def of(self, config: RunConfig) -> Prediction | None:
-        """What is known of a configuration; returns at once, None while it is being worked out."""
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
+        """What is known of a configuration; returns at once, None while it is being worked out.
+
+        Args:
+            config: Which.
+            hurry: Whether somebody waits for it.
+        """
+        ...
+
+    def of_run(self, config: RunConfig) -> Prediction | str:
+        """Of a run of the source's own device; a line that says why nothing can be set beside it."""
         ...
 
     def answers(self) -> int:

@@ -50,6 +50,7 @@ class RunState:
         status: loading, training, paused, stopped, done, failed; starting
             before the first run.
         config: What it runs.
+        watched: The loop is somebody's own: the configuration says what could be told of it.
         step: Last step that ended; 0 before the first.
         loss: Of that step.
         seconds: It took.
@@ -70,6 +71,7 @@ class RunState:
     number: int = 0
     status: str = "starting"
     config: RunConfig | None = None
+    watched: bool = False
     step: int = 0
     loss: float | None = None
     seconds: float | None = None
@@ -104,6 +106,7 @@ class RunState:
         match milestone.kind:
             case Kind.RUN_STARTED:
                 self.status, self.config, self.began_s = "loading", _config_of(data), milestone.time_s
+                self.watched = bool(data.get("watched"))
             case Kind.LOADED:
                 self.parameters, self.trainable = data.get("parameters"), data.get("trainable_parameters")
                 self.status = "training"
@@ -121,6 +124,11 @@ class RunState:
                 self.status = str(data.get("reason", "stopped"))
             case _:
                 pass
+
+    @property
+    def steady(self) -> bool:
+        """Whether it has gone through all it will hold: the second step runs beside what the first has left."""
+        return self.step >= 2
 
     @property
     def running(self) -> bool:

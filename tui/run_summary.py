@@ -5,14 +5,15 @@ A summary holds no trace: a few hundred numbers, whatever the run's length.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 from ..engine import techniques
 from ..engine.config import RunConfig, UserError, show
+from ..engine.difference import Owned, from_document, owned
 from ..engine.events import Category, Milestone, Phase
 from ..engine.feed import Source
-from ..engine.ledger import Bytes, Ledger, layer_of
+from ..engine.ledger import Bytes, Ledger
 from .run_state import RunState
 
 ROUTINE = ("rows", "steps", "seed")
@@ -30,11 +31,15 @@ class RunSummary(NamedTuple):
         after_step: Composition after the first optimizer step, where the article measures.
         peak: Composition at the highest peak.
         peak_where: Step and phase of it.
+        peak_module: The module or optimizer at work then.
         by_phase: Highest total in each phase, over the steps kept.
         by_layer: Bytes at the peak by layer, the model's own under "".
+        by_owner: Bytes at the peak by category and owner.
         seconds: Of its last step.
         tokens_per_s: Of its last step.
         steps: That ended.
+        predicted: It has not happened.
+        caveat: What to know when it is compared with the run that has.
     """
 
     label: str
@@ -44,11 +49,15 @@ class RunSummary(NamedTuple):
     after_step: Bytes | None
     peak: Bytes
     peak_where: str
+    peak_module: str
     by_phase: dict[Phase, int]
     by_layer: dict[str, int]
+    by_owner: Owned
     seconds: float | None
     tokens_per_s: float | None
     steps: int
+    predicted: bool = False
+    caveat: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -79,13 +88,9 @@ def summarize(run: RunState, ledgers: Sequence[Ledger], origin: str = "") -> Run
     by_step = {ledger.trace.step: ledger for ledger in ledgers}
     by_phase: dict[Phase, int] = {}
     for ledger in ledgers:
-        for span in ledger.trace.phases:
-            most = int(ledger.total[span.begin : span.end + 1].max(initial=0))
-            by_phase[span.phase] = max(by_phase.get(span.phase, 0), most)
-    by_layer: dict[str, int] = {}
-    for layer, sizes in highest.by_layer(peak.event).items():
-        name = layer_of(layer)
-        by_layer[name] = by_layer.get(name, 0) + sum(sizes.values())
+        for phase, most in ledger.highest_by_phase.items():
+            by_phase[phase] = max(by_phase.get(phase, 0), most)
+    by_layer = {layer: sum(sizes.values()) for layer, sizes in highest.by_layer(peak.event).items()}
     return RunSummary(
         label=label(run.config),
         origin=origin or f"run {run.number}",
@@ -93,9 +98,11 @@ def summarize(run: RunState, ledgers: Sequence[Ledger], origin: str = "") -> Run
         loaded=by_step[0].end if 0 in by_step else None,
         after_step=by_step[1].after(Phase.OPTIMIZER) if 1 in by_step else None,
         peak=peak.by_category,
-        peak_where=f"step {peak.step}, {peak.phase.title}" if peak.step else "loading",
+        peak_where=_where(peak.step, peak.phase.title),
+        peak_module=peak.module,
         by_phase=by_phase,
         by_layer=by_layer,
+        by_owner=owned(highest, peak.event),
         seconds=run.seconds,
         tokens_per_s=run.tokens_per_s,
         steps=run.step,
@@ -117,6 +124,54 @@ def of_source(source: Source, origin: str) -> RunSummary:
     if not ledgers or run.config is None:
         raise UserError(f"{origin}: it holds no step to compare")
     return summarize(run, ledgers, origin)
+
+
+def of_prediction(
+    document: Mapping[str, Any], config: RunConfig, origin: str, packages: Mapping[str, str]
+) -> RunSummary:
+    """A run that has happened as it was predicted, in small.
+
+    Args:
+        document: Of the prediction.
+        config: What was predicted.
+        origin: Of the run.
+        packages: By which it ran; others are worth a word.
+    """
+    peak, phases = document["peak"], document["highest_by_phase"]
+    return RunSummary(
+        label=label(config),
+        origin=f"{origin}, predicted",
+        config=config,
+        loaded=_sizes(document["loaded"]),
+        after_step=_sizes(document["after_first_step"]),
+        peak=_sizes(peak),
+        peak_where=_where(peak["step"], peak["phase"]),
+        peak_module=peak["module"],
+        by_phase={phase: phases[phase.name.lower()] for phase in Phase if phase.name.lower() in phases},
+        by_layer={layer: sum(sizes.values()) for layer, sizes in peak["by_layer"].items()},
+        by_owner=from_document(peak),
+        seconds=None,
+        tokens_per_s=None,
+        steps=len(document["steps"]),
+        predicted=True,
+        caveat=_other_versions(document["environment"]["packages"], packages),
+    )
+
+
+def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -> str:
+    """The libraries that a run and its prediction do not have in common: they may allocate otherwise."""
+    both = {name: (version.split("+")[0], running[name].split("+")[0])
+            for name, version in predicting.items() if name in running}  # fmt: skip
+    told = [f"{name} {one} (run: {other})" for name, (one, other) in both.items() if one != other]
+    return f"~ predicted with {', '.join(told)}" if told else ""
+
+
+def _sizes(composition: Mapping[str, Any]) -> Bytes:
+    return {category: composition["by_category"][category.key] for category in Category}
+
+
+def _where(step: int, phase: str) -> str:
+    return f"step {step}, {phase}" if step else "loading"
 
 
 def table_row(summary: RunSummary) -> list[int | None]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from itertools import combinations
 
 from .. import techniques
 from ..config import RunConfig, UserError, Value, show
@@ -13,8 +12,7 @@ from .outcome import Prediction
 Predict = Callable[[RunConfig], Prediction]
 Changes = Mapping[str, Value]
 
-LARGEST_COMBINATION = 3
-COMBINATIONS_TRIED = 12
+LARGEST_COMBINATION = 4
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,9 +45,8 @@ def advise(config: RunConfig, predict: Predict) -> tuple[Prediction, list[Advice
         predict: Predicts one configuration; raises UserError for one that cannot run.
 
     Returns:
-        The run as it is; single changes that save something, most first;
-        combinations of them that fit, those with fewest changes and then most
-        saved first.
+        The run as it is; single changes that save something, most first; and
+        what fits of the combinations, most saved first.
     """
     now = predict(config)
     alone: list[Advice] = []
@@ -61,12 +58,8 @@ def advise(config: RunConfig, predict: Predict) -> tuple[Prediction, list[Advice
         elif advice.saved_bytes > 0:
             alone.append(advice)
     alone.sort(key=lambda advice: -advice.saved_bytes)
-    combined = [
-        advice
-        for changes in _combinations(alone, together)
-        if (advice := _try(config, changes, now, predict)) is not None and advice.prediction.fits
-    ]
-    combined.sort(key=lambda advice: (len(advice.changes), -advice.saved_bytes))
+    combined = [advice for advice in _combined(config, alone, together, now, predict) if advice.prediction.fits]
+    combined.sort(key=lambda advice: -advice.saved_bytes)
     return now, alone, combined
 
 
@@ -84,20 +77,21 @@ def _single_changes(config: RunConfig) -> Iterator[Changes]:
                 yield {"accumulation": value, "batch_size": config.batch_size // parts}
 
 
-def _combinations(alone: list[Advice], together: list[Changes]) -> Iterator[Changes]:
-    """Pairs and triples of the best change of each technique, with what is possible only in company."""
+def _combined(
+    config: RunConfig, alone: list[Advice], together: list[Changes], now: Prediction, predict: Predict
+) -> Iterator[Advice]:
+    """The best change with each other technique's best, the best of those with each other's again, and so on."""
     best: dict[str, Changes] = {}
-    for advice in alone:
-        best.setdefault(next(iter(advice.changes)), advice.changes)
-    for changes in together:
+    for changes in (*(advice.changes for advice in alone), *together):
         best.setdefault(next(iter(changes)), changes)
-    tried = 0
-    for count in range(2, LARGEST_COMBINATION + 1):
-        for chosen in combinations(best.values(), count):
-            if tried == COMBINATIONS_TRIED:
-                return
-            tried += 1
-            yield {name: value for changes in chosen for name, value in changes.items()}
+    so_far: Changes = alone[0].changes if alone else {}
+    for _ in range(1, LARGEST_COMBINATION):
+        others = [changes for name, changes in best.items() if name not in so_far]
+        larger = [a for other in others if (a := _try(config, {**so_far, **other}, now, predict)) is not None]
+        yield from larger
+        if not larger:
+            return
+        so_far = max(larger, key=lambda advice: advice.saved_bytes).changes
 
 
 def _try(config: RunConfig, changes: Changes, now: Prediction, predict: Predict) -> Advice | None:
@@ -111,7 +105,7 @@ def _try(config: RunConfig, changes: Changes, now: Prediction, predict: Predict)
 
 def _costs(changes: Changes, predicted: Prediction) -> str:
     known = techniques.registry()
-    words = [known[name].cost for name in changes if name in known]
+    words = [known[name].cost_of(value) for name, value in changes.items() if name in known]
     layers = {layer for recompute in predicted.document["recomputes"] for layer in recompute["layers"]}
     if layers and any(name.startswith("checkpointing") for name in changes):
         tokens = predicted.config.batch_size * predicted.config.seq_len * predicted.config.integer("accumulation")

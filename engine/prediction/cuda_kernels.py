@@ -38,6 +38,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         **attention.KERNELS,
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
+        aten.rand.default: _rand,
         aten._to_copy.default: _to_copy,
         aten.add.Tensor: _add,
         aten.native_layer_norm.default: _layer_norm,
@@ -59,7 +60,7 @@ def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
     in segments of their own.
     """
     tracker.calibrate()
-    tracker.allocator.empty_cache()
+    tracker.empty_cache()
     first = tracker.allocate(MIN_BLOCK_BYTES)
     cublas = CUBLAS_BYTES_SM90 if gpu.capability >= (9, 0) else CUBLAS_BYTES
     workspaces = tuple(tracker.allocate(size) for size in (CUBLASLT_BYTES, cublas, cublas, CUBLASLT_BYTES))
@@ -80,6 +81,13 @@ def _item(_tracker: FakeCuda, func: Any, args: Any, _kwargs: Any) -> Any:
     if getattr(tensor, "is_any", False):
         return False
     return True if tensor.dtype is torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+
+
+def _rand(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """One number drawn on the host decides something, such as dropping a layer: it is what can be expected."""
+    if kwargs.get("device") in (None, torch.device("cpu")) and not args[0]:
+        return torch.tensor(0.5, dtype=kwargs.get("dtype"))
+    return func(*args, **kwargs)
 
 
 def _to_copy(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

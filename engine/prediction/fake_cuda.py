@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -19,8 +19,14 @@ _DATA: Any = torch.Tensor.data
 
 
 @contextmanager
-def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
-    """Everything that asks for the type of the device is told what it needs to hear."""
+def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda _: 1) -> Iterator[None]:
+    """Everything that asks for the type of the device is told what it needs to hear.
+
+    Args:
+        gpu: Which one it is.
+        tracker: The recorder.
+        times: How many parameters of the model the named one stands for.
+    """
     with ExitStack() as undo:
         logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
         undo.callback(logger.setLevel, logger.level)
@@ -37,8 +43,8 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         from transformers import masking_utils
 
         _replace(undo, masking_utils, "is_tracing", lambda *_: False)
-        _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, *a))
-        _replace(undo, torch.cuda, "empty_cache", tracker.allocator.empty_cache)
+        _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
+        _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         if bitsandbytes_cuda.installed():
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
         _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
@@ -48,14 +54,17 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         yield
 
 
-def _warm_up(tracker: FakeCuda, model: Any, device_map: dict[str, Any], quantizer: Any) -> None:
-    """transformers takes one large block for all weights from an empty cache and gives it back."""
+def _warm_up(
+    tracker: FakeCuda, times: Callable[[str], int], model: Any, device_map: dict[str, Any], quantizer: Any
+) -> None:
     from transformers.modeling_utils import get_total_byte_count
 
-    wanted = sum(get_total_byte_count(model, dict.fromkeys(device_map, DEVICE), quantizer).values())
-    unused = tracker.allocator.reserved_bytes - tracker.allocator.allocated_bytes
-    if wanted - unused > unused:
-        tracker.scratch(int((wanted - unused) // 2) * 2)  # it counts in 16-bit elements
+    by_times: dict[int, dict[str, Any]] = {}
+    for name in device_map:
+        by_times.setdefault(times(name), {})[name] = DEVICE
+    tracker.warm_up(
+        int(sum(n * sum(get_total_byte_count(model, names, quantizer).values()) for n, names in by_times.items()))
+    )
 
 
 def _set_data(parameter: Any, moved: Any) -> None:

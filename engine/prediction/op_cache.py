@@ -1,16 +1,18 @@
 """Fake operators, answered from memory: a model's layers ask the same questions again and again.
 
 What an operator returns on fake tensors follows from its arguments' shapes,
-strides, dtypes and devices and from its plain arguments. FakeTensorMode knows
+strides, dtypes and devices, from its plain arguments, and where it makes a
+tensor of nothing from the default dtype. FakeTensorMode knows
 that too; asking it costs ten times as much as running most operators.
 """
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, NamedTuple
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 META = torch.device("meta")
 _PLAIN = (int, float, bool, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -35,9 +37,14 @@ class _Made(NamedTuple):
 
 
 class OpCache:
-    """What operators returned, by what they were given. One run's: it remembers its fake mode."""
+    """What operators returned, by what they were given.
+
+    Attributes:
+        mode: Makes the fake tensors that it knows of; no others may be given to it.
+    """
 
     def __init__(self) -> None:
+        self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self._known: dict[Any, tuple[type | None, tuple[_Made | None, ...]] | None] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
@@ -45,7 +52,7 @@ class OpCache:
         if not func._schema.returns and func.namespace == "aten" and _known_by_shape_only(args):
             return None  # works in place on what there is: nothing comes of it here
         tensors: list[Any] = []
-        parts: list[Any] = [func]
+        parts: list[Any] = [func, torch.get_default_dtype()]
         if not _describe(args, parts, tensors) or (kwargs and not _describe_named(kwargs, parts, tensors)):
             return func(*args, **kwargs)
         key = tuple(parts)
@@ -54,8 +61,20 @@ class OpCache:
             return func(*args, **kwargs) if recipe is None else _make(recipe, tensors)
         storages = [tensor.untyped_storage()._cdata for tensor in tensors]
         out = func(*args, **kwargs)
+        if len(self._known) >= REMEMBERED:
+            self._known.clear()
         self._known[key] = _recipe(out, tensors, storages, key)
         return out
+
+
+@cache
+def op_cache() -> OpCache:
+    """This process's: the next prediction asks mostly what the last one did."""
+    return OpCache()
+
+
+REMEMBERED = 50_000
+"""Answers, at about a kilobyte."""
 
 
 def _known_by_shape_only(args: Any) -> bool:

@@ -39,7 +39,8 @@ class Prediction:
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         seconds: What predicting took.
-        document: What `run --json` would say of the run, with the same keys.
+        document: What `run --json` would say of the run, with the same keys; of one told by
+            another process, what a comparison needs.
     """
 
     config: RunConfig

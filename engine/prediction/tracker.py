@@ -12,11 +12,14 @@ from functools import cache
 from typing import Any
 from weakref import ref as _weakref
 
+import numpy.typing as npt
 import torch
 
+from ..events import EVENT
 from ..sources.op_tracker import OpTracker
-from .caching_allocator import CachingAllocator
-from .op_cache import OpCache
+from .caching_allocator import rounded_bytes
+from .op_cache import op_cache
+from .script import Source
 
 DEVICE = torch.device("cpu", 0)
 
@@ -27,23 +30,31 @@ Kernel = Callable[..., Any]
 class FakeCuda(OpTracker):
     """Records what operators on fake tensors would allocate on a GPU.
 
+    Blocks are numbered and not placed: an address is a number that is never
+    used again. Where the caching allocator would put them is found out
+    afterwards (`playback`), so its counters here are estimates.
+
     Args:
-        allocator: The modelled one.
         kernels: Operators whose CUDA kernels allocate otherwise than their meta
             kernels say.
 
     Attributes:
         libraries: Python functions of operators that are no PyTorch's, by
             namespace and name.
+        starts: Rows recorded before each `start`.
+        sources: By block, see `Script`.
     """
 
-    def __init__(self, allocator: CachingAllocator, kernels: dict[Any, Kernel]) -> None:
+    def __init__(self, kernels: dict[Any, Kernel]) -> None:
         super().__init__(DEVICE.type)
         self.device = DEVICE
-        self.allocator = allocator
+        self.starts: list[int] = []
+        self.sources: list[Source] = [0]
+        self._drained = 0
+        self._sizes: dict[int, int] = {}
         self._kernels = kernels
         self._in_library = False
-        self._cache = OpCache()
+        self._cache = op_cache()
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
@@ -68,11 +79,11 @@ class FakeCuda(OpTracker):
         else:
             out = self._cache.call(func, args, kwargs or {})
         if isinstance(out, torch.Tensor):
-            self.see(out)
+            self.see(out, args)
         elif isinstance(out, list | tuple):
-            for part in out:
+            for nth, part in enumerate(out):
                 if isinstance(part, torch.Tensor):
-                    self.see(part)
+                    self.see(part, args, nth)
         return out
 
     def _cached(self, func: Any) -> Callable[..., Any]:
@@ -94,8 +105,14 @@ class FakeCuda(OpTracker):
         finally:
             self._in_library = before
 
-    def see(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage if it is new and on the device."""
+    def see(self, tensor: torch.Tensor, made_of: Any = (), nth: int | None = None) -> None:
+        """Count a tensor's storage if it is new and on the device.
+
+        Args:
+            tensor: What an operator returned.
+            made_of: The operator's arguments.
+            nth: Which of a list of tensors it is; None: the only one.
+        """
         if getattr(tensor, "fake_device", None) != DEVICE:
             return
         storage = tensor.untyped_storage()
@@ -108,21 +125,45 @@ class FakeCuda(OpTracker):
             self._free(key)
         if size:
             reference = _weakref(storage, lambda _: self._free(key))
-            self._addresses[key] = (self.allocate(size), size, reference)
+            self._addresses[key] = (self.allocate(size, self._source(made_of, nth)), size, reference)
 
-    def allocate(self, size: int) -> int:
-        """An allocation of a kernel's own; returns its address."""
-        address, block = self.allocator.allocate(size)
-        self._peak = max(self._peak, self.allocator.allocated_bytes)
-        self._clock_us += 1
-        self._rows.extend((address, size, block - size, self._mark, self._clock_us))
-        return address
+    def _source(self, made_of: Any, nth: int | None) -> Source:
+        for argument in made_of:
+            if isinstance(argument, torch.Tensor):
+                return self.address(argument)
+            if isinstance(argument, list | tuple) and argument and isinstance(argument[0], torch.Tensor):
+                if nth is not None and nth < len(argument):
+                    return self.address(argument[nth])
+                return tuple(map(self.address, argument))
+        return 0
 
-    def release(self, address: int) -> None:
+    def allocate(self, size: int, source: Source = 0) -> int:
+        """An allocation, of a kernel's own for example; returns its number."""
+        block = len(self.sources)
+        self.sources.append(source)
+        self._sizes[block] = size
+        self._allocated += rounded_bytes(size)
+        self._peak = max(self._peak, self._allocated)
+        self._row(block, size)
+        return block
+
+    def release(self, block: int) -> None:
         """The end of one."""
-        size, block = self.allocator.free(address)
+        size = self._sizes.pop(block)
+        self._allocated -= rounded_bytes(size)
+        self._row(block, -size)
+
+    def empty_cache(self) -> None:
+        """The allocator is asked to give back what is cached."""
+        self._row(0, 0)
+
+    def warm_up(self, wanted_bytes: int) -> None:
+        """transformers is about to load so many bytes."""
+        self._row(0, 0, wanted_bytes)
+
+    def _row(self, block: int, size: int, wanted_bytes: int = 0) -> None:
         self._clock_us += 1
-        self._rows.extend((address, -size, size - block, self._mark, self._clock_us))
+        self._rows.extend((block, size, wanted_bytes, self._mark, self._clock_us))
 
     def scratch(self, *sizes: int) -> None:
         """What a kernel takes and gives back before it returns."""
@@ -154,7 +195,7 @@ class FakeCuda(OpTracker):
         self._calibrating = False
 
     def close(self) -> None:
-        """See no further deaths: what happens to the allocator from now on is no run's."""
+        """See no further deaths: what happens from now on is no run's."""
         self._closed = True
 
     def _free(self, key: int) -> None:
@@ -165,28 +206,26 @@ class FakeCuda(OpTracker):
     # --- Recorder -----------------------------------------------------------
 
     def start(self) -> array[int]:
-        """Begin a trace; returns what the allocator holds."""
-        del self._rows[:]
-        return array("q", [x for row in self.allocator.alive() for x in row])
+        """Begin a trace; what is alive is in the rows before."""
+        self._drained = len(self._rows)
+        self.starts.append(self._drained // _WIDTH)
+        return array("q")
+
+    def drain(self) -> array[int]:
+        """Rows since the last drain; they are all kept."""
+        rows, self._drained = self._rows[self._drained :], len(self._rows)
+        return rows
+
+    def rows(self) -> npt.NDArray[Any]:
+        """All of them, dtype EVENT; see `Script`."""
+        return self.events(self._rows)
 
     def address(self, tensor: torch.Tensor) -> int:
-        """The modelled address; 0 for what is on the host."""
+        """The block's number; 0 for what is on the host."""
         if getattr(tensor, "fake_device", None) != DEVICE:
             return 0
         known = self._addresses.get(tensor.untyped_storage()._cdata)
         return known[0] if known else 0
-
-    def allocated_bytes(self) -> int:
-        """`memory_allocated` of the model."""
-        return self.allocator.allocated_bytes
-
-    def reserved_bytes(self) -> int | None:
-        """`memory_reserved` of the model."""
-        return self.allocator.reserved_bytes
-
-    def reset_peak(self) -> None:
-        """Start again from what is alive."""
-        self._peak = self.allocator.allocated_bytes
 
 
 @cache
@@ -195,3 +234,4 @@ def _is_composite(func: Any) -> bool:
 
 
 _DEVICE_OF = torch.ops.prim.device.default
+_WIDTH = len(EVENT.names or ())

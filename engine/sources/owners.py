@@ -154,16 +154,17 @@ class Paged(NamedTuple):
 
 def paged(optimizer: torch.optim.Optimizer) -> list[Paged]:
     """The managed tensors of an optimizer."""
-    return [Paged(weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes) for tensor in _managed(optimizer)]
+    states = optimizer.state.values()
+    return [Paged(weakref.ref(tensor), tensor.data_ptr(), tensor.nbytes) for tensor in _managed(states)]
 
 
-def paged_bytes(optimizer: torch.optim.Optimizer) -> int:
-    """Bytes of an optimizer's state in managed memory."""
-    return sum(tensor.nbytes for tensor in _managed(optimizer))
+def paged_bytes(states: Iterable[Any]) -> int:
+    """Bytes in managed memory of some parameters' optimizer state."""
+    return sum(tensor.nbytes for tensor in _managed(states))
 
 
-def _managed(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
-    for state in optimizer.state.values():
+def _managed(states: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for state in states:
         for _, tensor in tensors_in(state):
             if getattr(tensor, "is_paged", False):
                 yield tensor

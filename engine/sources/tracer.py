@@ -140,6 +140,17 @@ class Tracer:
         self._parameters = [(self.name(name), self._describe("", p), p) for name, p in model.named_parameters()]
         self._fixed = np.empty(0, OWNER)
 
+    def loader(self, shell: torch.nn.Module) -> Callable[[str], None]:
+        """What tags the modules of a model about to be loaded, as their weights are read.
+
+        Args:
+            shell: The model without its weights. Its modules are named first, since
+                names stand in the model's order and weights may be read in another.
+        """
+        for name, _ in shell.named_modules():
+            self.name(name)
+        return lambda module: self.tag(Phase.LOAD, self.name(module))
+
     @contextmanager
     def attached(self, guard: Guard = unguarded, observer: recompute.Observer | None = None) -> Iterator[None]:
         """See the adopted model's recomputes, and while steps are traced tag its modules; undone on leaving.

@@ -21,6 +21,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     if mode == "off":
         return
     every = {"layers": 1, "segments": config.integer("checkpointing.every")}.get(mode)
+    recipe.layer_period = every or 1
     recipe.transforms.append(partial(_enable, every=every, reentrant=config.flag("checkpointing.reentrant")))
 
 

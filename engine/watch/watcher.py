@@ -234,7 +234,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._leave_step(None)
         self._step += 1
         if self._step == 1:
-            self.window.managed_bytes = owners.paged_bytes(self._optimizer)
+            self.window.managed_bytes = owners.paged_bytes(self._optimizer.state.values())
         self.window.stepped(
             step=self._step, loss=self._losses.read(), seconds=seconds, tokens=self._tokens,
             allocated_bytes=allocated, reserved_bytes=reserved, traced=tracer.last_traced == self._step,

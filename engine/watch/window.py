@@ -105,7 +105,7 @@ class Window(Published):
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
         self._feed.begin_run(config)
-        self._feed.milestone(Kind.RUN_STARTED, f"watching {describe(config)}", config=config.as_dict())
+        self._feed.milestone(Kind.RUN_STARTED, f"watching {describe(config)}", config=config.as_dict(), watched=True)
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._feed.milestone(

@@ -1,6 +1,11 @@
 """Makes the recordings that the snapshots are taken from: `python -m tests.recordings.make`.
 
 Synthetic: believable steps of a small transformer on a pretended GPU, the same on every machine.
+Two are real, of three steps on an NVIDIA H100 (torch 2.11.0+cu130, transformers 5.17.0):
+
+    gpumem-tui run --profile tiny --steps 3 --save h100-tiny.gpumem
+    gpumem-tui run --profile tiny --steps 3 --set checkpointing=layers --set lora=on --set dtype=mixed \\
+        --save h100-tiny-lora.gpumem
 """
 
 from __future__ import annotations

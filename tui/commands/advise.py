@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from typing import Any
 
 from ...engine.config import RunConfig
@@ -11,7 +13,7 @@ from ...engine.prediction.advice import Advice, advise
 from ...engine.prediction.outcome import Prediction
 from ...engine.session import describe
 from ..units import GIB, Unit
-from .common import add_run_flags, config_from, refuse_unwritable, write_document
+from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, chosen_gpu
 
 GIB_3 = Unit("GiB", GIB, 3)
@@ -33,10 +35,8 @@ def main(flags: argparse.Namespace) -> int:
     refuse_unwritable("json", flags.json)
     from ...engine.predict import predict
 
-    def predicted(changed: RunConfig) -> Prediction:
-        return predict(changed, card)
-
-    now, alone, combined = advise(config, predicted)
+    now, alone, combined = advise(config, telling(predict, card))
+    end_progress()
     if flags.json:
         document = {
             "schema": "gpumem-advice/1",
@@ -87,12 +87,15 @@ def _text(config: RunConfig, now: Prediction, alone: list[Advice], combined: lis
 
 
 def _table(title: str, listed: list[Advice]) -> list[str]:
-    shown = listed[:SHOWN]
-    width = max([len(title), *(len(advice.text) for advice in shown)]) + 2
-    lines = [f"{title:<{width}}{'saves GiB':>10}{'peak GiB':>10}  {'fits':<6}costs"]
-    lines += [
-        f"{a.text:<{width}}{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  "
-        f"{'yes' if a.prediction.fits else 'no':<6}{a.costs}"
-        for a in shown
-    ]
-    return lines if shown else [f"{title}: nothing saves anything"]
+    """Figures and the change, and below it what it costs, within the terminal's width."""
+    if not listed:
+        return [f"{title}: nothing saves anything"]
+    columns = shutil.get_terminal_size().columns - 1
+    lines = [f"{'saves GiB':>10}{'peak GiB':>10}  fits  {title}"]
+    for a in listed[:SHOWN]:
+        fits = "yes" if a.prediction.fits else "no"
+        figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
+        lines += textwrap.wrap(a.text, columns, initial_indent=figures, subsequent_indent=" " * len(figures))
+        indent = " " * 4
+        lines += textwrap.wrap(f"costs {a.costs}", columns, initial_indent=indent, subsequent_indent=indent)
+    return lines

@@ -16,6 +16,8 @@ from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
 
 if TYPE_CHECKING:
     from ...engine.events import Milestone
+    from ...engine.prediction.gpus import Gpu
+    from ...engine.prediction.outcome import Prediction
     from ...engine.session import Session
 
 FAILED = 3
@@ -169,13 +171,30 @@ def progress(milestone: Milestone) -> None:
     """Tell a person at a terminal how far it is; standard output stays clean."""
     from ...engine.events import Kind
 
-    if sys.stderr.isatty() and milestone.kind in (Kind.RUN_STARTED, Kind.LOADED, Kind.STEP_ENDED, Kind.NOTE):
-        sys.stderr.write(f"\r\x1b[K{time.strftime('%H:%M:%S')} {milestone.text[:100]}")
+    if milestone.kind in (Kind.RUN_STARTED, Kind.LOADED, Kind.STEP_ENDED, Kind.NOTE):
+        tell(milestone.text)
+
+
+def tell(text: str) -> None:
+    """Write over the line that says how far it is, where somebody sees it."""
+    if sys.stderr.isatty():
+        sys.stderr.write(f"\r\x1b[K{time.strftime('%H:%M:%S')} {text[:100]}")
         sys.stderr.flush()
 
 
+def telling(predict: Callable[[RunConfig, Gpu], Prediction], gpu: Gpu) -> Callable[[RunConfig], Prediction]:
+    """Predictions for one GPU, each of them told of."""
+    from ...engine.session import describe
+
+    def predicted(config: RunConfig) -> Prediction:
+        tell(f"predicting {describe(config)}")
+        return predict(config, gpu)
+
+    return predicted
+
+
 def end_progress() -> None:
-    """Clear the line that `progress` wrote."""
+    """Clear the line that `tell` wrote."""
     if sys.stderr.isatty():
         sys.stderr.write("\r\x1b[K")
 

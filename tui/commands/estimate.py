@@ -12,7 +12,7 @@ from ...engine.prediction.gpus import Gpu, gpu
 from ...engine.prediction.outcome import Prediction
 from ...engine.session import describe
 from ..units import GIB, MIB, Unit
-from .common import add_run_flags, config_from, refuse_unwritable, write_document
+from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
 
 DEFAULT_GPU = "H100 80GB"
 
@@ -50,8 +50,10 @@ def main(flags: argparse.Namespace) -> int:
         return _calculator(config, card, flags.json)
     from ...engine.predict import largest_that_fit, predict
 
-    prediction = predict(config, card)
-    document = prediction.as_document() | largest_that_fit(prediction, card)
+    predicted = telling(predict, card)
+    prediction = predicted(config)
+    document = prediction.as_document() | largest_that_fit(prediction, predicted)
+    end_progress()
     if flags.json:
         write_document(document, flags.json)
     if flags.json != "-":

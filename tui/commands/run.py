@@ -12,6 +12,7 @@ from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.session import Session, describe
 from ..units import GIB, MIB, Unit
+from . import beside
 from .common import (
     FAILED,
     add_run_flags,
@@ -30,6 +31,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     add_run_flags(parser)
     parser.add_argument("--json", metavar="FILE", help="write the run as one JSON document; - for standard output")
+    about = "predict the run too, for the GPU it runs on or the one named, and say what differs"
+    parser.add_argument("--predict", metavar="GPU", nargs="?", const="", help=about)
     parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording, to be opened with: gpumem-tui open")
     parser.set_defaults(command=main)
 
@@ -39,17 +42,24 @@ def main(flags: argparse.Namespace) -> int:
     config = dataclasses.replace(config_from(flags, {"steps": DEFAULT_STEPS}), trace="every")
     if not config.steps:
         raise UserError("--steps 0: a run without the app needs an end; give it a number of steps from 1")
+    if flags.predict is not None:
+        beside.check(flags.predict, config)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
     document, session = reported_run(lambda add: Session(flags.device, add), config, progress)
     end_progress()
     if flags.save:
         session.save(Path(flags.save))
+    environment = session.environment()
     session.close()
+    if flags.predict is not None and environment is not None and not document["failure"]:
+        document |= beside.predicted(document, config, environment, flags.predict)
     if flags.json:
         write_document(document, flags.json)
     if flags.json != "-" and not document["failure"]:
         sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
+        if flags.predict is not None:
+            sys.stdout.write(f"\n{beside.table(document)}\n")
     if document["failure"]:
         sys.stderr.write(f"gpumem-tui: {document['failure']}\n")
         return FAILED

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from ...engine.difference import Part
+from ...engine.difference import difference as difference_of
 from ...engine.events import Category, Phase
 from ..actions import Action, moves
 from ..draw import Row
 from ..run_summary import TABLE_HEADS, RunSummary, table_row
 from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
+from .owner_rows import owner_rows, peak_rows
 from .page import Page, Table, Topic
 
-MODES = ("categories at the peak", "highest in each phase", "layers at the peak", "the article's table")
+MODES = (
+    "categories at the peak", "highest in each phase", "layers at the peak", "the article's table",
+    "differences at the peak, by owner",
+)  # fmt: skip
 FIGURE, NAME = 9, 18
 LEGEND_ROWS = 5
 
@@ -28,6 +34,7 @@ class ComparePage(Page):
     selected = 0
     base = 0
     top = 0
+    _predicted_at: int | None = None
 
     def make_actions(self) -> tuple[Action, ...]:
         """Choose a run, what to compare by, what to compare with."""
@@ -35,7 +42,7 @@ class ComparePage(Page):
         return (
             Action("compare.before", ("left",), "Run before", text, lambda page: page.choose(-1), "run"),
             Action("compare.next", ("right",), "Next run", text, lambda page: page.choose(1), "run"),
-            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer; the article's table",
+            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer, owner; the article's table",
                    lambda page: page.next_mode(), "compare by"),
             Action("compare.base", ("enter",), "Compare with this run", "the run that differences are from",
                    lambda page: page.make_base(), "compare with it"),
@@ -54,6 +61,9 @@ class ComparePage(Page):
             "activations together. Layers are matched by name.",
             "What the reference experiment publishes, from your own runs: allocated after loading; gradients, "
             "optimizer state and everything after the first optimizer step; and the true peak, which it does not have.",
+            "Who holds more or less at the peak of the run chosen than at the base's, in bytes: by category the "
+            "owners that differ most, the others summed, so that it all adds up. Layers that repeat are one owner. "
+            "With a prediction as the base it says what was not foreseen.",
         )
         return Topic(MODES[self.mode], texts[self.mode])
 
@@ -65,7 +75,7 @@ class ComparePage(Page):
 
     def choose(self, by: int) -> None:
         """Another run."""
-        self.selected = max(0, min(self.selected + by, len(self.state.runs) - 1))
+        self.selected = max(0, min(self.selected + by, len(self.runs()) - 1))
 
     def next_mode(self) -> None:
         """Compare by something else."""
@@ -79,13 +89,37 @@ class ComparePage(Page):
         """Drop a run that has ended from the list."""
         finished = self.state.finished
         if self.selected >= len(finished):
-            self.state.say("this run is still on")
+            predicted = self.selected == self._predicted_at
+            self.state.say("the prediction goes when its run does" if predicted else "this run is still on")
             return
         del finished[self.selected]
         self.base -= self.base > self.selected
         self.state.version += 1
 
     # --- what is compared -------------------------------------------------------------
+
+    def runs(self) -> list[RunSummary]:
+        """Those of the state; before the one that is shown, once it is steady, what was predicted of it."""
+        runs, predicted = list(self.state.runs), self.control.foreseen()
+        steady = self.state.run.steady and self.state.summary() is not None
+        at = len(runs) - 1 if steady and not isinstance(predicted, str) else None
+        if at is not None and not isinstance(predicted, str):
+            runs.insert(at, predicted)
+        if at != self._predicted_at:  # whatever was chosen stays chosen
+            if (gone := self._predicted_at) is not None:
+                self.selected -= self.selected > gone
+                self.base -= self.base > gone
+            if at is not None:
+                self.selected += self.selected >= at
+                self.base += self.base >= at > 0  # a first run is compared with what was predicted of it
+            self._predicted_at = at
+        return runs
+
+    def parts(self, runs: list[RunSummary]) -> tuple[int, int, list[Part]]:
+        """The base and the run that is set against it, and their difference."""
+        others = [i for i in range(len(runs)) if i != self.base]
+        other = self.selected if self.selected != self.base or not others else others[-1]
+        return self.base, other, difference_of(runs[self.base].by_owner, runs[other].by_owner)
 
     def lines(self, runs: list[RunSummary]) -> list[Line]:
         """The rows of the mode that is on, with the sum where there is one."""
@@ -103,9 +137,17 @@ class ComparePage(Page):
 
     def table(self) -> Table | None:
         """All runs and rows; bytes as whole numbers."""
-        runs = self.state.runs
+        runs = self.runs()
         if not runs:
             return None
+        if self.mode == 4:
+            base, other, parts = self.parts(runs)
+            heads = [f"{runs[i].origin} {runs[i].label}" for i in (base, other)]
+            return [["category", "owner", *heads, "difference"], *(
+                [part.category.key, name, str(before), str(after), str(after - before)]
+                for part in parts
+                for name, before, after in (("", part.base_bytes, part.bytes), *(t[:3] for t in part.terms))
+            )]  # fmt: skip
         if self.mode == 3:
             cells = [[run.origin, run.label, *map(_whole, table_row(run))] for run in runs]
             return [["run", "settings", *TABLE_HEADS], *cells]
@@ -116,20 +158,38 @@ class ComparePage(Page):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The runs, and the comparison."""
-        runs, palette = self.state.runs, self.palette
+        runs, palette = self.runs(), self.palette
         if not runs:
             text = " No run has ended a step yet. Change something on screen 4; every run stays here to compare."
             return [Row(), Row().add(text, palette.dim)]
         self.selected = max(0, min(self.selected, len(runs) - 1))
         self.base = max(0, min(self.base, len(runs) - 1))
         unit = unit_for(max(run.peak_bytes for run in runs), self.state.units)
-        title = Row().add(f" {MODES[self.mode]}", palette.bold).add(f"  {unit.name}", palette.dim)
+        name = "bytes" if self.mode == 4 else unit.name
+        title = Row().add(f" {MODES[self.mode]}", palette.bold).add(f"  {name}", palette.dim)
+        below = self._footnote(width)
+        height -= len(below)
         if self.mode == 3:
-            return [title, *self._article(runs, unit, width, height - 1)]
-        rows = [title, *self._legend(runs, unit, width), self._heads(runs, width)]
-        lines, body = self.lines(runs), max(1, height - len(rows) - 1)
+            return [title, *self._article(runs, unit, width, height - 1), *below]
+        rows = [title, *self._legend(runs, unit, width)]
+        if self.mode == 4 and len(runs) < 2:
+            lines = [Row().add(" A difference takes two runs.", palette.dim)]
+        elif self.mode == 4:
+            base, other, parts = self.parts(runs)
+            rows += peak_rows({_letter(i): runs[i] for i in (base, other)}, width, palette)
+            lines = owner_rows(parts, ["~" * runs[i].predicted for i in (base, other)], width, palette)
+        else:
+            rows.append(self._heads(runs, width))
+            lines = [self._line(line, runs, unit, width) for line in self.lines(runs)]
+        body = max(1, height - len(rows) - 1)
         self.top = max(0, min(self.top, len(lines) - body))
-        return rows + [self._line(line, unit, width) for line in lines[self.top : self.top + body]]
+        return rows + lines[self.top : self.top + body] + below
+
+    def _footnote(self, width: int) -> list[Row]:
+        """Why no prediction is beside the run that is shown, or what to know of the one that is."""
+        predicted = self.control.foreseen()
+        word = predicted if isinstance(predicted, str) else predicted.caveat
+        return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 
     def _legend(self, runs: list[RunSummary], unit: Unit, width: int) -> list[Row]:
         """Which letter is which run."""
@@ -138,7 +198,7 @@ class ComparePage(Page):
         for i, run in enumerate(runs[top : top + LEGEND_ROWS], top):
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {_letter(i)} ", self.palette.accent if i != self.selected else style)
-            row.add(f"{unit.show(run.peak_bytes):>8} ", style)
+            row.add(f"{_figure(run, run.peak_bytes, unit):>8} ", style)
             room = max(8, width - row.width - 29)
             row.add(f"{shorten(f'{run.origin}  {run.label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)
@@ -163,7 +223,7 @@ class ComparePage(Page):
             row.right(head, row.width + FIGURE, style)
         return row
 
-    def _line(self, line: Line, unit: Unit, width: int) -> Row:
+    def _line(self, line: Line, runs: list[RunSummary], unit: Unit, width: int) -> Row:
         """A size a run, and its difference from the base's."""
         name, sizes, category = line
         palette = self.palette
@@ -174,7 +234,7 @@ class ComparePage(Page):
         base = sizes[self.base]
         for i in self._shown(len(sizes), width):
             size = sizes[i]
-            row.right(unit.show(size), row.width + FIGURE, palette.plain if size else palette.dim)
+            row.right(_figure(runs[i], size, unit), row.width + FIGURE, palette.plain if size else palette.dim)
             if i != self.base:
                 text, style = difference(size, base, unit), palette.dim
                 if size is not None and base is not None and size != base:
@@ -194,7 +254,7 @@ class ComparePage(Page):
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {shorten(f'{run.origin} {run.label}', name - 2):<{name - 1}}", style)
             for size in table_row(run):
-                row.add(f"{unit.show(size):>{FIGURE + 2}}", style)
+                row.add(f"{_figure(run, size, unit):>{FIGURE + 2}}", style)
             rows.append(row)
         return rows
 
@@ -202,6 +262,11 @@ class ComparePage(Page):
 def _letter(index: int) -> str:
     """A, B ... Z, then a ...: fifty runs have one each."""
     return chr(ord("A") + index) if index < 26 else chr(ord("a") + index - 26)
+
+
+def _figure(run: RunSummary, size: int | None, unit: Unit) -> str:
+    """A size of a run; what is predicted has a mark."""
+    return f"~{unit.show(size)}" if run.predicted and size is not None else unit.show(size)
 
 
 def _whole(size: int | None) -> str:

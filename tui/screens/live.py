@@ -15,7 +15,7 @@ from ..draw import Row, wrap
 from ..explain import explain, levers
 from ..layer_table import numbered_layers
 from ..state import Filter
-from ..units import UNKNOWN, clock, count, duration, rate, shorten
+from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
 from ..widgets.ticks import ticks
@@ -225,6 +225,20 @@ class LivePage(Page):
         run = self.state.run
         if total is not None and run.peak_bytes is not None and run.peak_bytes > total:
             row.add(f", untraced step {run.peak_step}: {unit.show(run.peak_bytes)}", palette.busy)
+        return self._predicted(row, total, width)
+
+    def _predicted(self, row: Row, peak_bytes: int | None, width: int) -> Row:
+        """The predicted peak, and how far beyond it the measured one is, as far as there is room."""
+        predicted, unit = self.control.foreseen(), self.state.unit
+        if isinstance(predicted, str):
+            return row
+        figure, beyond = f"~{unit.show(predicted.peak_bytes)}", ""
+        if peak_bytes is not None and self.state.run.steady:
+            beyond = difference(peak_bytes, predicted.peak_bytes, unit._replace(decimals=unit.decimals + 1))
+        full, short = f", {figure} predicted{beyond and f', {beyond}'}", f", {figure} {beyond}".rstrip()
+        for text in (full, short, f" {figure}"):
+            if row.width + len(text) < width:
+                return row.add(text, self.palette.dim)
         return row
 
     # --- words ------------------------------------------------------------------

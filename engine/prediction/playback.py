@@ -1,0 +1,115 @@
+"""A script played to the caching allocator: every block gets its place, and the traces their addresses."""
+
+from __future__ import annotations
+
+import dataclasses
+from array import array
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..events import BLOCK, Counted, Phase, Recompute, StepTrace
+from .caching_allocator import CachingAllocator
+from .script import Script
+
+
+@dataclass(frozen=True)
+class Played:
+    """What the allocator made of a script.
+
+    Attributes:
+        traces: With addresses, slack and the allocator's own counters.
+        recomputes: With the bytes they held.
+        allocated: `memory_allocated` after each row.
+        reserved: `memory_reserved` after each row.
+    """
+
+    traces: list[StepTrace]
+    recomputes: list[Recompute]
+    allocated: npt.NDArray[np.int64]
+    reserved: npt.NDArray[np.int64]
+
+
+class _Player:
+    """One pass over a script's rows."""
+
+    def __init__(self, allocator: CachingAllocator, blocks: int) -> None:
+        self.allocator = allocator
+        self.place = np.zeros(blocks, np.uint64)
+        self.allocated, self.reserved = array("q"), array("q")
+
+    def play(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
+        """Returns what became of the rows, and where in it each of them begins.
+
+        An instruction becomes nothing, or the block that warming up takes and gives back.
+        """
+        allocator, place = self.allocator, self.place
+        became: list[tuple[int, int, int, int, int]] = []
+        begins = []
+        for block, size, wanted, mark, time_us in rows.tolist():
+            begins.append(len(became))
+            if size > 0:
+                address, handed_out = allocator.allocate(size)
+                place[block] = address
+                became.append((address, size, handed_out - size, mark, time_us))
+            elif size < 0:
+                address = int(place[block])
+                _, handed_out = allocator.free(address)
+                became.append((address, size, -size - handed_out, mark, time_us))
+            elif wanted:
+                became += self._warm_up(wanted, mark, time_us)
+            else:
+                allocator.empty_cache()
+            self.allocated.append(allocator.allocated_bytes)
+            self.reserved.append(allocator.reserved_bytes)
+        return np.array(became, rows.dtype), np.array([*begins, len(became)], np.int64)
+
+    def _warm_up(self, wanted: int, mark: int, time_us: int) -> list[tuple[int, int, int, int, int]]:
+        """transformers takes one large block for all weights from an empty cache and gives it back."""
+        unused = self.allocator.reserved_bytes - self.allocator.allocated_bytes
+        size = int((wanted - unused) // 2) * 2  # it counts in 16-bit elements
+        if wanted - unused <= unused:
+            return []
+        address, handed_out = self.allocator.allocate(size)
+        self.allocator.free(address)
+        slack = handed_out - size
+        return [(address, size, slack, mark, time_us), (address, -size, -slack, mark, time_us)]
+
+
+def play(script: Script, allocator: CachingAllocator) -> Played:
+    """Give every block of a script its place.
+
+    Args:
+        script: As rehearsed.
+        allocator: New; afterwards as the script's last row has left it.
+    """
+    player = _Player(allocator, int(script.rows["address"].max(initial=0)) + 1)
+    traces: list[StepTrace] = []
+    recomputes: list[Recompute] = []
+    done, waiting = 0, iter(script.recomputes)
+    for start, trace in script.traces:
+        player.play(script.rows[done:start])
+        done = start + len(trace.events)
+        begin = np.array(allocator.alive(), BLOCK)
+        before = allocator.allocated_bytes
+        # Only those who are alive now have a place that anybody still asks for.
+        owned = trace.owners["address"]
+        events, begins = player.play(trace.events)
+        owners = trace.owners.copy()
+        owners["address"] = player.place[owned]
+        phases = tuple(s._replace(begin=int(begins[s.begin]), end=int(begins[s.end])) for s in trace.phases)
+        curve = before + np.concatenate([[0], np.cumsum(events["bytes"] + events["slack"])])
+        peak = int(curve.max()) if trace.step else None
+        traces.append(
+            dataclasses.replace(
+                trace, events=events, begin=begin, owners=owners, phases=phases, counted=Counted(int(curve[-1]), peak)
+            )
+        )
+        for span in phases:
+            if span.phase is Phase.RECOMPUTE:
+                held = int(curve[span.end] - curve[span.begin])
+                recomputes.append(next(waiting)._replace(bytes=held))
+    player.play(script.rows[done:])
+    return Played(traces, recomputes, np.array(player.allocated), np.array(player.reserved))

@@ -1,0 +1,34 @@
+"""What a rehearsal leaves behind: allocations in order, of blocks that have numbers and no place yet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy.typing as npt
+
+from ..events import Recompute, StepTrace
+
+Source = int | tuple[int, ...]
+"""The block of an operator's first argument, the blocks of them all if that is a list; 0: of none."""
+
+
+@dataclass(frozen=True)
+class Script:
+    """Everything the allocator is asked for, from the first workspace on.
+
+    Attributes:
+        rows: dtype EVENT; the address is the block's number. A row of 0 bytes
+            tells the allocator something: to give back what is cached or, with
+            `slack`, that a model of so many bytes is about to be loaded.
+        traces: What was traced, by the row where each begins; its events are
+            rows.
+        recomputes: One for each recompute span of the traces, in order.
+        sources: By block.
+    """
+
+    rows: npt.NDArray[Any]
+    traces: Sequence[tuple[int, StepTrace]]
+    recomputes: Sequence[Recompute]
+    sources: Sequence[Source]

@@ -1,0 +1,199 @@
+"""From the script of a few layers to that of all layers.
+
+Wherever a training step goes through the layers, forwards or backwards, its
+rows are a run for each of them, one after the other. Where the runs of three
+neighbours say the same, so would those of every layer between them, and the
+middle run is written as many times as there are such layers:
+
+    traced      0 | 1 | 2 | 3 | 4
+    stretched   0 | 1 | 2 2' 2'' 2''' | 3 | 4
+
+Saying the same means: the same sizes from the same modules in the same order,
+and each block freed lies equally many layers away. Anything else, a row between
+two layers that belongs to neither, a layer out of turn, and the script is not
+stretched: the model is then traced layer by layer.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+
+from ..events import MARK, OWNER, Phase, PhaseSpan, Recompute, StepTrace
+from .layers import GROUPS, Layers
+from .script import Script
+from .walks import MIDDLE, Run, UnlikeError, Walks
+
+
+def stretch(script: Script, layers: Layers) -> Script:
+    """Write the middle layers' rows as often as there are layers like them.
+
+    Raises:
+        UnlikeError: They are not alike.
+    """
+    return _Stretching(script, layers).script()
+
+
+class _Stretching:
+    """The steps of `stretch`.
+
+    Attributes:
+        origin: By new row, the old one.
+        copy: By new row, in which copy of the middle group it is; 0: in none, or in the group itself.
+        block: By new row, the number of its block.
+        run_at: By the number of a run, where it is written first.
+    """
+
+    def __init__(self, script: Script, layers: Layers) -> None:
+        self.old, self.layers, self.walks = script, layers, Walks(script, layers)
+        self.stride = max(self.walks.blocks, default=0) + 1
+        self.origin: list[int] = []
+        self.copy: list[int] = []
+        self.block: list[int] = []
+        self.run_at: list[int] = []
+        for index, run in enumerate(self.walks.runs):
+            self.run_at.append(len(self.origin))
+            if run.group == MIDDLE:
+                self._write_walk(index)
+            else:
+                self.origin += range(run.begin, run.end)
+                self.copy += [0] * (run.end - run.begin)
+                self.block += [self._as_it_is(block, run.group) for block in self.walks.blocks[run.begin : run.end]]
+
+    # --- rows -----------------------------------------------------------------------
+
+    def _copy_of(self, block: int, copy: int) -> int:
+        """The number of a block in one of the copies of the middle group; 0 is the group itself."""
+        return block + copy * self.stride
+
+    def _as_it_is(self, block: int, group: int) -> int:
+        """The block that a row outside of the middle group speaks of."""
+        place = self.walks.place(block)
+        if place is None or place.group != MIDDLE:
+            return block
+        if group not in (0, GROUPS - 1):
+            raise UnlikeError("what the middle layers hold is freed by itself")
+        return self._copy_of(block, 0 if group == 0 else self.layers.copies)
+
+    def _write_walk(self, walk: int) -> None:
+        """The middle run of a walk, as often as there are layers like it."""
+        run, copies = self.walks.runs[walk], self.layers.copies
+        frees = self._freed_in(run)
+        for copy in range(copies + 1) if self.walks.goes_up(walk) else range(copies, -1, -1):
+            self.origin += range(run.begin, run.end)
+            self.copy += [copy] * (run.end - run.begin)
+            for block, freed in zip(self.walks.blocks[run.begin : run.end], frees, strict=True):
+                if freed is None:
+                    self.block.append(self._copy_of(block, copy))
+                    continue
+                away, in_first, in_middle, in_last = freed
+                other = copy + away
+                inside = self._copy_of(in_middle, other)
+                self.block.append(in_first if other < 0 else in_last if other > copies else inside)
+
+    def _freed_in(self, run: Run) -> list[tuple[int, int, int, int] | None]:
+        """For each row of a middle run that frees: how many groups away, and the block in each of the three."""
+        found: list[tuple[int, int, int, int] | None] = []
+        for block, size in zip(
+            self.walks.blocks[run.begin : run.end], self.walks.sizes[run.begin : run.end], strict=True
+        ):
+            place = self.walks.place(block)
+            if size >= 0 or place is None:
+                found.append(None)
+                continue
+            first, middle, last = (
+                self.walks.blocks[each.begin + place.nth] for each in self.walks.in_groups(place.walk)
+            )
+            found.append((place.group - MIDDLE, first, middle, last))
+        return found
+
+    def _new_row(self, row: int, written_before: int) -> int:
+        """Where an old row is now; of a middle one, where it was written so many times before."""
+        index = self.walks.run_of[row]
+        run = self.walks.runs[index]
+        again = written_before * (run.end - run.begin) if run.group == MIDDLE else 0
+        return self.run_at[index] + again + row - run.begin
+
+    # --- what the rows say ------------------------------------------------------------
+
+    def script(self) -> Script:
+        """Everything put together again."""
+        rows = self.walks.rows[np.array(self.origin, np.int64)]
+        rows["address"] = self.block
+        traces: list[tuple[int, StepTrace]] = []
+        recomputes: list[Recompute] = []
+        waiting = iter(self.old.recomputes)
+        for start, trace in self.old.traces:
+            begin = self._new_row(start, 0)
+            end = self._new_row(start + len(trace.events) - 1, 0) + 1
+            rows["mark"][begin:end] = np.arange(end - begin)
+            names = {name: i for i, name in enumerate(self.layers.all_of(trace.names))}
+            marks = self._marks(begin, end, names)
+            owners = self._owners(trace, begin, end, names)
+            phases, again = self._phases(start, trace, begin, waiting)
+            recomputes += again
+            stretched = dataclasses.replace(
+                trace, events=rows[begin:end], marks=marks, owners=owners, names=tuple(names), phases=phases
+            )
+            traces.append((begin, stretched))
+        return Script(rows, traces, recomputes, self.old.sources)
+
+    def _named(self, name: str, group: int | None, copy: int) -> str:
+        """The name of what belongs to a group, or to none."""
+        layers = self.layers
+        if group is None or not 0 <= group < GROUPS:
+            return layers.final(name)
+        return layers.shifted(name, (0, copy, layers.copies)[group] * layers.period)
+
+    def _marks(self, begin: int, end: int, names: dict[str, int]) -> Any:
+        """One mark a row: what was at work."""
+        walks, known = self.walks, {}
+        marks: list[tuple[int, int, int]] = []
+        for row, copy in zip(self.origin[begin:end], self.copy[begin:end], strict=True):
+            key = walks.module[row], walks.runs[walks.run_of[row]].group, copy
+            if key not in known:
+                known[key] = names.setdefault(self._named(*key), len(names))
+            marks.append((walks.phase[row], walks.micro[row], known[key]))
+        return np.array(marks, MARK)
+
+    def _owners(self, trace: StepTrace, begin: int, end: int, names: dict[str, int]) -> Any:
+        """Who owns a block, from the mark of its own row on."""
+        born = {self.block[row]: row - begin for row in range(begin, end) if self.walks.sizes[self.origin[row]] > 0}
+        made: list[tuple[int, int, int, int, int]] = []
+        for block, _, category, name, description in trace.owners.tolist():
+            place = self.walks.place(block)
+            group = place.group if place else None
+            for copy in range(self.layers.copies + 1) if group == MIDDLE else (0,):
+                number = self._copy_of(block, copy)
+                called = names.setdefault(self._named(trace.names[name], group, copy), len(names))
+                made.append((number, born.get(number, -1), category, called, description))
+        return np.array(made, OWNER)
+
+    def _phases(
+        self, start: int, trace: StepTrace, begin: int, waiting: Iterator[Recompute]
+    ) -> tuple[tuple[PhaseSpan, ...], list[Recompute]]:
+        """Phases and recomputes; one inside of a middle run is written as often as the run."""
+        walks, copies = self.walks, self.layers.copies
+        spans: list[tuple[PhaseSpan, Recompute | None]] = []
+        for span in trace.phases:
+            first, last = start + span.begin, start + span.end - 1
+            recompute = next(waiting) if span.phase is Phase.RECOMPUTE else None
+            inside = first <= last and walks.is_middle(first) and walks.run_of[first] == walks.run_of[last]
+            if not inside:
+                at = self._new_row(first, 0) if first < len(walks.run_of) else len(self.origin)
+                until = at if last < first else self._new_row(last, copies) + 1
+                again = recompute and recompute._replace(layers=tuple(self.layers.all_of(recompute.layers)))
+                spans.append((span._replace(begin=at - begin, end=until - begin), again))
+                continue
+            for nth in range(copies + 1):
+                copy = nth if walks.goes_up(walks.run_of[first]) else copies - nth
+                at, until = self._new_row(first, nth), self._new_row(last, nth) + 1
+                again = recompute and recompute._replace(
+                    layers=tuple(self._named(name, MIDDLE, copy) for name in recompute.layers)
+                )
+                spans.append((span._replace(begin=at - begin, end=until - begin), again))
+        spans.sort(key=lambda pair: pair[0].begin)
+        return tuple(span for span, _ in spans), [again for _, again in spans if again is not None]

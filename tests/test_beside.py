@@ -1,0 +1,327 @@
+"""Predicted beside measured: on the live screen, on the compare screen, and from the command line."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import re
+from contextlib import closing
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Category, Environment, Kind
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.report import Report
+from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.foresight import WORKING, Background
+from gpumem_tui.tui.predictions import Prediction
+
+from .app_driver import GPU_UNIT, SIZES, Driver, shown
+from .fake_source import CPU, GPU, FakeSource
+
+GIB = 1 << 30
+RECORDINGS = Path(__file__).parent / "recordings"
+QUICK = ["run", "--device", "cpu", "--batch-size", "2", "--seq-len", "16"]
+
+
+def gpu_run(steps: int, **settings: Any) -> FakeSource:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(**settings)
+    for _ in range(steps):
+        source.finish_step()
+    return source
+
+
+class Oracle:
+    """Predicts a batch of one row less than what will be run: wrong by the logits of a row."""
+
+    gpu_name = "H100 80GB"
+
+    def __init__(self, ready: bool = True) -> None:
+        self.ready = ready
+
+    def answers(self) -> int:
+        return int(self.ready)
+
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
+        if not self.ready:
+            return None
+        source = gpu_run(2)
+        source.start(config.with_({"batch_size": config.batch_size - 1}))
+        report = Report()
+        for _ in range(2):
+            source.finish_step()
+        for trace in source.traces():
+            report.add(trace)
+        environment = source.environment()
+        assert environment is not None
+        document = report.document(environment, config, list(source.milestones(0)))
+        return Prediction(document["peak"]["allocated_bytes"], True, document)
+
+    def of_run(self, config: RunConfig) -> Prediction | str:
+        return self.of(config) or WORKING
+
+
+LOGITS_OF_A_ROW = 5 * GPU_UNIT // 8
+
+
+# --- the live screen --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_predicted_peak_stands_beside_the_measured_one(size: tuple[int, int]) -> None:
+    source = gpu_run(1)
+    async with shown(source, size, predictions=Oracle()) as driver:
+        peak = driver.app.state.peak.peak.bytes
+        predicted = f"~{(peak - LOGITS_OF_A_ROW) / GIB:.2f}"
+        words = f"{predicted} predicted" if size[0] >= 100 else predicted
+        measured = f"{peak / GIB:.2f} GiB"
+        assert total(driver).endswith(f"{measured}, {words}"), "what the first step holds is not yet all"
+        source.finish_step()
+        await driver.tick()
+        comma = "," * (size[0] >= 100)
+        assert total(driver).endswith(f"{measured}, {words}{comma} +{LOGITS_OF_A_ROW / GIB:.3f}")
+
+
+def total(driver: Driver) -> str:
+    """The row below the categories."""
+    return next(line for line in driver.lines if line.startswith("   allocated")).rstrip()
+
+
+@pytest.mark.parametrize("width", [60, 72, 80, 100, 140])
+async def test_the_prediction_never_pushes_a_measured_figure_out(width: int) -> None:
+    """With and without it every row says the same, but for what is marked with ~."""
+    async with shown(gpu_run(3), (width, 24)) as driver:
+        without = driver.lines
+    async with shown(gpu_run(3), (width, 24), predictions=Oracle()) as driver:
+        for before, after in zip(without, driver.lines, strict=True):
+            assert after.rstrip().startswith(before.rstrip()) or "saves most" in after
+        assert " ~" in total(driver)
+
+
+async def test_nothing_is_set_beside_a_run_on_a_cpu_and_one_line_says_why() -> None:
+    source = FakeSource(CPU)
+    source.start()
+    for _ in range(2):
+        source.finish_step()
+    with closing(Background(source, "RTX 4090")) as predictions:
+        async with shown(source, predictions=predictions) as driver:
+            assert "~" not in total(driver)
+            await driver.press("5")
+            assert "it is on a CPU, predictions are of GPUs" in driver.text
+            assert len(driver.app.page.runs()) == 1
+            await driver.press("tab", "tab", "tab", "tab")
+            assert "A difference takes two runs." in driver.text
+            assert "~" not in driver.text
+
+
+# --- the compare screen -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
+    async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
+        await driver.press("5")
+        predicted, measured = driver.app.page.runs()
+        assert "run 1, predicted" in driver.text
+        rows = {c: driver.line(f"{c.info.letter} {c.info.title}") for c in Category if measured.peak[c]}
+        assert len(rows) > 4
+        for category, row in rows.items():
+            a, b = predicted.peak[category] / GIB, measured.peak[category] / GIB
+            change = f"{b - a:+.2f}" if f"{b - a:.2f}" != "0.00" else "0.00"
+            assert row.split()[-3:] == [f"~{a:.2f}", f"{b:.2f}", change]
+        await driver.press("tab")
+        a, b = (run.by_phase[phase] / GIB for run in (predicted, measured) for phase in run.by_phase
+                if phase.title == "backward")  # fmt: skip
+        assert driver.line("backward").split()[1:] == [f"~{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"]
+        await driver.press("tab")
+        assert "layers.3" in driver.text and "logits" in driver.text
+        await driver.press("tab")
+        assert f"~{sum(predicted.peak.values()) / GIB:.2f}" in driver.line("run 1, predicted")
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[int, int]) -> None:
+    async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
+        await driver.press("5", *["tab"] * 4)
+        places = [line for line in driver.lines if "peak in" in line]
+        assert [re.sub(r"\s+", " ", line).strip() for line in places] == [
+            "A peak in step 1, optimizer step of AdamW", "B peak in step 1, optimizer step of AdamW",
+        ]  # fmt: skip
+        figures = [re.sub(r"\s{2,}", "|", line.strip()).split("|") for line in driver.lines[driver.lines.index(
+            next(line for line in driver.lines if line.strip().startswith("P "))):]]  # fmt: skip
+        shown_rows = [row for row in figures if len(row) == 4 and not row[0].startswith(("1 live", "←"))]
+        categories = [row for row in shown_rows if row[0][1:2] == " "]
+        whole = {row[0]: [int(cell.lstrip("~").replace(",", "")) for cell in row[1:]] for row in shown_rows}
+        for before, after, change in whole.values():
+            assert after - before == change
+        total = whole["all"]
+        assert [sum(whole[row[0]][i] for row in categories) for i in range(3)] == total
+        assert total[2] == LOGITS_OF_A_ROW == whole["logits"][2]
+        assert all(row[1].startswith("~") for row in shown_rows)
+        table = driver.app.page.table()
+        assert [len(row) for row in table] == [5] * len(table)
+
+
+async def test_what_was_chosen_stays_chosen_when_a_prediction_comes_and_goes() -> None:
+    source, oracle = gpu_run(2), Oracle(ready=False)
+    async with shown(source, predictions=oracle) as driver:
+        await driver.press("5")
+        assert "being worked out" in driver.text
+        for step in range(2):
+            await driver.press("1", "b", "5")
+            source.obey()
+            for _ in range(step + 1):
+                source.finish_step()
+                await driver.tick()
+        source.finish_step()
+        await driver.press("right", "right", "enter")
+        assert chosen(driver) == ("run 3", "run 3")
+        oracle.ready = True
+        await driver.tick()
+        assert [run.origin for run in driver.app.page.runs()] == ["run 1", "run 2", "run 3, predicted", "run 3"]
+        assert chosen(driver) == ("run 3", "run 3")
+        await driver.press("left", "-")
+        assert "the prediction goes when its run does" in driver.text
+        await driver.press("left", "left", "-", "right", "right")
+        assert chosen(driver) == ("run 3", "run 3")
+        await driver.press("1", "b", "5")
+        source.obey()
+        await driver.tick()
+        assert [run.origin for run in driver.app.page.runs()] == ["run 2", "run 3"]
+        assert chosen(driver) == ("run 3", "run 3")
+
+
+def chosen(driver: Driver) -> tuple[str, str]:
+    page = driver.app.page
+    runs = page.runs()
+    return runs[page.selected].origin, runs[page.base].origin
+
+
+async def test_a_script_of_ones_own_is_not_predicted() -> None:
+    """What could be told of its settings need not be all of them."""
+    source = gpu_run(0)
+    config = source.config()
+    assert config is not None
+    source.feed.milestone(Kind.RUN_STARTED, "watching", config=config.as_dict(), watched=True)
+    source.finish_step()
+    source.finish_step()
+    async with shown(source, predictions=Oracle()) as driver:
+        assert "~" not in total(driver)
+        await driver.press("5")
+        assert "the loop is a script's own" in driver.text
+
+
+# --- recordings, with the predictor that the app has ----------------------------------------
+
+
+async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() -> None:
+    replay = Replay(RECORDINGS / "h100-tiny-lora.gpumem")
+    with closing(Background(replay)) as predictions:
+        async with shown(replay, predictions=predictions) as driver:
+            predictor = predictions._predictor
+            assert predictor is not None and predictor.wait(100)
+            await driver.press("5")
+            predicted, measured = driver.app.page.runs()
+            assert predicted.predicted and not measured.predicted
+            assert abs(predicted.peak_bytes - measured.peak_bytes) < measured.peak_bytes // 1000
+            assert set(predicted.by_layer) == set(measured.by_layer)
+            assert set(predicted.by_phase) == set(measured.by_phase)
+            for phase, size in measured.by_phase.items():
+                assert predicted.by_phase[phase] == pytest.approx(size, rel=0.01), phase
+            assert (predicted.label, predicted.peak_module) == (measured.label, "loss")
+            ran, here = "2.11.0", version("torch").split("+")[0]
+            assert (f"~ predicted with torch {here} (run: {ran})" in driver.text) == (here != ran)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "here", "expected"),
+    [
+        ("", GPU, WORKING),
+        ("H100 80GB", GPU, WORKING),
+        (
+            "RTX 4090",
+            GPU,
+            "No prediction is set beside this run: it is on NVIDIA H100 80GB HBM3, predictions are of RTX",
+        ),
+        ("RTX 4090", CPU, "No prediction is set beside this run: it is on a CPU"),
+        ("", CPU, "No prediction is set beside this run: it is on a CPU"),
+    ],
+)
+def test_a_prediction_is_of_the_very_gpu_or_none(wanted: str, here: Environment, expected: str) -> None:
+    source = FakeSource(here)
+    source.start()
+    config = source.config()
+    assert config is not None
+    with closing(Background(source, wanted)) as predictions:
+        found = predictions.of_run(config)
+        assert isinstance(found, str) and found.startswith(expected)
+
+
+def test_what_cannot_be_predicted_says_why() -> None:
+    source = FakeSource(GPU)
+    source.start()
+    config = dataclasses.replace(source.config() or RunConfig(), model="no-such-model")
+    with closing(Background(source)) as predictions:
+        assert predictions.of_run(config) == WORKING
+        assert predictions._predictor is not None and predictions._predictor.wait(100)
+        found = predictions.of_run(config)
+        assert isinstance(found, str) and "no-such-model" in found
+
+
+# --- the command line ------------------------------------------------------------------------
+
+
+def test_run_predict_on_a_cpu_says_that_it_cannot_be_compared(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "run.json"
+    assert main([*QUICK, "--steps", "2", "--predict", "--json", str(target)]) == 0
+    assert "This ran on a CPU and predictions are of GPUs: not compared." in capsys.readouterr().out
+    document = json.loads(target.read_text())
+    assert document["predicted"] is None and document["difference"] is None
+    assert "not compared" in document["not_compared"]
+
+
+def test_run_predict_gpu_compares_with_that_gpu_term_by_term(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    target = tmp_path / "run.json"
+    assert main([*QUICK, "--steps", "2", "--predict", "RTX 4090", "--json", str(target)]) == 0
+    document, printed = json.loads(target.read_text()), capsys.readouterr().out
+    predicted, difference = document["predicted"], document["difference"]
+    assert predicted["gpu"] == "RTX 4090 24GB" and predicted["fits"]
+    assert predicted["safe_bound_bytes"] > predicted["peak"]["allocated_bytes"]
+    assert difference["bytes"] == document["peak"]["allocated_bytes"] - predicted["peak"]["allocated_bytes"]
+    assert sum(part["bytes"] for part in difference["by_category"].values()) == difference["bytes"]
+    for part in difference["by_category"].values():
+        assert sum(term["bytes"] for term in part["terms"]) == part["bytes"]
+    # A CPU has no cuBLAS, and AdamW's counters of steps are on the device there.
+    workspace = difference["by_category"]["workspace"]
+    assert workspace["terms"] == [{"name": "cuBLAS", "bytes": workspace["bytes"], "owners": 1}]
+    assert workspace["bytes"] == -predicted["peak"]["by_category"]["workspace"]
+    assert all(term["name"].endswith(".step") or term["owners"] > 1
+               for term in difference["by_category"]["optimizer_state"]["terms"])  # fmt: skip
+    assert re.search(rf"\n    cuBLAS +{workspace['bytes']:,}\n", printed)
+    assert f"{difference['bytes']:+,}" in printed
+    assert "Predicted for RTX 4090 24GB: the peak is in step" in printed
+
+
+@pytest.mark.parametrize(
+    ("arguments", "complaint"),
+    [
+        (["--steps", "1", "--predict"], "--predict: a run is compared from its second step on"),
+        (["--steps", "2", "--predict", "Voodoo 2"], "--predict Voodoo 2: not a GPU known here"),
+    ],
+)
+def test_what_could_not_be_compared_is_refused_before_the_run(
+    arguments: list[str], complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([*QUICK, *arguments]) == 2
+    printed = capsys.readouterr()
+    assert complaint in printed.err and printed.err.count("\n") == 1
+    assert printed.out == ""
