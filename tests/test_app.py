@@ -10,7 +10,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from textual.strip import Strip
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
@@ -29,7 +28,6 @@ from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
 from gpumem_tui.tui.units import IN_GIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
-from gpumem_tui.tui.widgets.canvas import changed_until
 from gpumem_tui.tui.writer import writing
 
 from .app_driver import GPU_UNIT, SIZES, shown, trained
@@ -47,12 +45,17 @@ def test_the_app_loads_no_torch() -> None:
     assert done.returncode == 0, done.stderr
 
 
-async def test_on_start_is_called_after_the_first_frame() -> None:
-    started: list[str] = []
-    app = GpumemApp(FakeSource(), refresh_hz=0, on_start=lambda: started.append(app.canvas.lines[0]))
-    async with app.run_test(size=(80, 24)) as pilot:
-        await pilot.pause()
-        assert started
+async def test_the_palette_closes_where_it_has_no_room() -> None:
+    async with shown(trained()) as driver:
+        driver.app.open_palette()
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 2
+        await driver.pilot.resize_terminal(4, 58)
+        await driver.pilot.pause()
+        assert len(driver.app.screen_stack) == 1
+        driver.app.open_palette()
+        await driver.tick()
+        assert len(driver.app.screen_stack) == 1
 
 
 async def test_before_anything_is_known() -> None:
@@ -757,18 +760,6 @@ def test_bars_have_their_width_and_share(ascii: bool) -> None:
     assert row.width == 8
     assert [len(text) for text, _ in row.spans] == [2, 4, 2]
     assert stacked([Part("P", 1, palette.plain)], 10**9, 8, palette).text[0] == "P"
-
-
-def test_changed_until_finds_the_last_cell_that_differs() -> None:
-    palette = Palette()
-
-    def strip(a: str, b: str = "") -> Strip:
-        return Row().add(a, palette.bold).add(b, palette.dim).strip(20)
-
-    assert changed_until(strip("same", "too"), strip("same", "too")) == 0
-    assert changed_until(strip("same", "too"), strip("sane", "too")) == 3
-    assert changed_until(strip("same", "too"), strip("same", "two")) == 6
-    assert changed_until(strip("same", "too"), strip("same", "toon")) == 8
 
 
 def test_explanations_say_what_is_in_the_ledger() -> None:

@@ -164,6 +164,7 @@ def test_categories_add_up_at_every_event(trace: StepTrace) -> None:
     np.testing.assert_array_equal(ledger.total, expected)
     assert ledger.curve.min() >= 0
     assert ledger.unmatched_frees == 0
+    assert ledger.end == ledger.at(len(trace.events) - 1)
     for event in (-1, len(trace.events) - 1, ledger.peak.event):
         assert sum(ledger.at(event).values()) == expected[event + 1]
         assert sum(sum(sizes.values()) for sizes in ledger.by_layer(event).values()) == expected[event + 1]

@@ -169,6 +169,7 @@ def test_config_refuses_what_cannot_be(
     said = capsys.readouterr().err
     assert problem in said
     assert len(said.splitlines()) == 1
+    assert not config_path().exists(), "what is refused is not written"
 
 
 def test_config_edit_opens_the_editor_on_a_file_that_explains_itself(

@@ -2,7 +2,8 @@
 
 A frame's text is kept to be read in a diff; how it is styled is kept as a digest, cell by
 cell. When a screen is meant to change: `GPUMEM_SNAPSHOTS=write pytest tests/test_snapshots.py`,
-and look at what `git diff` shows. Two are kept as SVG, as the terminal's picture of themselves.
+and look at what `git diff` shows. The app's own pictures of all of them, as SVG, are kept as
+digests, two of them whole.
 """
 
 from __future__ import annotations
@@ -81,12 +82,33 @@ def test_screens_look_as_they_did(screen: str, size: tuple[int, int]) -> None:
     assert frame == kept(SNAPSHOTS / f"{name}.txt", frame)
 
 
-@pytest.mark.parametrize(("screen", "background"), [("live", "dark"), ("step", "light")])
-async def test_as_a_picture(screen: str, background: str) -> None:
-    async with shown(replay(screen), background=background) as driver:
-        await driver.press(str(SCREENS.index(screen) + 1))
-        svg = re.sub(r"terminal-\d+", "terminal", driver.app.picture())
-        assert svg == kept(SNAPSHOTS / f"{screen}-{background}.svg", svg)
+@pytest.mark.parametrize("look", LOOKS)
+async def test_as_pictures(look: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The whole way: keys, the app, the canvas, the terminal's picture of itself."""
+    if look == "no-colour":
+        monkeypatch.setenv("NO_COLOR", "1")
+    settings = Settings(Path("/proc/none/config.toml"))
+    settings.values["theme"] = look if look == "ansi" else "auto"
+    found = {}
+    for source in ("full", "checkpointed"):
+        background = "light" if look == "light" else "dark"
+        async with shown(Replay(RECORDINGS / f"{source}.gpumem"), settings=settings, background=background) as driver:
+            for width, height in SIZES:
+                await driver.pilot.resize_terminal(width, height)
+                for key, screen in zip("123456?", SCREENS, strict=True):
+                    if RECORDING.get(screen, "full") != source:
+                        continue
+                    await driver.press(key)
+                    svg = re.sub(r"terminal-\d+", "terminal", driver.app.picture())
+                    if look == "no-colour":
+                        assert not re.search(r"fill: #(?!c5c8c6|292929|868887)", svg), "only ink, ground and dim"
+                    found[f"{screen}-{width}x{height}"] = hashlib.sha256(svg.encode()).hexdigest()[:16]
+                    if (look, screen, width) in (("dark", "live", 80), ("light", "step", 80)):
+                        assert svg == kept(SNAPSHOTS / f"{screen}-{look}.svg", svg)
+                await driver.press("?" if driver.app.page.title == "help" else "escape")
+    digests = "".join(f"{name} {digest}\n" for name, digest in sorted(found.items()))
+    assert len(set(found.values())) == len(SCREENS) * len(SIZES)
+    assert digests == kept(SNAPSHOTS / f"pictures-{look}.txt", digests)
 
 
 def test_the_recordings_are_what_their_script_makes(tmp_path: Path) -> None:

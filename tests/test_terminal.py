@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from pathlib import Path
 import pytest
 
 from .benchmarks.terminal import RECORDING, TUI, Terminal
+from .terminal import Terminal as Program
+from .vt import Screen
 
 COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
 
@@ -61,3 +64,57 @@ def test_nothing_is_written_when_nothing_changes_and_q_ends_it() -> None:
         terminal.press("q")
         terminal.read_for(30, until=b"\x1b[?1049l")
         assert terminal.process.wait(30) == 0
+
+
+def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rows drawn by the compositor and cells sent past it, over each other, on a real terminal."""
+    monkeypatch.chdir(tmp_path)
+    with opened("--hz", "20") as terminal:
+        screen = Screen(80, 24)
+        screen.feed(terminal.tail.decode())
+        for key, expected in (
+            ("2", b"largest now"),
+            ("p", b""),
+            ("+", b" % of it"),
+            ("3", b"all at once"),
+            ("\x1b[B", b""),
+            (":", b"Search"),
+            ("\x1b", b"all at once"),
+            ("v", b"theme dark"),
+            ("?", b"keys on"),
+            ("?", b""),
+            ("4", b"if changed"),
+            ("i", b"saved"),
+        ):
+            terminal.press(key)
+            assert not expected or terminal.read_for(30, until=expected) is not None, (key, terminal.tail)
+            terminal.read_for(0.3)
+            screen.feed(terminal.tail.decode())
+        (saved,) = tmp_path.glob("gpumem-techniques-*.txt")
+        said = saved.read_text().splitlines()
+        assert said[3:20] == screen.lines[3:20]
+        assert len({line for line in said if line}) > 15
+
+
+def test_the_screen_is_on_the_terminal_though_errors_go_to_a_file(tmp_path: Path) -> None:
+    errors = tmp_path / "errors"
+    command = shlex.join([*TUI, "open", str(RECORDING)])
+    terminal = Terminal(["sh", "-c", f"exec {command} 2> {errors}"], (80, 24))
+    try:
+        assert terminal.read_for(30, until=b"parameters") is not None, terminal.tail
+    finally:
+        terminal.close()
+    assert errors.read_bytes() == b""
+
+
+def test_ctrl_c_ends_a_run_without_the_app_in_order(tmp_path: Path) -> None:
+    terminal = Program(
+        "run", "--profile", "tiny", "--device", "cpu", "--steps", "100000", environment={}, folder=tmp_path
+    )
+    try:
+        terminal.sees("step 2")
+        terminal.press("\x03")
+        assert terminal.wait() == 130, terminal.output[-500:]
+        assert b"terminate called" not in terminal.output
+    finally:
+        terminal.close()

@@ -7,7 +7,7 @@ It knows a `Source` and nothing of what is behind it; it loads no torch. It asks
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -15,13 +15,13 @@ from typing import ClassVar
 
 from textual.app import App, ComposeResult, SystemCommand
 from textual.binding import Binding, BindingType
-from textual.events import Click, Key, MouseScrollDown, MouseScrollUp
+from textual.events import Click, Key, MouseScrollDown, MouseScrollUp, Resize
 from textual.screen import Screen
 
 from ..engine.config import UserError, show
 from ..engine.feed import End, Source, Standing
 from .actions import Action
-from .board import Board
+from .board import Board, fits
 from .palette import Palette
 from .predictions import Predictions
 from .screens.tour import Tour
@@ -29,7 +29,7 @@ from .settings import NAMED, Settings, config_path, state_path
 from .stopped import outlive_sigstop
 from .themes import THEMES
 from .widgets.canvas import Canvas
-from .writer import writing
+from .writer import send, writing
 
 QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
 
@@ -48,7 +48,6 @@ class GpumemApp(App[None], inherit_bindings=False):
         background: What the terminal's background was found to be, for the theme `auto`.
         predictions: Peaks of configurations that have not run.
         tour: Begin with the tour.
-        on_start: Called once the first frame is out: the time to start an engine.
     """
 
     TITLE = "gpumem-tui"
@@ -70,7 +69,6 @@ class GpumemApp(App[None], inherit_bindings=False):
         background: str = "dark",
         predictions: Predictions | None = None,
         tour: bool = False,
-        on_start: Callable[[], None] | None = None,
     ) -> None:
         # The terminal's own colours have to be known before Textual decides how
         # to do without colours (NO_COLOR).
@@ -78,11 +76,11 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.theme = "ansi-light" if background == "light" else "ansi-dark"
         self.settings = settings or Settings(config_path())
         self.background, self.source = background, source
-        self.refresh_hz, self.on_start = refresh_hz, on_start
+        self.refresh_hz = refresh_hz
         self.board = Board(source, self.settings, self._palette(), save_dir, predictions)
         self.state, self.control = self.board.state, self.board.control
         self.control.on_command = self._unfreeze
-        self.canvas = Canvas(self.draw)
+        self.canvas = Canvas(self.draw, partial(send, self))
         self.ended = False
         self._wants_tour = tour
         self._ticks: list[float] = []
@@ -98,8 +96,11 @@ class GpumemApp(App[None], inherit_bindings=False):
             self.start_tour()
         self.tick()
         self._timer = self.set_interval(1 / self.refresh_hz, self.tick) if self.refresh_hz > 0 else None
-        if self.on_start is not None:
-            self.call_after_refresh(self.on_start)
+
+    def on_resize(self, event: Resize) -> None:
+        """Below the smallest size there is no palette: Textual cannot lay its own out in a few columns."""
+        if len(self.screen_stack) > 1 and not fits(*event.size):
+            self.pop_screen()
 
     # --- asking and drawing -------------------------------------------------------
 
@@ -238,7 +239,8 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def open_palette(self) -> None:
         """Every action by name."""
-        self.action_command_palette()
+        if fits(*self.size):
+            self.action_command_palette()
 
     def toggle_freeze(self) -> None:
         """Freeze the view while data goes on, or catch up."""

@@ -9,7 +9,7 @@ from typing import cast
 from ..engine.feed import Source, Standing
 from .actions import Action, check_keys, everywhere, hint, remapped
 from .control import Control
-from .draw import Row, wrap
+from .draw import Kept, Row, wrap
 from .palette import Palette
 from .predictions import Predictions
 from .screens.compare import ComparePage
@@ -80,6 +80,7 @@ class Board:
         self._answers = 0
         self.frozen = False
         self.rate = ""
+        self._kept = Kept()
 
     # --- what can be done -----------------------------------------------------------
 
@@ -128,14 +129,17 @@ class Board:
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The whole terminal."""
-        if width < MIN_WIDTH or height < MIN_HEIGHT:
+        if not fits(width, height):
             return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
         said = self.tour.rows(self.palette, width) if self.tour is not None else self._said(width)
         rows = [header(self.state, self.palette, width, self.frozen)]
         rows += self._page_rows(width, height - 3)
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
-        return [*map(self._plain, [*rows, *said, self._footer(width)])]
+        standing = self.control.source.standing
+        shows = (self.page, self.rate, self.frozen, standing, width, self.palette)
+        footer = self._kept.rows("footer", shows, lambda: [self._footer(width, standing)])
+        return [*map(self._plain, [*rows, *said, *footer])]
 
     def _page_rows(self, width: int, height: int) -> list[Row]:
         """The page; a mistake in drawing it costs the page and not the run that is going on."""
@@ -159,13 +163,16 @@ class Board:
         if message is None and (row := progress(self.state, self.palette)) is not None:
             return [row]
         if message is None:
-            return [Row().add(f" {shorten(self.page.lead + hint(self.page.actions), width - 2)}", self.palette.dim)]
+            return self._kept.rows("keys", (self.page, width, self.palette), lambda: [self._keys(width)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
-    def _footer(self, width: int) -> Row:
+    def _keys(self, width: int) -> Row:
+        return Row().add(f" {shorten(self.page.lead + hint(self.page.actions), width - 2)}", self.palette.dim)
+
+    def _footer(self, width: int, standing: Standing) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""
         palette = self.palette
         keys = {action.name: action.keys[0] for action in self.everywhere}
@@ -175,7 +182,6 @@ class Board:
             title = f" {page.title}" if on or width >= NAMED_WIDTH else ""
             row.add(keys[f"screen.{page.title}"], palette.accent).add(title, palette.bold if on else palette.dim)
             row.add(" ")
-        standing = self.control.source.standing
         if standing not in (Standing.OWNER, Standing.ATTACHED):
             row.add(f" {standing}", palette.bad)
         labels = (("help", "help"), ("quit", "quit"), ("pause", "go on" if self.frozen else "pause"))
@@ -184,6 +190,11 @@ class Board:
             if row.width + len(keys[name]) + len(label) + 2 <= room:
                 row.add(" ").add(keys[name], palette.accent).add(f" {label}", palette.dim)
         return row.right(self.rate, width - 1, palette.dim)
+
+
+def fits(width: int, height: int) -> bool:
+    """Whether a terminal is large enough for the screens."""
+    return width >= MIN_WIDTH and height >= MIN_HEIGHT
 
 
 def check(settings: Settings) -> None:

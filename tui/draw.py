@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
 from rich.cells import cell_len, set_cell_size
@@ -73,20 +74,40 @@ class Row:
         return Strip([Segment(text, style) for text, style in joined], width)
 
 
+class Kept:
+    """Rows by part of a screen: a part is drawn again only when what it shows is not what it showed."""
+
+    def __init__(self) -> None:
+        self._parts: dict[Hashable, tuple[tuple[object, ...], list[Row]]] = {}
+
+    def rows(self, part: Hashable, shows: tuple[object, ...], draw: Callable[[], list[Row]]) -> list[Row]:
+        """The rows of a part; nobody may change them.
+
+        Args:
+            part: Its name.
+            shows: Everything that its rows depend on.
+            draw: Makes them.
+        """
+        before = self._parts.get(part)
+        if before is None or before[0] != shows:
+            before = self._parts[part] = (shows, draw())
+        return before[1]
+
+
 def _join(joined: list[tuple[str, Style]], text: str, style: Style) -> None:
     """Add a span, to the one before if the terminal would show the same."""
     if joined:
         before, other = joined[-1]
-        if style == other or (text.isspace() and _hollow(style) and _hollow(other)):
+        if style is other or style == other or (text.isspace() and hollow(style) and hollow(other)):
             joined[-1] = (before + text, other)
             return
-        if before.isspace() and _hollow(other) and _hollow(style):
+        if before.isspace() and hollow(other) and hollow(style):
             joined[-1] = (before + text, style)
             return
     joined.append((text, style))
 
 
-def _hollow(style: Style) -> bool:
+def hollow(style: Style) -> bool:
     """Whether a blank looks the same in it as in any other such style."""
     return style.bgcolor is None and not style.reverse and not style.underline
 

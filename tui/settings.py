@@ -103,16 +103,24 @@ class Settings:
             UserError: There is no such setting, it does not take that, or the
                 file cannot be written.
         """
+        place = self.take(name, raw)
+        self._write(lambda text: with_key(text, *place))
+
+    def take(self, name: str, raw: object) -> tuple[str, str, str]:
+        """Change one setting here, and not in the file.
+
+        Returns:
+            Table, key and value, as they are written there.
+
+        Raises:
+            UserError: There is no such setting, or it does not take that.
+        """
         table, _, action = name.partition("keys.")
         if action and not table:
-            keys = tuple(str(raw).split())
-            self.keys[action] = keys
-            written = json.dumps(keys[0] if len(keys) == 1 else keys)
-            self._write(lambda text: with_key(text, "keys", json.dumps(action), written))
-            return
-        value = _option(name, "gpumem-tui config").parse(raw, "gpumem-tui config")
-        self.values[name] = value
-        self._write(lambda text: with_key(text, "", name, json.dumps(value)))
+            keys = self.keys[action] = tuple(str(raw).split())
+            return "keys", json.dumps(action), json.dumps(keys[0] if len(keys) == 1 else keys)
+        value = self.values[name] = _option(name, "gpumem-tui config").parse(raw, "gpumem-tui config")
+        return "", name, json.dumps(value)
 
     def _write(self, edit: Any) -> None:
         """Edit the file and replace it whole."""

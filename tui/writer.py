@@ -1,4 +1,4 @@
-"""The one place that touches Textual's private names: is the terminal still busy with a frame?"""
+"""The one place that touches Textual's private names: what goes to the terminal past its compositor."""
 
 from __future__ import annotations
 
@@ -19,3 +19,17 @@ def writing(app: App[Any]) -> bool:
         return bool(queue.qsize() > 0)
     except AttributeError:
         return False
+
+
+def send(app: App[Any], text: str) -> bool:
+    """Write to the terminal, after everything that Textual has written.
+
+    Returns:
+        False, and nothing is written, where the screen is not the app's alone
+        (the command palette is open), or there is no terminal.
+    """
+    driver = getattr(app, "_driver", None)
+    if driver is None or app.is_headless or len(app.screen_stack) != 1:
+        return False
+    driver.write(text)
+    return True

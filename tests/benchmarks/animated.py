@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -55,6 +56,7 @@ def main() -> None:
     parser.add_argument("--hz", type=float, default=10)
     source = Animated(GPU, layers=24, unit=12 * MIB)
     source.make(1200)
+    gc.freeze()  # as `commands/app.py` does; the run made beforehand is not the app's
     GpumemApp(source, refresh_hz=parser.parse_args().hz, settings=Settings(Path("/proc/none/config.toml"))).run(
         mouse=False
     )

@@ -8,6 +8,7 @@ python3 -m tests.benchmarks.exactness || failed=1
 python3 -m gpumem_tui.tui sweep --preset reference --format md || failed=1
 python3 -m tests.benchmarks.cost || failed=1
 python3 -m tests.benchmarks.watched || failed=1
+python3 -m tests.benchmarks.restart || failed=1
 python3 -m tests.benchmarks.attached --profile polyglot-ko-1.3b --set batch_size=8 || failed=1
 python3 -m tests.benchmarks.prediction || failed=1
 exit $failed

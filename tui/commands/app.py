@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import os
 import sys
 import tempfile
@@ -171,6 +172,7 @@ def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), 
             predictions=predictions, tour=tour,
         )  # fmt: skip
         app.state.finished, app.state.origin = list(beside), origin
+        gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
         app.run(mouse=bool(settings["mouse"]))
     return app
 
@@ -180,19 +182,20 @@ def _native_output_kept() -> Iterator[None]:
     """Keep what libraries print to the standard error off the screen, and print it afterwards.
 
     Textual draws on `sys.__stderr__`, so that gets a descriptor of its own for
-    the terminal, and descriptor 2 becomes a file as long as the app is up. The
+    the terminal, which standard output is known to be (`2> file` must not get
+    the screen), and descriptor 2 becomes a file as long as the app is up. The
     file has no name: a terminal that is closed leaves none behind.
     """
     with tempfile.TemporaryFile() as log:
-        terminal, before = os.dup(2), sys.__stderr__
+        terminal, errors, before = os.dup(1), os.dup(2), sys.__stderr__
         os.dup2(log.fileno(), 2)
         try:
-            with open(terminal, "w", encoding="utf-8", closefd=False) as screen:
+            with os.fdopen(terminal, "w", encoding="utf-8") as screen:
                 sys.__stderr__ = screen  # type: ignore[misc]
                 yield
         finally:
             sys.__stderr__ = before  # type: ignore[misc]
-            os.dup2(terminal, 2)
-            os.close(terminal)
+            os.dup2(errors, 2)
+            os.close(errors)
             log.seek(-min(log.seek(0, os.SEEK_END), PRINTED_AFTERWARDS_BYTES), os.SEEK_END)
             sys.stderr.write(log.read().decode(errors="replace"))

@@ -135,14 +135,19 @@ def run_to_end(
     session.command(Start(config))
     mine: list[Milestone] = []
     finished = False
-    while not finished:
-        finished = session.wait(0.1)
-        for milestone in session.milestones(next_index):
-            next_index = milestone.index + 1
-            mine.append(milestone)
-            say(milestone)
-            if milestone.kind is Kind.REFUSED:
-                raise UserError(milestone.text)
+    try:
+        while not finished:
+            finished = session.wait(0.1)
+            for milestone in session.milestones(next_index):
+                next_index = milestone.index + 1
+                mine.append(milestone)
+                say(milestone)
+                if milestone.kind is Kind.REFUSED:
+                    raise UserError(milestone.text)
+    except KeyboardInterrupt:
+        # An engine's thread inside torch when the interpreter ends would abort the process.
+        session.close()
+        raise
     return mine
 
 

@@ -47,14 +47,20 @@ def show_path(_flags: argparse.Namespace) -> int:
 
 
 def change(flags: argparse.Namespace) -> int:
-    """Change some; all of them, or, where one is wrong, those before it."""
-    settings = Settings.load()
+    """Change some; all of them, or, where one is wrong, none: the next start reads what is written here."""
+    changes = []
     for item in flags.settings:
         name, equals, value = item.partition("=")
         if not equals:
             raise UserError(f"gpumem-tui config set {item}: write it as key=value")
-        settings.set(name.strip(), value.strip())
-    _check(settings)
+        changes.append((name.strip(), value.strip()))
+    tried = Settings.load()
+    for name, value in changes:
+        tried.take(name, value)
+    _check(tried)
+    settings = Settings.load()
+    for name, value in changes:
+        settings.set(name, value)
     return 0
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from collections import deque
+from functools import partial
+
 from ...engine import techniques
 from ...engine.config import Option, show
-from ...engine.events import Category, Kind, Phase
+from ...engine.events import Category, Kind, Milestone, Phase
 from ...engine.ledger import Bytes
 from ..actions import Action, changes, moves
 from ..control import offered
@@ -81,8 +84,6 @@ class LivePage(Page):
         cells = [[c.key, *(str(sizes[c]) if sizes else UNKNOWN for sizes in (now, peak))] for c in Category]
         return [["bytes", "now", "peak"], *cells]
 
-    _drawn: tuple[tuple[object, ...], list[Row]] | None = None
-
     def rows(self, width: int, height: int) -> list[Row]:
         """Step, device, categories, the reason of the peak, what happened last."""
         rows = self._marked("run", [self._step(width)])
@@ -91,9 +92,10 @@ class LivePage(Page):
         rows += [Row()] * (height > CRAMPED)
         rows += self._categories(width, height)
         rows += [Row()] * (height >= ROOMY)
-        rows += self._marked("why", self._reason(width))
+        why = (self.state.peak, self.state.unit, width)
+        rows += self._marked("why", self.kept("why", why, partial(self._reason, width)))
         rows += [Row()] * (height >= ROOMY)
-        rows += self._marked("recompute", [self._recompute(width)])
+        rows += self._marked("recompute", self._recomputes(width))
         chart = self._chart(width, min(height - len(rows) - 4, 10))
         rows += self._last(width, height - len(rows) - len(chart))
         rows += [Row()] * (height - len(rows) - len(chart))
@@ -101,26 +103,28 @@ class LivePage(Page):
 
     def _marked(self, part: str | Category, rows: list[Row]) -> list[Row]:
         """The rows of a part, with a mark in front if it is the one selected."""
-        if self.focus == part:
-            text, style = rows[0].spans[0]
-            mark = (">" if self.palette.ascii else "▸", self.palette.accent)
-            rows[0].spans[:1] = [mark, (text[1:], style)]
-        return rows
+        if self.focus != part:
+            return rows
+        (text, style), *rest = rows[0].spans
+        mark = (">" if self.palette.ascii else "▸", self.palette.accent)
+        return [Row([mark, (text[1:], style), *rest], rows[0].width), *rows[1:]]
 
     def _chart(self, width: int, height: int) -> list[Row]:
         """The latest step at a glance, where there is room for it; screen 2 has it at length."""
         ledger = self.state.complete
         if ledger is None or height < 5:
             return []
-        key = (ledger, width, height, self.palette)
-        if self._drawn is None or self._drawn[0] != key:
+
+        def draw() -> list[Row]:
             curve = ledger.curve[:, columns(ledger.total, width - 2)]
             drawn = area(curve, ledger.peak.bytes, height - 2, self.palette)
             step = f"step {ledger.trace.step}" if ledger.trace.step else "loading"
             title = Row().add(f" {step}", self.palette.bold)
-            title.add(f"  up to {self.state.unit.full(ledger.peak.bytes)}, event by event", self.palette.dim)
-            self._drawn = (key, [Row(), title, *(Row().add(" ").extend(row) for row in drawn)])
-        return self._drawn[1]
+            title.add(f"  up to {unit.full(ledger.peak.bytes)}, event by event", self.palette.dim)
+            return [Row(), title, *(Row().add(" ").extend(row) for row in drawn)]
+
+        unit = self.state.unit
+        return self.kept("chart", (ledger, unit, width, height), draw)
 
     def _step(self, width: int) -> Row:
         """Figures of the last step, each in a place of its own."""
@@ -147,8 +151,12 @@ class LivePage(Page):
         alone = [c for c in Category if roomy or (c not in SMALL and (height > CRAMPED or c in ever))]
         self._alone = alone
         rows = [self._headings(width)]
+        unit = self.state.unit
         for category in alone:
-            rows += self._marked(category, [self._category(category, now, peak, scale, width)])
+            sizes = tuple(found[category] if found is not None else None for found in (now, peak))
+            shows = (*sizes, category in ever, scale, unit, width)
+            row = self.kept(category, shows, partial(self._category, category, sizes, scale, width))
+            rows += self._marked(category, row)
         if not roomy:
             rows.append(self._small(now, peak, width))
         rows.append(self._total(now, peak, width))
@@ -176,18 +184,17 @@ class LivePage(Page):
             row.add(where, palette.dim)
         return row
 
-    def _category(self, category: Category, now: Bytes | None, peak: Bytes | None, scale: int, width: int) -> Row:
+    def _category(self, category: Category, sizes: tuple[int | None, ...], scale: int, width: int) -> list[Row]:
         palette, info = self.palette, category.info
         seen = category in self.state.ever
         name_style = palette.plain if seen else palette.dim
         row = Row().add(" ").add(info.letter, palette.paint[category] if seen else palette.dim).add(" ")
         row.add(info.title, name_style)
-        for start, sizes in ((NAME_WIDTH, now), (self._second_column(width), peak)):
-            size = sizes[category] if sizes is not None else None
+        for start, size in zip((NAME_WIDTH, self._second_column(width)), sizes, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style).add(" ")
             row.extend(bar(size or 0, scale, self._bar_width(width), palette.ink[category], palette))
-        return row
+        return [row]
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
         """Buffers, inputs, workspace and slack in one row, their letters where the bar would be."""
@@ -262,6 +269,14 @@ class LivePage(Page):
         there = f" on {predictions.gpu_name}" if predictions is not None and elsewhere else ""
         return f"saves most: {technique.key} {technique.title} {show(value)}, ~-{state.unit.full(saved)}{there}"
 
+    def _recomputes(self, width: int) -> list[Row]:
+        state, predictions = self.state, self.control.predictions
+        answers = predictions.answers() if predictions is not None else 0
+        config = state.run.config or self.control.base()
+        keys = (state.peak, state.live, state.environment, config, answers)
+        shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)
+        return self.kept("recompute", (*shows, width), lambda: [self._recompute(width)])
+
     def _recompute(self, width: int) -> Row:
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
@@ -282,8 +297,11 @@ class LivePage(Page):
 
     def _last(self, width: int, room: int) -> list[Row]:
         """The latest that happened, newest last; steps and recomputes have places of their own."""
-        room = max(0, min(room, 8))
-        log = self.state.logs[Filter.NOTABLE]
+        room, log = max(0, min(room, 8)), self.state.logs[Filter.NOTABLE]
+        latest = log[-1] if log else None
+        return self.kept("last", (latest, room, width), partial(self._milestones, log, room, width))
+
+    def _milestones(self, log: deque[Milestone], room: int, width: int) -> list[Row]:
         recent = [log[i] for i in range(max(0, len(log) - room), len(log))]
         rows = []
         for milestone in recent:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable, Hashable
 from typing import NamedTuple
 
 from ..actions import Action
 from ..control import Control
-from ..draw import Row
+from ..draw import Kept, Row
 from ..palette import Palette
 from ..state import ViewState
 
@@ -44,6 +45,11 @@ class Page(ABC):
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
         self.state, self.control, self.palette = state, control, palette
         self.actions = self.make_actions()
+        self._kept = Kept()
+
+    def kept(self, part: Hashable, shows: tuple[object, ...], draw: Callable[[], list[Row]]) -> list[Row]:
+        """See `Kept.rows`; the colours need not be named."""
+        return self._kept.rows(part, (self.palette, *shows), draw)
 
     @abstractmethod
     def make_actions(self) -> tuple[Action, ...]:

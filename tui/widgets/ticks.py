@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
+from collections.abc import Set as AbstractSet
+from itertools import groupby
 
 from ...engine.events import Category
 from ..draw import Row
 from ..palette import Palette
 
 
-def ticks(layers: Sequence[str], lit: Collection[str], latest: Collection[str], width: int, palette: Palette) -> Row:
+def ticks(layers: Sequence[str], lit: AbstractSet[str], latest: AbstractSet[str], width: int, palette: Palette) -> Row:
     """One cell a layer, first to last; several layers to a cell where there is no room.
 
     Args:
@@ -22,12 +24,11 @@ def ticks(layers: Sequence[str], lit: Collection[str], latest: Collection[str], 
     row = Row()
     per_cell = -(-len(layers) // max(width, 1)) if layers else 1
     dark, on, newest = (".", "r", "R") if palette.ascii or palette.mono else ("▁", "▅", "█")
-    for start in range(0, len(layers), per_cell):
-        cell = layers[start : start + per_cell]
-        if any(layer in latest for layer in cell):
-            row.add(newest, palette.ink[Category.RECOMPUTED])
-        elif any(layer in lit for layer in cell):
-            row.add(on, palette.ink[Category.RECOMPUTED])
-        else:
-            row.add(dark, palette.dim)
+    ink = palette.ink[Category.RECOMPUTED]
+    cells = [layers[start : start + per_cell] for start in range(0, len(layers), per_cell)]
+    marks = "".join(
+        newest if not latest.isdisjoint(cell) else on if not lit.isdisjoint(cell) else dark for cell in cells
+    )
+    for mark, run in groupby(marks):
+        row.add("".join(run), palette.dim if mark == dark else ink)
     return row

@@ -1,0 +1,131 @@
+"""How long a toggle takes: from the key to the first step of the new run, against a bare script's load to first step.
+
+    python -m tests.benchmarks.restart [--profile P] [--batch-size N] [--set KEY=VALUE] [--rounds N]
+
+An engine trains and is told to go on with a setting changed, and back; the bare script, in a process
+of its own, loads the same model the same way and does one step, with nothing attached. In turn, so that
+both see the same machine; the first round, in which libraries and kernels are loaded, does not count.
+The engine's time has more in it than the script's: it leaves the step under way, frees the old run
+and counts what leaked. On a GPU the default profile is the 1.3B model, on a CPU `tiny`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import multiprocessing
+import statistics
+import sys
+import time
+from multiprocessing.connection import Connection
+
+import torch
+
+from gpumem_tui.engine import device as devices
+from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Kind, Milestone
+from gpumem_tui.engine.feed import Start, Stop
+from gpumem_tui.engine.session import Session
+from gpumem_tui.engine.workload import build, prepare
+
+GOAL = 1.2
+SETTLED = 3
+"""Steps a run does before it is left: what a first step makes is there by then."""
+
+
+def bare(connection: Connection) -> None:
+    """The script: for every configuration that comes, load, do a step, answer the seconds, free everything."""
+    device = devices.select("auto")
+    while (plain := connection.recv()) is not None:
+        config = RunConfig.from_dict(plain)
+        began = time.perf_counter()
+        workload = build(prepare(config, device))
+        loss = workload.model(**workload.batches.next()).loss
+        loss.backward()
+        workload.optimizer.step()
+        loss.item()
+        workload.optimizer.zero_grad()
+        connection.send(time.perf_counter() - began)
+        del workload, loss
+        gc.collect()
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
+
+
+class Toggled:
+    """An engine that is told to change."""
+
+    def __init__(self) -> None:
+        self.session = Session("auto")
+        self.next_index = 0
+
+    def restart(self, before: RunConfig, after: RunConfig) -> tuple[float, Milestone]:
+        """Seconds from the command to the end of the new run's first step, and what its loading told."""
+        self._start(before, SETTLED)
+        began = time.perf_counter()
+        loaded = self._start(after, 1)
+        seconds = time.perf_counter() - began
+        self.session.command(Stop())
+        assert self.session.wait(600)
+        return seconds, loaded
+
+    def _start(self, config: RunConfig, steps: int) -> Milestone:
+        """Start, and wait for a step; returns the milestone of having loaded."""
+        self.session.command(Start(config))
+        loaded: Milestone | None = None
+        started = False
+        while True:
+            for milestone in self.session.milestones(self.next_index):
+                self.next_index = milestone.index + 1
+                started |= milestone.kind is Kind.RUN_STARTED
+                assert milestone.kind not in (Kind.RUN_FAILED, Kind.REFUSED, Kind.OUT_OF_MEMORY), milestone.text
+                if started and milestone.kind is Kind.LOADED:
+                    loaded = milestone
+                if loaded is not None and milestone.kind is Kind.STEP_ENDED and milestone.data["step"] >= steps:
+                    return loaded
+            time.sleep(0.002)
+
+
+def main() -> int:
+    """Print both and their ratio; 0 if it is within the goal."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--profile", default="polyglot-ko-1.3b" if torch.cuda.is_available() else "tiny")
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--set", default="checkpointing=layers", help="the setting that is toggled: key=value")
+    flags.add_argument("--rounds", type=int, default=10)
+    chosen = flags.parse_args()
+    base = techniques.configure({"model": chosen.profile}, {"batch_size": chosen.batch_size})
+    other = base.with_(techniques.parse(dict([chosen.set.split("=", 1)]), "--set"))
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe()
+    script = context.Process(target=bare, args=(there,), daemon=True)
+    script.start()
+    engine = Toggled()
+    alone, toggled, loads = [], [], []
+    try:
+        for i in range(chosen.rounds + 1):
+            before, after = (base, other) if i % 2 else (other, base)
+            here.send(after.as_dict())
+            alone.append(here.recv())
+            seconds, loaded = engine.restart(before, after)
+            toggled.append(seconds)
+            loads.append(loaded.data["seconds"])
+        where = engine.session.environment()
+    finally:
+        here.send(None)
+        engine.session.close()
+        script.join(30)
+    ratio = statistics.median(b / a for a, b in zip(alone[1:], toggled[1:], strict=True))
+    print(f"{chosen.profile} at batch {chosen.batch_size}, {chosen.set} on and off, {chosen.rounds} rounds in turn")
+    print(f"on {where.device_name if where else '?'}, torch {torch.__version__}; seconds, median (least to most):")
+    rows = {"bare script: load, first step": alone, "engine: key to first step": toggled, "  of which loading": loads}
+    for name, found in rows.items():
+        counted = sorted(found[1:])
+        print(f"{name:<34}{statistics.median(counted):>8.3f}  ({counted[0]:.3f} to {counted[-1]:.3f})")
+    print(f"engine over script, median of pairs: {ratio:.3f}, goal {GOAL}")
+    return int(ratio > GOAL)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
