@@ -246,7 +246,8 @@ def main() -> None:
     }  # fmt: skip
     parser.add_argument("--only", choices=[*parts])
     flags = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
+    # What a killed app had started may be writing bytecode for another moment.
+    with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
         # Nothing of this user's is read or written: settings, the tour, bytecode.
         for name in ("XDG_CONFIG_HOME", "XDG_STATE_HOME", "PYTHONPYCACHEPREFIX"):
             os.environ[name] = f"{folder}/{name}"
