@@ -30,7 +30,7 @@ TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase",
 """Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
 
 NICENESS = 19
-"""The process gives way to whatever trains."""
+"""The process gives way to whatever trains; 0: it takes its share like any other."""
 
 UNHURRIED_SHARE = 0.1
 """Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
@@ -135,7 +135,7 @@ class Predictor:
     def _started(self) -> subprocess.Popen[str]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve()"],
+                [sys.executable, "-c", f"from {__name__} import serve; serve({NICENESS})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
@@ -156,9 +156,10 @@ def _bury(process: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
-def serve() -> None:
+def serve(niceness: int) -> None:
     """The process: one JSON request a line on standard input, one answer a line on standard output."""
-    _give_way()
+    if niceness:
+        _give_way(niceness)
     answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
     from .predict import predict
 
@@ -179,14 +180,14 @@ def serve() -> None:
         answers.flush()
 
 
-def _give_way() -> None:
+def _give_way(niceness: int) -> None:
     """Run when nothing else would."""
-    os.nice(NICENESS)
+    os.nice(niceness)
     if hasattr(os, "SCHED_IDLE"):
         with contextlib.suppress(OSError):
             os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(NICENESS))
+        Path("/proc/self/autogroup").write_text(str(niceness))
 
 
 def _key(config: RunConfig) -> str:
