@@ -32,8 +32,11 @@ TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase",
 NICENESS = 19
 """The process gives way to whatever trains; 0: it takes its share like any other."""
 
-UNHURRIED_SHARE = 0.1
+UNHURRIED_SHARE = 0.2
 """Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
+
+LONGEST_REST_S = 5.0
+"""The first answer takes as long as loading the libraries."""
 
 Answer = Prediction | UserError
 
@@ -107,7 +110,7 @@ class Predictor:
                 config, _ = self._wanted[0]
             began = time.monotonic()
             answer = self._ask(config)
-            rest_s = (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1)
+            rest_s = min(LONGEST_REST_S, (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1))
             with self._changed:
                 self._known[_key(config)] = answer
                 self._wanted = [other for other in self._wanted if _key(other[0]) not in self._known]

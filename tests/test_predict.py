@@ -400,7 +400,8 @@ def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatc
         return UserError("pretended")
 
     monkeypatch.setattr(Predictor, "_ask", ask)
-    monkeypatch.setattr("gpumem_tui.engine.predictor.UNHURRIED_SHARE", 1e-12)  # rests for ever
+    monkeypatch.setattr("gpumem_tui.engine.predictor.UNHURRIED_SHARE", 1e-12)
+    monkeypatch.setattr("gpumem_tui.engine.predictor.LONGEST_REST_S", 3600.0)
     predictor = Predictor(H100)
     predictor.want([], [small_run(batch_size=1), small_run(batch_size=2)])
     assert not predictor.wait(0.2)
