@@ -29,8 +29,8 @@ from .prediction.outcome import Prediction
 TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "steps")
 """Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
 
-NICENESS = 19
-"""The process gives way to whatever trains; 0: it takes its share like any other."""
+NICENESS = 10
+"""The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
 
 UNHURRIED_SHARE = 0.2
 """Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
@@ -184,11 +184,8 @@ def serve(niceness: int) -> None:
 
 
 def _give_way(niceness: int) -> None:
-    """Run when nothing else would."""
+    """Let others go first, those of other sessions too."""
     os.nice(niceness)
-    if hasattr(os, "SCHED_IDLE"):
-        with contextlib.suppress(OSError):
-            os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(niceness))
 

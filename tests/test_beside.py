@@ -44,6 +44,9 @@ class Oracle:
     def __init__(self, ready: bool = True) -> None:
         self.ready = ready
 
+    def waiting(self) -> int:
+        return 0
+
     def answers(self) -> int:
         return int(self.ready)
 

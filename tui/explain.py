@@ -65,10 +65,14 @@ def _listed(items: list[str]) -> str:
     return ", ".join(items[:-1]) + " and " + items[-1]
 
 
-def levers(peak: Peak, config: RunConfig | None) -> list[str]:
+def levers(peak: Peak, config: RunConfig | None, surely: bool = False) -> list[str]:
     """Which techniques act on what the peak is made of, largest first; no word about how much.
 
-    Only what is not switched on already.
+    Args:
+        peak: Of which step.
+        config: Only what is not switched on already in it.
+        surely: Only those that lower it wherever it is; a KV cache or outputs of
+            the step before may have gone by then.
     """
     if config is None:
         return []
@@ -77,6 +81,8 @@ def levers(peak: Peak, config: RunConfig | None) -> list[str]:
     for category in sorted(sizes, key=sizes.__getitem__, reverse=True):
         for name, idle in LEVERS.get(category, ()):
             technique = techniques.registry().get(name)
+            if surely and name in PERHAPS:
+                continue
             if technique is not None and config[name] in idle and name not in found:
                 found.append(name)
     return found[:3]
@@ -92,3 +98,5 @@ LEVERS: dict[Category, tuple[tuple[str, tuple[object, ...]], ...]] = {
     Category.TEMPORARIES: (("optimizer", ("adamw",)),),
 }
 """By category: techniques that act on it, and the values at which they do nothing yet."""
+
+PERHAPS = ("kv_cache", "keep_outputs")

@@ -39,6 +39,10 @@ class Background:
         self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self.gpu_name = ""
 
+    def waiting(self) -> int:
+        """How many are still being worked out."""
+        return len(self._asked)
+
     def answers(self) -> int:
         """How many have been worked out."""
         return self._predictor.answers() if self._predictor is not None else 0

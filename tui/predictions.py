@@ -43,6 +43,10 @@ class Predictions(Protocol):
         """Of a run of the source's own device; a line that says why nothing can be set beside it."""
         ...
 
+    def waiting(self) -> int:
+        """How many are still being worked out."""
+        ...
+
     def answers(self) -> int:
         """How many have been worked out: when it grows, there is something to draw."""
         ...

@@ -206,10 +206,10 @@ class ComparePage(Page):
         return rows
 
     def _shown(self, n_runs: int, width: int) -> list[int]:
-        """The base, and as many others as there is room for, the chosen one among them."""
+        """The base, and as many others as there is room for, the chosen one among them or else the latest."""
         others = [i for i in range(n_runs) if i != self.base]
         room = max(1, (width - NAME - FIGURE - 1) // (2 * FIGURE))
-        at = others.index(self.selected) if self.selected in others else 0
+        at = others.index(self.selected) if self.selected in others else len(others) - 1
         top = max(0, min(at - room // 2, len(others) - room))
         return [self.base, *others[top : top + room]]
 

@@ -261,8 +261,11 @@ class LivePage(Page):
             return ""
         best = self.control.strongest(names)
         if best is None:
-            known = (techniques.registry()[name] for name in names)
-            return "acting on this: " + ", ".join(f"{technique.key} {technique.title}" for technique in known)
+            assert state.peak is not None
+            sure = levers(state.peak.peak, state.run.config or state.config, surely=True)
+            known = [techniques.registry()[name] for name in sure]
+            listed = ", ".join(f"{technique.key} {technique.title}" for technique in known)
+            return f"acting on this: {listed}" if listed else ""
         technique, value, saved = best
         predictions = self.control.predictions
         elsewhere = predictions is not None and not (state.environment and state.environment.on_gpu)

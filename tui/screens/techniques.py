@@ -85,8 +85,11 @@ class TechniquesPage(Page):
         self.control.collect(lines[min(self.selected, len(lines) - 1)].option, by)
 
     def undo(self) -> None:
-        """Take back the last change collected."""
-        self.control.undo()
+        """Take back the last change collected; if there is none, go back to the run before."""
+        if self.control.pending:
+            self.control.undo()
+        else:
+            self.control.go_back()
 
     def toggle(self) -> None:
         """Open or close the details of the selected technique."""
@@ -133,6 +136,8 @@ class TechniquesPage(Page):
 
     def measured_change(self, config: RunConfig, base: RunConfig) -> str:
         """Between two configurations that have both run in this session."""
+        if config_key(config) == config_key(base):  # it makes no difference to memory
+            return UNKNOWN
         return difference(self.measured(config), self.measured(base), self.state.unit)
 
     def measured(self, config: RunConfig) -> int | None:
@@ -265,7 +270,12 @@ class TechniquesPage(Page):
         palette, pending = self.palette, self.control.pending
         if not pending:
             predictions = self.control.predictions
-            whose = f"   ~ predicted for {predictions.gpu_name}" if predictions and predictions.gpu_name else ""
+            whose = ""
+            if predictions is not None and predictions.gpu_name:
+                here = self.state.environment
+                whose = f"   ~ predicted for {predictions.gpu_name}"
+                whose += ", this run is on a CPU" if here is not None and not here.on_gpu else ""
+                whose += f", {waiting} being worked out" if (waiting := predictions.waiting()) else ""
             return [Row().add(" no changes collected", palette.dim).add(shorten(whose, width - 24), palette.dim)]
         problem = self.control.conflict()
         if problem:
