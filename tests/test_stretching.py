@@ -128,6 +128,19 @@ def test_layers_that_do_not_do_the_same_are_all_traced(monkeypatch: pytest.Monke
     assert rehearse(run_of("gpt2"), H100).traced_layers is None
 
 
+def test_what_grows_with_the_number_of_layers_is_traced_as_it_is(tmp_path: Path) -> None:
+    """A mixture of experts whose loss looks at the routers of all layers at once."""
+    fields: dict[str, Any] = {"model_type": "mixtral", "hidden_size": 64, "intermediate_size": 96, "vocab_size": 512}
+    fields |= {"num_hidden_layers": 10, "num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4}
+    fields |= {"num_experts_per_tok": 2, "max_position_embeddings": 128, "dtype": "float32"}
+    for routers, traced in ((False, 6), (True, None)):
+        (tmp_path / "config.json").write_text(json.dumps(fields | {"output_router_logits": routers}))
+        config = run_of(str(tmp_path), pretrained=True)
+        done = rehearse(config, H100)
+        assert done.traced_layers == traced
+        assert_same(done, rehearse(config, H100, every_layer=True))
+
+
 def test_names_in_the_whole_model() -> None:
     layers = Layers("model.layers", head=2, period=2, tail=1, copies=3)
     assert layers.traced == 9

@@ -136,8 +136,9 @@ class Walks:
                 layer = at_work  # between two modules of a layer, or after its last
             at_work, before = layer, phase
             if size > 0:
+                source = self._layer_of_source(self.script.sources[block], of_block)
                 if layer is None and of_block.get(block) is None and phase not in COMPUTED:
-                    of_block[block] = self._layer_of_source(self.script.sources[block], of_block)
+                    of_block[block] = source
                 of_block.setdefault(block, layer)
             found.append(of_block.get(block) if layer is None else layer)
         return found
@@ -163,12 +164,17 @@ class Walks:
 
     @staticmethod
     def _layer_of_source(source: Source, of_block: dict[int, int | None]) -> int | None:
-        """An optimizer works on lists of tensors: what it makes of one belongs to that one's layer."""
+        """The layer of what a tensor was made of.
+
+        Raises:
+            UnlikeError: It was made of several layers' tensors: it grows with their number.
+        """
         if isinstance(source, int):
             return of_block.get(source)
-        if any(of_block.get(block) is not None for block in source):
+        layers = {of_block.get(block) for block in source} - {None}
+        if len(layers) > 1:
             raise UnlikeError("one tensor is made of several layers'")
-        return None
+        return layers.pop() if layers else None
 
     def _walks(self) -> dict[int, int]:
         """By the number of a run, the walk through the layers that it is part of."""

@@ -33,7 +33,7 @@ from gpumem_tui.tui.commands.app import LOCAL_HZ
 
 from ..terminal import Terminal, until
 
-WINDOW_S = 2.0
+WINDOW_S = 3.0
 MARGIN_S = 0.4
 """At the beginning of a window nothing is counted: the engine's clock is known to a tenth of a second."""
 
@@ -109,7 +109,9 @@ def main() -> int:
         engine.viewer.wait_ended(60)
         engine.viewer.close()
         shutil.rmtree(home, ignore_errors=True)
-    watched, alone = ([statistics.fmean(engine.during(pair[side])) for pair in pairs] for side in (0, 1))
+    timed = [(engine.during(with_it), engine.during(without)) for with_it, without in pairs]
+    timed = [pair for pair in timed if all(pair)]  # a window may have no whole step in it
+    watched, alone = ([statistics.fmean(pair[side]) for pair in timed] for side in (0, 1))
     ratios = [a / b for a, b in zip(alone, watched, strict=True)]
     ratio, error = statistics.fmean(ratios), statistics.stdev(ratios) / len(ratios) ** 0.5
     started = statistics.fmean(engine.during(before)) / statistics.fmean(engine.during(coming_up))
