@@ -321,7 +321,7 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.OUT_OF_MEMORY: "step, phase, requested_bytes, allocated_bytes",
     Kind.RUN_FAILED: "detail: the traceback, for the log",
     Kind.REFUSED: "command: save, if that is what was refused",
-    Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps",
+    Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps, memory (Report.memory)",
     Kind.SAVED: "path",
     Kind.NOTE: "",
     Kind.OUTPUT: "",

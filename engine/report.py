@@ -65,6 +65,15 @@ class Report:
                 ],
             }
 
+    def memory(self) -> dict[str, Any]:
+        """The parts of the document that say what held how much, and when; None for what was not traced."""
+        return {
+            "loaded": self._loaded,
+            "after_first_step": self._after_first_step,
+            "peak": self._peak,
+            "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
+        }
+
     def document(self, environment: Environment, config: RunConfig, milestones: list[Milestone]) -> dict[str, Any]:
         """The whole run. Sizes are whole bytes; what never came to be is None.
 
@@ -82,10 +91,7 @@ class Report:
             "config": config.as_dict(),
             "parameters": loaded.get("parameters"),
             "trainable_parameters": loaded.get("trainable_parameters"),
-            "loaded": self._loaded,
-            "after_first_step": self._after_first_step,
-            "peak": self._peak,
-            "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
+            **self.memory(),
             "steps": [{key: m.data[key] for key in STEP_KEYS} for m in milestones if m.kind is Kind.STEP_ENDED],
             "recomputes": [dict(m.data) for m in milestones if m.kind is Kind.RECOMPUTED],
             "managed_bytes": ended.get("managed_bytes"),

@@ -15,14 +15,15 @@ import traceback
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from . import techniques
 from .config import RunConfig, UserError, show
 from .events import Gauge, Kind, Phase, Recompute, StepTrace
-from .feed import Command, Feed, Pause, Published, Save, Standing, Start, Stop
+from .feed import Command, Feed, Pause, Published, Save, Standing, Start, Stop, peak_bytes
 from .meter import LIBRARIES_LOADED, Meter
 from .recording import write
+from .report import Report
 
 if TYPE_CHECKING:
     import torch
@@ -252,7 +253,19 @@ class Session(Published):
         self._feed.milestone(
             Kind.RUN_ENDED, f"run {reason} after {self._steps} steps, {leaked} bytes leaked{note}",
             reason=reason, leaked_bytes=leaked, workspace_bytes=baseline, managed_bytes=managed, steps=self._steps,
+            memory=self._memory(),
         )  # fmt: skip
+
+    def _memory(self) -> dict[str, Any] | None:
+        """What is left of a run for whoever comes later: its traces go when the next one begins."""
+        traces = self._feed.traces()
+        if not traces or not traces[-1].step:
+            return None
+        report, highest = Report(), max(traces, key=peak_bytes)
+        for trace in traces:
+            if trace.step <= 1 or trace is highest:
+                report.add(trace)
+        return report.memory()
 
     def _train(self, config: RunConfig, plan: Plan, tracer: Tracer) -> None:
         from .sources.owners import paged

@@ -19,8 +19,10 @@ from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.foresight import WORKING, Background
 from gpumem_tui.tui.predictions import Prediction
+from gpumem_tui.tui.state import ViewState
 
 from .app_driver import GPU_UNIT, SIZES, Driver, shown
+from .conftest import Engine, small_run
 from .fake_source import CPU, GPU, FakeSource
 
 GIB = 1 << 30
@@ -328,3 +330,18 @@ def test_what_could_not_be_compared_is_refused_before_the_run(
     printed = capsys.readouterr()
     assert complaint in printed.err and printed.err.count("\n") == 1
     assert printed.out == ""
+
+
+def test_who_comes_later_finds_the_runs_before(engine: Engine) -> None:
+    """Their traces are gone by then; what the engine said of them when they ended is not."""
+    here = ViewState()
+    for settings in ({}, {"lora": True}):
+        engine.run(small_run(**settings))
+        here.update(engine.session, 0.0)  # one that was there all along
+    later = ViewState()
+    later.update(engine.session, 0.0)
+    assert (
+        [run.label for run in later.runs] == [run.label for run in here.runs] == ["B2 seq_len=16", "B2 seq_len=16 lora"]
+    )
+    for one, other in zip(later.runs, here.runs, strict=True):
+        assert one._replace(by_phase={}) == other._replace(by_phase={})

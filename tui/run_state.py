@@ -66,6 +66,7 @@ class RunState:
         lit: Layers recomputed so far in the micro-batch under way, in order.
         last_recompute: The latest.
         began_s: When it was started, on the engine's clock.
+        memory: What the engine says of it once it has ended (`Report.memory`).
     """
 
     number: int = 0
@@ -87,6 +88,7 @@ class RunState:
     lit: list[str] = field(default_factory=list)
     last_recompute: Recompute | None = None
     began_s: float = 0.0
+    memory: dict[str, Any] | None = None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -121,7 +123,7 @@ class RunState:
             case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.ENGINE_ENDED:
                 self.status = "failed"
             case Kind.RUN_ENDED:
-                self.status = str(data.get("reason", "stopped"))
+                self.status, self.memory = str(data.get("reason", "stopped")), data.get("memory")
             case _:
                 pass
 

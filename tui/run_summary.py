@@ -137,14 +137,32 @@ def of_prediction(
         origin: Of the run.
         packages: By which it ran; others are worth a word.
     """
+    return _of_memory(document, config, f"{origin}, predicted")._replace(
+        steps=len(document["steps"]),
+        predicted=True,
+        caveat=_other_versions(document["environment"]["packages"], packages),
+    )
+
+
+def of_ended(run: RunState) -> RunSummary | None:
+    """A run that nobody here has seen, as the engine left it; None if it went through no step."""
+    if run.memory is None or run.config is None:
+        return None
+    return _of_memory(run.memory, run.config, f"run {run.number}")._replace(
+        seconds=run.seconds, tokens_per_s=run.tokens_per_s, steps=run.step
+    )
+
+
+def _of_memory(document: Mapping[str, Any], config: RunConfig, origin: str) -> RunSummary:
+    """What the parts of a document say that `Report.memory` lists."""
     peak, phases = document["peak"], document["highest_by_phase"]
     return RunSummary(
         label=label(config),
-        origin=f"{origin}, predicted",
+        origin=origin,
         config=config,
         loaded=_sizes(document["loaded"]),
         after_step=_sizes(document["after_first_step"]),
-        peak=_sizes(peak),
+        peak=_sizes(peak) or {},
         peak_where=_where(peak["step"], peak["phase"]),
         peak_module=peak["module"],
         by_phase={phase: phases[phase.name.lower()] for phase in Phase if phase.name.lower() in phases},
@@ -152,9 +170,7 @@ def of_prediction(
         by_owner=from_document(peak),
         seconds=None,
         tokens_per_s=None,
-        steps=len(document["steps"]),
-        predicted=True,
-        caveat=_other_versions(document["environment"]["packages"], packages),
+        steps=0,
     )
 
 
@@ -166,7 +182,9 @@ def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -
     return f"~ predicted with {', '.join(told)}" if told else ""
 
 
-def _sizes(composition: Mapping[str, Any]) -> Bytes:
+def _sizes(composition: Mapping[str, Any] | None) -> Bytes | None:
+    if composition is None:
+        return None
     return {category: composition["by_category"][category.key] for category in Category}
 
 

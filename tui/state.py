@@ -15,7 +15,7 @@ from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase
 from ..engine.feed import Source, peak_bytes
 from ..engine.ledger import Ledger
 from .run_state import ConfigKey, RunState, config_key
-from .run_summary import RunSummary, summarize
+from .run_summary import RunSummary, of_ended, summarize
 from .units import Unit, unit_for
 
 KEPT_MILESTONES = 20_000
@@ -154,7 +154,7 @@ class ViewState:
 
     def _fold(self, milestone: Milestone) -> None:
         if milestone.kind is Kind.RUN_STARTED:
-            if summary := self.summary():
+            if summary := self.summary() or of_ended(self.run):
                 self.finished = [*self.finished, summary][-KEPT_RUNS:]
             self.run = RunState(number=milestone.run)
             self._forget_traces()

@@ -136,9 +136,9 @@ class Walks:
                 layer = at_work  # between two modules of a layer, or after its last
             at_work, before = layer, phase
             if size > 0:
-                source = self._layer_of_source(self.script.sources[block], of_block)
+                inherited = self._layer_of_source(self.script.sources[block], of_block)
                 if layer is None and of_block.get(block) is None and phase not in COMPUTED:
-                    of_block[block] = source
+                    of_block[block] = inherited
                 of_block.setdefault(block, layer)
             found.append(of_block.get(block) if layer is None else layer)
         return found
