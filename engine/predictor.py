@@ -96,8 +96,8 @@ class Predictor:
             process.kill()
         if self._thread is not None:
             self._thread.join()
-        if process is not None:
-            _bury(process)
+        if self._process is not None:
+            _bury(self._process)
 
     # --- the thread -----------------------------------------------------------
 
@@ -119,6 +119,8 @@ class Predictor:
 
     def _ask(self, config: RunConfig) -> Answer:
         process = self._started()
+        if self._closed:  # `close` may have looked for it before it was there
+            process.kill()
         assert process.stdin is not None and process.stdout is not None
         try:
             process.stdin.write(json.dumps({"config": config.as_dict(), "gpu": dataclasses.asdict(self._gpu)}) + "\n")

@@ -16,6 +16,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
+from .vt import Screen
+
 T = TypeVar("T")
 
 
@@ -71,7 +73,14 @@ class Terminal:
         fcntl.ioctl(self.master, termios.TIOCSWINSZ, struct.pack("4H", rows, columns, 0, 0))
 
     def sees(self, text: str) -> None:
-        until(lambda: text.encode() in self.output, lambda: self.output[-2000:])
+        """Wait for a text: written in one piece, or put together on the screen from the cells that differed."""
+        until(lambda: text.encode() in self.output or text in self.screen(), lambda: self.output[-2000:])
+
+    def screen(self) -> str:
+        """What is on the screen now."""
+        screen = Screen(400, 200)
+        screen.feed(self.output[max(0, self.output.rfind(b"\x1b[?1049h")) :].decode(errors="ignore"))
+        return "\n".join(screen.lines)
 
     def wait(self) -> int:
         return self.process.wait(60)
