@@ -8,10 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .events import Category
-from .ledger import Ledger, strip_wrappers
+from .ledger import NAMES, Ledger, strip_wrappers
 
 NAMED_TERMS = 5
 """So many terms of a category have their names, the largest ones; the others are one sum."""
@@ -22,6 +23,7 @@ Owned = dict[Category, dict[str, int]]
 """Bytes by category and owner; nothing in it is 0."""
 
 
+@lru_cache(NAMES)
 def owner_kind(name: str) -> str:
     """An owner without its place among repeated layers, which do the same.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -48,6 +48,11 @@ _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 
+NAMES = 2**15
+"""So many names' forms are kept: a model has thousands, asked for again with every trace and every run."""
+
+
+@lru_cache(NAMES)
 def layer_of(name: str) -> str:
     """The layer a module or parameter belongs to.
 
@@ -61,6 +66,7 @@ def layer_of(name: str) -> str:
     return _PARAMETER.split(name, maxsplit=1)[0]
 
 
+@lru_cache(NAMES)
 def strip_wrappers(name: str) -> str:
     """A module's name in the model itself, whatever wraps it (PEFT, DDP, compile)."""
     dotted = f"{name}."

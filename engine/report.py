@@ -16,13 +16,13 @@ SCHEMA = "gpumem-run/1"
 class Report:
     """Folds a run's traces as they come and its milestones at the end.
 
-    Pass `add` as the session's `on_trace`; no trace is kept.
+    Pass `add` as the session's `on_trace`; of the traces only the one with the highest peak is kept.
     """
 
     def __init__(self) -> None:
         self._loaded: dict[str, Any] | None = None
         self._after_first_step: dict[str, Any] | None = None
-        self._peak: dict[str, Any] | None = None
+        self._highest: Ledger | None = None
         self._by_phase: dict[Phase, int] = {}
         self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
@@ -40,37 +40,15 @@ class Report:
             self._after_first_step = composition(after_step)
         for phase, size in ledger.highest_by_phase.items():
             self._by_phase[phase] = max(self._by_phase.get(phase, 0), size)
-        peak = ledger.peak
-        if self._peak is None or peak.bytes > self._peak["allocated_bytes"]:
-            by_layer = ledger.by_layer(peak.event)
-            self._peak = composition(peak.by_category) | {
-                "step": peak.step,
-                "phase": peak.phase.title,
-                "micro_batch": peak.micro_batch,
-                "module": peak.module,
-                "by_layer": {name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
-                "by_owner": {c.key: kinds for c, kinds in owned(ledger, peak.event).items()},
-                "largest": [
-                    {
-                        "bytes": b.bytes,
-                        "category": b.category.key,
-                        "owner": b.name,
-                        "dtype": b.dtype,
-                        "shape": list(b.shape),
-                        "made_in": b.phase.title,
-                        "made_by": b.module,
-                        "operator": b.operator,
-                    }
-                    for b in ledger.largest(peak.event)
-                ],
-            }
+        if self._highest is None or ledger.peak.bytes > self._highest.peak.bytes:
+            self._highest = ledger
 
     def memory(self) -> dict[str, Any]:
         """The parts of the document that say what held how much, and when; None for what was not traced."""
         return {
             "loaded": self._loaded,
             "after_first_step": self._after_first_step,
-            "peak": self._peak,
+            "peak": None if self._highest is None else peak_of(self._highest),
             "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
         }
 
@@ -104,6 +82,33 @@ class Report:
 
 
 STEP_KEYS = ("step", "seconds", "loss", "tokens", "allocated_bytes", "peak_bytes", "reserved_bytes")
+
+
+def peak_of(ledger: Ledger) -> dict[str, Any]:
+    """A step's peak: what held how much at it, by category, layer and owner, and the largest blocks."""
+    peak = ledger.peak
+    by_layer = ledger.by_layer(peak.event)
+    return composition(peak.by_category) | {
+        "step": peak.step,
+        "phase": peak.phase.title,
+        "micro_batch": peak.micro_batch,
+        "module": peak.module,
+        "by_layer": {name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
+        "by_owner": {c.key: kinds for c, kinds in owned(ledger, peak.event).items()},
+        "largest": [
+            {
+                "bytes": b.bytes,
+                "category": b.category.key,
+                "owner": b.name,
+                "dtype": b.dtype,
+                "shape": list(b.shape),
+                "made_in": b.phase.title,
+                "made_by": b.module,
+                "operator": b.operator,
+            }
+            for b in ledger.largest(peak.event)
+        ],
+    }
 
 
 def composition(sizes: Bytes) -> dict[str, Any]:

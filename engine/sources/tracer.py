@@ -111,6 +111,7 @@ class Tracer:
         self._optimizer_name = 0
         self._micro_batch = 0
         self._descriptions: dict[Made, int] = {}
+        self._tensors: dict[tuple[str, torch.dtype, torch.Size], int] = {}
         # Threads of autograd's own keep the last mark they were given, also from a run before this one.
         self._next_mark = Tracer._marks_given
         self._step: _Step | None = None
@@ -213,7 +214,7 @@ class Tracer:
                 self.tagging = True
                 self.tag(Phase.IDLE, 0)
                 self._own_all(held())
-                self._own_model()
+                self._own_model(anew=not len(self._fixed))
         watching = traced and number == self._described
         try:
             with self._watch() if watching else nullcontext():
@@ -334,7 +335,12 @@ class Tracer:
         return OperatorWatch(self, {p.untyped_storage()._cdata: names[name] for name, _, p in self._parameters})
 
     def _describe(self, operator: str, tensor: torch.Tensor) -> int:
-        return self._described_as(Made(operator, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape)))
+        key = operator, tensor.dtype, tensor.shape
+        index = self._tensors.get(key)
+        if index is None:
+            made = Made(operator, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
+            index = self._tensors[key] = self._described_as(made)
+        return index
 
     def _described_as(self, made: Made) -> int:
         return self._descriptions.setdefault(made, len(self._descriptions))
@@ -372,7 +378,7 @@ class Tracer:
         step = self._step
         if step is not None:
             with self._costing():
-                self._own_model()
+                self._own_model(anew=step.number <= SETTLED_AFTER or not len(self._fixed))
                 self._own_all(held())
                 peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
                 counted = Counted(self.recorder.allocated_bytes(), peak)
@@ -401,18 +407,21 @@ class Tracer:
             )
         )
 
-    def _own_model(self) -> None:
+    def _own_model(self, anew: bool) -> None:
         """The model, the optimizer and the libraries, whose tensors stay where they are.
 
-        Looking all of them up takes longer than a small step's other tracing,
-        so once nothing new comes (quantized weights move in the first forward,
-        optimizer state is made in the first step) they are only repeated.
+        Looking all of them up takes longer than a small step's other tracing: so
+        they are only repeated, but for the ends of the steps in which something new
+        comes (quantized weights move in the first forward, optimizer state is made
+        in the first step).
+
+        Args:
+            anew: Whether to look them up.
         """
         step = self._step
         if step is None:
             return
-        settled = len(self._fixed) and step.number > SETTLED_AFTER
-        if self._model is not None and self._optimizer is not None and not settled:
+        if anew and self._model is not None and self._optimizer is not None:
             first = len(step.owners)
             self._own_all(owners.of_model(self._model))
             self._own_all(owners.of_optimizer(self._model, self._optimizer))
