@@ -69,6 +69,9 @@ class Session(Published):
         self._steps = 0
         self._refused: str | None = None
         self._good: RunConfig | None = None
+        self._changing = threading.Lock()
+        self._running = False
+        self._leaving: list[torch.utils.hooks.RemovableHandle] = []
         self._closing = threading.Event()
         self._idle = threading.Event()
         self._thread = threading.Thread(target=self._main, name="engine", daemon=True)
@@ -90,11 +93,9 @@ class Session(Published):
                 if self._feed.environment is not None:
                     techniques.check_available(config, self._feed.environment)
                 self._idle.clear()
-                self._commands.put(command)
-                self._resume.set()
+                self._interrupt(command)
             case Stop():
-                self._commands.put(command)
-                self._resume.set()
+                self._interrupt(command)
             case Pause(paused):
                 (self._resume.clear if paused else self._resume.set)()
                 self._feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "paused" if paused else "resumed")
@@ -115,8 +116,7 @@ class Session(Published):
     def close(self, timeout_s: float = 30.0) -> None:
         """End the run and the thread; returns when they have ended."""
         self._closing.set()
-        self._commands.put(None)
-        self._resume.set()
+        self._interrupt(None)
         self._thread.join(timeout_s)
 
     def tell(self, kind: Kind, text: str) -> None:
@@ -126,6 +126,22 @@ class Session(Published):
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until there is nothing left to run; False if that took too long."""
         return self._idle.wait(timeout_s)
+
+    def _interrupt(self, command: Start | Stop | None) -> None:
+        """Have a command taken: the run under way is left where its next module or optimizer begins, or weight loads.
+
+        The hooks are there from here on only: on every step of a launch-bound run they would cost 2 %.
+        """
+        self._commands.put(command)
+        self._resume.set()
+        with self._changing:
+            if self._running and not self._leaving:
+                from torch.nn.modules.module import register_module_forward_pre_hook
+                from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+                self._leaving = [register(self._leave_if_asked) for register in (
+                    register_module_forward_pre_hook, register_optimizer_step_pre_hook
+                )]  # fmt: skip
 
     # --- the thread -----------------------------------------------------------
 
@@ -207,6 +223,7 @@ class Session(Published):
         self._tracer = tracer = Tracer(
             recorder, self._feed.publish_trace, self._recomputed, publish_every_s, described
         )  # fmt: skip
+        self._running = True
         try:
             # Outside the recording: importing libraries makes tensors that stay.
             plan = prepare(config, self._device)
@@ -229,6 +246,11 @@ class Session(Published):
         except Exception as error:
             problem = _one_line(error)
             self._feed.milestone(Kind.RUN_FAILED, problem, detail=traceback.format_exc())
+        with self._changing:
+            self._running = False
+            for hook in self._leaving:
+                hook.remove()
+            self._leaving.clear()
         tracer.release()
         self._clean_up(config, recorder, baseline, problem)
         return problem
@@ -240,6 +262,9 @@ class Session(Published):
         from .sources.owners import drop_library_caches, free_paged
 
         drop_library_caches()
+        # A backward pass that was left leaves what was next in a queue of this thread's, and with it the
+        # graph and the model; the next pass on the thread drops it.
+        torch.zeros((), requires_grad=True).backward()
         gc.collect()
         gc.unfreeze()
         if self._device is not None and self._device.type == "cuda":
@@ -276,7 +301,13 @@ class Session(Published):
 
         with tracer.step(0, 1, True, tuple):
             with tracer.phase(Phase.LOAD):
-                workload = build(plan, tracer.loader(plan.shell))
+                tag = tracer.loader(plan.shell)
+
+                def reading(module: str) -> None:
+                    self._leave_if_asked()
+                    tag(module)
+
+                workload = build(plan, reading)
             tracer.adopt(workload.model, workload.optimizer)
         self._loaded(workload, tracer, time.perf_counter() - began)
 
@@ -304,6 +335,9 @@ class Session(Published):
     def _between(self) -> None:
         """Before every micro-batch: hold while paused, leave when asked to."""
         self._resume.wait()
+        self._leave_if_asked()
+
+    def _leave_if_asked(self, *_: object) -> None:
         if not self._commands.empty():
             raise _Ended
 
@@ -321,10 +355,6 @@ class Session(Published):
 
     def _stepped(self, result: StepResult, tracer: Tracer) -> None:
         self._steps = result.step
-        if result.step <= LIBRARIES_LOADED:
-            self._measure_context()
-        if self._feed.training_gauge is None:  # a run may be over before the gauge's first tick in it
-            self._feed.training_gauge = self._read_gauge()
         self._feed.milestone(
             Kind.STEP_ENDED, f"step {result.step}: loss {result.loss:.4f}, {result.seconds * 1e3:.0f} ms",
             step=result.step, loss=result.loss, seconds=result.seconds, tokens=result.tokens,
@@ -332,6 +362,10 @@ class Session(Published):
             reserved_bytes=result.reserved_bytes, traced=tracer.last_traced == result.step,
             trace_seconds=tracer.cost_s,
         )  # fmt: skip
+        if result.step <= LIBRARIES_LOADED:
+            self._measure_context()
+        if self._feed.training_gauge is None:  # a run may be over before the gauge's first tick in it
+            self._feed.training_gauge = self._read_gauge()
 
     def _recomputed(self, event: Recompute) -> None:
         layers = event.layers[0] if len(event.layers) == 1 else f"{event.layers[0]} to {event.layers[-1]}"

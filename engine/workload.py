@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from logging import ERROR, getLogger
@@ -148,7 +149,8 @@ def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Worklo
 
     Args:
         plan: The run.
-        reading: Told which module's weight is read next; "": all have been.
+        reading: Told which module's weight is read next; "": all have been. What
+            it raises ends the loading.
 
     Raises:
         UserError: The model cannot be had, or a technique does not suit it.
@@ -187,11 +189,29 @@ def _architecture(config: RunConfig, profile: ModelProfile | None) -> Any:
 
 
 def shell_of(hf_config: Any) -> Model:
-    """The model on the meta device: every shape, no storage."""
+    """The model on the meta device: every shape, no storage. To be read only: whoever asks again gets the same."""
+    return _shell(_Described(hf_config))
+
+
+class _Described:
+    """A configuration that equals every other of the same content."""
+
+    def __init__(self, hf_config: Any) -> None:
+        self.hf_config, self.content = hf_config, (type(hf_config), hf_config.to_json_string(use_diff=False))
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Described) and self.content == other.content
+
+    def __hash__(self) -> int:
+        return hash(self.content)
+
+
+@functools.lru_cache(maxsize=4)  # a restart and a prediction of another technique have the same model
+def _shell(described: _Described) -> Model:
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(hf_config)
+        return AutoModelForCausalLM.from_config(described.hf_config)
 
 
 def _refuse_too_large(name: str, shell: Model, recipe: Recipe, device: torch.device) -> None:
@@ -227,7 +247,8 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
     with _loading_on_this_thread():
         if plan.profile is None and not plan.shapes_only:
             try:
-                return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
+                with _told_of_weights(reading):
+                    return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
             except OSError as error:
                 raise UserError(f"--model {config.model}: {_first_line(error)}") from None
         shell, persistent = plan.shell, plan.shell.state_dict()
@@ -252,6 +273,31 @@ def _loading_on_this_thread() -> Iterator[None]:
             del os.environ["HF_DEACTIVATE_ASYNC_LOAD"]
         else:
             os.environ["HF_DEACTIVATE_ASYNC_LOAD"] = before
+
+
+@contextmanager
+def _told_of_weights(reading: Callable[[str], None]) -> Iterator[None]:
+    """Hear from transformers which module's weight is read next; before 5.5 it does not tell."""
+    from transformers.utils import logging
+
+    def told(bar: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+        weights = bar(*args, **kwargs)
+        return _reading_each(weights, reading) if kwargs.get("desc") == "Loading weights" else weights
+
+    if not hasattr(logging, "set_tqdm_hook"):
+        yield
+        return
+    before = logging.set_tqdm_hook(told)
+    try:
+        yield
+    finally:
+        logging.set_tqdm_hook(before)
+
+
+def _reading_each(weights: Iterable[tuple[str, Any]], reading: Callable[[str], None]) -> Iterator[tuple[str, Any]]:
+    for weight in weights:
+        reading(weight[0].rpartition(".")[0])
+        yield weight
 
 
 class _RandomWeight:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -46,6 +47,80 @@ def test_ten_toggles_in_a_row_leak_nothing(session: Session) -> None:
     ended = [m for m in session.milestones(0) if m.kind is Kind.RUN_ENDED]
     assert [m.data["leaked_bytes"] for m in ended] == [0] * len(toggles)
     assert {m.data["reason"] for m in ended} == {"stopped"}
+
+
+@pytest.mark.parametrize("where", ["forward", "recompute", "backward", "load"])
+def test_a_run_is_left_within_a_step_and_leaks_nothing(
+    session: Session, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    """A step of a large model takes seconds, its loading minutes: whoever toggles does not wait for their end."""
+    import torch
+    from torch.nn.modules.module import register_module_forward_pre_hook
+
+    from gpumem_tui.engine.workload import _RandomWeight
+
+    done: list[str] = []
+    """Modules entered, or weights read; the command comes while the fifth is, or the last before backward."""
+
+    def next_thing(name: str) -> None:
+        done.append(name)
+        if len(done) == 5 if where != "backward" else name == "head":
+            session.command(Stop())
+
+    def enters(module: torch.nn.Module, _: object) -> None:
+        recomputing = torch._C._current_graph_task_id() != -1
+        if where != "recompute" or recomputing:
+            next_thing("head" if getattr(module, "out_features", 0) == 2048 else type(module).__name__)
+
+    reads = _RandomWeight.__getitem__
+
+    def read(self: _RandomWeight, index: object) -> torch.Tensor:
+        next_thing(self.name)
+        return reads(self, index)
+
+    hook = None
+    if where == "load":
+        monkeypatch.setattr(_RandomWeight, "__getitem__", read)
+    else:
+        hook = register_module_forward_pre_hook(enters)
+    try:
+        checkpointing = "off" if where == "backward" else "layers"
+        session.command(Start(small_run(steps=0, checkpointing=checkpointing)))
+        wait_until(lambda: Kind.RUN_ENDED in kinds(session), session)
+    finally:
+        if hook is not None:
+            hook.remove()
+    if where == "backward":  # which has no modules, so the optimizer's step is what is not done any more
+        assert done[-1] == "head"
+    else:
+        assert len(done) <= 6
+    ended = session.milestones(0)[-1]
+    assert (ended.data["reason"], ended.data["steps"], ended.data["leaked_bytes"]) == ("stopped", 0, 0)
+    monkeypatch.undo()
+    session.command(Start(small_run(steps=1)))
+    wait_until(lambda: kinds(session).count(Kind.RUN_ENDED) == 2, session)
+    assert session.milestones(0)[-1].data["reason"] == "done"
+
+
+def test_loading_a_checkpoint_tells_of_every_module_and_can_be_left(checkpoint: Path) -> None:
+    """As loading a profile does; transformers tells from 5.5 on."""
+    import torch
+
+    from gpumem_tui.engine.workload import build, prepare
+
+    config = replace(small_run(), model=str(checkpoint), pretrained=True)
+    told: list[str] = []
+    model = build(prepare(config, torch.device("cpu")), told.append).model
+    holders = {name for name, module in model.named_modules() if list(module.parameters(recurse=False))}
+    assert set(told) - {""} == holders
+    assert told[-1] == ""
+
+    def leave(_: str) -> None:
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        build(prepare(config, torch.device("cpu")), leave)
+    assert torch.get_default_dtype() is torch.float32
 
 
 def test_each_change_changes_what_fills_the_memory(engine: Engine) -> None:
