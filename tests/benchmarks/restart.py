@@ -4,9 +4,10 @@
 
 An engine trains and is told to go on with a setting changed, and back; the bare script, in a process
 of its own, loads the same model the same way and does one step, with nothing attached. In turn, so that
-both see the same machine; the first round, in which libraries and kernels are loaded, does not count.
-The engine's time has more in it than the script's: it leaves the step under way, frees the old run
-and counts what leaked. On a GPU the default profile is the 1.3B model, on a CPU `tiny`.
+both see the same machine; the first rounds, in which libraries and kernels are loaded, do not count. The
+key comes at any moment of a step. The engine's time has more in it than the script's: it leaves the step
+under way, frees the old run, counts what leaked, and traces. On a GPU the default profile is the 1.3B
+model, on a CPU `tiny`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import gc
 import multiprocessing
+import random
 import statistics
 import sys
 import time
@@ -32,21 +34,24 @@ from gpumem_tui.engine.workload import build, prepare
 GOAL = 1.2
 SETTLED = 3
 """Steps a run does before it is left: what a first step makes is there by then."""
+WARM_UP = 2
+"""Rounds that do not count: one of each of the two configurations."""
 
 
 def bare(connection: Connection) -> None:
-    """The script: for every configuration that comes, load, do a step, answer the seconds, free everything."""
+    """The script: for every configuration that comes, load, do a step, answer the seconds of both, free everything."""
     device = devices.select("auto")
     while (plain := connection.recv()) is not None:
         config = RunConfig.from_dict(plain)
         began = time.perf_counter()
         workload = build(prepare(config, device))
+        loaded = time.perf_counter()
         loss = workload.model(**workload.batches.next()).loss
         loss.backward()
         workload.optimizer.step()
         loss.item()
         workload.optimizer.zero_grad()
-        connection.send(time.perf_counter() - began)
+        connection.send((loaded - began, time.perf_counter() - loaded))
         del workload, loss
         gc.collect()
         if device.type == "cuda":
@@ -60,31 +65,32 @@ class Toggled:
         self.session = Session("auto")
         self.next_index = 0
 
-    def restart(self, before: RunConfig, after: RunConfig) -> tuple[float, Milestone]:
-        """Seconds from the command to the end of the new run's first step, and what its loading told."""
-        self._start(before, SETTLED)
+    def restart(self, before: RunConfig, after: RunConfig) -> tuple[float, float, float]:
+        """Seconds from the command to the end of the old run, from there to the new one loaded, of its first step."""
+        settled = self._start(before, SETTLED)[Kind.STEP_ENDED]
+        time.sleep(random.uniform(0, settled.data["seconds"]))
         began = time.perf_counter()
-        loaded = self._start(after, 1)
+        told = self._start(after, 1)
         seconds = time.perf_counter() - began
         self.session.command(Stop())
         assert self.session.wait(600)
-        return seconds, loaded
+        loading = told[Kind.LOADED].time_s - told[Kind.RUN_ENDED].time_s
+        stepping = told[Kind.STEP_ENDED].time_s - told[Kind.LOADED].time_s
+        return seconds - loading - stepping, loading, stepping
 
-    def _start(self, config: RunConfig, steps: int) -> Milestone:
-        """Start, and wait for a step; returns the milestone of having loaded."""
+    def _start(self, config: RunConfig, steps: int) -> dict[Kind, Milestone]:
+        """Start, and wait for a step; returns the last milestone of every kind."""
         self.session.command(Start(config))
-        loaded: Milestone | None = None
-        started = False
+        told: dict[Kind, Milestone] = {}
         while True:
             for milestone in self.session.milestones(self.next_index):
                 self.next_index = milestone.index + 1
-                started |= milestone.kind is Kind.RUN_STARTED
+                told[milestone.kind] = milestone
                 assert milestone.kind not in (Kind.RUN_FAILED, Kind.REFUSED, Kind.OUT_OF_MEMORY), milestone.text
-                if started and milestone.kind is Kind.LOADED:
-                    loaded = milestone
-                if loaded is not None and milestone.kind is Kind.STEP_ENDED and milestone.data["step"] >= steps:
-                    return loaded
-            time.sleep(0.002)
+                loaded_here = Kind.LOADED in told and told[Kind.LOADED].index > told[Kind.RUN_STARTED].index
+                if loaded_here and milestone.kind is Kind.STEP_ENDED and milestone.data["step"] >= steps:
+                    return told
+            time.sleep(0.001)
 
 
 def main() -> int:
@@ -102,27 +108,34 @@ def main() -> int:
     script = context.Process(target=bare, args=(there,), daemon=True)
     script.start()
     engine = Toggled()
-    alone, toggled, loads = [], [], []
+    alone: list[tuple[float, ...]] = []
+    toggled: list[tuple[float, ...]] = []
     try:
-        for i in range(chosen.rounds + 1):
+        for i in range(chosen.rounds + WARM_UP):
             before, after = (base, other) if i % 2 else (other, base)
             here.send(after.as_dict())
             alone.append(here.recv())
-            seconds, loaded = engine.restart(before, after)
-            toggled.append(seconds)
-            loads.append(loaded.data["seconds"])
+            toggled.append(engine.restart(before, after))
         where = engine.session.environment()
     finally:
         here.send(None)
         engine.session.close()
         script.join(30)
-    ratio = statistics.median(b / a for a, b in zip(alone[1:], toggled[1:], strict=True))
+    del alone[:WARM_UP], toggled[:WARM_UP]
+    ratio = statistics.median(sum(b) / sum(a) for a, b in zip(alone, toggled, strict=True))
     print(f"{chosen.profile} at batch {chosen.batch_size}, {chosen.set} on and off, {chosen.rounds} rounds in turn")
     print(f"on {where.device_name if where else '?'}, torch {torch.__version__}; seconds, median (least to most):")
-    rows = {"bare script: load, first step": alone, "engine: key to first step": toggled, "  of which loading": loads}
-    for name, found in rows.items():
-        counted = sorted(found[1:])
-        print(f"{name:<34}{statistics.median(counted):>8.3f}  ({counted[0]:.3f} to {counted[-1]:.3f})")
+    rows = [
+        ("bare script", [sum(a) for a in alone]),
+        ("  load", [load for load, _ in alone]),
+        ("  first step", [step for _, step in alone]),
+        ("engine, from the key", [sum(b) for b in toggled]),
+        ("  the old run left and freed", [ending for ending, _, _ in toggled]),
+        ("  load", [load for _, load, _ in toggled]),
+        ("  first step", [step for _, _, step in toggled]),
+    ]
+    for name, found in rows:
+        print(f"{name:<34}{statistics.median(found):>8.3f}  ({min(found):.3f} to {max(found):.3f})")
     print(f"engine over script, median of pairs: {ratio:.3f}, goal {GOAL}")
     return int(ratio > GOAL)
 
