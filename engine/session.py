@@ -13,6 +13,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -261,15 +262,17 @@ class Session(Published):
 
         from .sources.owners import drop_library_caches, free_paged
 
-        drop_library_caches()
-        # A backward pass that was left leaves what was next in a queue of this thread's, and with it the
-        # graph and the model; the next pass on the thread drops it.
-        torch.zeros((), requires_grad=True).backward()
-        gc.collect()
-        gc.unfreeze()
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
+        with ThreadPoolExecutor(1) as aside:  # sums up while the driver takes the memory back
+            memory = aside.submit(self._memory)
+            drop_library_caches()
+            # A backward pass that was left leaves what was next in a queue of this thread's, and with it the
+            # graph and the model; the next pass on the thread drops it.
+            torch.zeros((), requires_grad=True).backward()
+            gc.collect()
+            gc.unfreeze()
+            if self._device is not None and self._device.type == "cuda":
+                torch.cuda.synchronize(self._device)
+                torch.cuda.empty_cache()
         managed, self._managed_bytes = self._managed_bytes, free_paged(self._managed)
         self._managed.clear()
         leaked = recorder.allocated_bytes() - baseline + self._managed_bytes
@@ -278,7 +281,7 @@ class Session(Published):
         self._feed.milestone(
             Kind.RUN_ENDED, f"run {reason} after {self._steps} steps, {leaked} bytes leaked{note}",
             reason=reason, leaked_bytes=leaked, workspace_bytes=baseline, managed_bytes=managed, steps=self._steps,
-            memory=self._memory(),
+            memory=memory.result(),
         )  # fmt: skip
 
     def _memory(self) -> dict[str, Any] | None:
