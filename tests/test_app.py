@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -14,24 +15,27 @@ import pytest
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
-from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.ledger import Ledger, numbered_layers
+from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.control import choices, free_name, offered
 from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.explain import explain, levers
-from gpumem_tui.tui.layer_table import GROUPS, layer_table, numbered_layers
+from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
-from gpumem_tui.tui.units import IN_GIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
+from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 from gpumem_tui.tui.writer import writing
 
 from .app_driver import GPU_UNIT, SIZES, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource
+
+RECORDINGS = Path(__file__).parent / "recordings"
 
 # --- the app as a whole ---------------------------------------------------------
 
@@ -334,13 +338,78 @@ async def test_layers_have_the_ledgers_figures(size: tuple[int, int]) -> None:
     async with shown(source, size) as driver:
         await driver.press("3")
         row = next(line for line in driver.lines if "layers.3" in line).split()
-        # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
-        assert row[1:] == ["6.0", "6.0", "12.0", "10.0", "9.0", "2", "8.0", "1.25"]
-        total = driver.line("all at once").split()[3:]
         ledger = Ledger(source.traces()[-1])
-        expected = [int(ledger.curve[list(group)].sum(axis=0).max()) for _, group in GROUPS]
-        assert total[:5] == [f"{size / MIB:.1f}" for size in expected]
-        assert total[5] == "12"
+        held = sum(ledger.by_layer(ledger.peak.event)["gpt_neox.layers.3"].values())
+        # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
+        most = ["6.0", "6.0", "12.0", "10.0", "9.0", *(["0.0"] if size[0] > 80 else [])]
+        assert row[1:] == [f"{held / MIB:.1f}", *most, "2", "8.0", "1.25"]
+        total = driver.line("all at once").split()[3:]
+        expected = [int(ledger.curve[list(group)].sum(axis=0).max()) for _, group in GROUPS[: len(most)]]
+        assert total == [f"{size / MIB:.1f}" for size in (ledger.peak.bytes, *expected)] + ["12", "1.25"]
+
+
+@pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_layers_held_at_the_peak_adds_up_to_it(name: str, size: tuple[int, int]) -> None:
+    """Nothing is missing: whatever belongs to no layer has a row of its own."""
+    source = Replay(RECORDINGS / f"{name}.gpumem")
+    peak = Ledger(source.traces()[-1]).peak.bytes
+    async with shown(source, size) as driver:
+        await driver.press("3")
+        heads, *cells = driver.app.page.table()
+        column = heads.index("at peak")
+        assert sum(int(row[column]) for row in cells) == peak
+        assert "at peak" in driver.line("layer ")
+        assert driver.app.state.unit.show(peak) == driver.line("all at once").split()[3]
+        seen = {line[1:].split()[0] for line in driver.lines if line.strip()}
+        await driver.press("end")
+        seen |= {line[1:].split()[0] for line in driver.lines if line.strip()}
+        assert {"logits", "lm_head"} <= seen
+        await driver.press("home", "right")
+        sizes = [int(row[column]) for row in driver.app.page.table()[1:]]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+async def test_a_kv_cache_is_the_layers_that_it_is_of() -> None:
+    """The cache calls its layers `layers.0`, whatever the model calls them."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+        await driver.press("3")
+        rows = [line for line in driver.lines if "layers.0 " in line]
+        assert len(rows) == 1
+        await driver.press("down", "enter")
+        assert "gpt_neox.layers.0" in driver.lines[1]
+        assert sum("KV cache" in line for line in driver.lines) == 2, "keys and values"
+
+
+async def test_columns_of_recomputes_say_what_a_figure_is_of() -> None:
+    source = trained(2, checkpointing="layers")
+    async with shown(source) as driver:
+        await driver.press("3")
+        assert driver.lines[2].split()[-1] == "recomputed"
+        assert driver.lines[3].split()[-5:] == ["times", "MiB", "each", "mean", "ms"]
+        topic = driver.app.page.topic().text
+        assert "freed in forward and made again in backward" in topic
+        assert "mean time of one" in topic
+    async with shown(trained(2)) as driver:
+        await driver.press("3")
+        assert "recomputed" not in driver.text
+
+
+async def test_a_list_of_tensors_has_the_unit_of_its_largest() -> None:
+    """Beside a peak of 15 GiB a list in GiB would say 0.00 of every tensor of a small layer."""
+    source = FakeSource(GPU, unit=MIB)
+    source.start()
+    source.finish_step()
+    async with shown(source) as driver:
+        driver.app.state.run.peak_bytes = 15 << 30
+        await driver.press("3", "down", "enter")
+        assert driver.app.state.unit is IN_GIB
+        largest = driver.app.page.tensors()[0].bytes
+        assert "MiB at the peak" in driver.lines[1] or "KiB at the peak" in driver.lines[1]
+        unit = unit_for(largest)
+        assert driver.lines[2].split()[0] == unit.show(largest)
+        await driver.press("2")
+        assert re.search(r"largest now, (MiB|KiB)", driver.text)
 
 
 async def test_layers_scroll_and_sort() -> None:
@@ -352,7 +421,7 @@ async def test_layers_scroll_and_sort() -> None:
         assert "layers.39" not in driver.text
         await driver.press("end", "up")
         assert "layers.39" in driver.text
-        await driver.press("home", "right")
+        await driver.press("home", "right", "right")
         assert driver.lines[4].split()[0].endswith("embed_in")
         assert driver.lines[5].split()[0].endswith("lm_head")
 
@@ -716,6 +785,7 @@ def test_layer_table_against_a_slow_count() -> None:
                 row[i] = max(row[i], sum(sizes.get(category, 0) for category in group))
     for row in table.rows:
         assert list(row.sizes) == most[row.name], row.name
+        assert row.peak_bytes == sum(ledger.by_layer(ledger.peak.event).get(row.name, {}).values())
     assert {row.name for row in table.rows} == {name for name, sizes in most.items() if any(sizes)}
 
 
@@ -795,8 +865,10 @@ def test_device_shares_when_nvml_sees_no_processes() -> None:
 
 
 def test_units_and_figures() -> None:
-    assert unit_for(1 << 30) is IN_MIB
     assert unit_for(5 << 30) is IN_GIB
+    assert unit_for(1 << 30) is IN_MIB
+    assert unit_for(1 << 20) is IN_KIB
+    assert [unit_for(size, "GB").name for size in (10**6, 10**9, 10**10)] == ["KB", "MB", "GB"]
     assert (IN_MIB.show(None), IN_MIB.show(0), IN_GIB.full(3 << 29)) == ("–", "0.0", "1.50 GiB")
     assert [rate(v) for v in (None, 987.0, 21_800.0, 1.3e6)] == ["–", "987", "21.8k", "1.3M"]
     assert [duration(v) for v in (None, 0.0004, 0.094, 3.118)] == ["–", "0.4 ms", "94 ms", "3.12 s"]

@@ -8,12 +8,11 @@ from functools import partial
 from ...engine import techniques
 from ...engine.config import Option, show
 from ...engine.events import Category, Kind, Milestone, Phase
-from ...engine.ledger import Bytes
+from ...engine.ledger import Bytes, numbered_layers
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain, levers
-from ..layer_table import numbered_layers
 from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns

@@ -6,7 +6,7 @@ from ...engine.events import N_CATEGORIES, Category, Phase, StepTrace
 from ...engine.ledger import Ints, Ledger
 from ..actions import Action, calling
 from ..draw import Row
-from ..units import count, duration, tail
+from ..units import count, duration, tail, unit_for
 from ..widgets.area import area, column_of, columns
 from .blocks import block_row
 from .page import Page, Topic
@@ -295,6 +295,7 @@ class StepPage(Page):
         palette = self.palette
         if room < 2:
             return []
-        rows = [Row().add(" largest now", palette.dim)]
         blocks = ledger.largest(event, min(10, room - 1))
-        return rows + [block_row(block, self.state.unit, palette, width) for block in blocks]
+        unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
+        rows = [Row().add(f" largest now, {unit.name}", palette.dim)]
+        return rows + [block_row(block, unit, palette, width) for block in blocks]
