@@ -103,8 +103,7 @@ class LayersPage(Page):
             "layers",
             "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
             "each kind, not all at one time. Recomputed: how often in this run; the bytes each time, freed in forward "
-            "and made again in backward, which is what checkpointing saves (a segment's at its first layer); the mean "
-            "time of one.",
+            "and made again in backward: what checkpointing saves (a segment's at its first layer); mean time of one.",
         )
 
     # --- actions --------------------------------------------------------------------
