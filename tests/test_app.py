@@ -13,6 +13,7 @@ import numpy as np
 import pytest
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.ledger import Ledger, numbered_layers
@@ -23,6 +24,7 @@ from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.explain import explain, levers
 from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
@@ -237,8 +239,45 @@ async def test_live_explains_the_peak() -> None:
     async with shown(source) as driver:
         text = " ".join(driver.text.split())
         assert "The peak is inside AdamW.step(): " in text
-        assert "temporaries 52.0 (1.0 x the gradients)" in text
+        assert "+ temporaries 52.0 (1.0 x the gradients)" in text
         assert "peak step 2, optimizer" in driver.line("MiB")
+
+
+@pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
+async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(name: str) -> None:
+    async with shown(Replay(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
+        text = " ".join(driver.text.split())
+        (sentence,) = re.findall(r"The peak is [^=]*: ([\d.]+) [MG]iB = (.*?)\.(?!\d)", text)
+        total, terms = float(sentence[0]), sentence[1].split(" + ")
+        assert sentence[0] in next(line for line in driver.lines if line.startswith("   allocated"))
+        plain = [re.sub(r" \(.*\)", "", term) for term in terms]
+        assert sum(float(re.findall(r"[\d.]+", term)[0]) for term in plain) == pytest.approx(total, abs=0.21)
+        for term in terms[1:]:
+            if found := re.search(r"^(.*) ([\d.]+) \(([\d.]+) - ([\d.]+)\)", term):
+                title, added, held, before = found.groups()
+                assert float(held) - float(before) == pytest.approx(float(added), abs=0.11)
+                assert held in next(line for line in driver.lines if title.replace(" and", ",") in line)
+
+
+async def test_times_say_which_they_are() -> None:
+    """The wall's includes the wait for the loss; the host's ends when the last kernel has been asked for."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem")) as driver:
+        assert "54 ms wall" in driver.line("step 3")
+        await driver.press("2")
+        assert "47 ms host" in driver.line("step 3")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_what_is_small_is_in_one_row_that_says_what_it_is(size: tuple[int, int]) -> None:
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
+        row = driver.line("all others").split()
+        assert row[2:5] == ["66.0", "workspace" if size[0] == 80 else "W", "66.0"]
+        for _ in range(14):
+            await driver.press("down")
+            if driver.app.page.focus == "all others":
+                break
+        assert "Buffers, inputs, workspace and slack" in driver.app.page.topic().text
+        assert driver.line("▸  all others")
 
 
 async def test_live_counts_in_gib_on_a_large_run() -> None:
@@ -673,11 +712,59 @@ async def test_a_recording_is_looked_at_and_refuses_commands() -> None:
     source.live = False
     async with shown(source) as driver:
         assert "recording" in driver.lines[0]
-        for key in ("l", "x", "s", "r", "h"):
-            await driver.press(key)
-            assert "this is a recording" in driver.text
-        await driver.press("2")
+        for key in ("l", "x", "s", "r", "h", "!"):
+            await driver.press("escape", key)
+            assert "this is a recording: it can be looked at" in driver.text
+        assert source.commands == []
+        await driver.press("escape", "2")
         assert driver.line("step 2")
+
+
+async def test_a_recording_offers_nothing_that_takes_an_engine() -> None:
+    """Neither in the row of keys, nor in the help, nor by name; what can be foreseen can still be asked."""
+    source = trained(2)
+    async with shown(source) as driver:
+        assert "restarts" in driver.lines[-2]
+    source.live = False
+    async with shown(source, (80, 100)) as driver:
+        assert "restarts" not in driver.lines[-2]
+        named = {command.title for command in driver.app.get_system_commands(driver.app.screen)}
+        assert not named & {"Restart the run", "Stop the run", "Save a recording", "LoRA: next value", "Take over"}
+        assert {"Save the screen", "Copy this table", "Up"} <= named
+        await driver.press("?")
+        assert "restart" not in driver.text
+        await driver.press("4")
+        assert "apply" not in driver.lines[-2]
+        assert "change" in driver.lines[-2]
+        await driver.press("k")
+        assert "a recording runs nothing" in driver.text
+        await driver.press("enter")
+        assert source.commands == []
+        assert "this is a recording" in driver.text
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "layers"}])
+async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, int], settings: dict[str, str]) -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(**settings)
+    for _ in range(3):
+        source.finish_step()
+    source.live = False
+
+    class Oracle:
+        gpu_name = "H100 80GB"
+        waiting = staticmethod(lambda: 0)
+        answers = staticmethod(lambda: 1)
+        of_run = staticmethod(lambda config: "")
+
+        def of(self, config: RunConfig, hurry: bool = True) -> Prediction:
+            return Prediction((12 << 30) - (3 << 30) * bool(config["lora"]), True, {})
+
+    async with shown(source, size, predictions=Oracle()) as driver:
+        assert driver.line("The peak is inside AdamW.step(): ")
+        assert "saves most: LoRA on, ~-3.00 GiB" in driver.text
+        assert ("recomputed; layer" in driver.text) == bool(settings)
 
 
 # --- state, without a terminal ----------------------------------------------------------

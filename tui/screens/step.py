@@ -66,9 +66,9 @@ class StepPage(Page):
         """The chart."""
         return Topic(
             "one step, event by event",
-            "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time. "
-            "Below it the phases, the cursor with its time, and what is alive there: bytes by category and the largest "
-            "tensors. ◆ marks the peak where the cursor is elsewhere.",
+            "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time, "
+            "which is the host's: it may be ahead of the GPU. Below the phases, the cursor with its time, and what is "
+            "alive there: bytes by category and the largest tensors. ◆ marks the peak where the cursor is elsewhere.",
         )
 
     @property
@@ -212,7 +212,7 @@ class StepPage(Page):
         row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
         spans = trace.phases
         seconds = (spans[-1].end_us - spans[0].begin_us) / 1e6 if spans else None
-        row.add(f"  {count(len(trace.events))} events  {duration(seconds)}  peak ", palette.dim)
+        row.add(f"  {count(len(trace.events))} events  {duration(seconds)} host  peak ", palette.dim)
         row.add(self.state.unit.full(ledger.peak.bytes), palette.bold)
         if self.window != (0.0, 1.0):
             row.add(f"  {100 * (self.window[1] - self.window[0]):.0f} % of it", palette.busy)

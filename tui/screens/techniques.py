@@ -58,11 +58,11 @@ class TechniquesPage(Page):
             *moves("select a setting"),
             Action("techniques.before", ("left",), "Value before", text, lambda page: page.change(-1), "change"),
             Action("techniques.next", ("right",), "Next value", text, lambda page: page.change(1), "change"),
-            *changes(offered(), _collect, "collected, enter applies"),
+            *changes(offered(), _collect, "collected, enter applies", acts=False),
             Action("techniques.details", ("tab",), "Details", "open or close the details of a technique",
                    lambda page: page.toggle(), "details"),
             Action("techniques.apply", ("enter",), "Apply the changes", "apply all changes as one restart",
-                   lambda page: page.control.apply(), "apply"),
+                   lambda page: page.control.apply(), "apply", acts=True),
         )  # fmt: skip
 
     def topic(self) -> Topic:
@@ -280,7 +280,9 @@ class TechniquesPage(Page):
         problem = self.control.conflict()
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)[:2]]
-        text = f" enter applies {len(pending)} change{'s' * (len(pending) > 1)} as one restart"
+        changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
+        text = f" enter applies {changed} as one restart"
+        text = text if self.state.live else f" {changed} predicted; a recording runs nothing"
         wanted = self.control.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
