@@ -565,6 +565,29 @@ async def test_changes_are_collected_undone_and_applied_as_one() -> None:
         assert len(source.commands) == 1
 
 
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_a_technique_that_another_overrules_says_what_it_comes_to_and_why(size: tuple[int, int]) -> None:
+    async with shown(trained(1, checkpointing="layers"), size) as driver:
+        await driver.press("4")
+        assert driver.line("c   KV cache").split()[3:5] == ["off", "(checkpointing)"]
+        heads, *cells = driver.app.page.table()
+        (row,) = (row for row in cells if row[0] == "kv_cache")
+        assert row[heads.index("now")] == "off (checkpointing)"
+        await driver.press("c")
+        assert "→ off" in driver.line("c   KV cache"), "it can be switched off all the same"
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tuple[int, int]) -> None:
+    for environment, head in ((CPU, "on a CPU"), (GPU, "measured")):
+        source = trained(1)
+        source.feed.environment = environment
+        async with shown(source, size) as driver:
+            await driver.press("4")
+            assert driver.line("now").rstrip().endswith(f"fits {head}" if size[0] == 60 else head)
+            assert ("GPU" in driver.line("now")) == (environment is CPU)
+
+
 async def test_details_open_and_change() -> None:
     source = trained(1)
     async with shown(source) as driver:
