@@ -14,7 +14,7 @@ from ..units import UNKNOWN, Unit, count, tail, unit_for
 from .blocks import block_row, made_in, shape_of
 from .page import Page, Table, Topic, scrolled
 
-NAME = 12
+NAME = 13
 """Cells that a layer's name has at the least."""
 
 WIDEST = 40
@@ -52,9 +52,9 @@ COLUMNS: tuple[Column, ...] = (
     Column("act", 7, 1, letter=Category.ACTIVATIONS, over=MOST),
     Column("tmp", 7, 2, letter=Category.TEMPORARIES, over=MOST),
     Column("other", 7, 5, over=MOST),
-    Column("times", 6, 3, over=RECOMPUTED),
+    Column("times", 6, 4, over=RECOMPUTED),
     Column("bytes each", 10, 1, "{} each", over=RECOMPUTED),
-    Column("mean ms", 8, 4, over=RECOMPUTED),
+    Column("mean ms", 8, 3, over=RECOMPUTED),
 )
 """Those about recomputes are there once there was one."""
 
@@ -103,7 +103,7 @@ class LayersPage(Page):
             "layers",
             "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
             "each kind, not all at one time. Recomputed: how often in this run; the bytes each time, freed in forward "
-            "and made again in backward: what checkpointing saves (a segment's at its first layer); mean time of one.",
+            "and made again in backward: about what checkpointing saves (a segment's at its first layer); mean time.",
         )
 
     # --- actions --------------------------------------------------------------------

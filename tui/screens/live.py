@@ -267,7 +267,9 @@ class LivePage(Page):
         if not names:
             return ""
         best = self.control.strongest(names)
-        if best is None:
+        if best is True:
+            return "nothing that acts on this is predicted to lower it"
+        if best is False:
             assert state.peak is not None
             sure = levers(state.peak.peak, state.run.config or state.config, surely=True)
             known = [techniques.registry()[name] for name in sure]
