@@ -786,6 +786,7 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
         of_run = staticmethod(lambda config: "")
 
         def of(self, config: RunConfig, hurry: bool = True) -> Prediction:
+            assert hurry, "there is no training to give way to"
             return Prediction((12 << 30) - (3 << 30) * bool(config["lora"]), True, {})
 
     async with shown(source, size, predictions=Oracle()) as driver:

@@ -107,7 +107,8 @@ class Control:
             Technique, value, bytes saved; or whether it is known by now that nothing saves.
         """
         base, predictions = self.state.run.config or self.base(), self.predictions
-        now = predictions.of(base, hurry=False) if predictions is not None and base is not None else None
+        hurry = not self.state.live  # beside a recording there is no training to give way to
+        now = predictions.of(base, hurry) if predictions is not None and base is not None else None
         found: list[tuple[Technique, Value, int]] = []
         known = now is not None
         for name in names:
@@ -117,7 +118,7 @@ class Control:
             config = base.with_({name: value}) if value is not None else None
             if config is None or predictions is None or self.problem(config) is not None:
                 continue
-            then = predictions.of(config, hurry=False)
+            then = predictions.of(config, hurry)
             known &= then is not None
             if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
                 found.append((technique, value, now.peak_bytes - then.peak_bytes))
