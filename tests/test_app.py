@@ -403,7 +403,7 @@ async def test_what_layers_held_at_the_peak_adds_up_to_it(name: str, size: tuple
         column = heads.index("at peak")
         assert sum(int(row[column]) for row in cells) == peak
         assert "at peak" in driver.line("layer ")
-        assert driver.app.state.unit.show(peak) == driver.line("all at once").split()[3]
+        assert unit_for(peak).show(peak) == driver.line("all at once").split()[3]
         seen = {line[1:].split()[0] for line in driver.lines if line.strip()}
         await driver.press("end")
         seen |= {line[1:].split()[0] for line in driver.lines if line.strip()}
@@ -453,6 +453,23 @@ async def test_a_list_of_tensors_has_the_unit_of_its_largest() -> None:
         assert driver.lines[2].split()[0] == unit.show(largest)
         await driver.press("2")
         assert re.search(r"largest now, (MiB|KiB)", driver.text)
+
+
+async def test_tables_of_a_small_model_count_in_a_unit_that_shows_it() -> None:
+    source = FakeSource(GPU, unit=512)
+    source.start(checkpointing="layers")
+    for _ in range(2):
+        source.finish_step()
+    peak = Ledger(source.traces()[-1]).peak.bytes
+    async with shown(source) as driver:
+        await driver.press("3")
+        assert driver.line("step 2").split()[2:5] == ["KiB", "peak", f"{peak / 1024:.1f}"]
+        assert "KiB each" in driver.lines[3]
+        assert driver.line("lm_head").split()[1] != "0.0"
+        await driver.press("g")
+        assert driver.line("step 2").split()[2] == "KB"
+        await driver.press("g", "5")
+        assert driver.line("all").split()[1] == f"{peak / 1024:.1f}"
 
 
 async def test_layers_scroll_and_sort() -> None:

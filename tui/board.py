@@ -163,15 +163,18 @@ class Board:
         if message is None and (row := progress(self.state, self.palette)) is not None:
             return [row]
         if message is None:
-            shows = (self.page, self.state.live, width, self.palette)
-            return self._kept.rows("keys", shows, lambda: [self._keys(width)])
+            standing = self.control.source.standing
+            commands = self.state.live and standing in (Standing.OWNER, Standing.ATTACHED)
+            shows = (self.page, commands, width, self.palette)
+            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
-    def _keys(self, width: int) -> Row:
-        keys = self.page.lead * self.state.live + hint(offered_here(self.page.actions, self.state.live))
+    def _keys(self, width: int, commands: bool) -> Row:
+        """What can be done on the page by whoever looks at it."""
+        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
         return Row().add(f" {shorten(keys, width - 2)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:

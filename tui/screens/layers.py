@@ -10,7 +10,7 @@ from ..actions import Action, moves
 from ..draw import Row
 from ..layer_table import GROUPS, LayerRow, LayerTable, layer_table, modules_of, owners_in, shared_prefix
 from ..run_state import LayerRecomputes
-from ..units import UNKNOWN, Unit, count, tail, unit_for
+from ..units import IN_MIB, UNKNOWN, Unit, count, tail, unit_for
 from .blocks import block_row, made_in, shape_of
 from .page import Page, Table, Topic, scrolled
 
@@ -76,6 +76,7 @@ class LayersPage(Page):
     _tensors: tuple[object, list[LiveBlock]] | None = None
     _columns: tuple[Column, ...] = COLUMNS
     """Those on show."""
+    _unit = IN_MIB
 
     def make_actions(self) -> tuple[Action, ...]:
         """Select, sort, open."""
@@ -254,10 +255,11 @@ class LayersPage(Page):
         self._columns = self._fitting(width)
         name_width = min(width - 1 - sum(column.cells for column in self._columns), WIDEST)
         body, ordered = max(1, height - 4), self._ordered(table)
-        unit, prefix = self.state.unit, shared_prefix(row.name for row in table.rows)
+        self._unit = unit_for(table.peak_bytes, self.state.units)
+        prefix = shared_prefix(row.name for row in table.rows)
         self.selected = max(0, min(self.selected, len(ordered) - 1))
         self.top = scrolled(self.top, self.selected, body, len(ordered))
-        rows = [self._title(ledger, len(ordered), body), *self._headings(name_width, unit)]
+        rows = [self._title(ledger, len(ordered), body), *self._headings(name_width)]
         for i, row in enumerate(ordered[self.top : self.top + body], self.top):
             rows.append(self._layer(row, row.name.removeprefix(prefix), name_width, i == self.selected, width))
         rows += [Row()] * (body + 3 - len(rows))
@@ -282,7 +284,7 @@ class LayersPage(Page):
         return [title, *(block_row(block, unit, self.palette, width) for block in shown)]
 
     def _title(self, ledger: Ledger, length: int, body: int) -> Row:
-        palette, unit = self.palette, self.state.unit
+        palette, unit = self.palette, self._unit
         row = Row().add(f" step {ledger.trace.step}" if ledger.trace.step else " loading", palette.bold)
         where = ledger.peak.phase.title.removesuffix(" step")
         row.add(f"  {unit.name}  peak {unit.show(ledger.peak.bytes)} in {where}", palette.dim)
@@ -292,13 +294,13 @@ class LayersPage(Page):
             row.add(f"   {self.top + 1}–{min(self.top + body, length)} of {length}", palette.dim)
         return row
 
-    def _headings(self, name_width: int, unit: Unit) -> list[Row]:
+    def _headings(self, name_width: int) -> list[Row]:
         """Two rows: what columns side by side share, and the columns."""
         palette, edge = self.palette, name_width
         over, row = Row(), Row().add(" layer")
         for column in self._columns:
             edge += column.cells
-            head = column.head.format(unit.name) or column.name
+            head = column.head.format(self._unit.name) or column.name
             style = palette.accent if self.sort == column.name else palette.dim
             if column.letter is not None:
                 row.to(edge - len(head) - 2).add(column.letter.info.letter, palette.paint[column.letter])
@@ -330,13 +332,13 @@ class LayersPage(Page):
         edge = name_width
         for column in self._columns:
             edge += column.cells
-            text = self._text(row, column, self.state.unit)
+            text = self._text(row, column, self._unit)
             line.add(" " * (edge - len(text) - line.width), style).add(text, style if self._value(row, column) else dim)
         return line.add(" " * (width - line.width), style) if selected else line
 
     def _total(self, table: LayerTable, name_width: int) -> Row:
         """The peak, and the most that all of them held of each group at one time; of recomputes the sum and mean."""
-        unit, known = self.state.unit, self.state.run.recomputes.values()
+        unit, known = self._unit, self.state.run.recomputes.values()
         row = Row().add(" all at once", self.palette.bold)
         # A segment counts once, at its first layer.
         times = sum(r.count for r in known if r.seconds is not None)
