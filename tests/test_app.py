@@ -265,6 +265,10 @@ async def test_times_say_which_they_are() -> None:
         assert "54 ms wall" in driver.line("step 3")
         await driver.press("2")
         assert "47 ms host" in driver.line("step 3")
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (60, 20)) as driver:
+        await driver.press("2", "+")
+        assert driver.line("step 3").split()[2:7] == ["47", "ms", "host", "peak", "242.1"]
+        assert driver.line("step 3").split()[-3:] == ["<", "2", "latest"]
 
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24)])

@@ -12,6 +12,9 @@ from .blocks import block_row
 from .page import Page, Topic
 
 AXIS_WIDTH = 8
+ROOMY = 76
+"""Columns from which the number of events has room."""
+
 PHASE_LETTERS = {Phase.DATA: "d", Phase.ZERO_GRAD: "z", Phase.LOAD: "l"}
 
 
@@ -212,7 +215,8 @@ class StepPage(Page):
         row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
         spans = trace.phases
         seconds = (spans[-1].end_us - spans[0].begin_us) / 1e6 if spans else None
-        row.add(f"  {count(len(trace.events))} events  {duration(seconds)} host  peak ", palette.dim)
+        events = f"  {count(len(trace.events))} events" if width >= ROOMY else ""
+        row.add(f"{events}  {duration(seconds)} host  peak ", palette.dim)
         row.add(self.state.unit.full(ledger.peak.bytes), palette.bold)
         if self.window != (0.0, 1.0):
             row.add(f"  {100 * (self.window[1] - self.window[0]):.0f} % of it", palette.busy)
@@ -224,7 +228,7 @@ class StepPage(Page):
             before = f"< {steps[at - 1]}   " if at else ""
             after = f"   {steps[at + 1]} >" if at + 1 < len(steps) else ""
             mode = "frozen" if self.frozen is not None else "latest"
-            text = f"{before}{mode}{after}"
+            text = f" {before}{mode}{after}"
             row.right(text, width - 1, palette.busy if self.frozen is not None else palette.dim)
         return row
 
