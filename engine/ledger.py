@@ -45,6 +45,10 @@ BLOCK_ROW = np.dtype(
 
 _PARAMETER = re.compile(r"\.(?:weight|bias)(?:\.|$)")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
+_NUMBERED = re.compile(r"^(.*\.)\d+$")
+_CACHED = "layers."
+"""What a KV cache calls its layers, of which it knows nothing but the number."""
+
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 
 
@@ -59,11 +63,10 @@ def layer_of(name: str) -> str:
     `gpt_neox.layers.3.mlp.dense.weight` -> `gpt_neox.layers.3`; outside the
     repeated layers the module itself: `lm_head.weight` -> `lm_head`.
     """
-    name = strip_wrappers(name)
-    match = _LAYER.match(name)
-    if match:
-        return match.group(1)
-    return _PARAMETER.split(name, maxsplit=1)[0]
+    # What an optimizer keeps carries its own name behind its parameter's.
+    module = _PARAMETER.split(strip_wrappers(name), maxsplit=1)[0]
+    match = _LAYER.match(module)
+    return match.group(1) if match else module
 
 
 @lru_cache(NAMES)
@@ -75,6 +78,17 @@ def strip_wrappers(name: str) -> str:
             return ""  # the wrapper itself stands for the model
         dotted = dotted.removeprefix(wrapper)
     return dotted[:-1]
+
+
+@lru_cache(maxsize=16)
+def numbered_layers(names: tuple[str, ...]) -> list[str]:
+    """The repeated layers of a model, in order: those of the most frequent prefix, a KV cache's own aside."""
+    groups: dict[str, list[str]] = {}
+    for layer in dict.fromkeys(map(layer_of, names)):
+        if match := _NUMBERED.match(layer):
+            groups.setdefault(match.group(1), []).append(layer)
+    found = max(groups, key=lambda prefix: (len(groups[prefix]), prefix != _CACHED), default=None)
+    return sorted(groups[found], key=lambda layer: int(layer.rsplit(".", 1)[1])) if found is not None else []
 
 
 class LiveBlock(NamedTuple):
@@ -246,7 +260,9 @@ class Ledger:
     def by_layer(self, event: int) -> dict[str, Bytes]:
         """Composition after an event by layer, in the model's order; sums to `at`."""
         blocks = self.alive(event)
-        layers, codes = self._layers
+        layers = list(dict.fromkeys(self.layers))
+        index = {layer: i for i, layer in enumerate(layers)}
+        codes = np.asarray([index[layer] for layer in self.layers], np.int64)
         table = np.zeros((len(layers), N_CATEGORIES), np.int64)
         rows = codes[blocks["name"]]
         np.add.at(table, (rows, blocks["category"]), blocks["bytes"])
@@ -267,11 +283,10 @@ class Ledger:
         return {self.trace.names[i]: int(sums[i]) for i in order if sums[i]}
 
     @cached_property
-    def _layers(self) -> tuple[list[str], Ints]:
-        """Layer names, and the layer's index by name's index."""
-        index: dict[str, int] = {}
-        codes = [index.setdefault(layer_of(name), len(index)) for name in self.trace.names]
-        return list(index), np.asarray(codes, np.int64)
+    def layers(self) -> list[str]:
+        """The layer of each of the trace's names; a KV cache's keys and values are the layer's they are of."""
+        cached = {f"{_CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.trace.names)}
+        return [cached.get(layer, layer) for layer in map(layer_of, self.trace.names)]
 
     def _describe(self, index: int) -> LiveBlock:
         trace, row, description = self.trace, self.blocks[index], int(self._made[index])

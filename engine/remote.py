@@ -60,7 +60,8 @@ class Remote(Published):
         self._welcome: wire.Welcome | None = None
         self._connection: socket.socket | None = None
         self._commands: deque[wire.Do] = deque()
-        self._commanding = self._taking = False
+        self._commanding: bool | None = None  # not told yet
+        self._taking = False
         self._gone = self._closing = False
         self._since = self._last_trace = self._config_number = 0
         self._run_offset, self._clock_offset_s = 0, 0.0
@@ -73,13 +74,13 @@ class Remote(Published):
 
     @property
     def standing(self) -> Standing:
-        """Whether it may command, and whether there is anything to command."""
+        """Whether it may command, and whether there is anything to command; until the engine has said, it may."""
         if self._gone:
             return Standing.GONE
         if self._welcome is not None and self._welcome.kind == "watch":
             return Standing.WATCHING
-        commands = self._commanding or self._taking or self._welcome is None
-        return Standing.ATTACHED if commands else Standing.READ_ONLY
+        only_looks = self._commanding is False and not self._taking
+        return Standing.READ_ONLY if only_looks else Standing.ATTACHED
 
     def environment(self) -> Environment | None:
         """Where the engine runs."""
@@ -162,7 +163,7 @@ class Remote(Published):
             self._wake_write.send(b"!")
 
     def _start(self, config: RunConfig) -> None:
-        self._gone, self._commanding, self._welcome = False, False, None
+        self._gone, self._commanding, self._welcome = False, None, None
         self._since = self._last_trace = self._config_number = 0
         self._run_offset, self._clock_offset_s = self._feed.run, self._latest_s()
         self._commands.clear()

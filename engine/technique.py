@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from .config import Option, RunConfig, Value
+from .config import Option, RunConfig, Value, show
 from .events import Environment
 
 if TYPE_CHECKING:
@@ -18,6 +18,10 @@ def _nothing(_config: RunConfig, _recipe: Recipe) -> None:
 
 
 def _never(_config: RunConfig) -> str | None:
+    return None
+
+
+def _as_set(_config: RunConfig) -> tuple[Value, str] | None:
     return None
 
 
@@ -45,6 +49,8 @@ class Technique:
             that an earlier one leaves.
         options: The switch first, then its details.
         apply: Writes what it changes into the recipe of a run.
+        overruled: What the switch comes to in a configuration, whatever it is
+            set to, and what it is that decides so; None: it is as it is set.
         conflict: Why a configuration cannot be run with this technique as set
             in it (one line), or None.
         unavailable: Why a value of the switch cannot be used on a machine (one
@@ -61,6 +67,7 @@ class Technique:
     options: tuple[Option, ...]
     cost: str | Mapping[Value, str] = "nothing measurable"
     apply: Callable[[RunConfig, Recipe], None] = _nothing
+    overruled: Callable[[RunConfig], tuple[Value, str] | None] = _as_set
     conflict: Callable[[RunConfig], str | None] = _never
     unavailable: Callable[[Value, Environment], str | None] = _always
 
@@ -68,6 +75,11 @@ class Technique:
     def switch(self) -> Option:
         """The option that carries the technique's name."""
         return self.options[0]
+
+    def in_effect(self, config: RunConfig) -> str:
+        """The switch's value for people, as it has an effect: `on`, `off (checkpointing)`."""
+        overruled = self.overruled(config)
+        return f"{show(overruled[0])} ({overruled[1]})" if overruled else show(config[self.name])
 
     def cost_of(self, value: Value) -> str:
         """What one of the switch's values costs in time."""

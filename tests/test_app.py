@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,26 +13,31 @@ import numpy as np
 import pytest
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
-from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.ledger import Ledger, numbered_layers
+from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.control import choices, free_name, offered
 from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.explain import explain, levers
-from gpumem_tui.tui.layer_table import GROUPS, layer_table, numbered_layers
+from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
-from gpumem_tui.tui.units import IN_GIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
+from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 from gpumem_tui.tui.writer import writing
 
 from .app_driver import GPU_UNIT, SIZES, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource
+
+RECORDINGS = Path(__file__).parent / "recordings"
 
 # --- the app as a whole ---------------------------------------------------------
 
@@ -233,8 +239,49 @@ async def test_live_explains_the_peak() -> None:
     async with shown(source) as driver:
         text = " ".join(driver.text.split())
         assert "The peak is inside AdamW.step(): " in text
-        assert "temporaries 52.0 (1.0 x the gradients)" in text
+        assert "+ temporaries 52.0 (1.0 x the gradients)" in text
         assert "peak step 2, optimizer" in driver.line("MiB")
+
+
+@pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
+async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(name: str) -> None:
+    async with shown(Replay(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
+        text = " ".join(driver.text.split())
+        (sentence,) = re.findall(r"The peak is [^=]*: ([\d.]+) [MG]iB = (.*?)\.(?!\d)", text)
+        total, terms = float(sentence[0]), sentence[1].split(" + ")
+        assert sentence[0] in next(line for line in driver.lines if line.startswith("   allocated"))
+        plain = [re.sub(r" \(.*\)", "", term) for term in terms]
+        assert sum(float(re.findall(r"[\d.]+", term)[0]) for term in plain) == pytest.approx(total, abs=0.21)
+        for term in terms[1:]:
+            if found := re.search(r"^(.*) ([\d.]+) \(([\d.]+) - ([\d.]+)\)", term):
+                title, added, held, before = found.groups()
+                assert float(held) - float(before) == pytest.approx(float(added), abs=0.11)
+                assert held in next(line for line in driver.lines if title.replace(" and", ",") in line)
+
+
+async def test_times_say_which_they_are() -> None:
+    """The wall's includes the wait for the loss; the host's ends when the last kernel has been asked for."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem")) as driver:
+        assert "54 ms wall" in driver.line("step 3")
+        await driver.press("2")
+        assert "47 ms host" in driver.line("step 3")
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (60, 20)) as driver:
+        await driver.press("2", "+")
+        assert driver.line("step 3").split()[2:7] == ["47", "ms", "host", "peak", "242.1"]
+        assert driver.line("step 3").split()[-3:] == ["<", "2", "latest"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_what_is_small_is_in_one_row_that_says_what_it_is(size: tuple[int, int]) -> None:
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
+        row = driver.line("all others").split()
+        assert row[2:5] == ["66.0", "workspace" if size[0] == 80 else "W", "66.0"]
+        for _ in range(14):
+            await driver.press("down")
+            if driver.app.page.focus == "all others":
+                break
+        assert "Buffers, inputs, workspace and slack" in driver.app.page.topic().text
+        assert driver.line("▸  all others")
 
 
 async def test_live_counts_in_gib_on_a_large_run() -> None:
@@ -334,13 +381,99 @@ async def test_layers_have_the_ledgers_figures(size: tuple[int, int]) -> None:
     async with shown(source, size) as driver:
         await driver.press("3")
         row = next(line for line in driver.lines if "layers.3" in line).split()
-        # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
-        assert row[1:] == ["6.0", "6.0", "12.0", "10.0", "9.0", "2", "8.0", "1.25"]
-        total = driver.line("all at once").split()[3:]
         ledger = Ledger(source.traces()[-1])
-        expected = [int(ledger.curve[list(group)].sum(axis=0).max()) for _, group in GROUPS]
-        assert total[:5] == [f"{size / MIB:.1f}" for size in expected]
-        assert total[5] == "12"
+        held = sum(ledger.by_layer(ledger.peak.event)["gpt_neox.layers.3"].values())
+        # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
+        most, times = ["6.0", "6.0", "12.0", "10.0", "9.0"], []
+        if size[0] > 80:
+            most, times = [*most, "0.0"], ["2"]
+        assert row[1:] == [f"{held / MIB:.1f}", *most, *times, "8.0", "1.25"]
+        total = driver.line("all at once").split()[3:]
+        expected = [int(ledger.curve[list(group)].sum(axis=0).max()) for _, group in GROUPS[: len(most)]]
+        assert total == [f"{size / MIB:.1f}" for size in (ledger.peak.bytes, *expected)] + ["12"] * len(times) + [
+            "1.25"
+        ]
+
+
+@pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_layers_held_at_the_peak_adds_up_to_it(name: str, size: tuple[int, int]) -> None:
+    """Nothing is missing: whatever belongs to no layer has a row of its own."""
+    source = Replay(RECORDINGS / f"{name}.gpumem")
+    peak = Ledger(source.traces()[-1]).peak.bytes
+    async with shown(source, size) as driver:
+        await driver.press("3")
+        heads, *cells = driver.app.page.table()
+        column = heads.index("at peak")
+        assert sum(int(row[column]) for row in cells) == peak
+        assert "at peak" in driver.line("layer ")
+        assert unit_for(peak).show(peak) == driver.line("all at once").split()[3]
+        seen = {line[1:].split()[0] for line in driver.lines if line.strip()}
+        await driver.press("end")
+        seen |= {line[1:].split()[0] for line in driver.lines if line.strip()}
+        assert {"logits", "lm_head"} <= seen
+        await driver.press("home", "right")
+        sizes = [int(row[column]) for row in driver.app.page.table()[1:]]
+        assert sizes == sorted(sizes, reverse=True)
+
+
+async def test_a_kv_cache_is_the_layers_that_it_is_of() -> None:
+    """The cache calls its layers `layers.0`, whatever the model calls them."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+        await driver.press("3")
+        rows = [line for line in driver.lines if "layers.0 " in line]
+        assert len(rows) == 1
+        await driver.press("down", "enter")
+        assert "gpt_neox.layers.0" in driver.lines[1]
+        assert sum("KV cache" in line for line in driver.lines) == 2, "keys and values"
+
+
+async def test_columns_of_recomputes_say_what_a_figure_is_of() -> None:
+    source = trained(2, checkpointing="layers")
+    async with shown(source, (120, 40)) as driver:
+        await driver.press("3")
+        assert driver.lines[2].split()[-1] == "recomputed"
+        assert driver.lines[3].split()[-5:] == ["times", "MiB", "each", "mean", "ms"]
+        topic = driver.app.page.topic().text
+        assert "freed in forward and made again in backward" in topic
+        assert "mean time" in topic
+    async with shown(trained(2)) as driver:
+        await driver.press("3")
+        assert "recomputed" not in driver.text
+
+
+async def test_a_list_of_tensors_has_the_unit_of_its_largest() -> None:
+    """Beside a peak of 15 GiB a list in GiB would say 0.00 of every tensor of a small layer."""
+    source = FakeSource(GPU, unit=MIB)
+    source.start()
+    source.finish_step()
+    async with shown(source) as driver:
+        driver.app.state.run.peak_bytes = 15 << 30
+        await driver.press("3", "down", "enter")
+        assert driver.app.state.unit is IN_GIB
+        largest = driver.app.page.tensors()[0].bytes
+        assert "MiB at the peak" in driver.lines[1] or "KiB at the peak" in driver.lines[1]
+        unit = unit_for(largest)
+        assert driver.lines[2].split()[0] == unit.show(largest)
+        await driver.press("2")
+        assert re.search(r"largest now, (MiB|KiB)", driver.text)
+
+
+async def test_tables_of_a_small_model_count_in_a_unit_that_shows_it() -> None:
+    source = FakeSource(GPU, unit=512)
+    source.start(checkpointing="layers")
+    for _ in range(2):
+        source.finish_step()
+    peak = Ledger(source.traces()[-1]).peak.bytes
+    async with shown(source) as driver:
+        await driver.press("3")
+        assert driver.line("step 2").split()[2:5] == ["KiB", "peak", f"{peak / 1024:.1f}"]
+        assert "KiB each" in driver.lines[3]
+        assert driver.line("lm_head").split()[1] != "0.0"
+        await driver.press("g")
+        assert driver.line("step 2").split()[2] == "KB"
+        await driver.press("g", "5")
+        assert driver.line("all").split()[1] == f"{peak / 1024:.1f}"
 
 
 async def test_layers_scroll_and_sort() -> None:
@@ -352,7 +485,7 @@ async def test_layers_scroll_and_sort() -> None:
         assert "layers.39" not in driver.text
         await driver.press("end", "up")
         assert "layers.39" in driver.text
-        await driver.press("home", "right")
+        await driver.press("home", "right", "right")
         assert driver.lines[4].split()[0].endswith("embed_in")
         assert driver.lines[5].split()[0].endswith("lm_head")
 
@@ -455,6 +588,29 @@ async def test_changes_are_collected_undone_and_applied_as_one() -> None:
         assert "no changes collected" in driver.text
         await driver.press("enter")
         assert len(source.commands) == 1
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_a_technique_that_another_overrules_says_what_it_comes_to_and_why(size: tuple[int, int]) -> None:
+    async with shown(trained(1, checkpointing="layers"), size) as driver:
+        await driver.press("4")
+        assert driver.line("c   KV cache").split()[3:5] == ["off", "(checkpointing)"]
+        heads, *cells = driver.app.page.table()
+        (row,) = (row for row in cells if row[0] == "kv_cache")
+        assert row[heads.index("now")] == "off (checkpointing)"
+        await driver.press("c")
+        assert "→ off" in driver.line("c   KV cache"), "it can be switched off all the same"
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tuple[int, int]) -> None:
+    for environment, head in ((CPU, "on a CPU"), (GPU, "measured")):
+        source = trained(1)
+        source.feed.environment = environment
+        async with shown(source, size) as driver:
+            await driver.press("4")
+            assert driver.line("now").rstrip().endswith(f"fits {head}" if size[0] == 60 else head)
+            assert ("GPU" in driver.line("now")) == (environment is CPU)
 
 
 async def test_details_open_and_change() -> None:
@@ -604,11 +760,66 @@ async def test_a_recording_is_looked_at_and_refuses_commands() -> None:
     source.live = False
     async with shown(source) as driver:
         assert "recording" in driver.lines[0]
-        for key in ("l", "x", "s", "r", "h"):
-            await driver.press(key)
-            assert "this is a recording" in driver.text
-        await driver.press("2")
+        for key in ("l", "x", "s", "r", "h", "!"):
+            await driver.press("escape", key)
+            assert "this is a recording: it can be looked at" in driver.text
+        assert source.commands == []
+        await driver.press("escape", "2")
         assert driver.line("step 2")
+
+
+async def test_a_recording_offers_nothing_that_takes_an_engine() -> None:
+    """Neither in the row of keys, nor in the help, nor by name; what can be foreseen can still be asked."""
+    source = trained(2)
+    async with shown(source) as driver:
+        assert "restarts" in driver.lines[-2]
+    source.live = False
+    async with shown(source, (80, 100)) as driver:
+        assert "restarts" not in driver.lines[-2]
+        named = {command.title for command in driver.app.get_system_commands(driver.app.screen)}
+        assert not named & {"Restart the run", "Stop the run", "Save a recording", "LoRA: next value", "Take over"}
+        assert {"Save the screen", "Copy this table", "Up"} <= named
+        await driver.press("?")
+        assert "restart" not in driver.text
+        await driver.press("4")
+        assert "apply" not in driver.lines[-2]
+        assert "change" in driver.lines[-2]
+        await driver.press("k")
+        assert "a recording runs nothing" in driver.text
+        await driver.press("enter")
+        assert source.commands == []
+        assert "this is a recording" in driver.text
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "layers"}])
+async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, int], settings: dict[str, str]) -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(**settings)
+    for _ in range(3):
+        source.finish_step()
+    source.live = False
+
+    class Oracle:
+        gpu_name = "H100 80GB"
+        waiting = staticmethod(lambda: 0)
+        answers = staticmethod(lambda: 1)
+        of_run = staticmethod(lambda config: "")
+
+        def of(self, config: RunConfig, hurry: bool = True) -> Prediction:
+            assert hurry, "there is no training to give way to"
+            return Prediction((12 << 30) - (3 << 30) * bool(config["lora"]), True, {})
+
+    async with shown(source, size, predictions=Oracle()) as driver:
+        assert driver.line("The peak is inside AdamW.step(): ")
+        assert "saves most: LoRA on, ~-3.00 GiB" in driver.text
+        assert ("recomputed; layer" in driver.text) == bool(settings)
+    Oracle.of = lambda self, config, hurry=True: Prediction(12 << 30, True, {})  # type: ignore[method-assign]
+    async with shown(source, size, predictions=Oracle()) as driver:
+        assert "nothing that acts on this is predicted to lower it" in driver.text
+    Oracle.of = lambda self, config, hurry=True: None  # type: ignore[assignment,method-assign,return-value]
+    async with shown(source, size, predictions=Oracle()) as driver:
+        assert "acting on this: LoRA, optimizer, quantization" in driver.text
 
 
 # --- state, without a terminal ----------------------------------------------------------
@@ -716,6 +927,7 @@ def test_layer_table_against_a_slow_count() -> None:
                 row[i] = max(row[i], sum(sizes.get(category, 0) for category in group))
     for row in table.rows:
         assert list(row.sizes) == most[row.name], row.name
+        assert row.peak_bytes == sum(ledger.by_layer(ledger.peak.event).get(row.name, {}).values())
     assert {row.name for row in table.rows} == {name for name, sizes in most.items() if any(sizes)}
 
 
@@ -795,8 +1007,10 @@ def test_device_shares_when_nvml_sees_no_processes() -> None:
 
 
 def test_units_and_figures() -> None:
-    assert unit_for(1 << 30) is IN_MIB
     assert unit_for(5 << 30) is IN_GIB
+    assert unit_for(1 << 30) is IN_MIB
+    assert unit_for(1 << 20) is IN_KIB
+    assert [unit_for(size, "GB").name for size in (10**6, 10**9, 10**10)] == ["KB", "MB", "GB"]
     assert (IN_MIB.show(None), IN_MIB.show(0), IN_GIB.full(3 << 29)) == ("–", "0.0", "1.50 GiB")
     assert [rate(v) for v in (None, 987.0, 21_800.0, 1.3e6)] == ["–", "987", "21.8k", "1.3M"]
     assert [duration(v) for v in (None, 0.0004, 0.094, 3.118)] == ["–", "0.4 ms", "94 ms", "3.12 s"]

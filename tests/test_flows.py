@@ -19,6 +19,8 @@ from gpumem_tui.tui.state import KEPT_RUNS, ViewState
 from .app_driver import shown, trained
 from .fake_source import GPU, MIB, FakeSource
 
+RECORDINGS = Path(__file__).parent / "recordings"
+
 
 async def restarted(driver: object, *keys: str, steps: int = 2) -> None:
     """Press, and let the engine obey and train."""
@@ -87,7 +89,7 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
         await restarted(driver, "k")
         await driver.press("5")
         assert "run 1  B8" in driver.text
-        assert "run 2  B8 checkpointing=layers" in driver.text
+        assert "run 2, now  B8 checkpointing=layers" in driver.text
         first, second = driver.app.state.runs
         a, b = first.peak[Category.OPTIMIZER_STATE], second.peak[Category.OPTIMIZER_STATE]
         assert driver.line("O optimizer").split()[2:] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}", "0.0"]
@@ -98,6 +100,35 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
         a, b = (run.by_layer["gpt_neox.layers.3"] for run in (first, second))
         row = next(line for line in driver.lines if "layers.3" in line).split()
         assert row[1:3] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_a_layer_is_one_row_whatever_wraps_the_model_or_caches_its_keys(size: tuple[int, int]) -> None:
+    """A full run with a KV cache beside one of PEFT's: names have no prefix, and are not cut at the useful end."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
+        lora = of_source(Replay(RECORDINGS / "h100-tiny-lora.gpumem"), "lora")
+        driver.app.state.finished = [lora]
+        await driver.press("5", "tab", "tab")
+        names = [line.split()[0] for line in driver.lines[5:-3] if line.strip()]
+        assert len(names) == len(set(names))
+        assert {"layers.0", "layers.5", "embed_in", "final_layer_norm"} <= set(names)
+        held = driver.app.state.summary().by_layer["gpt_neox.layers.0"]
+        assert driver.line("layers.0").split()[1:3] == [
+            f"{size / MIB:.1f}" for size in (lora.by_layer["gpt_neox.layers.0"], held)
+        ]
+
+
+async def test_of_many_runs_the_legend_has_the_base_the_chosen_and_the_one_that_goes_on() -> None:
+    source = trained(2)
+    async with shown(source) as driver:
+        for _ in range(8):
+            await restarted(driver, "b")
+        await driver.press("5")
+        legend = [line.split()[0] for line in driver.lines[2:7]]
+        assert (legend[0], legend[-1]) == ("A", "I")
+        assert "run 9, now" in driver.lines[6]
+        await driver.press("right", "right", "right", "right")
+        assert {"A", "E", "I"} <= {line.split()[0] for line in driver.lines[2:7]}
 
 
 async def test_any_run_can_be_what_the_others_are_compared_with() -> None:
@@ -216,7 +247,7 @@ async def test_layers_fold_open_to_their_modules() -> None:
         await driver.press("tab")
         inner = next(line for line in driver.lines if "mlp" in line)
         # The parameter and its gradient and moments; activations are made by the module too.
-        assert inner.split()[1:4] == ["6.0", "6.0", "12.0"]
+        assert inner.split()[2:5] == ["6.0", "6.0", "12.0"]
         await driver.press("tab")
         assert "mlp" not in driver.text
 
@@ -235,7 +266,7 @@ async def test_a_layers_tensors_are_listed_with_all_their_bytes() -> None:
         assert f"{max(held, state) / MIB:.1f} MiB at the peak" in driver.lines[1]
         assert any("gpt_neox.layers.0.mlp.weight" in line for line in driver.lines)
         await driver.press("escape")
-        assert "the most each layer held" in driver.lines[1]
+        assert "at peak" in driver.lines[3]
 
 
 async def test_layers_are_found_by_name() -> None:

@@ -200,6 +200,7 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     second, third = viewers.attach(first.place), viewers.attach(first.place, take=True)
     until(lambda: first.standing is Standing.READ_ONLY)
     until(lambda: third.standing is Standing.ATTACHED)
+    until(lambda: second.standing is Standing.READ_ONLY)
     for reader in (first, second):
         with pytest.raises(UserError, match="another viewer commands this engine; ! takes over"):
             reader.command(Stop())
@@ -373,6 +374,20 @@ def test_nonsense_ends_its_connection_and_nothing_else(served: Place, nonsense: 
     until(lambda: bystander.trace() is not None)
     assert bystander.standing in (Standing.ATTACHED, Standing.READ_ONLY)
     bystander.close()
+
+
+def test_who_commands_never_reads_read_only(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Before the engine has said who commands nothing is said of it."""
+    viewer = Remote(served)
+    monkeypatch.setattr(viewer, "_follow", lambda config: None)  # its answer is on the way
+    assert viewer.standing is Standing.ATTACHED
+    viewer.attach()
+    assert viewer.standing is Standing.ATTACHED
+    viewer._take_in(wire.News(0, None, None, None, [], None, more=False, commands=False, viewers=2, refused=""))
+    assert viewer.standing is Standing.READ_ONLY
+    assert viewer._connection is not None
+    viewer._connection.close()
+    viewer.close()
 
 
 def test_another_version_gets_one_clear_line(served: Place) -> None:

@@ -56,6 +56,13 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
 
 
+@pytest.mark.parametrize("standing", list(Standing))
+async def test_the_row_of_keys_offers_to_restart_to_who_commands(standing: Standing) -> None:
+    app = GpumemApp(source(standing), refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        assert ("and restarts" in shown(app)) == (standing in (Standing.OWNER, Standing.ATTACHED))
+
+
 @pytest.mark.parametrize("standing", [Standing.OWNER, Standing.READ_ONLY, Standing.WATCHING, Standing.GONE])
 async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(standing: Standing) -> None:
     engine = source(standing)

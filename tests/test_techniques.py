@@ -100,6 +100,17 @@ def test_the_variants_cover_every_technique_and_choice() -> None:
         assert missing <= {"flash_attention_2", "float32"}, (name, missing)
 
 
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [({}, "on"), ({"kv_cache": "off"}, "off"), ({"checkpointing": "layers"}, "off (checkpointing)")],
+)
+def test_a_kv_cache_is_said_to_be_on_where_there_is_one(engine: Engine, settings: dict[str, Any], said: str) -> None:
+    config = small_run(**settings)
+    assert techniques.registry()["kv_cache"].in_effect(config) == said
+    held = engine.run(config)["after_first_step"]["by_category"]["kv_cache"]
+    assert (held > 0) == (said == "on")
+
+
 @pytest.mark.parametrize("settings", GPU_VARIANTS, ids=_label)
 def test_what_needs_a_gpu_is_refused_without_one(engine: Engine, settings: dict[str, Any]) -> None:
     engine.run(small_run())  # the environment is known once the engine has run

@@ -30,6 +30,7 @@ class Action(NamedTuple):
         text: In the help; neighbours with the same text share a line.
         run: Gets the app, or the screen whose action it is.
         label: In the screen's row of keys; empty: not there.
+        acts: It takes an engine: on a recording it is not offered, and refused.
     """
 
     name: str
@@ -38,6 +39,12 @@ class Action(NamedTuple):
     text: str
     run: Callable[[Any], None]
     label: str = ""
+    acts: bool = False
+
+
+def offered_here(actions: Iterable[Action], live: bool) -> tuple[Action, ...]:
+    """Those that can do anything: all of them, or without an engine those that take none."""
+    return tuple(action for action in actions if live or not action.acts)
 
 
 def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
@@ -69,16 +76,18 @@ EVERYWHERE: tuple[Action, ...] = (
            lambda app: app.toggle_help(), "help"),
     Action("quit", ("q",), "Quit", "quit; a run may go on without the app", lambda app: app.quit(), "quit"),
     Action("take-over", ("!",), "Take over", "take over from whoever commands this engine",
-           lambda app: app.control.take_over()),
+           lambda app: app.control.take_over(), acts=True),
     Action("palette", (":", "ctrl+p"), "Command palette", "every action by name", lambda app: app.open_palette()),
     Action("undo", ("z",), "Undo", "undo the last change: of those collected, or go back to the run before",
            lambda app: app.page.undo()),
-    Action("restart", ("r",), "Restart the run", "restart the run as it is", lambda app: app.control.restart()),
+    Action("restart", ("r",), "Restart the run", "restart the run as it is", lambda app: app.control.restart(),
+           acts=True),
     Action("hold", ("h",), "Hold the run, or let it go on", "hold the run at the next micro-batch, or let it go on",
-           lambda app: app.control.toggle_pause()),
-    Action("stop", ("x",), "Stop the run", "stop the run and free everything", lambda app: app.control.stop()),
+           lambda app: app.control.toggle_pause(), acts=True),
+    Action("stop", ("x",), "Stop the run", "stop the run and free everything", lambda app: app.control.stop(),
+           acts=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
-           lambda app: app.control.save()),
+           lambda app: app.control.save(), acts=True),
     Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
            lambda app: app.copy_table()),
@@ -119,6 +128,7 @@ def changes(
     offered: Iterable[tuple[str, str, Option, Technique | None]],
     run: Callable[[Any, Option, int, bool], None],
     how: str,
+    acts: bool,
 ) -> tuple[Action, ...]:
     """A letter for every technique, and in capitals the way back.
 
@@ -126,6 +136,7 @@ def changes(
         offered: Key, title, option, technique.
         run: Gets the screen, the option, +1 or -1, and whether values go round.
         how: What comes of it, for the help.
+        acts: Whether that takes an engine.
     """
     found = []
     for key, title, option, technique in offered:
@@ -136,7 +147,7 @@ def changes(
                 Action(
                     f"change.{option.name}{'' if by > 0 else '-back'}", (letter,), f"{title}: {which}",
                     f"{title}: next value, value before; {how}",
-                    _changing(run, option, by, technique is not None),
+                    _changing(run, option, by, technique is not None), acts=acts,
                 )
             )  # fmt: skip
     return tuple(found)

@@ -20,7 +20,7 @@ from textual.screen import Screen
 
 from ..engine.config import UserError, show
 from ..engine.feed import End, Source, Standing
-from .actions import Action
+from .actions import Action, offered_here
 from .board import Board, fits
 from .palette import Palette
 from .predictions import Predictions
@@ -167,13 +167,16 @@ class GpumemApp(App[None], inherit_bindings=False):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here."""
         for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
-            for action in actions:
+            for action in offered_here(actions, self.state.live):
                 text = f"{' '.join(action.keys)}  {action.text}"
                 yield SystemCommand(action.title, text, partial(self.perform, action, target))
 
     def perform(self, action: Action, target: object) -> None:
-        """Do something, and show what came of it."""
-        action.run(target)
+        """Do something, and show what came of it; what takes an engine is refused where there is none."""
+        if action.acts and not self.state.live:
+            self.state.say("this is a recording: it can be looked at, nothing in it can be run or changed")
+        else:
+            action.run(target)
         if not self.board.frozen:
             self.state.update(self.source, time.monotonic())
         self.draw()

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ..engine.feed import Source, Standing
-from .actions import Action, check_keys, everywhere, hint, remapped
+from .actions import Action, check_keys, everywhere, hint, offered_here, remapped
 from .control import Control
 from .draw import Kept, Row, wrap
 from .palette import Palette
@@ -163,14 +163,19 @@ class Board:
         if message is None and (row := progress(self.state, self.palette)) is not None:
             return [row]
         if message is None:
-            return self._kept.rows("keys", (self.page, width, self.palette), lambda: [self._keys(width)])
+            standing = self.control.source.standing
+            commands = self.state.live and standing in (Standing.OWNER, Standing.ATTACHED)
+            shows = (self.page, commands, width, self.palette)
+            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
-    def _keys(self, width: int) -> Row:
-        return Row().add(f" {shorten(self.page.lead + hint(self.page.actions), width - 2)}", self.palette.dim)
+    def _keys(self, width: int, commands: bool) -> Row:
+        """What can be done on the page by whoever looks at it."""
+        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
+        return Row().add(f" {shorten(keys, width - 2)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""

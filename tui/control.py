@@ -100,15 +100,17 @@ class Control:
                 return values[position]
         return None
 
-    def strongest(self, names: Iterable[str]) -> tuple[Technique, Value, int] | None:
+    def strongest(self, names: Iterable[str]) -> tuple[Technique, Value, int] | bool:
         """Of some techniques' next values the one that saves most at the predicted peak.
 
         Returns:
-            Technique, value, bytes saved; None while nothing is known, or nothing saves.
+            Technique, value, bytes saved; or whether it is known by now that nothing saves.
         """
         base, predictions = self.state.run.config or self.base(), self.predictions
-        now = predictions.of(base, hurry=False) if predictions is not None and base is not None else None
+        hurry = not self.state.live  # beside a recording there is no training to give way to
+        now = predictions.of(base, hurry) if predictions is not None and base is not None else None
         found: list[tuple[Technique, Value, int]] = []
+        known = now is not None
         for name in names:
             technique = techniques.registry()[name]
             assert base is not None
@@ -116,10 +118,11 @@ class Control:
             config = base.with_({name: value}) if value is not None else None
             if config is None or predictions is None or self.problem(config) is not None:
                 continue
-            then = predictions.of(config, hurry=False)
+            then = predictions.of(config, hurry)
+            known &= then is not None
             if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
                 found.append((technique, value, now.peak_bytes - then.peak_bytes))
-        return max(found, key=lambda one: one[2], default=None)
+        return max(found, key=lambda one: one[2]) if found else known
 
     def foreseen(self) -> RunSummary | str:
         """The run that is shown as it was predicted, as a run of its own.

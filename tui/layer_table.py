@@ -1,16 +1,15 @@
-"""Bytes by layer: the most that each layer held during a step. Vectorised over the blocks."""
+"""Bytes by layer: what each held at the peak of a step, and the most it held. Vectorised over the blocks."""
 
 from __future__ import annotations
 
 import re
-from functools import lru_cache
+from collections.abc import Iterable
 from typing import NamedTuple
 
 import numpy as np
-import numpy.typing as npt
 
 from ..engine.events import Category
-from ..engine.ledger import Ints, Ledger, layer_of, strip_wrappers
+from ..engine.ledger import Ints, Ledger, numbered_layers, strip_wrappers
 
 GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = (
     ("par", (Category.PARAMETERS, Category.BUFFERS)),
@@ -18,19 +17,20 @@ GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = (
     ("opt", (Category.OPTIMIZER_STATE,)),
     ("act", (Category.ACTIVATIONS, Category.RECOMPUTED)),
     ("tmp", (Category.TEMPORARIES,)),
+    ("other", (Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.WORKSPACE, Category.UNKNOWN)),
 )
 """Columns of the table. Activations made again count as activations."""
 
-_NUMBERED = re.compile(r"^(.*\.)\d+$")
 _STATE = re.compile(r"\.(?:weight|bias)\..*$")
 _OWN = re.compile(r"\.(?:weight|bias)$")
 
 
 class LayerRow(NamedTuple):
-    """One layer, or a module within one.
+    """One layer, a module within one, or an owner that belongs to none.
 
     Attributes:
         name: As in the model; empty: the model itself.
+        peak_bytes: What it held at the peak of the step, slack included.
         sizes: The most it held of each group during the step. The most of one
             group need not coincide with the most of another.
         depth: 0: a layer.
@@ -38,6 +38,7 @@ class LayerRow(NamedTuple):
     """
 
     name: str
+    peak_bytes: int
     sizes: tuple[int, ...]
     depth: int = 0
     inner: bool = False
@@ -47,19 +48,23 @@ class LayerTable(NamedTuple):
     """All layers of a step.
 
     Attributes:
-        rows: In the model's order, without those that never hold anything.
+        rows: Those with parameters in the model's order, then whoever else
+            ever holds anything. What they held at the peak adds up to it.
+        peak_bytes: The peak.
         total: The most that the whole model held of each group at one time:
             less than the column's sum where layers take turns.
     """
 
     rows: list[LayerRow]
+    peak_bytes: int
     total: tuple[int, ...]
 
 
 def layer_table(ledger: Ledger) -> LayerTable:
-    """The most that each layer held, by group, during the step of a ledger."""
+    """What each layer held, at the peak and at the most, during the step of a ledger."""
     total = tuple(int(ledger.curve[list(categories)].sum(axis=0).max()) for _, categories in GROUPS)
-    return LayerTable(_rows(ledger, [_layer(name) for name in ledger.trace.names], 0), total)
+    rows = sorted(_rows(ledger, ledger.layers, 0), key=lambda row: not row.sizes[0])
+    return LayerTable(rows, ledger.peak.bytes, total)
 
 
 def modules_of(ledger: Ledger, parent: LayerRow) -> list[LayerRow]:
@@ -68,20 +73,24 @@ def modules_of(ledger: Ledger, parent: LayerRow) -> list[LayerRow]:
     return _rows(ledger, codes, parent.depth + 1)
 
 
-def _rows(ledger: Ledger, keys: list[str | None], depth: int) -> list[LayerRow]:
+def shared_prefix(names: Iterable[str]) -> str:
+    """What the names of a model's layers begin with and nobody needs to read: `gpt_neox.` of `gpt_neox.layers.3`."""
+    layers = numbered_layers(tuple(names))
+    module = layers[0].rsplit(".", 2)[:-2] if layers else []
+    return f"{module[0]}." if module else ""
+
+
+def _rows(ledger: Ledger, keys: list[str] | list[str | None], depth: int) -> list[LayerRow]:
     """A row for every key that holds anything. None: not in the table."""
     index = {key: i for i, key in enumerate(dict.fromkeys(key for key in keys if key is not None))}
     codes = np.asarray([-1 if key is None else index[key] for key in keys], np.int64)
+    at_peak = _at_peak(ledger, codes, len(index))
     columns = [_most(ledger, codes, len(index), categories) for _, categories in GROUPS]
     inner = {_owner(name)[: len(key)] for key, name in zip(keys, ledger.trace.names, strict=True)
              if key is not None and len(_owner(name)) > len(key)}  # fmt: skip
-    found = [LayerRow(key, tuple(int(c[i]) for c in columns), depth, key in inner) for key, i in index.items()]
-    return [row for row in found if any(row.sizes)]
-
-
-def _layer(name: str) -> str | None:
-    """The layer of an owner; an optimizer's tensors carry their own name behind their parameter's."""
-    return layer_of(_STATE.sub("", name))
+    found = [LayerRow(key, int(at_peak[i]), tuple(int(c[i]) for c in columns), depth, key in inner)
+             for key, i in index.items()]  # fmt: skip
+    return [row for row in found if row.peak_bytes or any(row.sizes)]
 
 
 def _owner(name: str) -> str:
@@ -97,12 +106,25 @@ def _within(name: str, parent: str) -> str | None:
     return parent + "." + module[len(parent) + 1 :].split(".", 1)[0]
 
 
-def owned_by(name: str, layer: str) -> bool:
-    """Whether an owner belongs to a layer or module."""
-    return _layer(name) == layer or f"{_owner(name)}.".startswith(f"{layer}.")
+def owners_in(ledger: Ledger, row: str) -> set[str]:
+    """Whoever belongs to a layer or to a module."""
+    return {
+        name
+        for name, layer in zip(ledger.trace.names, ledger.layers, strict=True)
+        if layer == row or f"{_owner(name)}.".startswith(f"{row}.")
+    }
 
 
-def _most(ledger: Ledger, codes: Ints, n_layers: int, categories: tuple[Category, ...]) -> npt.NDArray[np.int64]:
+def _at_peak(ledger: Ledger, codes: Ints, n_layers: int) -> Ints:
+    """What the blocks of each layer hold at the peak, shape [n_layers]."""
+    blocks = ledger.alive(ledger.peak.event)
+    layer = codes[blocks["name"]]
+    held = np.zeros(n_layers, np.int64)
+    np.add.at(held, layer[layer >= 0], (blocks["bytes"] + blocks["slack"])[layer >= 0])
+    return held
+
+
+def _most(ledger: Ledger, codes: Ints, n_layers: int, categories: tuple[Category, ...]) -> Ints:
     """Highest running sum of each layer's blocks of some categories, shape [n_layers]."""
     blocks = ledger.blocks[np.isin(ledger.blocks["category"], categories)]
     most = np.zeros(n_layers, np.int64)
@@ -120,15 +142,3 @@ def _most(ledger: Ledger, codes: Ints, n_layers: int, categories: tuple[Category
     base = np.r_[0, running[starts[1:] - 1]]
     most[layer[starts]] = np.maximum.reduceat(running, starts) - base
     return most
-
-
-@lru_cache(maxsize=4)
-def numbered_layers(names: tuple[str, ...]) -> list[str]:
-    """The repeated layers of a model, in order: those of the most frequent prefix."""
-    layers = dict.fromkeys(layer_of(name) for name in names)
-    groups: dict[str, list[str]] = {}
-    for layer in layers:
-        if match := _NUMBERED.match(layer):
-            groups.setdefault(match.group(1), []).append(layer)
-    most = max(groups.values(), key=lambda group: len(group), default=[])  # noqa: PLW0108
-    return sorted(most, key=lambda layer: int(layer.rsplit(".", 1)[1]))

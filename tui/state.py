@@ -16,7 +16,7 @@ from ..engine.feed import Source, peak_bytes
 from ..engine.ledger import Ledger
 from .run_state import ConfigKey, RunState, config_key
 from .run_summary import RunSummary, of_ended, summarize
-from .units import Unit, unit_for
+from .units import MIB, Unit, unit_for
 
 KEPT_MILESTONES = 20_000
 KEPT_RUNS = 50
@@ -295,8 +295,8 @@ class ViewState:
 
     @property
     def unit(self) -> Unit:
-        """What this run's screens count in."""
-        return unit_for(self.largest_bytes, self.units)
+        """What this run's screens count in; a device's memory, which is on them, is nothing to count in KiB."""
+        return unit_for(max(self.largest_bytes, 4 * MIB), self.units)
 
     @property
     def ever(self) -> set[Category]:

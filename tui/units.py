@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 UNKNOWN = "–"
 
-MIB, GIB = 1 << 20, 1 << 30
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 class Unit(NamedTuple):
@@ -25,19 +25,22 @@ class Unit(NamedTuple):
         return UNKNOWN if size is None else f"{self.show(size)} {self.name}"
 
 
-IN_MIB, IN_GIB = Unit("MiB", MIB, 1), Unit("GiB", GIB, 2)
+IN_KIB, IN_MIB, IN_GIB = Unit("KiB", KIB, 1), Unit("MiB", MIB, 1), Unit("GiB", GIB, 2)
 
-SYSTEMS = {"GiB": (IN_MIB, IN_GIB), "GB": (Unit("MB", 10**6, 1), Unit("GB", 10**9, 2))}
-"""By the setting `units`: for small runs, and for large ones."""
+SYSTEMS = {
+    "GiB": (IN_KIB, IN_MIB, IN_GIB),
+    "GB": (Unit("KB", 10**3, 1), Unit("MB", 10**6, 1), Unit("GB", 10**9, 2)),
+}
+"""By the setting `units`, from the smallest."""
 
 
 def unit_for(largest_bytes: int, system: str = "GiB") -> Unit:
-    """The unit of a screen whose largest category or total is this.
+    """The unit of a list or table whose largest figure is this; its heading names it.
 
-    In the larger one from 4 of it on: below, two decimals would hide too much.
+    A larger one from 4 of it on: below, its decimals would hide too much.
     """
-    small, large = SYSTEMS[system]
-    return large if largest_bytes >= 4 * large.bytes else small
+    smallest, *larger = SYSTEMS[system]
+    return next((unit for unit in reversed(larger) if largest_bytes >= 4 * unit.bytes), smallest)
 
 
 def difference(size: int | None, base: int | None, unit: Unit) -> str:

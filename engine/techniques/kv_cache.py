@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from ..config import Option, RunConfig
+from ..config import Option, RunConfig, Value
 from ..technique import Technique
 
 if TYPE_CHECKING:
@@ -22,6 +22,11 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     recipe.transforms.append(set_use_cache)
 
 
+def overruled(config: RunConfig) -> tuple[Value, str] | None:
+    """transformers' checkpointed layers take no cache: computed again, they would fill it twice."""
+    return (False, "checkpointing") if config.flag("kv_cache") and config.text("checkpointing") != "off" else None
+
+
 TECHNIQUE = Technique(
     name="kv_cache",
     title="KV cache",
@@ -33,4 +38,5 @@ TECHNIQUE = Technique(
     order=30,
     options=(Option("kv_cache", True, "use_cache of the model's configuration", (True, False)),),
     apply=apply,
+    overruled=overruled,
 )

@@ -7,6 +7,7 @@ from ...engine.difference import difference as difference_of
 from ...engine.events import Category, Phase
 from ..actions import Action, moves
 from ..draw import Row
+from ..layer_table import shared_prefix
 from ..run_summary import TABLE_HEADS, RunSummary, table_row
 from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
 from .owner_rows import owner_rows, peak_rows
@@ -16,7 +17,9 @@ MODES = (
     "categories at the peak", "highest in each phase", "layers at the peak", "the article's table",
     "differences at the peak, by owner",
 )  # fmt: skip
-FIGURE, NAME = 9, 18
+FIGURE, NAME, WIDEST = 9, 18, 36
+"""Cells of a figure, and of a row's name: at the least and at the most."""
+
 LEGEND_ROWS = 5
 
 PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
@@ -179,8 +182,10 @@ class ComparePage(Page):
             rows += peak_rows({_letter(i): runs[i] for i in (base, other)}, width, palette)
             lines = owner_rows(parts, ["~" * runs[i].predicted for i in (base, other)], width, palette)
         else:
-            rows.append(self._heads(runs, width))
-            lines = [self._line(line, runs, unit, width) for line in self.lines(runs)]
+            found, shown = self.lines(runs), self._shown(len(runs), width)
+            found, edge = self._named(found, width - 1 - FIGURE * (2 * len(shown) - 1))
+            rows.append(self._heads(shown, edge))
+            lines = [self._line(line, runs, shown, unit, edge) for line in found]
         body = max(1, height - len(rows) - 1)
         self.top = max(0, min(self.top, len(lines) - body))
         return rows + lines[self.top : self.top + body] + below
@@ -191,16 +196,23 @@ class ComparePage(Page):
         word = predicted if isinstance(predicted, str) else predicted.caveat
         return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 
+    def _listed(self, n_runs: int) -> list[int]:
+        """The runs of the legend: the base, the one chosen, the latest, and those next to the one chosen."""
+        near = sorted(range(n_runs), key=lambda i: abs(i - self.selected))
+        return sorted(list(dict.fromkeys((self.base, self.selected, n_runs - 1, *near)))[:LEGEND_ROWS])
+
     def _legend(self, runs: list[RunSummary], unit: Unit, width: int) -> list[Row]:
         """Which letter is which run."""
-        top = max(0, min(self.selected - LEGEND_ROWS // 2, len(runs) - LEGEND_ROWS))
+        on = len(runs) - 1 if self.state.live and self.state.summary() is not None else None
         rows = []
-        for i, run in enumerate(runs[top : top + LEGEND_ROWS], top):
+        for i in self._listed(len(runs)):
+            run = runs[i]
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {_letter(i)} ", self.palette.accent if i != self.selected else style)
             row.add(f"{_figure(run, run.peak_bytes, unit):>8} ", style)
             room = max(8, width - row.width - 29)
-            row.add(f"{shorten(f'{run.origin}  {run.label}', room):<{room}}", style)
+            name = f"{run.origin}, now" if i == on else run.origin
+            row.add(f"{shorten(f'{name}  {run.label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)
             rows.append(row.right(f" {speed}  {run.peak_where}"[:27], width - 1, self.palette.dim))
         return rows
@@ -213,9 +225,15 @@ class ComparePage(Page):
         top = max(0, min(at - room // 2, len(others) - room))
         return [self.base, *others[top : top + room]]
 
-    def _heads(self, runs: list[RunSummary], width: int) -> Row:
-        row = Row().to(NAME)
-        for i in self._shown(len(runs), width):
+    def _named(self, lines: list[Line], room: int) -> tuple[list[Line], int]:
+        """The rows without what all layers' names begin with, and the cells that names get."""
+        prefix = shared_prefix(name for name, _, _ in lines)
+        lines = [(name.removeprefix(prefix), sizes, category) for name, sizes, category in lines]
+        return lines, min(max(NAME, *(len(name) + 4 for name, _, _ in lines)), max(NAME, min(room, WIDEST)))
+
+    def _heads(self, shown: list[int], name: int) -> Row:
+        row = Row().to(name)
+        for i in shown:
             head = _letter(i) if i == self.base else f"{_letter(i)} - {_letter(self.base)}"
             style = self.palette.accent if i == self.selected else self.palette.dim
             if i != self.base:
@@ -223,16 +241,16 @@ class ComparePage(Page):
             row.right(head, row.width + FIGURE, style)
         return row
 
-    def _line(self, line: Line, runs: list[RunSummary], unit: Unit, width: int) -> Row:
+    def _line(self, line: Line, runs: list[RunSummary], shown: list[int], unit: Unit, edge: int) -> Row:
         """A size a run, and its difference from the base's."""
         name, sizes, category = line
         palette = self.palette
         row = Row().add(" ")
         if category is not None:
             row.add(category.info.letter, palette.paint[category]).add(" ")
-        row.add(tail(name, NAME - row.width - 1), palette.bold if name == "all" else palette.plain).to(NAME)
+        row.add(tail(name, edge - row.width - 1), palette.bold if name == "all" else palette.plain).to(edge)
         base = sizes[self.base]
-        for i in self._shown(len(sizes), width):
+        for i in shown:
             size = sizes[i]
             row.right(_figure(runs[i], size, unit), row.width + FIGURE, palette.plain if size else palette.dim)
             if i != self.base:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from rich.style import Style
 
 from ...engine.events import CATEGORIES
-from ..actions import KEYS_WIDTH, Action, help_lines, moves
+from ..actions import KEYS_WIDTH, Action, help_lines, moves, offered_here
 from ..control import Control
 from ..draw import Row, wrap
 from ..palette import Palette
@@ -81,14 +81,14 @@ class HelpPage(Page):
 
     def _keys(self, width: int) -> list[Row]:
         """What is selected, then the keys: the screen's own, and those that hold everywhere."""
-        palette, page = self.palette, self._page()
+        palette, page, live = self.palette, self._page(), self.state.live
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
         rows += [Row(), Row().add(f" keys on {page.title}", palette.bold)]
-        rows += self._entries(help_lines(page.actions), width)
+        rows += self._entries(help_lines(offered_here(page.actions, live)), width)
         rows += [Row(), Row().add(" keys everywhere", palette.bold)]
-        rows += self._entries(help_lines(self._everywhere()), width)
+        rows += self._entries(help_lines(offered_here(self._everywhere(), live)), width)
         rows.append(Row())
         return rows + [Row().add(f" {line}", palette.dim) for line in wrap(ABOUT, width - 2)]
 

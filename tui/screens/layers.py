@@ -1,37 +1,62 @@
-"""Layers: the most that each layer held, and what its recomputes cost; its modules, its tensors."""
+"""Layers: what each held at the peak, the most it held, and what its recomputes cost; its modules, its tensors."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from typing import NamedTuple
 
 from ...engine.events import Category
 from ...engine.ledger import Ledger, LiveBlock
 from ..actions import Action, moves
 from ..draw import Row
-from ..layer_table import GROUPS, LayerRow, LayerTable, layer_table, modules_of, owned_by
+from ..layer_table import GROUPS, LayerRow, LayerTable, layer_table, modules_of, owners_in, shared_prefix
 from ..run_state import LayerRecomputes
-from ..units import UNKNOWN, count, tail
+from ..units import IN_MIB, UNKNOWN, Unit, count, tail, unit_for
 from .blocks import block_row, made_in, shape_of
 from .page import Page, Table, Topic, scrolled
 
-SORTS = ("model's order", *(name for name, _ in GROUPS), "times", "bytes", "ms")
-LETTERS = (
-    Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.ACTIVATIONS, Category.TEMPORARIES,
-)  # fmt: skip
-FIGURE, LAST = 8, (6, 8, 7)
-NARROW_FIGURE, NARROW_LAST = 7, (4, 7, 0)
-NARROW = 76
-"""Columns below which figures move closer together, and the last one goes."""
+NAME = 13
+"""Cells that a layer's name has at the least."""
+
+WIDEST = 40
+"""At the most: further away, it is not seen which figures are its."""
+
 NOTHING = LayerRecomputes()
 
 
-def _recomputes(
-    known: LayerRecomputes, show: Callable[[int | None], str] = str, any_yet: bool = True
-) -> tuple[str, str, str]:
-    """How often, bytes, milliseconds; dashes for what is not known."""
-    times = count(known.count) if known.count or any_yet else UNKNOWN
-    size = UNKNOWN if known.bytes is None else show(known.bytes)
-    return times, size, UNKNOWN if known.mean_ms is None else f"{known.mean_ms:.2f}"
+class Column(NamedTuple):
+    """One column of figures.
+
+    Attributes:
+        name: What it is sorted and copied by.
+        cells: It takes up.
+        rank: Where there is no room for all columns, the highest goes first.
+        head: Above it; {} is the unit. Empty: the name.
+        letter: Before the head.
+        over: Above the heads: the words that columns side by side share.
+    """
+
+    name: str
+    cells: int
+    rank: int
+    head: str = ""
+    letter: Category | None = None
+    over: str = ""
+
+
+MOST, RECOMPUTED = "most held during the step", "recomputed"
+COLUMNS: tuple[Column, ...] = (
+    Column("at peak", 8, 0),
+    Column("par", 7, 1, letter=Category.PARAMETERS, over=MOST),
+    Column("grad", 7, 1, letter=Category.GRADIENTS, over=MOST),
+    Column("opt", 7, 1, letter=Category.OPTIMIZER_STATE, over=MOST),
+    Column("act", 7, 1, letter=Category.ACTIVATIONS, over=MOST),
+    Column("tmp", 7, 2, letter=Category.TEMPORARIES, over=MOST),
+    Column("other", 7, 5, over=MOST),
+    Column("times", 6, 4, over=RECOMPUTED),
+    Column("bytes each", 10, 1, "{} each", over=RECOMPUTED),
+    Column("mean ms", 8, 3, over=RECOMPUTED),
+)
+"""Those about recomputes are there once there was one."""
 
 
 class LayersPage(Page):
@@ -41,14 +66,17 @@ class LayersPage(Page):
 
     top = 0
     selected = 0
-    sort = 0
+    sort = ""
+    """The column it is sorted by; empty: the model's order."""
     wanted = ""
     """Layers whose name has this in it."""
     opened: str | None = None
     """The layer whose tensors are on show."""
     _table: tuple[Ledger, LayerTable] | None = None
     _tensors: tuple[object, list[LiveBlock]] | None = None
-    _figure, _last = FIGURE, LAST
+    _columns: tuple[Column, ...] = COLUMNS
+    """Those on show."""
+    _unit = IN_MIB
 
     def make_actions(self) -> tuple[Action, ...]:
         """Select, sort, open."""
@@ -74,9 +102,9 @@ class LayersPage(Page):
                          "and where they were made if that was during the step.")  # fmt: skip
         return Topic(
             "layers",
-            "The most that each layer held during the step: parameters, gradients, optimizer state, activations kept "
-            "for backward, temporaries. Not all at one time. Then how often it was recomputed, the bytes a "
-            "recompute holds and its milliseconds. R marks the layers being recomputed now.",
+            "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
+            "each kind, not all at one time. Recomputed: how often in this run; the bytes each time, freed in forward "
+            "and made again in backward: about what checkpointing saves (a segment's at its first layer); mean time.",
         )
 
     # --- actions --------------------------------------------------------------------
@@ -87,7 +115,9 @@ class LayersPage(Page):
 
     def sort_by(self, by: int) -> None:
         """Sort by another column."""
-        self.sort = (self.sort + by) % len(SORTS)
+        orders = ["", *(column.name for column in self._columns)]
+        at = orders.index(self.sort) if self.sort in orders else 0
+        self.sort = orders[(at + by) % len(orders)]
         self.top = self.selected = 0
 
     def unfold(self) -> None:
@@ -149,7 +179,8 @@ class LayersPage(Page):
         key = (ledger, self.opened)
         if self._tensors is None or self._tensors[0] != key:
             alive = ledger.largest(ledger.peak.event, len(ledger.blocks))
-            self._tensors = (key, [block for block in alive if owned_by(block.name, self.opened)])
+            names = owners_in(ledger, self.opened)
+            self._tensors = (key, [block for block in alive if block.name in names])
         return self._tensors[1]
 
     def table(self) -> Table | None:
@@ -160,41 +191,50 @@ class LayersPage(Page):
         table = self.layers()
         if table is None:
             return None
-        rows = [[row.name, *map(str, row.sizes), *_recomputes(self._known(row))] for row in self._ordered(table)[0]]
-        return [["layer", *(name for name, _ in GROUPS), "recomputes", "bytes", "ms"], *rows]
+        plain = Unit("bytes", 1, 0)
+        rows = [[row.name, *(self._text(row, column, plain) for column in COLUMNS)] for row in self._ordered(table)]
+        return [["layer", *(column.name for column in COLUMNS)], *rows]
 
     def _length(self) -> int:
         if self.opened is not None:
             return len(self.tensors())
         table = self.layers()
-        return len(self._ordered(table)[0]) if table else 0
+        return len(self._ordered(table)) if table else 0
 
     def _selected_row(self) -> LayerRow | None:
         table = self.layers()
-        rows = self._ordered(table)[0] if table else []
+        rows = self._ordered(table) if table else []
         return rows[min(self.selected, len(rows) - 1)] if rows else None
 
     def _known(self, row: LayerRow) -> LayerRecomputes:
         return self.state.run.recomputes.get(row.name, NOTHING)
 
-    def _smallest(self) -> int:
-        """What would still be shown as more than nothing."""
-        unit = self.state.unit
-        return int(unit.bytes / 10**unit.decimals)
-
-    def _ordered(self, table: LayerTable) -> tuple[list[LayerRow], int]:
-        """The layers in the order asked for, and how many are left out as too small to have a figure."""
-        named = [row for row in table.rows if self.wanted.lower() in row.name.lower()]
-        shown = [row for row in named if max(row.sizes) >= self._smallest() / 2] or named
-        if self.sort:
-            shown = sorted(shown, key=self._sort_key)
-        return [inner for row in shown for inner in self._unfolded(row)], len(named) - len(shown)
-
-    def _sort_key(self, row: LayerRow) -> float:
-        if self.sort <= len(GROUPS):
-            return -row.sizes[self.sort - 1]
+    def _value(self, row: LayerRow, column: Column) -> float | None:
+        """What stands in a column: bytes, times or milliseconds; None: not known."""
+        if column.name == "at peak":
+            return row.peak_bytes
+        if column.over == MOST:
+            return row.sizes[[name for name, _ in GROUPS].index(column.name)]
         known = self._known(row)
-        return -((known.count, known.bytes, known.mean_ms)[self.sort - len(GROUPS) - 1] or 0)
+        if column.name == "times":
+            return known.count if known.count or self.state.run.recomputes else None
+        return known.bytes if column.name == "bytes each" else known.mean_ms
+
+    def _text(self, row: LayerRow, column: Column, unit: Unit) -> str:
+        value = self._value(row, column)
+        if value is None:
+            return UNKNOWN
+        if column.name in ("times", "mean ms"):
+            return count(int(value)) if column.name == "times" else f"{value:.2f}"
+        return unit.show(int(value))
+
+    def _ordered(self, table: LayerTable) -> list[LayerRow]:
+        """The layers in the order asked for, the modules of those that are unfolded below them."""
+        shown = [row for row in table.rows if self.wanted.lower() in row.name.lower()]
+        for column in COLUMNS:
+            if column.name == self.sort:
+                shown.sort(key=lambda row, by=column: -(self._value(row, by) or 0))  # type: ignore[misc]
+        return [inner for row in shown for inner in self._unfolded(row)]
 
     def _unfolded(self, row: LayerRow) -> list[LayerRow]:
         """A row, and below it the modules within, as deep as they are unfolded."""
@@ -212,23 +252,29 @@ class LayersPage(Page):
             return [Row(), Row().add(" No step has been traced yet.", self.palette.dim)]
         if self.opened is not None:
             return self._tensor_rows(ledger, width, height)
-        self._figure, self._last = (FIGURE, LAST) if width >= NARROW else (NARROW_FIGURE, NARROW_LAST)
-        name_width = max(12, width - len(GROUPS) * self._figure - sum(self._last) - 1)
-        body = max(1, height - 4)
-        ordered, hidden = self._ordered(table)
+        self._columns = self._fitting(width)
+        name_width = min(width - 1 - sum(column.cells for column in self._columns), WIDEST)
+        body, ordered = max(1, height - 4), self._ordered(table)
+        self._unit = unit_for(table.peak_bytes, self.state.units)
+        prefix = shared_prefix(row.name for row in table.rows)
         self.selected = max(0, min(self.selected, len(ordered) - 1))
         self.top = scrolled(self.top, self.selected, body, len(ordered))
         rows = [self._title(ledger, len(ordered), body), *self._headings(name_width)]
         for i, row in enumerate(ordered[self.top : self.top + body], self.top):
-            rows.append(self._layer(row, name_width, i == self.selected, width))
-        if hidden and len(ordered) < body:
-            text = f" {hidden} more, each below {self.state.unit.full(self._smallest())}"
-            rows.append(Row().add(text, self.palette.dim))
+            rows.append(self._layer(row, row.name.removeprefix(prefix), name_width, i == self.selected, width))
         rows += [Row()] * (body + 3 - len(rows))
         return [*rows, self._total(table, name_width)]
 
+    def _fitting(self, width: int) -> tuple[Column, ...]:
+        """The columns there is something for, and room."""
+        found = [column for column in COLUMNS if column.over != RECOMPUTED or self.state.run.recomputes]
+        while sum(column.cells for column in found) > width - 1 - NAME:
+            found.remove(max(found, key=lambda column: column.rank))
+        return tuple(found)
+
     def _tensor_rows(self, ledger: Ledger, width: int, height: int) -> list[Row]:
-        blocks, unit = self.tensors(), self.state.unit
+        blocks = self.tensors()
+        unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
         self.selected = max(0, min(self.selected, len(blocks) - 1))
         self.top = scrolled(self.top, self.selected, height - 1, len(blocks))
         title = Row().add(f" {self.opened or '(the model itself)'}", self.palette.bold)
@@ -238,9 +284,10 @@ class LayersPage(Page):
         return [title, *(block_row(block, unit, self.palette, width) for block in shown)]
 
     def _title(self, ledger: Ledger, length: int, body: int) -> Row:
-        palette = self.palette
+        palette, unit = self.palette, self._unit
         row = Row().add(f" step {ledger.trace.step}" if ledger.trace.step else " loading", palette.bold)
-        row.add("  the most each layer held, ", palette.dim).add(self.state.unit.name, palette.dim)
+        where = ledger.peak.phase.title.removesuffix(" step")
+        row.add(f"  {unit.name}  peak {unit.show(ledger.peak.bytes)} in {where}", palette.dim)
         if self.typing or self.wanted:
             row.add(f"  /{self.wanted}", palette.accent).add("_" if self.typing else "", palette.accent)
         if length > body:
@@ -248,21 +295,22 @@ class LayersPage(Page):
         return row
 
     def _headings(self, name_width: int) -> list[Row]:
-        """Two rows: what the last three columns are about, and the columns."""
-        palette = self.palette
-        over = Row().right("recomputes", name_width + len(GROUPS) * self._figure + sum(self._last), palette.dim)
-        row = Row().add(" layer")
-        edge = name_width
-        for i, (name, _) in enumerate(GROUPS):
-            edge += self._figure
-            marked = self.sort == i + 1
-            row.to(edge - len(name) - 2).add(LETTERS[i].info.letter, palette.paint[LETTERS[i]])
-            row.add(f" {name}", palette.accent if marked else palette.dim)
-        heads = ("times" if self._last[0] > 5 else "no.", self.state.unit.name, "ms")
-        for i, (name, cells) in enumerate(zip(heads, self._last, strict=True)):
-            edge += cells
-            marked = self.sort == len(GROUPS) + 1 + i
-            row.right(name if cells else "", edge, palette.accent if marked else palette.dim)
+        """Two rows: what columns side by side share, and the columns."""
+        palette, edge = self.palette, name_width
+        over, row = Row(), Row().add(" layer")
+        for column in self._columns:
+            edge += column.cells
+            head = column.head.format(self._unit.name) or column.name
+            style = palette.accent if self.sort == column.name else palette.dim
+            if column.letter is not None:
+                row.to(edge - len(head) - 2).add(column.letter.info.letter, palette.paint[column.letter])
+                row.add(f" {head}", style)
+            else:
+                row.right(head, edge, style)
+            if column.over == MOST:
+                over.to(edge - column.cells + 2).add(MOST if MOST not in over.text else "", palette.dim)
+        if self._columns[-1].over == RECOMPUTED:
+            over.right(RECOMPUTED, edge, palette.dim)
         return [over, row]
 
     def _mark(self, row: LayerRow) -> str:
@@ -274,38 +322,32 @@ class LayersPage(Page):
             return "r"
         return ("-" if row.name in self.unfolded else "+") if row.inner else " "
 
-    def _layer(self, row: LayerRow, name_width: int, selected: bool, width: int) -> Row:
-        palette, unit = self.palette, self.state.unit
+    def _layer(self, row: LayerRow, name: str, name_width: int, selected: bool, width: int) -> Row:
+        palette = self.palette
         style = palette.cursor if selected else palette.plain
         dim = palette.cursor if selected else palette.dim
         mark = self._mark(row)
         line = Row().add(mark, palette.paint[Category.RECOMPUTED] if mark in "Rr" else palette.dim)
-        line.add("  " * row.depth + tail(row.name or "(the model itself)", name_width - 2 - 2 * row.depth), style)
+        line.add("  " * row.depth + tail(name or "(the model itself)", name_width - 2 - 2 * row.depth), style)
         edge = name_width
-        for size in row.sizes:
-            text = unit.show(size)
-            line.add(" " * (edge + self._figure - len(text) - line.width), style).add(text, style if size else dim)
-            edge += self._figure
-        figures = _recomputes(self._known(row), unit.show, bool(self.state.run.recomputes))
-        for text, cells in zip(figures, self._last, strict=True):
-            if cells:
-                line.add(" " * (edge + cells - len(text) - line.width), style)
-                line.add(text, dim if text == UNKNOWN else style)
-            edge += cells
+        for column in self._columns:
+            edge += column.cells
+            text = self._text(row, column, self._unit)
+            line.add(" " * (edge - len(text) - line.width), style).add(text, style if self._value(row, column) else dim)
         return line.add(" " * (width - line.width), style) if selected else line
 
     def _total(self, table: LayerTable, name_width: int) -> Row:
-        palette, unit = self.palette, self.state.unit
-        row = Row().add(" all at once", palette.bold)
-        edge = name_width
-        for size in table.total:
-            edge += self._figure
-            row.right(unit.show(size), edge, palette.bold)
-        known = self.state.run.recomputes.values()
+        """The peak, and the most that all of them held of each group at one time; of recomputes the sum and mean."""
+        unit, known = self._unit, self.state.run.recomputes.values()
+        row = Row().add(" all at once", self.palette.bold)
         # A segment counts once, at its first layer.
         times = sum(r.count for r in known if r.seconds is not None)
-        if times:
-            row.right(count(times), edge + self._last[0], palette.bold)
-            mean = sum(r.seconds or 0.0 for r in known) * 1e3 / times
-            row.right(f"{mean:.2f}" if self._last[2] else "", edge + sum(self._last), palette.bold)
+        seconds = sum(r.seconds or 0.0 for r in known)
+        figures = {"at peak": unit.show(table.peak_bytes), "times": count(times), "bytes each": ""}
+        figures |= {name: unit.show(size) for (name, _), size in zip(GROUPS, table.total, strict=True)}
+        figures["mean ms"] = f"{seconds * 1e3 / times:.2f}" if times else UNKNOWN
+        edge = name_width
+        for column in self._columns:
+            edge += column.cells
+            row.right(figures[column.name], edge, self.palette.bold)
         return row

@@ -8,12 +8,12 @@ from functools import partial
 from ...engine import techniques
 from ...engine.config import Option, show
 from ...engine.events import Category, Kind, Milestone, Phase
-from ...engine.ledger import Bytes
+from ...engine.ledger import Bytes, numbered_layers
+from ...engine.technique import Technique
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain, levers
-from ..layer_table import numbered_layers
 from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns
@@ -21,10 +21,10 @@ from ..widgets.bars import bar
 from ..widgets.ticks import ticks
 from .device_bar import device_rows
 from .page import Page, Table, Topic
-from .topics import MORE, PARTS
+from .topics import MORE, OTHERS, PARTS
 
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
-"""Together in one row where there is no room for a row each."""
+"""Together in one row, `OTHERS`, where there is no room for a row each."""
 
 NAME_WIDTH, FIGURE_WIDTH = 18, 9
 ROOMY = 26
@@ -47,7 +47,10 @@ class LivePage(Page):
 
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a technique and restarts; arrows select what `?` explains."""
-        return (*changes(offered(), _flip, "restarts at once"), *moves("select a part, for ? to explain", "? explains"))
+        return (
+            *changes(offered(), _flip, "restarts at once", acts=True),
+            *moves("select a part, for ? to explain", "? explains"),
+        )
 
     def topic(self) -> Topic:
         """The part selected."""
@@ -59,12 +62,15 @@ class LivePage(Page):
         return Topic(
             "live",
             "What fills the GPU now, what filled it at the peak, and how far the edge is. Up and down select a part of "
-            "the screen; ? then explains that part. Letters change a technique and restart the run.",
+            "the screen; ? then explains that part."
+            + " Letters change a technique and restart the run."
+            * self.state.live,
         )
 
     def move(self, by: int) -> None:
         """Select another part."""
-        parts: list[str | Category] = ["run", "device", *self._alone, "why", "recompute"]
+        others = [] if SMALL[0] in self._alone else [OTHERS]
+        parts: list[str | Category] = ["run", "device", *self._alone, *others, "why", "recompute"]
         at = parts.index(self.focus) + by if self.focus in parts else 0 if by > 0 else len(parts) - 1
         self.focus = parts[max(0, min(at, len(parts) - 1))]
 
@@ -130,7 +136,7 @@ class LivePage(Page):
         """Figures of the last step, each in a place of its own."""
         run, palette = self.state.run, self.palette
         row = Row().add(" step ", palette.dim).add(f"{run.step or UNKNOWN!s:<7}", palette.bold)
-        row.add(f"{duration(run.seconds):>8}").to(25)
+        row.add(f"{duration(run.seconds):>8}").add(" wall", palette.dim).to(26)
         row.add(f"{rate(run.tokens_per_s):>6}").add(" tok/s", palette.dim).to(40)
         row.add("loss ", palette.dim).add(f"{UNKNOWN if run.loss is None else format(run.loss, '.4f')}").to(54)
         share = run.trace_share
@@ -158,7 +164,7 @@ class LivePage(Page):
             row = self.kept(category, shows, partial(self._category, category, sizes, scale, width))
             rows += self._marked(category, row)
         if not roomy:
-            rows.append(self._small(now, peak, width))
+            rows += self._marked(OTHERS, [self._small(now, peak, width)])
         rows.append(self._total(now, peak, width))
         return rows
 
@@ -197,18 +203,19 @@ class LivePage(Page):
         return [row]
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
-        """Buffers, inputs, workspace and slack in one row, their letters where the bar would be."""
+        """What is small as a rule in one row; where the bar would be, what it is, as far as there is room."""
         palette, unit = self.palette, self.state.unit
-        row = Row().add(" ").add("·" if not palette.ascii else ".", palette.dim).add(" B I W s, small", palette.plain)
+        row = Row().to(3).add(OTHERS)
         for start, sizes in ((NAME_WIDTH, now), (self._second_column(width), peak)):
             size = sum(sizes[c] for c in SMALL) if sizes is not None else None
             row.to(start).right(unit.show(size), start + FIGURE_WIDTH, palette.plain if size else palette.dim).add(" ")
             end = row.width + self._bar_width(width)
             parts = {category: sizes[category] for category in SMALL if sizes and sizes[category]}
             for category in sorted(parts, key=parts.__getitem__, reverse=True):
-                text = f"{category.info.letter} {unit.show(parts[category])}  "
-                if row.width + len(text) <= end:
-                    row.add(text, palette.dim)
+                if not float(figure := unit.show(parts[category])):
+                    continue
+                words = (f"{name} {figure}  " for name in (category.info.title, category.info.letter))
+                row.add(next((text for text in words if row.width + len(text) - 2 <= end), ""), palette.dim)
         return row
 
     def _total(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
@@ -256,21 +263,28 @@ class LivePage(Page):
     def _levers(self) -> str:
         """What can be pressed about it."""
         state = self.state
-        names = levers(state.peak.peak, state.run.config or state.config) if state.peak and state.live else []
+        names = levers(state.peak.peak, state.run.config or state.config) if state.peak else []
         if not names:
             return ""
         best = self.control.strongest(names)
-        if best is None:
+        if best is True:
+            return "nothing that acts on this is predicted to lower it"
+        if best is False:
             assert state.peak is not None
             sure = levers(state.peak.peak, state.run.config or state.config, surely=True)
             known = [techniques.registry()[name] for name in sure]
-            listed = ", ".join(f"{technique.key} {technique.title}" for technique in known)
+            listed = ", ".join(f"{self._key(technique)}{technique.title}" for technique in known)
             return f"acting on this: {listed}" if listed else ""
         technique, value, saved = best
         predictions = self.control.predictions
         elsewhere = predictions is not None and not (state.environment and state.environment.on_gpu)
         there = f" on {predictions.gpu_name}" if predictions is not None and elsewhere else ""
-        return f"saves most: {technique.key} {technique.title} {show(value)}, ~-{state.unit.full(saved)}{there}"
+        saves = f"~-{state.unit.full(saved)}{there}"
+        return f"saves most: {self._key(technique)}{technique.title} {show(value)}, {saves}"
+
+    def _key(self, technique: Technique) -> str:
+        """The letter to press, where that does anything."""
+        return f"{technique.key} " if self.state.live else ""
 
     def _recomputes(self, width: int) -> list[Row]:
         state, predictions = self.state, self.control.predictions
@@ -278,15 +292,15 @@ class LivePage(Page):
         config = state.run.config or self.control.base()
         keys = (state.peak, state.live, state.environment, config, answers)
         shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)
-        return self.kept("recompute", (*shows, width), lambda: [self._recompute(width)])
+        return self.kept("recompute", (*shows, width), lambda: self._recompute(width))
 
-    def _recompute(self, width: int) -> Row:
+    def _recompute(self, width: int) -> list[Row]:
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
         event, keys = state.run.last_recompute, self._levers()
         if event is None:
-            return Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)
+            return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")
         row.extend(ticks(layers, set(state.run.lit), set(event.layers), min(48, width // 2 - 10), palette))
         name = event.layers[0].rsplit(".", 1)[-1]
@@ -295,8 +309,8 @@ class LivePage(Page):
         row.add(f" {len(set(state.run.lit)):>2}/{len(layers)} recomputed; layer {name:<3}", palette.dim)
         row.add(f" {state.unit.full(event.bytes)}, {duration(event.ms / 1e3)}", palette.dim)
         if row.width + len(keys) + 3 < width:
-            row.right(keys, width - 1, palette.accent)
-        return row
+            return [row.right(keys, width - 1, palette.accent)]
+        return [row, *([Row().add(f" {shorten(keys, width - 2)}", palette.accent)] if keys else [])]
 
     def _last(self, width: int, room: int) -> list[Row]:
         """The latest that happened, newest last; steps and recomputes have places of their own."""

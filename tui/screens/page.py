@@ -33,7 +33,7 @@ class Page(ABC):
 
     Attributes:
         title: In the footer, and in the help.
-        lead: Begins its row of keys.
+        lead: Begins its row of keys, for who commands an engine.
         actions: What can be done here and not everywhere.
         typing: Whether keys are text at the moment, for `type`.
     """

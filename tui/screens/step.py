@@ -6,12 +6,15 @@ from ...engine.events import N_CATEGORIES, Category, Phase, StepTrace
 from ...engine.ledger import Ints, Ledger
 from ..actions import Action, calling
 from ..draw import Row
-from ..units import count, duration, tail
+from ..units import count, duration, tail, unit_for
 from ..widgets.area import area, column_of, columns
 from .blocks import block_row
 from .page import Page, Topic
 
 AXIS_WIDTH = 8
+ROOMY = 76
+"""Columns from which the number of events has room."""
+
 PHASE_LETTERS = {Phase.DATA: "d", Phase.ZERO_GRAD: "z", Phase.LOAD: "l"}
 
 
@@ -66,9 +69,9 @@ class StepPage(Page):
         """The chart."""
         return Topic(
             "one step, event by event",
-            "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time. "
-            "Below it the phases, the cursor with its time, and what is alive there: bytes by category and the largest "
-            "tensors. ◆ marks the peak where the cursor is elsewhere.",
+            "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time, "
+            "which is the host's: it may be ahead of the GPU. Below the phases, the cursor with its time, and what is "
+            "alive there: bytes by category and the largest tensors. ◆ marks the peak where the cursor is elsewhere.",
         )
 
     @property
@@ -212,7 +215,8 @@ class StepPage(Page):
         row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
         spans = trace.phases
         seconds = (spans[-1].end_us - spans[0].begin_us) / 1e6 if spans else None
-        row.add(f"  {count(len(trace.events))} events  {duration(seconds)}  peak ", palette.dim)
+        events = f"  {count(len(trace.events))} events" if width >= ROOMY else ""
+        row.add(f"{events}  {duration(seconds)} host  peak ", palette.dim)
         row.add(self.state.unit.full(ledger.peak.bytes), palette.bold)
         if self.window != (0.0, 1.0):
             row.add(f"  {100 * (self.window[1] - self.window[0]):.0f} % of it", palette.busy)
@@ -224,7 +228,7 @@ class StepPage(Page):
             before = f"< {steps[at - 1]}   " if at else ""
             after = f"   {steps[at + 1]} >" if at + 1 < len(steps) else ""
             mode = "frozen" if self.frozen is not None else "latest"
-            text = f"{before}{mode}{after}"
+            text = f" {before}{mode}{after}"
             row.right(text, width - 1, palette.busy if self.frozen is not None else palette.dim)
         return row
 
@@ -295,6 +299,7 @@ class StepPage(Page):
         palette = self.palette
         if room < 2:
             return []
-        rows = [Row().add(" largest now", palette.dim)]
         blocks = ledger.largest(event, min(10, room - 1))
-        return rows + [block_row(block, self.state.unit, palette, width) for block in blocks]
+        unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
+        rows = [Row().add(f" largest now, {unit.name}", palette.dim)]
+        return rows + [block_row(block, unit, palette, width) for block in blocks]

@@ -40,6 +40,11 @@ class Line(NamedTuple):
     technique: Technique | None
     detail: bool = False
 
+    def now(self, config: RunConfig) -> str:
+        """Its value in a configuration, as it has an effect."""
+        is_switch = self.technique is not None and not self.detail
+        return self.technique.in_effect(config) if self.technique and is_switch else show(config[self.option.name])
+
 
 class TechniquesPage(Page):
     """The fourth screen."""
@@ -58,11 +63,11 @@ class TechniquesPage(Page):
             *moves("select a setting"),
             Action("techniques.before", ("left",), "Value before", text, lambda page: page.change(-1), "change"),
             Action("techniques.next", ("right",), "Next value", text, lambda page: page.change(1), "change"),
-            *changes(offered(), _collect, "collected, enter applies"),
+            *changes(offered(), _collect, "collected, enter applies", acts=False),
             Action("techniques.details", ("tab",), "Details", "open or close the details of a technique",
                    lambda page: page.toggle(), "details"),
             Action("techniques.apply", ("enter",), "Apply the changes", "apply all changes as one restart",
-                   lambda page: page.control.apply(), "apply"),
+                   lambda page: page.control.apply(), "apply", acts=True),
         )  # fmt: skip
 
     def topic(self) -> Topic:
@@ -154,7 +159,7 @@ class TechniquesPage(Page):
             config = self.candidate(line, wanted, base)
             known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
             changed = show(config[line.option.name]) if config is not None else UNKNOWN
-            cells.append([line.option.name, show(base[line.option.name]), changed, *known])
+            cells.append([line.option.name, line.now(base), changed, *known])
         return [["setting", "now", "if changed", "peak", "change", "fits", "measured change"], *cells]
 
     # --- drawing ----------------------------------------------------------------
@@ -179,11 +184,18 @@ class TechniquesPage(Page):
         title, now, _, figures = _columns(width)
         row = Row().to(3 + title).add("now", self.palette.dim).to(3 + title + now).add("if changed", self.palette.dim)
         edge = width - 1 - sum(figures)
-        for cells, head in zip(figures, ("peak", "change", "fits", "measured"), strict=True):
+        for cells, head in zip(figures, self._heads(figures), strict=True):
             edge += cells
             if cells:
                 row.right(head, edge, self.palette.dim)
         return row
+
+    def _heads(self, figures: tuple[int, ...]) -> tuple[str, ...]:
+        """Of the figures; those of a run on a CPU and what is predicted of a GPU are no two of a kind."""
+        here = self.state.environment
+        if here is None or here.on_gpu:
+            return ("peak", "change", "fits", "measured")
+        return ("GPU peak", "change" if figures[0] else "on GPU", "fits", "on a CPU")
 
     def _line(self, line: Line, base: RunConfig, wanted: RunConfig, selected: bool, width: int) -> Row:
         palette, name = self.palette, line.option.name
@@ -195,11 +207,15 @@ class TechniquesPage(Page):
         title = f"   {line.title}" if line.detail else f"{fold} {line.title}"
         title_cells, now_cells, change_cells, figure_cells = _columns(width)
         row.add(f"{shorten(title, title_cells - 1):<{title_cells}}", style)
-        row.add(f"{shorten(show(base[name]), now_cells - 1):<{now_cells}}", style)
         config, collected = self.candidate(line, wanted, base), wanted[name] != base[name]
+        now = line.now(base)
+        # Where another setting decides, which one takes the place of a change that would do nothing.
+        overruled = now != show(base[name]) and not collected
+        row.add(f"{shorten(now, now_cells + change_cells * overruled - 1 + overruled):<{now_cells}}", style)
         arrow = ("-> " if palette.ascii else "→ ") if collected else ""
         new = shorten(show(config[name]), change_cells - len(arrow) - 1) if config is not None else UNKNOWN
-        row.add(f"{arrow + new:<{change_cells}}", palette.cursor if selected else palette.busy if collected else dim)
+        new_style = palette.cursor if selected else palette.busy if collected else dim
+        row.add("" if overruled else f"{arrow + new:<{change_cells}}", new_style)
         row.add(" " * (width - 1 - sum(figure_cells) - row.width), style)
         known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
         for text, cells in zip(known, figure_cells, strict=True):
@@ -280,7 +296,9 @@ class TechniquesPage(Page):
         problem = self.control.conflict()
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)[:2]]
-        text = f" enter applies {len(pending)} change{'s' * (len(pending) > 1)} as one restart"
+        changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
+        text = f" enter applies {changed} as one restart"
+        text = text if self.state.live else f" {changed} predicted; a recording runs nothing"
         wanted = self.control.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)

@@ -4,15 +4,26 @@ from __future__ import annotations
 
 from ...engine.events import Category
 
+OTHERS = "all others"
+
 PARTS = {
-    "run": "The last step: its time, tokens a second and loss, and the share of all time that tracing has taken.",
+    "run": (
+        "The last step: its wall time, the wait for the GPU and the loss included (on screen 2 stands the host's: from "
+        "its first phase to its last, while the GPU may lag behind), tokens a second, loss; the share of all time "
+        "that tracing has taken."
+    ),
     "device": (
         "The whole device on one axis from 0 to its capacity. Letters: this run by category; then what the allocator "
         "keeps cached, the CUDA context, other processes; dots are free: that is how far the edge is."
     ),
     "why": (
-        "Where the peak is, and what makes it higher than what was there when the step began. Below: the letters of "
-        "techniques that act on the largest of it; screen 4 says how much."
+        "Where the peak is, and what it is the sum of: what was there when the step began and still is, and what has "
+        "come on top. In brackets the row above less what was there before. Below: the change that is predicted to "
+        "lower it most, or techniques that act on it."
+    ),
+    OTHERS: (
+        "Buffers, inputs, workspace and slack together, as a rule the smallest; the largest of them are named behind. "
+        "In a taller window each has a row of its own."
     ),
     "recompute": (
         "A mark for every layer. With checkpointing, backward computes each layer's activations again: its mark "
