@@ -14,7 +14,7 @@ import pytest
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Phase
+from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Milestone, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.ledger import Ledger, numbered_layers
 from gpumem_tui.engine.recording import Replay
@@ -25,7 +25,7 @@ from gpumem_tui.tui.explain import explain, levers
 from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.predictions import Prediction
-from gpumem_tui.tui.run_state import config_key
+from gpumem_tui.tui.run_state import RunState, config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
@@ -440,6 +440,29 @@ async def test_columns_of_recomputes_say_what_a_figure_is_of() -> None:
     async with shown(trained(2)) as driver:
         await driver.press("3")
         assert "recomputed" not in driver.text
+
+
+def test_the_first_steps_recomputes_are_not_in_the_mean_once_there_are_others() -> None:
+    """They load kernels: 70 ms where the next ones take 2."""
+    run = RunState()
+    recompute = {"micro_batch": 0, "layers": ["layers.0"], "bytes": 8, "early_stop": True}
+    means = []
+    for step, ms in ((1, 70.0), (1, 30.0), (2, 2.0), (3, 4.0)):
+        run.fold(Milestone(0, 0.0, Kind.RECOMPUTED, 1, "", recompute | {"step": step, "ms": ms}))
+        means.append(run.recomputes["layers.0"].mean_ms)
+    assert means == [70, 50, 2, 3]
+    assert run.recomputes["layers.0"].count == 4
+
+
+async def test_layers_are_marked_as_recomputed_only_while_something_goes_on() -> None:
+    source = trained(2, checkpointing="layers")
+    async with shown(source) as driver:
+        await driver.press("3")
+        assert [line[0] for line in driver.lines[4:12]].count("r") == 5
+        source.command(Stop())
+        source.obey()
+        await driver.tick()
+        assert not {"r", "R"} & {line[0] for line in driver.lines[4:12]}
 
 
 async def test_a_list_of_tensors_has_the_unit_of_its_largest() -> None:

@@ -8,7 +8,7 @@ from ..engine.events import Category, Phase
 from ..engine.ledger import Bytes, Ledger, Peak
 from .units import Unit
 
-LARGE_SHARE = 0.15
+LARGE_SHARE = 0.1
 """A category below this share of what the peak adds is not worth a word."""
 
 

@@ -28,17 +28,28 @@ class LayerRecomputes:
         count: How often in this run.
         bytes: What the latest one held afterwards; None: it is part of a
             segment, and counted at the segment's first layer.
-        seconds: Of all of them together; None likewise.
+        timed: How many `seconds` is the sum of: not those of the run's first step,
+            in which kernels are loaded, as soon as there are others.
+        seconds: Of these together; None likewise.
     """
 
     count: int = 0
     bytes: int | None = None
+    timed: int = 0
     seconds: float | None = None
+    _warm: bool = False
 
     @property
     def mean_ms(self) -> float | None:
         """Milliseconds of one recompute."""
-        return None if self.seconds is None else self.seconds * 1e3 / self.count
+        return None if self.seconds is None else self.seconds * 1e3 / self.timed
+
+    def time(self, event: Recompute) -> None:
+        """Take in how long one took."""
+        if event.step > 1 and not self._warm:
+            self.timed, self.seconds, self._warm = 0, None, True
+        self.timed += 1
+        self.seconds = (self.seconds or 0.0) + event.ms / 1e3
 
 
 @dataclass
@@ -161,7 +172,7 @@ class RunState:
             known.count += 1
             if position == 0:
                 known.bytes = event.bytes
-                known.seconds = (known.seconds or 0.0) + event.ms / 1e3
+                known.time(event)
 
 
 def _config_of(data: dict[str, Any]) -> RunConfig | None:

@@ -50,7 +50,7 @@ PICTURES = {
     "step": Picture("full", "2"),
     "layers": Picture("checkpointing", "3"),
     "techniques": Picture("full", "4", predicts=True),
-    "compare": Picture("full", "5", (100, 26), beside=("checkpointing", "lora")),
+    "compare": Picture("lora", "5", (100, 26), beside=("full", "checkpointing"), predicts=True),
     "events": Picture("checkpointing", "6fff", (100, 24)),
     "help": Picture("full", "1?", (140, 42)),
 }

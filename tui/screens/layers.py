@@ -103,8 +103,8 @@ class LayersPage(Page):
         return Topic(
             "layers",
             "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
-            "each kind, not all at one time. Recomputed: how often in this run; the bytes each time, freed in forward "
-            "and made again in backward: about what checkpointing saves (a segment's at its first layer); mean time.",
+            "each kind, not all at one time. Recomputed: how often; the bytes each time, freed in forward and made again "
+            "in backward: about what checkpointing saves (a segment's at its first layer); mean time from step 2 on.",
         )
 
     # --- actions --------------------------------------------------------------------
@@ -316,9 +316,10 @@ class LayersPage(Page):
     def _mark(self, row: LayerRow) -> str:
         """R: being recomputed; r: recomputed in this micro-batch; + -: modules within."""
         run = self.state.run
-        if run.last_recompute is not None and row.name in run.last_recompute.layers:
+        going_on = self.state.live and run.running
+        if going_on and run.last_recompute is not None and row.name in run.last_recompute.layers:
             return "R"
-        if row.name in run.lit:
+        if going_on and row.name in run.lit:
             return "r"
         return ("-" if row.name in self.unfolded else "+") if row.inner else " "
 
@@ -345,7 +346,8 @@ class LayersPage(Page):
         seconds = sum(r.seconds or 0.0 for r in known)
         figures = {"at peak": unit.show(table.peak_bytes), "times": count(times), "bytes each": ""}
         figures |= {name: unit.show(size) for (name, _), size in zip(GROUPS, table.total, strict=True)}
-        figures["mean ms"] = f"{seconds * 1e3 / times:.2f}" if times else UNKNOWN
+        timed = sum(r.timed for r in known)
+        figures["mean ms"] = f"{seconds * 1e3 / timed:.2f}" if timed else UNKNOWN
         edge = name_width
         for column in self._columns:
             edge += column.cells
