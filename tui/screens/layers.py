@@ -103,8 +103,9 @@ class LayersPage(Page):
         return Topic(
             "layers",
             "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
-            "each kind, not all at one time. Recomputed: how often; the bytes each time, freed in forward and made again "
-            "in backward: about what checkpointing saves (a segment's at its first layer); mean time from step 2 on.",
+            "each kind, not all at one time. Recomputed: how often; the bytes each time, freed in forward and made "
+            "again in backward: about what checkpointing saves (a segment's at its first layer); mean time from step "
+            "2 on.",
         )
 
     # --- actions --------------------------------------------------------------------
