@@ -32,7 +32,7 @@ TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase",
 NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
 
-UNHURRIED_SHARE = 0.2
+UNHURRIED_SHARE = 0.5
 """Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
 
 LONGEST_REST_S = 5.0

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import pairwise
 from pathlib import Path
 
@@ -21,7 +21,7 @@ from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.control import choices, free_name, offered
 from gpumem_tui.tui.draw import Row
-from gpumem_tui.tui.explain import explain, levers
+from gpumem_tui.tui.explain import explain
 from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.predictions import Prediction
@@ -828,8 +828,9 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
         waiting = staticmethod(lambda: 0)
         answers = staticmethod(lambda: 1)
         of_run = staticmethod(lambda config: "")
+        unanswered = staticmethod(lambda configs: 0)
 
-        def of(self, config: RunConfig, hurry: bool = True) -> Prediction:
+        def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
             assert hurry, "there is no training to give way to"
             return Prediction((12 << 30) - (3 << 30) * bool(config["lora"]), True, {})
 
@@ -839,10 +840,48 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
         assert ("recomputed; layer" in driver.text) == bool(settings)
     Oracle.of = lambda self, config, hurry=True: Prediction(12 << 30, True, {})  # type: ignore[method-assign]
     async with shown(source, size, predictions=Oracle()) as driver:
-        assert "nothing that acts on this is predicted to lower it" in driver.text
-    Oracle.of = lambda self, config, hurry=True: None  # type: ignore[assignment,method-assign,return-value]
-    async with shown(source, size, predictions=Oracle()) as driver:
-        assert "acting on this: LoRA, optimizer, quantization" in driver.text
+        assert "no single change is predicted to lower the peak" in driver.text
+
+
+async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_tried() -> None:
+    """Not of the next ones, which a key steps to: sgd is the seventh optimizer."""
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(batch_size=4)
+    for _ in range(3):
+        source.finish_step()
+    saved = {"lora": 3, "sgd": 5, "accumulation": 6}
+    order = ["base", "lora", "sgd", "accumulation"]
+    known: list[str] = []
+
+    class Oracle:
+        gpu_name = "H100 80GB"
+        waiting = staticmethod(lambda: 0)
+        answers = staticmethod(lambda: len(known))
+        of_run = staticmethod(lambda config: "")
+
+        def name(self, config: RunConfig) -> str:
+            if config["accumulation"] == 4 and config.batch_size == 1:
+                return "accumulation"
+            return "lora" if config["lora"] else "sgd" if config["optimizer"] == "sgd" else "base"
+
+        def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
+            name = self.name(config)
+            return Prediction((12 - saved.get(name, 0)) << 30, True, {}) if name in known else None
+
+        def unanswered(self, configs: Sequence[RunConfig]) -> int:
+            return sum(self.name(config) not in known for config in configs)
+
+    lines = []
+    async with shown(source, predictions=Oracle()) as driver:
+        for name in (*order, ""):
+            lines.append(next(line.strip() for line in driver.lines if "saves most" in line))
+            known.append(name)
+            await driver.tick()
+    assert re.fullmatch(r"working out what saves most: 0 of \d+ changes", lines[0])
+    assert re.fullmatch(r"working out what saves most: \d+ of \d+ changes", lines[1])
+    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): l LoRA on, ~-3\.00 GiB", lines[2])
+    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): o optimizer sgd, ~-5\.00 GiB", lines[3])
+    assert lines[4] == "saves most: a accumulation 4 with b batch size 1, ~-6.00 GiB"
 
 
 # --- state, without a terminal ----------------------------------------------------------
@@ -1008,10 +1047,6 @@ def test_explanations_say_what_is_in_the_ledger() -> None:
     grown = ledger.peak.by_category[Category.ACTIVATIONS] - ledger.at(-1)[Category.ACTIVATIONS]
     assert f"activations {grown / MIB:.1f}" in text
     assert "~" not in text
-    config = source.config()
-    assert "checkpointing" in levers(ledger.peak, config)
-    assert config is not None
-    assert "checkpointing" not in levers(ledger.peak, config.with_({"checkpointing": "layers"}))
 
 
 def test_device_shares_when_nvml_sees_no_processes() -> None:

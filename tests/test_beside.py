@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -48,6 +49,9 @@ class Oracle:
 
     def waiting(self) -> int:
         return 0
+
+    def unanswered(self, configs: Sequence[RunConfig]) -> int:
+        return 0 if self.ready else len(configs)
 
     def answers(self) -> int:
         return int(self.ready)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -298,6 +299,9 @@ class Oracle:
 
     def waiting(self) -> int:
         return 0
+
+    def unanswered(self, configs: Sequence[RunConfig]) -> int:
+        return 0 if self.ready else len(configs)
 
     def answers(self) -> int:
         return int(self.ready)

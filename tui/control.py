@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Mapping
 from itertools import count
 from pathlib import Path
+from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
+from ..engine.prediction.advice import single_changes
 from ..engine.technique import Technique
 from .predictions import Predictions
 from .run_summary import RunSummary, of_prediction
@@ -24,6 +26,22 @@ WORKLOAD = (
 
 LADDERS: dict[str, tuple[Value, ...]] = {"learning_rate": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
 """Values to step through for options that name none."""
+
+
+class Strongest(NamedTuple):
+    """Of the changes of a single technique the one that saves most at the predicted peak.
+
+    Attributes:
+        changes: Settings by name; empty: none of those tried saves anything.
+        saved_bytes: At the peak.
+        tried: So many have been worked out.
+        of: So many there are.
+    """
+
+    changes: Mapping[str, Value]
+    saved_bytes: int
+    tried: int
+    of: int
 
 
 class Control:
@@ -100,29 +118,22 @@ class Control:
                 return values[position]
         return None
 
-    def strongest(self, names: Iterable[str]) -> tuple[Technique, Value, int] | bool:
-        """Of some techniques' next values the one that saves most at the predicted peak.
-
-        Returns:
-            Technique, value, bytes saved; or whether it is known by now that nothing saves.
-        """
+    def strongest(self) -> Strongest | None:
+        """What is known by now of which change of a single technique saves most; None if nobody predicts."""
         base, predictions = self.state.run.config or self.base(), self.predictions
+        if base is None or predictions is None:
+            return None
         hurry = not self.state.live  # beside a recording there is no training to give way to
-        now = predictions.of(base, hurry) if predictions is not None and base is not None else None
-        found: list[tuple[Technique, Value, int]] = []
-        known = now is not None
-        for name in names:
-            technique = techniques.registry()[name]
-            assert base is not None
-            value = self.next_value(technique.switch, base[name], 1, around=True)
-            config = base.with_({name: value}) if value is not None else None
-            if config is None or predictions is None or self.problem(config) is not None:
-                continue
-            then = predictions.of(config, hurry)
-            known &= then is not None
-            if now is not None and then is not None and value is not None and then.peak_bytes < now.peak_bytes:
-                found.append((technique, value, now.peak_bytes - then.peak_bytes))
-        return max(found, key=lambda one: one[2]) if found else known
+        now = predictions.of(base, hurry)
+        changes = [one for one in single_changes(base) if self.problem(base.with_(one)) is None]
+        configs = [base.with_(one) for one in changes]
+        then = [predictions.of(config, hurry) for config in configs]
+        saved = [now.peak_bytes - one.peak_bytes if now and one else 0 for one in then]
+        best = max(range(len(changes)), key=saved.__getitem__, default=-1)
+        tried = len(configs) - predictions.unanswered(configs) if now else 0
+        if best < 0 or saved[best] <= 0:
+            return Strongest({}, 0, tried, len(configs))
+        return Strongest(changes[best], saved[best], tried, len(configs))
 
     def foreseen(self) -> RunSummary | str:
         """The run that is shown as it was predicted, as a run of its own.

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ..engine import techniques
-from ..engine.config import RunConfig
 from ..engine.events import Category, Phase
 from ..engine.ledger import Bytes, Ledger, Peak
 from .units import Unit
@@ -68,40 +66,3 @@ def _listed(items: list[str]) -> str:
     if len(items) <= 1:
         return "".join(items)
     return ", ".join(items[:-1]) + " and " + items[-1]
-
-
-def levers(peak: Peak, config: RunConfig | None, surely: bool = False) -> list[str]:
-    """Which techniques act on what the peak is made of, largest first; no word about how much.
-
-    Args:
-        peak: Of which step.
-        config: Only what is not switched on already in it.
-        surely: Only those that lower it wherever it is; a KV cache or outputs of
-            the step before may have gone by then.
-    """
-    if config is None:
-        return []
-    sizes: Bytes = peak.by_category
-    found: list[str] = []
-    for category in sorted(sizes, key=sizes.__getitem__, reverse=True):
-        for name, idle in LEVERS.get(category, ()):
-            technique = techniques.registry().get(name)
-            if surely and name in PERHAPS:
-                continue
-            if technique is not None and config[name] in idle and name not in found:
-                found.append(name)
-    return found[:3]
-
-
-LEVERS: dict[Category, tuple[tuple[str, tuple[object, ...]], ...]] = {
-    Category.PARAMETERS: (("quantization", ("none",)),),
-    Category.GRADIENTS: (("lora", (False,)),),
-    Category.OPTIMIZER_STATE: (("lora", (False,)), ("optimizer", ("adamw", "adamw-fused"))),
-    Category.ACTIVATIONS: (("checkpointing", ("off",)),),
-    Category.KV_CACHE: (("kv_cache", (True,)),),
-    Category.LOGITS_LOSS: (("keep_outputs", (True,)),),
-    Category.TEMPORARIES: (("optimizer", ("adamw",)),),
-}
-"""By category: techniques that act on it, and the values at which they do nothing yet."""
-
-PERHAPS = ("kv_cache", "keep_outputs")

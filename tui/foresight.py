@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 from ..engine.config import RunConfig, UserError
@@ -16,7 +17,7 @@ WITHOUT_A_GPU = "H100 80GB"
 
 WORKING = "The prediction of this run is being worked out."
 
-REMEMBERED = 24
+REMEMBERED = 48
 """Wishes that are not answered yet; older ones are those of a screen long left."""
 
 
@@ -42,6 +43,11 @@ class Background:
     def waiting(self) -> int:
         """How many are still being worked out."""
         return len(self._asked)
+
+    def unanswered(self, configs: Sequence[RunConfig]) -> int:
+        """For how many of these neither a prediction is known nor why there can be none."""
+        known = self._predictor
+        return sum(known is None or known.get(config) is None for config in configs)
 
     def answers(self) -> int:
         """How many have been worked out."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 from ..engine.config import RunConfig
@@ -45,6 +46,10 @@ class Predictions(Protocol):
 
     def waiting(self) -> int:
         """How many are still being worked out."""
+        ...
+
+    def unanswered(self, configs: Sequence[RunConfig]) -> int:
+        """For how many of these neither a prediction is known nor why there can be none."""
         ...
 
     def answers(self) -> int:

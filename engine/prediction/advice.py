@@ -51,7 +51,7 @@ def advise(config: RunConfig, predict: Predict) -> tuple[Prediction, list[Advice
     now = predict(config)
     alone: list[Advice] = []
     together: list[Changes] = []  # need another technique to be possible at all
-    for changes in _single_changes(config):
+    for changes in single_changes(config):
         advice = _try(config, changes, now, predict)
         if advice is None:
             together.append(changes)
@@ -63,8 +63,8 @@ def advise(config: RunConfig, predict: Predict) -> tuple[Prediction, list[Advice
     return now, alone, combined
 
 
-def _single_changes(config: RunConfig) -> Iterator[Changes]:
-    """Every other value of every switch; accumulation at the same effective batch."""
+def single_changes(config: RunConfig) -> Iterator[Changes]:
+    """Every other value of every switch, possible or not; accumulation at the same effective batch."""
     for technique in techniques.registry().values():
         for value in technique.switch.choices:
             if value == config[technique.name]:

@@ -5,15 +5,13 @@ from __future__ import annotations
 from collections import deque
 from functools import partial
 
-from ...engine import techniques
-from ...engine.config import Option, show
+from ...engine.config import Option
 from ...engine.events import Category, Kind, Milestone, Phase
 from ...engine.ledger import Bytes, numbered_layers
-from ...engine.technique import Technique
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
-from ..explain import explain, levers
+from ..explain import explain
 from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns
@@ -21,6 +19,7 @@ from ..widgets.bars import bar
 from ..widgets.ticks import ticks
 from .device_bar import device_rows
 from .page import Page, Table, Topic
+from .saves_most import saves_most
 from .topics import MORE, OTHERS, PARTS
 
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
@@ -260,32 +259,6 @@ class LivePage(Page):
             lines = [lines[0], shorten(" ".join(lines[1:]), width - 2)]
         return [Row().add(f" {line}") for line in [*lines, "", ""][:2]]
 
-    def _levers(self) -> str:
-        """What can be pressed about it."""
-        state = self.state
-        names = levers(state.peak.peak, state.run.config or state.config) if state.peak else []
-        if not names:
-            return ""
-        best = self.control.strongest(names)
-        if best is True:
-            return "nothing that acts on this is predicted to lower it"
-        if best is False:
-            assert state.peak is not None
-            sure = levers(state.peak.peak, state.run.config or state.config, surely=True)
-            known = [techniques.registry()[name] for name in sure]
-            listed = ", ".join(f"{self._key(technique)}{technique.title}" for technique in known)
-            return f"acting on this: {listed}" if listed else ""
-        technique, value, saved = best
-        predictions = self.control.predictions
-        elsewhere = predictions is not None and not (state.environment and state.environment.on_gpu)
-        there = f" on {predictions.gpu_name}" if predictions is not None and elsewhere else ""
-        saves = f"~-{state.unit.full(saved)}{there}"
-        return f"saves most: {self._key(technique)}{technique.title} {show(value)}, {saves}"
-
-    def _key(self, technique: Technique) -> str:
-        """The letter to press, where that does anything."""
-        return f"{technique.key} " if self.state.live else ""
-
     def _recomputes(self, width: int) -> list[Row]:
         state, predictions = self.state, self.control.predictions
         answers = predictions.answers() if predictions is not None else 0
@@ -298,7 +271,7 @@ class LivePage(Page):
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
-        event, keys = state.run.last_recompute, self._levers()
+        event, keys = state.run.last_recompute, saves_most(self.control)
         if event is None:
             return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")

@@ -12,6 +12,7 @@ from ..draw import Row, wrap
 from ..run_state import config_key
 from ..units import UNKNOWN, difference, shorten
 from .page import Page, Table, Topic, scrolled
+from .saves_most import saves_most
 
 FIGURES = (9, 9, 6, 10)
 """Cells of predicted peak, predicted change, whether it fits, measured change."""
@@ -242,6 +243,18 @@ class TechniquesPage(Page):
         rows += [Row()] * (room - len(verdict) - len(rows))
         return rows + verdict
 
+    def _saves_most(self, width: int) -> list[Row]:
+        """Among all values of all techniques, where the list has the next ones."""
+        state, predictions = self.state, self.control.predictions
+        known = predictions.answers() if predictions is not None else 0
+        shows = (known, state.run.config or self.control.base(), state.environment, state.live, state.unit, width)
+
+        def draw() -> list[Row]:
+            text = saves_most(self.control)
+            return [Row().add(f" {shorten(text, width - 2)}", self.palette.accent)] if text else []
+
+        return self.kept("saves most", shows, draw)
+
     def _problem(self, line: Line, wanted: RunConfig) -> str | None:
         """Why the value that the key steps to cannot be had with the others as they are, or None."""
         base = self.control.base()
@@ -292,7 +305,8 @@ class TechniquesPage(Page):
                 whose = f"   ~ predicted for {predictions.gpu_name}"
                 whose += ", this run is on a CPU" if here is not None and not here.on_gpu else ""
                 whose += f", {waiting} being worked out" if (waiting := predictions.waiting()) else ""
-            return [Row().add(" no changes collected", palette.dim).add(shorten(whose, width - 24), palette.dim)]
+            none = Row().add(" no changes collected", palette.dim).add(shorten(whose, width - 24), palette.dim)
+            return [*self._saves_most(width), none]
         problem = self.control.conflict()
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)[:2]]

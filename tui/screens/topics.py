@@ -18,8 +18,8 @@ PARTS = {
     ),
     "why": (
         "Where the peak is, and what it is the sum of: what was there when the step began and still is, and what has "
-        "come on top. In brackets the row above less what was there before. Below: the change that is predicted to "
-        "lower it most, or techniques that act on it."
+        "come on top. In brackets the row above less what was there before. Below: of all changes of one technique, "
+        "with the same batch in all, the one predicted to lower it most."
     ),
     OTHERS: (
         "Buffers, inputs, workspace and slack together, as a rule the smallest; the largest of them are named behind. "

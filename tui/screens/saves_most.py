@@ -1,0 +1,24 @@
+"""Which single change would save most: a line of the live and of the techniques screen."""
+
+from __future__ import annotations
+
+from ...engine.config import show
+from ..control import Control, offered
+
+
+def saves_most(control: Control) -> str:
+    """As far as it has been worked out: `saves most: l LoRA on, ~-6.72 GiB`; empty if nobody predicts."""
+    found, state, predictions = control.strongest(), control.state, control.predictions
+    if found is None or predictions is None or not found.of:
+        return ""
+    done = found.tried == found.of
+    if not found.changes and not done:
+        return f"working out what saves most: {found.tried} of {found.of} changes"
+    if not found.changes:
+        return "no single change is predicted to lower the peak"
+    known = {option.name: (key if state.live else "", title) for key, title, option, _ in offered()}
+    parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in found.changes.items()]
+    elsewhere = not (state.environment and state.environment.on_gpu)
+    there = f" on {predictions.gpu_name}" if elsewhere else ""
+    so_far = "" if done else f" so far ({found.tried} of {found.of})"
+    return f"saves most{so_far}: {' with '.join(parts)}, ~-{state.unit.full(found.saved_bytes)}{there}"
