@@ -271,7 +271,7 @@ class LivePage(Page):
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
-        event, keys = state.run.last_recompute, saves_most(self.control)
+        event, keys = state.run.last_recompute, saves_most(self.control, width - 2)
         if event is None:
             return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")
@@ -283,7 +283,7 @@ class LivePage(Page):
         row.add(f" {state.unit.full(event.bytes)}, {duration(event.ms / 1e3)}", palette.dim)
         if row.width + len(keys) + 3 < width:
             return [row.right(keys, width - 1, palette.accent)]
-        return [row, *([Row().add(f" {shorten(keys, width - 2)}", palette.accent)] if keys else [])]
+        return [row, *([Row().add(f" {keys}", palette.accent)] if keys else [])]
 
     def _last(self, width: int, room: int) -> list[Row]:
         """The latest that happened, newest last; steps and recomputes have places of their own."""

@@ -4,10 +4,16 @@ from __future__ import annotations
 
 from ...engine.config import show
 from ..control import Control, offered
+from ..units import shorten
 
 
-def saves_most(control: Control) -> str:
-    """As far as it has been worked out: `saves most: l LoRA on, ~-6.72 GiB`; empty if nobody predicts."""
+def saves_most(control: Control, cells: int) -> str:
+    """As far as it has been worked out: `saves most: l LoRA on, ~-6.72 GiB`; empty if nobody predicts.
+
+    Args:
+        control: Who knows.
+        cells: Room; the name of a GPU that is not here goes first.
+    """
     found, state, predictions = control.strongest(), control.state, control.predictions
     if found is None or predictions is None or not found.of:
         return ""
@@ -19,6 +25,7 @@ def saves_most(control: Control) -> str:
     known = {option.name: (key if state.live else "", title) for key, title, option, _ in offered()}
     parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in found.changes.items()]
     elsewhere = not (state.environment and state.environment.on_gpu)
-    there = f" on {predictions.gpu_name}" if elsewhere else ""
     so_far = "" if done else f" so far ({found.tried} of {found.of})"
-    return f"saves most{so_far}: {' with '.join(parts)}, ~-{state.unit.full(found.saved_bytes)}{there}"
+    text = f"saves most{so_far}: {' with '.join(parts)}, ~-{state.unit.full(found.saved_bytes)}"
+    there = f"{text} on {predictions.gpu_name}"
+    return there if elsewhere and len(there) <= cells else shorten(text, cells)

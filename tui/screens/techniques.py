@@ -250,8 +250,8 @@ class TechniquesPage(Page):
         shows = (known, state.run.config or self.control.base(), state.environment, state.live, state.unit, width)
 
         def draw() -> list[Row]:
-            text = saves_most(self.control)
-            return [Row().add(f" {shorten(text, width - 2)}", self.palette.accent)] if text else []
+            text = saves_most(self.control, width - 2)
+            return [Row().add(f" {text}", self.palette.accent)] if text else []
 
         return self.kept("saves most", shows, draw)
 
