@@ -56,6 +56,14 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
 
 
+async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
+    app = GpumemApp(source(Standing.ATTACHED), refresh_hz=0, tour=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("q")
+        assert "d detach" in shown(app)
+        assert "tour" not in shown(app)
+
+
 @pytest.mark.parametrize("standing", list(Standing))
 async def test_the_row_of_keys_offers_to_restart_to_who_commands(standing: Standing) -> None:
     app = GpumemApp(source(standing), refresh_hz=0)

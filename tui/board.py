@@ -105,10 +105,8 @@ class Board:
             self.help.top = 0
 
     def leave(self) -> None:
-        """Close what is open, innermost first: the tour, a message, details, the help."""
-        if self.tour is not None:
-            self.tour = None
-        elif self.state.message is not None:
+        """Close what is open, innermost first: a message, details, the help."""
+        if self.state.message is not None:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
@@ -133,7 +131,8 @@ class Board:
             return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
         said = self.tour.rows(self.palette, width) if self.tour is not None else self._said(width)
         rows = [header(self.state, self.palette, width, self.frozen)]
-        rows += self._page_rows(width, height - 3)
+        # A message lies over the page for a moment; the tour, which talks about the page, beside it.
+        rows += self._page_rows(width, height - 2 - (len(said) if self.tour is not None else 1))
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
         standing = self.control.source.standing
