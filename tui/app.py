@@ -166,8 +166,12 @@ class GpumemApp(App[None], inherit_bindings=False):
         if self.page.typing:
             self.page.type(key)
         elif found := self.board.find(key):
-            action, own = found
-            self.perform(action, self.page if own else self)
+            action, page = found
+            if page not in (None, self.page):
+                self.board.toggle_help()
+            self.perform(action, self if page is None else page)
+        elif len(key) == 1:
+            self.state.say(self.board.elsewhere(key))
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here."""

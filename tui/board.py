@@ -84,13 +84,28 @@ class Board:
 
     # --- what can be done -----------------------------------------------------------
 
-    def find(self, key: str) -> tuple[Action, bool] | None:
-        """The action of a key here, and whether it is the screen's own; None: there is none."""
-        for actions, own in ((self.page.actions, True), (self.everywhere, False)):
-            for action in actions:
+    def find(self, key: str) -> tuple[Action, Page | None] | None:
+        """The action of a key here, and the screen if it is that screen's own; None: there is none.
+
+        In the help the keys of the screen it explains are to be had as well.
+        """
+        explained = [self._before_help] if self.page is self.help else []
+        for page in (self.page, None, *explained):
+            for action in self.everywhere if page is None else page.actions:
                 if key in action.keys:
-                    return action, own
+                    return action, page
         return None
+
+    def elsewhere(self, key: str) -> str:
+        """Of a character that does nothing here: where it does something."""
+        found: dict[str, list[str]] = {}
+        for page in self.pages:
+            for action in offered_here(page.actions, self.state.live):
+                if key in action.keys:
+                    found.setdefault(action.title, []).append(page.title)
+        where = "; ".join(f"{title} ({', '.join(pages)})" for title, pages in found.items())
+        helps = next(action for action in self.everywhere if action.name == "help").keys[0]
+        return f"{key} does nothing here" + (f", elsewhere: {where}" if where else f"; {helps} lists the keys")
 
     def go(self, index: int) -> None:
         """To a screen by its place."""

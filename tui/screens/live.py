@@ -41,6 +41,7 @@ class LivePage(Page):
 
     title = "live"
     lead = "a letter changes a technique and restarts · z back · "
+    changing = "a change restarts the run"
     focus: str | Category | None = None
     """The part selected; None: none."""
     _alone: list[Category] = list(Category)  # noqa: RUF012
@@ -48,7 +49,7 @@ class LivePage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a technique and restarts; arrows select what `?` explains."""
         return (
-            *changes(offered(), _flip, "restarts at once", acts=True),
+            *changes(offered(), _flip, acts=True),
             *moves("select a part, for ? to explain", "? explains"),
         )
 

@@ -20,10 +20,10 @@ PHASE_LETTERS = {Phase.DATA: "d", Phase.ZERO_GRAD: "z", Phase.LOAD: "l"}
 
 FAR = 1_000_000_000
 CURSOR_MOVES = (
-    ("left", "left", "Cursor left", -1),
-    ("right", "right", "Cursor right", 1),
-    ("far-left", "pageup", "Cursor far left", -8),
-    ("far-right", "pagedown", "Cursor far right", 8),
+    ("left", "left", "Cursor left", -1, "move the cursor by a column"),
+    ("right", "right", "Cursor right", 1, "move the cursor by a column"),
+    ("far-left", "pageup", "Cursor far left", -8, "by eight columns"),
+    ("far-right", "pagedown", "Cursor far right", 8, "by eight columns"),
 )
 
 
@@ -44,9 +44,8 @@ class StepPage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """Cursor, zoom, other steps."""
         return (
-            *(Action(f"step.{name}", (key,), title, "move the cursor, by a column or by eight",
-                     calling("move", by), "cursor" if abs(by) == 1 else "")
-              for name, key, title, by in CURSOR_MOVES),
+            *(Action(f"step.{name}", (key,), title, text, calling("move", by), "cursor" if abs(by) == 1 else "")
+              for name, key, title, by, text in CURSOR_MOVES),
             Action("step.begin", ("home",), "Cursor to the beginning", "cursor to the beginning or end of the step",
                    lambda page: page.point(0)),
             Action("step.end", ("end",), "Cursor to the end", "cursor to the beginning or end of the step",

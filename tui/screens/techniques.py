@@ -51,6 +51,7 @@ class TechniquesPage(Page):
 
     title = "techniques"
     lead = "letters or "
+    changing = "changes are collected, enter applies"
 
     selected = 0
     top = 0
@@ -63,7 +64,7 @@ class TechniquesPage(Page):
             *moves("select a setting"),
             Action("techniques.before", ("left",), "Value before", text, lambda page: page.change(-1), "change"),
             Action("techniques.next", ("right",), "Next value", text, lambda page: page.change(1), "change"),
-            *changes(offered(), _collect, "collected, enter applies", acts=False),
+            *changes(offered(), _collect, acts=False),
             Action("techniques.details", ("tab",), "Details", "open or close the details of a technique",
                    lambda page: page.toggle(), "details"),
             Action("techniques.apply", ("enter",), "Apply the changes", "apply all changes as one restart",
