@@ -289,6 +289,11 @@ class Kind(enum.StrEnum):
     OUTPUT = "output"
     ENGINE_ENDED = "engine_ended"
 
+    @property
+    def words(self) -> str:
+        """For people; a run is held, while it is a view that is paused."""
+        return {"paused": "held", "resumed": "goes on"}.get(self, self.replace("_", " "))
+
 
 @dataclass(frozen=True, slots=True)
 class Milestone:

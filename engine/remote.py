@@ -265,7 +265,7 @@ class Remote(Published):
             how = self._launch.ending() if self._launch is not None else ""
             why = f"the engine's process {self._welcome.pid} has ended{f' ({how})' if how else ''}"
         text = f"{why}; {', '.join([*what, 'q quits'])}" if what else why
-        self._gone = True
+        self._gone, self._feed.gauge = True, None  # nobody reads it any more
         self._say(Kind.ENGINE_ENDED, text, detail)
 
     def _last_words(self) -> str:

@@ -302,7 +302,7 @@ class _Numbered:
 
 def state_of(source: Source) -> str:
     """One word for what it is doing, from its latest milestones."""
-    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "paused", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
+    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "held", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
     for milestone in reversed(source.milestones(0)):
         if milestone.kind is Kind.RUN_ENDED:
             return str(milestone.data.get("reason", "ended"))

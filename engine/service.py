@@ -167,7 +167,7 @@ class _Engine:
             if self._device_is_lost():
                 code = BROKEN_DEVICE
                 break
-            idle = self._session.wait(0) or state_of(self._session) == "paused"
+            idle = self._session.wait(0) or state_of(self._session) == "held"
             if self._linger.over(self._server.alone_since_s, idle, now_s):
                 break
         if not code:

@@ -99,7 +99,7 @@ class Session(Published):
                 self._interrupt(command)
             case Pause(paused):
                 (self._resume.clear if paused else self._resume.set)()
-                self._feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "paused" if paused else "resumed")
+                self._feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "held" if paused else "goes on")
             case Save():
                 threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
 

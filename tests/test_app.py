@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Milestone, Phase
+from gpumem_tui.engine.events import CATEGORIES, Category, Environment, Kind, Milestone, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.ledger import Ledger, numbered_layers
 from gpumem_tui.engine.recording import Replay
@@ -243,6 +244,18 @@ async def test_live_explains_the_peak() -> None:
         assert "peak step 2, optimizer" in driver.line("MiB")
 
 
+async def test_the_sentence_about_the_peak_is_whole_where_there_is_room() -> None:
+    source = FakeSource(GPU)
+    source.start(accumulation=4, checkpointing="layers")
+    for _ in range(3):
+        source.finish_step()
+    for size in ((60, 20), (80, 24)):
+        async with shown(source, size) as driver:
+            assert explain(driver.app.state.peak, driver.app.state.unit) in " ".join(driver.text.split())
+            assert "recomputed; layer" in driver.text
+            assert "acting on this" in driver.text
+
+
 @pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
 async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(name: str) -> None:
     async with shown(Replay(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
@@ -327,7 +340,17 @@ async def test_an_untraced_step_is_not_called_now() -> None:
 
     source.feed.gauge = dataclasses.replace(gauge, step=9)
     async with shown(source) as driver:
-        assert "step 2 the last one traced" in driver.line("MiB")
+        assert driver.line("MiB").split()[1:6] == ["latest", "step", "2,", "its", "end"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_an_instant_of_a_step_under_way_says_of_which_phase_it_is(size: tuple[int, int]) -> None:
+    source = trained(2, accumulation=2)
+    source.advance(9)
+    async with shown(source, size) as driver:
+        wanted = "now backward" if size[0] == 60 else "now step 3, backward 1/2"
+        assert f"{wanted}  " in driver.line("MiB") + "  "
+        assert driver.line("MiB").endswith(" ")
 
 
 # --- step, layers, events, help ---------------------------------------------------
@@ -710,7 +733,11 @@ async def test_pause_stop_restart() -> None:
     async with shown(source) as driver:
         await driver.press("h")
         assert source.commands[-1] == Pause(True)
-        assert "paused" in driver.lines[0]
+        assert "held" in driver.lines[0]
+        assert driver.lines[-2].startswith(" h goes on")
+        await driver.press("6")
+        assert any(line.split()[1:] == ["held", "held"] for line in driver.lines)
+        await driver.press("1")
         await driver.press("h")
         assert source.commands[-1] == Pause(False)
         await driver.press("x")
@@ -724,6 +751,35 @@ async def test_pause_stop_restart() -> None:
         assert source.commands[-1] == Stop()
         await driver.press("r")
         assert driver.last_start.config == source.config()
+
+
+@pytest.mark.parametrize("environment", [CPU, GPU])
+async def test_once_a_run_is_over_the_live_screen_says_what_is_allocated_now(environment: Environment) -> None:
+    source = FakeSource(environment)
+    source.start(checkpointing="layers")
+    for _ in range(2):
+        source.finish_step()
+    source.advance(9)
+    async with shown(source) as driver:
+        assert "recomputed; layer" in driver.text
+        await driver.press("l", "x")
+        assert "restarting" not in driver.text, "the message of what has been called off"
+        assert "stopping" in driver.lines[-2]
+        source.obey()
+        await driver.tick()
+        assert driver.line("MiB").split()[:3] == ["MiB", "now", "peak"]
+        assert driver.line("P parameters").split()[2] == "0.0"
+        assert driver.line("allocated").split()[1] == "0.0"
+        assert "recomputed; layer" not in driver.text
+        assert driver.lines[-2].startswith(" r starts it again")
+        gauge = source.gauge()
+        assert gauge is not None
+        source.feed.gauge = replace(gauge, allocated_bytes=64 * MIB)
+        await driver.tick()
+        assert driver.line("P parameters").split()[2] == "–", "what it is nobody says"
+        assert "64.0" in driver.text
+        await driver.press("r")
+        assert "starts it again" not in driver.text
 
 
 async def test_save_makes_a_name_of_its_own_and_says_where(tmp_path: Path) -> None:

@@ -179,17 +179,26 @@ class Board:
         if message is None:
             standing = self.control.source.standing
             commands = self.state.live and standing in (Standing.OWNER, Standing.ATTACHED)
-            shows = (self.page, commands, width, self.palette)
-            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands)])
+            resumes = self._resumes() if commands else ""
+            shows = (self.page, commands, resumes, width, self.palette)
+            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
-    def _keys(self, width: int, commands: bool) -> Row:
+    def _resumes(self) -> str:
+        """What to press where nothing goes on."""
+        keys = {action.name: action.keys[0] for action in self.everywhere}
+        if self.state.status == "held":
+            return f"{keys['hold']} goes on"
+        return f"{keys['restart']} starts it again" if self.state.over and not self.state.requested else ""
+
+    def _keys(self, width: int, commands: bool, resumes: str) -> Row:
         """What can be done on the page by whoever looks at it."""
+        row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
         keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
-        return Row().add(f" {shorten(keys, width - 2)}", self.palette.dim)
+        return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""

@@ -230,14 +230,14 @@ class Control:
             self.state.say("nothing is running; r starts the last run again")
         elif self._send(Stop()):
             self.state.stopping, self.state.requested = True, None
-            self.state.version += 1
+            self.state.dismiss()  # what has been said of a restart that is no more
 
     def toggle_pause(self) -> None:
-        """Hold the loop, or let it go on."""
+        """Hold the run, or let it go on."""
         if not self.state.run.running and self.state.live:
             self.state.say("nothing is running")
             return
-        self._send(Pause(self.state.run.status != "paused"))
+        self._send(Pause(self.state.run.status != "held"))
 
     def take_over(self) -> None:
         """Command the engine from here, whoever does now."""

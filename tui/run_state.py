@@ -58,7 +58,7 @@ class RunState:
 
     Attributes:
         number: From 1; 0 before the first.
-        status: loading, training, paused, stopped, done, failed; starting
+        status: loading, training, held, stopped, done, failed; starting
             before the first run.
         config: What it runs.
         watched: The loop is somebody's own: the configuration says what could be told of it.
@@ -124,9 +124,9 @@ class RunState:
                 self.parameters, self.trainable = data.get("parameters"), data.get("trainable_parameters")
                 self.status = "training"
             case Kind.PAUSED:
-                self.status = "paused" if self.running else self.status
+                self.status = "held" if self.running else self.status
             case Kind.RESUMED:
-                self.status = "training" if self.status == "paused" else self.status
+                self.status = "training" if self.status == "held" else self.status
             case Kind.STEP_ENDED:
                 self._fold_step(data)
             case Kind.RECOMPUTED:
@@ -145,8 +145,8 @@ class RunState:
 
     @property
     def running(self) -> bool:
-        """Whether there is something to pause or stop."""
-        return self.status in ("loading", "training", "paused")
+        """Whether there is something to hold or stop."""
+        return self.status in ("loading", "training", "held")
 
     def _fold_step(self, data: dict[str, Any]) -> None:
         self.step, self.loss = int(data["step"]), data.get("loss")

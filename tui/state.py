@@ -13,7 +13,7 @@ from enum import IntEnum
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
 from ..engine.feed import Source, peak_bytes
-from ..engine.ledger import Ledger
+from ..engine.ledger import Bytes, Ledger
 from .run_state import ConfigKey, RunState, config_key
 from .run_summary import RunSummary, of_ended, summarize
 from .units import MIB, Unit, unit_for
@@ -274,11 +274,24 @@ class ViewState:
         return self.run.status
 
     @property
+    def over(self) -> bool:
+        """Whether the run has ended here: what is allocated since then, no trace says."""
+        return self.live and self.run.number > 0 and not self.run.running
+
+    @property
     def current(self) -> bool:
         """Whether `now` is about the present, and not about a step some time ago."""
-        if self.now is None or self.gauge is None:
+        if self.now is None or self.gauge is None or self.over:
             return False
         return self.now.trace.step >= self.gauge.step or not self.run.running
+
+    @property
+    def latest(self) -> Bytes | None:
+        """What the latest trace holds at its end, by category; of a run that is over, only that it is nothing."""
+        if self.over:
+            nothing = self.gauge is not None and not self.gauge.allocated_bytes
+            return dict.fromkeys(Category, 0) if nothing else None
+        return self.now.end if self.now is not None else None
 
     @property
     def phase(self) -> Phase:

@@ -61,7 +61,7 @@ class EventsPage(Page):
             )
             return Topic("the log", text)
         kind = self.log[self._position()].kind
-        return Topic(kind.replace("_", " "), MEANINGS.get(kind, "A note of the engine."))
+        return Topic(kind.words, MEANINGS.get(kind, "A note of the engine."))
 
     def table(self) -> Table:
         """The log, as filtered."""
@@ -131,13 +131,13 @@ class EventsPage(Page):
         if milestone.data.get("detail"):
             mark = "+"
         row = Row().add(f" {clock(milestone.time_s):>7} ", palette.dim)
-        row.add(f"{milestone.kind.replace('_', ' '):<14}", palette.cursor if selected else kind_style(milestone, self))
+        row.add(f"{milestone.kind.words:<14}", palette.cursor if selected else kind_style(milestone, self))
         return row.add(f"{mark} {shorten(milestone.text, width - row.width - 3)}", style)
 
     def _details(self, milestone: Milestone, width: int, height: int) -> list[Row]:
         """The whole text, a traceback line by line, and the plain values."""
         palette = self.palette
-        rows = [Row().add(f" {milestone.kind.replace('_', ' ')}", kind_style(milestone, self))]
+        rows = [Row().add(f" {milestone.kind.words}", kind_style(milestone, self))]
         rows[0].add(f"  {clock(milestone.time_s)}  run {milestone.run}  no. {milestone.index}", palette.dim)
         rows += [Row().add(f" {line}") for line in wrap(milestone.text, width - 2)]
         for name, value in milestone.data.items():

@@ -57,6 +57,6 @@ def status_style(state: ViewState, palette: Palette) -> tuple[str, Style]:
         return ("!" if palette.ascii else "✗"), palette.bad
     if status in ("stopped", "recording"):
         return ("-" if palette.ascii else "■"), palette.dim
-    if status == "paused":
+    if status == "held":
         return ("=" if palette.ascii else "‖"), palette.busy
     return ("~" if palette.ascii else "◌"), palette.busy
