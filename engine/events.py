@@ -330,7 +330,7 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.SAVED: "path",
     Kind.NOTE: "",
     Kind.OUTPUT: "",
-    Kind.ENGINE_ENDED: "detail: the last of its log",
+    Kind.ENGINE_ENDED: "by: who ended it; where nobody did, detail: the last of its log",
 }
 
 

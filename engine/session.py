@@ -120,9 +120,9 @@ class Session(Published):
         self._interrupt(None)
         self._thread.join(timeout_s)
 
-    def tell(self, kind: Kind, text: str) -> None:
+    def tell(self, kind: Kind, text: str, **data: Any) -> None:
         """Add a milestone from outside of the engine's thread."""
-        self._feed.milestone(kind, text)
+        self._feed.milestone(kind, text, **data)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until there is nothing left to run; False if that took too long."""

@@ -96,6 +96,43 @@ async def test_one_who_may_only_look_sees_so_and_can_take_over() -> None:
         assert "nobody else commands" in shown(app)
 
 
+async def test_one_who_loses_the_command_is_told() -> None:
+    engine = source(Standing.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        engine.standing = Standing.READ_ONLY
+        app.tick()
+        assert "another viewer commands this engine now, this one looks on; ! takes over" in shown(app)
+        await app.run_action("press('escape')")
+        app.tick()
+        assert "another viewer commands" not in shown(app), "it is said once"
+
+
+async def test_an_engine_that_was_ended_has_not_failed() -> None:
+    engine = source(Standing.READ_ONLY)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        app.tick()
+        engine.standing = Standing.GONE
+        engine.end("stopped")
+        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine was ended by somebody; q quits", by="somebody")
+        app.tick()
+        assert shown(app).startswith(" ■ ended")
+        assert "the engine was ended by somebody; q quits" in shown(app)
+        assert app.state.message is not None and not app.state.message.problem
+
+
+async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
+    engine = source(Standing.WATCHING)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        engine.standing = Standing.GONE
+        engine.end("done")
+        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine's process 7 has ended; q quits", detail="x")
+        app.tick()
+        assert app.state.status == "done"
+
+
 async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> None:
     engine = source(Standing.ATTACHED)
     app = GpumemApp(engine, refresh_hz=0)

@@ -58,7 +58,7 @@ class RunState:
 
     Attributes:
         number: From 1; 0 before the first.
-        status: loading, training, held, stopped, done, failed; starting
+        status: loading, training, held, stopped, done, failed, ended; starting
             before the first run.
         config: What it runs.
         watched: The loop is somebody's own: the configuration says what could be told of it.
@@ -131,7 +131,11 @@ class RunState:
                 self._fold_step(data)
             case Kind.RECOMPUTED:
                 self._fold_recompute(data)
-            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.ENGINE_ENDED:
+            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED:
+                self.status = "failed"
+            case Kind.ENGINE_ENDED if milestone.data.get("by"):
+                self.status = "ended"
+            case Kind.ENGINE_ENDED if self.running or self.status == "starting":
                 self.status = "failed"
             case Kind.RUN_ENDED:
                 self.status, self.memory = str(data.get("reason", "stopped")), data.get("memory")

@@ -11,7 +11,7 @@ from ...engine.config import show
 from ...engine.events import Kind, Milestone
 from ..actions import Action, moves
 from ..draw import Row, wrap
-from ..state import Filter
+from ..state import Filter, is_problem
 from ..units import clock, count, shorten
 from .page import Page, Table, Topic
 
@@ -153,11 +153,9 @@ class EventsPage(Page):
 def kind_style(milestone: Milestone, page: Page) -> Style:
     """Problems stand out, routine recedes."""
     palette = page.palette
+    if is_problem(milestone):
+        return palette.bad
     match milestone.kind:
-        case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.REFUSED | Kind.ENGINE_ENDED:
-            return palette.bad
-        case Kind.RUN_ENDED if milestone.data.get("leaked_bytes"):
-            return palette.bad
         case Kind.RUN_STARTED | Kind.LOADED | Kind.SAVED:
             return palette.good
         case Kind.STEP_ENDED | Kind.RECOMPUTED | Kind.OUTPUT:

@@ -8,14 +8,14 @@ from functools import partial
 
 from ...engine import techniques
 from ...engine.config import Option, show
-from ...engine.events import Category, Kind, Milestone, Phase, StepTrace
+from ...engine.events import Category, Milestone, Phase, StepTrace
 from ...engine.ledger import Bytes, numbered_layers
 from ...engine.technique import Technique
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain, levers
-from ..state import Filter
+from ..state import Filter, is_problem
 from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
@@ -331,7 +331,7 @@ class LivePage(Page):
         recent = [log[i] for i in range(max(0, len(log) - room), len(log))]
         rows = []
         for milestone in recent:
-            bad = milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED, Kind.ENGINE_ENDED)
+            bad = is_problem(milestone)
             row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
             rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows
