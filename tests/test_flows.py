@@ -315,6 +315,23 @@ async def test_layers_are_found_by_name() -> None:
         assert "embed_in" in driver.text
 
 
+async def test_modules_within_layers_are_found_too() -> None:
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+        await driver.press("3", "/", *"attention.d", "enter")
+        names = [line[1:].split()[0] for line in driver.lines[4:-3] if line.strip()]
+        wanted = (f"layers.{i}{name}" for i in range(6) for name in ("", ".attention", ".attention.dense"))
+        assert names == list(wanted)
+        assert [line[0] for line in driver.lines[4:7]] == ["-", "-", " "]
+
+
+async def test_what_nothing_is_called_is_said() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("3", "/", *"xyz")
+        assert "nothing is called xyz" in driver.text
+        await driver.press("enter", "down", "tab", "enter", "escape", "escape")
+        assert "embed_in" in driver.text
+
+
 # --- techniques ---------------------------------------------------------------------------------
 
 
