@@ -365,7 +365,7 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
     async with shown(source, predictions=oracle) as driver:
         await driver.press("4")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "–", "–", "–", "–"]
-        assert "~ predicted for H100 80GB" in driver.text
+        assert "~ is predicted for H100 80GB" in driver.text
         oracle.ready = True
         await driver.press("1")
         assert "saves most: l LoRA on, ~-50.0 MiB" in driver.text

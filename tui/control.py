@@ -163,6 +163,16 @@ class Control:
             self.pending[option.name] = value
         self.state.version += 1
 
+    @property
+    def collected(self) -> bool:
+        """Whether there is a change to take back before it was applied."""
+        return bool(self._undo)
+
+    @property
+    def before(self) -> RunConfig | None:
+        """The configuration before the last change applied."""
+        return self._before[-1] if self._before else None
+
     def undo(self) -> None:
         """Take back the last change collected."""
         if self._undo:
