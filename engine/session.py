@@ -349,10 +349,10 @@ class Session(Published):
     def _loaded(self, workload: Workload, tracer: Tracer, seconds: float) -> None:
         parameters, trainable = workload.parameters, workload.trainable_parameters
         allocated = tracer.recorder.allocated_bytes()
+        size = f"{allocated / 2**30:.3f} GiB" if allocated >= 2**30 else f"{allocated / 2**20:.1f} MiB"
         self._feed.milestone(
             Kind.LOADED,
-            f"{parameters:,} parameters, {trainable:,} trainable ({100 * trainable / parameters:.4f} %), "
-            f"{allocated / 2**30:.3f} GiB, {seconds:.1f} s",
+            f"{parameters:,} parameters, {trained(parameters, trainable)}, {size}, {seconds:.1f} s",
             parameters=parameters, trainable_parameters=trainable, allocated_bytes=allocated, seconds=seconds,
         )  # fmt: skip
 
@@ -409,6 +409,13 @@ class Session(Published):
             self._feed.milestone(Kind.REFUSED, f"{command.path}: not saved: {_one_line(error)}", command="save")
         else:
             self._feed.milestone(Kind.SAVED, f"saved {command.path}", path=str(command.path))
+
+
+def trained(parameters: int, trainable: int) -> str:
+    """How many of the parameters are trained."""
+    if trainable == parameters:
+        return "all trained"
+    return f"{trainable:,} trained ({100 * trainable / parameters:.4f} %)"
 
 
 def describe(config: RunConfig) -> str:

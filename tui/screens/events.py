@@ -28,6 +28,10 @@ MEANINGS = {
 }
 
 
+NAME_WIDTH = 20
+"""Cells of a value's name in the details."""
+
+
 class EventsPage(Page):
     """The sixth screen."""
 
@@ -144,10 +148,19 @@ class EventsPage(Page):
             if name == "detail":
                 rows += [Row().add(f" {line}", palette.dim) for line in str(value).splitlines()]
             else:
-                for i, line in enumerate(wrap(_value(value), width - 24) or [""]):
-                    rows.append(Row().add(f" {name if not i else '':<20} ", palette.dim).add(line))
+                rows += self._value(name, value, width, 0)
         self.detail_top = max(0, min(self.detail_top, len(rows) - height))
         return rows[self.detail_top : self.detail_top + height]
+
+    def _value(self, name: str, value: object, width: int, depth: int) -> list[Row]:
+        """A value and its name, wrapped; what is made of parts has a row for each, set in."""
+        dim, name = self.palette.dim, "  " * depth + name
+        if isinstance(value, dict) and value:
+            parts = [self._value(str(key), part, width, depth + 1) for key, part in value.items()]
+            return [Row().add(f" {name}", dim), *(row for rows in parts for row in rows)]
+        edge = 2 + max(len(name), NAME_WIDTH)
+        lines = wrap(_shown(value), width - edge - 1) or [""]
+        return [Row().add(f" {name}" if not i else "", dim).to(edge).add(line) for i, line in enumerate(lines)]
 
 
 def kind_style(milestone: Milestone, page: Page) -> Style:
@@ -163,12 +176,10 @@ def kind_style(milestone: Milestone, page: Page) -> Style:
     return palette.busy
 
 
-def _value(value: object) -> str:
+def _shown(value: object) -> str:
     """A milestone's value for reading."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_value(part)}" for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value)) or "none"
+    if isinstance(value, dict | list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return show(value) if isinstance(value, bool | float | str) else "–" if value is None else str(value)

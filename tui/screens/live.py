@@ -33,6 +33,9 @@ ROOMY = 26
 
 WIDE = 130
 
+TRACING_WIDTH = 76
+"""Columns from which the share of tracing has room."""
+
 CRAMPED = 20
 """Rows up to which a category that has held nothing has no row."""
 
@@ -145,7 +148,8 @@ class LivePage(Page):
         row.add(f"{rate(run.tokens_per_s):>6}").add(" tok/s", palette.dim).to(40)
         row.add("loss ", palette.dim).add(f"{UNKNOWN if run.loss is None else format(run.loss, '.4f')}").to(54)
         share = run.trace_share
-        row.add("tracing ", palette.dim).add(UNKNOWN if share is None else f"{100 * share:.1f} % of time")
+        if width >= TRACING_WIDTH:
+            row.add("tracing ", palette.dim).add(UNKNOWN if share is None else f"{100 * share:.1f} % of time")
         if run.parameters is not None and width >= WIDE:
             row.to(80).add(count(run.parameters)).add(" parameters", palette.dim)
             if run.trainable is not None and run.trainable != run.parameters:
@@ -208,7 +212,8 @@ class LivePage(Page):
         for start, size in zip((NAME_WIDTH, self._second_column(width)), sizes, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style).add(" ")
-            row.extend(bar(size or 0, scale, self._bar_width(width), palette.ink[category], palette))
+            shown = size if size and float(self.state.unit.show(size)) else 0  # no bar for what reads 0.0
+            row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
@@ -316,7 +321,7 @@ class LivePage(Page):
         if len(event.layers) > 1:
             name += "–" + event.layers[-1].rsplit(".", 1)[-1]
         row.add(f" {len(set(state.run.lit)):>2}/{len(layers)} recomputed; layer {name:<3}", palette.dim)
-        row.add(f" {state.unit.full(event.bytes)}, {duration(event.ms / 1e3)}", palette.dim)
+        row.add(f" made {state.unit.full(event.bytes)} in {duration(event.ms / 1e3)}", palette.dim)
         if row.width + len(keys) + 3 < width:
             return [row.right(keys, width - 1, palette.accent)]
         return [row, *([Row().add(f" {shorten(keys, width - 2)}", palette.accent)] if keys else [])]
