@@ -289,6 +289,11 @@ class Kind(enum.StrEnum):
     OUTPUT = "output"
     ENGINE_ENDED = "engine_ended"
 
+    @property
+    def words(self) -> str:
+        """For people; a run is held, while it is a view that is paused."""
+        return {"paused": "held", "resumed": "goes on"}.get(self, self.replace("_", " "))
+
 
 @dataclass(frozen=True, slots=True)
 class Milestone:
@@ -325,7 +330,7 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.SAVED: "path",
     Kind.NOTE: "",
     Kind.OUTPUT: "",
-    Kind.ENGINE_ENDED: "detail: the last of its log",
+    Kind.ENGINE_ENDED: "by: who ended it; where nobody did, detail: the last of its log",
 }
 
 

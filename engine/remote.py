@@ -15,6 +15,7 @@ import threading
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from . import techniques, wire
 from .advice import advice
@@ -63,6 +64,7 @@ class Remote(Published):
         self._commanding: bool | None = None  # not told yet
         self._taking = False
         self._gone = self._closing = False
+        self._goodbye: Milestone | None = None
         self._since = self._last_trace = self._config_number = 0
         self._run_offset, self._clock_offset_s = 0, 0.0
         self._wake_read, self._wake_write = socket.socketpair()
@@ -163,7 +165,7 @@ class Remote(Published):
             self._wake_write.send(b"!")
 
     def _start(self, config: RunConfig) -> None:
-        self._gone, self._commanding, self._welcome = False, None, None
+        self._gone, self._commanding, self._welcome, self._goodbye = False, None, None, None
         self._since = self._last_trace = self._config_number = 0
         self._run_offset, self._clock_offset_s = self._feed.run, self._latest_s()
         self._commands.clear()
@@ -242,6 +244,9 @@ class Remote(Published):
         self._commanding = news.commands
         for milestone in news.milestones:
             self._since = milestone.index + 1
+            if milestone.kind is Kind.ENGINE_ENDED:  # said here, as every other end is, when it has
+                self._goodbye = milestone
+                continue
             feed.run = milestone.run + self._run_offset
             feed.relay(replace(milestone, run=feed.run, time_s=milestone.time_s + self._clock_offset_s))
         if news.gauge is not None:
@@ -258,15 +263,17 @@ class Remote(Published):
         """The engine has gone: say so once, with the last that its log says."""
         if self._closing:
             return
-        detail = self._last_words()
+        data = self._goodbye.data if self._goodbye is not None else {"detail": self._last_words()}
         what = ["s saves what was seen"] if self._feed.config is not None else []
         what += ["r starts the run again"] if self._launch is not None else []
-        if self._welcome is not None:
+        if self._goodbye is not None:
+            why = self._goodbye.text
+        elif self._welcome is not None:
             how = self._launch.ending() if self._launch is not None else ""
             why = f"the engine's process {self._welcome.pid} has ended{f' ({how})' if how else ''}"
         text = f"{why}; {', '.join([*what, 'q quits'])}" if what else why
-        self._gone = True
-        self._say(Kind.ENGINE_ENDED, text, detail)
+        self._gone, self._feed.gauge = True, None  # nobody reads it any more
+        self._say(Kind.ENGINE_ENDED, text, **data)
 
     def _last_words(self) -> str:
         if self._welcome is None:
@@ -278,8 +285,7 @@ class Remote(Published):
         except OSError:
             return ""
 
-    def _say(self, kind: Kind, text: str, detail: str = "") -> None:
-        data = {"detail": detail} if detail else {}
+    def _say(self, kind: Kind, text: str, **data: Any) -> None:
         self._feed.relay(Milestone(0, self._latest_s(), kind, self._feed.run, text, data))
 
     def _latest_s(self) -> float:

@@ -73,6 +73,7 @@ class Server:
         self._selector = selectors.DefaultSelector()
         self._viewers: list[_Viewer] = []
         self._commander: _Viewer | None = None
+        self._parting = False
         self._traces = _Numbered()
         self._config: tuple[int, RunConfig | None] = (0, None)
         self._wake_read, self._wake_write = socket.socketpair()
@@ -114,6 +115,12 @@ class Server:
             else:
                 self._attend(key.data, events)
         self._drop_silent()
+
+    def part(self, within_s: float) -> None:
+        """Tell every viewer what it has not heard yet, and end its connection with that."""
+        self._parting, until_s = True, time.monotonic() + within_s
+        while self.viewers and (left_s := until_s - time.monotonic()) > 0:
+            self.serve(left_s)
 
     def close(self) -> None:
         """End all connections."""
@@ -247,6 +254,8 @@ class Server:
         again = source.config() is not config  # a run began meanwhile, and the traces may be its
         numbered = [] if again else numbered
         refused, viewer.refused = viewer.refused, ""
+        more = not whole or again or len(numbered) > 1
+        viewer.closing = self._parting and not more
         return wire.News(
             config_number=self._config[0],
             config=config.as_dict() if config is not None and ask.config != self._config[0] else None,
@@ -254,7 +263,7 @@ class Server:
             gauge=gauge,
             milestones=list(milestones[:MILESTONES_A_TIME]),
             trace=wire.pack_trace(*numbered[0]) if numbered else None,
-            more=not whole or again or len(numbered) > 1,
+            more=more,
             commands=viewer is self._commander,
             viewers=self.viewers,
             refused=refused,
@@ -302,7 +311,7 @@ class _Numbered:
 
 def state_of(source: Source) -> str:
     """One word for what it is doing, from its latest milestones."""
-    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "paused", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
+    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "held", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
     for milestone in reversed(source.milestones(0)):
         if milestone.kind is Kind.RUN_ENDED:
             return str(milestone.data.get("reason", "ended"))

@@ -15,6 +15,7 @@ import os
 import signal
 import sys
 import time
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 
@@ -30,6 +31,8 @@ from .whereabouts import Card, Claim
 LOOK_EVERY_S = 0.25
 LINGER_S = 600.0
 END_WITHIN_S = 10.0
+PART_WITHIN_S = 1.0
+"""Viewers ask ten times a second."""
 LOG_MAX_BYTES = 16 << 20
 LINES_A_TIME = 50
 BROKEN_DEVICE = 70
@@ -129,7 +132,7 @@ def main() -> int:
         assert isinstance(card, Card)
         session = Session(config.device)
         engine = _Engine(session, card, claim, log, Linger(order["linger_s"]))
-        signal.signal(signal.SIGTERM, lambda *_: engine.end())
+        signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
         sys.stdout.write(f"{READY}{place.name}\n")
         log.take_output()
         _try_start(session, config)
@@ -143,20 +146,25 @@ class _Engine:
 
     def __init__(self, session: Session, card: Card, claim: Claim, log: Log, linger: Linger) -> None:
         self._session, self._log, self._linger, self._claim = session, log, linger, claim
-        self._ending = False
+        self._ended_by = ""
         self._told = 0
-        self._server = Server(session, card, claim.place.socket, claim.place.log, self.end)
+        ended = partial(self.end, "the viewer that commanded it")
+        self._server = Server(session, card, claim.place.socket, claim.place.log, ended)
 
-    def end(self) -> None:
-        """Have `serve` return."""
-        self._ending = True
+    def end(self, by: str) -> None:
+        """Have `serve` return.
+
+        Args:
+            by: Whoever wants it, for the viewers that are left.
+        """
+        self._ended_by = by
         self._server.wake()
 
     def serve(self) -> int:
         """Until the end; returns the exit code."""
         code = 0
         look_at_s = 0.0
-        while not self._ending:
+        while not self._ended_by:
             self._server.serve(LOOK_EVERY_S)
             now_s = time.monotonic()
             if now_s < look_at_s:
@@ -167,13 +175,16 @@ class _Engine:
             if self._device_is_lost():
                 code = BROKEN_DEVICE
                 break
-            idle = self._session.wait(0) or state_of(self._session) == "paused"
+            idle = self._session.wait(0) or state_of(self._session) == "held"
             if self._linger.over(self._server.alone_since_s, idle, now_s):
                 break
         if not code:
             self._session.close(END_WITHIN_S)
         # The folder first: who waits for the connection to end finds nothing left.
         self._claim.release()
+        if self._ended_by:
+            self._session.tell(Kind.ENGINE_ENDED, f"the engine was ended by {self._ended_by}", by=self._ended_by)
+            self._server.part(PART_WITHIN_S)
         self._server.close()
         return code
 

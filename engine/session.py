@@ -99,7 +99,7 @@ class Session(Published):
                 self._interrupt(command)
             case Pause(paused):
                 (self._resume.clear if paused else self._resume.set)()
-                self._feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "paused" if paused else "resumed")
+                self._feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "held" if paused else "goes on")
             case Save():
                 threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
 
@@ -120,9 +120,9 @@ class Session(Published):
         self._interrupt(None)
         self._thread.join(timeout_s)
 
-    def tell(self, kind: Kind, text: str) -> None:
+    def tell(self, kind: Kind, text: str, **data: Any) -> None:
         """Add a milestone from outside of the engine's thread."""
-        self._feed.milestone(kind, text)
+        self._feed.milestone(kind, text, **data)
 
     def wait(self, timeout_s: float | None = None) -> bool:
         """Wait until there is nothing left to run; False if that took too long."""
@@ -349,10 +349,10 @@ class Session(Published):
     def _loaded(self, workload: Workload, tracer: Tracer, seconds: float) -> None:
         parameters, trainable = workload.parameters, workload.trainable_parameters
         allocated = tracer.recorder.allocated_bytes()
+        size = f"{allocated / 2**30:.3f} GiB" if allocated >= 2**30 else f"{allocated / 2**20:.1f} MiB"
         self._feed.milestone(
             Kind.LOADED,
-            f"{parameters:,} parameters, {trainable:,} trainable ({100 * trainable / parameters:.4f} %), "
-            f"{allocated / 2**30:.3f} GiB, {seconds:.1f} s",
+            f"{parameters:,} parameters, {trained(parameters, trainable)}, {size}, {seconds:.1f} s",
             parameters=parameters, trainable_parameters=trainable, allocated_bytes=allocated, seconds=seconds,
         )  # fmt: skip
 
@@ -409,6 +409,13 @@ class Session(Published):
             self._feed.milestone(Kind.REFUSED, f"{command.path}: not saved: {_one_line(error)}", command="save")
         else:
             self._feed.milestone(Kind.SAVED, f"saved {command.path}", path=str(command.path))
+
+
+def trained(parameters: int, trainable: int) -> str:
+    """How many of the parameters are trained."""
+    if trainable == parameters:
+        return "all trained"
+    return f"{trainable:,} trained ({100 * trainable / parameters:.4f} %)"
 
 
 def describe(config: RunConfig) -> str:

@@ -286,7 +286,7 @@ class FakeSource:
         match command:
             case Pause(paused):
                 self.paused = paused
-                self.feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "paused" if paused else "resumed")
+                self.feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "held" if paused else "goes on")
             case Save(path):
                 self.feed.milestone(Kind.SAVED, f"saved {path}", path=str(path))
 
@@ -388,6 +388,9 @@ class FakeSource:
             Kind.RUN_ENDED, f"run {reason} after {self._step} steps, {leaked} bytes leaked", reason=reason,
             leaked_bytes=leaked, workspace_bytes=0, managed_bytes=0, steps=self._step,
         )  # fmt: skip
+        if self.model is not None:
+            self.model.sim.live.clear()
+            self._read_gauge(Phase.IDLE)
         self.model = None
 
     def _read_gauge(self, phase: Phase) -> None:

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.tui.actions import RESERVED, Action, shown_keys
+from gpumem_tui.tui.actions import RESERVED, Action, help_lines, shown_keys
 from gpumem_tui.tui.board import KINDS, Board, check
 from gpumem_tui.tui.draw import wrap
 from gpumem_tui.tui.palette import Palette
@@ -146,3 +146,40 @@ async def test_what_is_selected_is_explained_in_sixty_words(screen: str) -> None
         await driver.press("?")
         assert before.title in driver.lines[1]
         assert before.text.split(". ")[0][:50] in driver.text
+
+
+async def test_a_key_that_the_help_lists_closes_it_and_acts() -> None:
+    source = trained()
+    async with shown(source) as driver:
+        await driver.press("?", "k")
+        assert driver.app.board.page.title == "live"
+        assert driver.last_start.config["checkpointing"] == "layers"
+        await driver.press("4", "l", "?", "z")
+        assert driver.app.control.pending == {}, "undo is the screen's that the help is called from"
+        await driver.press("down")
+        assert driver.app.board.page.title == "help", "arrows scroll"
+
+
+async def test_a_letter_of_other_screens_says_where_it_has_a_meaning() -> None:
+    source = trained()
+    async with shown(source, (120, 40)) as driver:
+        await driver.press("2", "k")
+        assert "k does nothing here, elsewhere: checkpointing: next value (live, techniques)" in driver.text
+        await driver.press("?", "D")
+        assert "D does nothing here, elsewhere: data type: value before (live, techniques)" in driver.text
+        await driver.press("j")
+        assert "j does nothing here; ? lists the keys" in driver.text
+        assert source.commands == []
+
+
+@pytest.mark.parametrize("screen", ["live", "techniques"])
+async def test_a_stranger_finds_the_way_around_on_the_first_page_of_the_help(screen: str) -> None:
+    async with shown(trained()) as driver:
+        await driver.press(str(SCREENS.index(screen) + 1), "?")
+        for key in ("1 2 3 4 5 6", "?", "q", "esc", "space", ": ctrl+p"):
+            assert driver.line(f"{key}  "), key
+
+
+@pytest.mark.parametrize("screen", SCREENS)
+def test_the_keys_of_a_line_of_the_help_are_not_wrapped(screen: str) -> None:
+    assert all(text for _, text in help_lines(actions_of(screen)))

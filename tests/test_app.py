@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, Category, Kind, Milestone, Phase
+from gpumem_tui.engine.events import CATEGORIES, Category, Environment, Kind, Milestone, Phase
 from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.ledger import Ledger, numbered_layers
 from gpumem_tui.engine.recording import Replay
@@ -234,6 +235,25 @@ async def test_live_shows_the_step_and_the_state() -> None:
         assert "B8×S256" in driver.lines[0]
 
 
+async def test_live_has_no_bar_for_what_reads_nought() -> None:
+    """5 MiB of logits are 0.00 of a screen that counts in GiB, and a bar would belie that."""
+    async with shown(trained(2), (120, 40)) as driver:
+        assert "█" in driver.line("T temporaries")
+        driver.app.state.run.peak_bytes = 1 << 60
+        await driver.press("g", "g")
+        assert driver.app.state.unit is IN_GIB
+        for line in driver.lines:
+            if re.match(r" [A-Z] [a-z]", line):
+                assert ("█" in line or "▏" in line) == bool(set(re.findall(r"\d+\.\d+", line)) - {"0.00"}), line
+
+
+@pytest.mark.parametrize(("width", "whole"), [(60, False), (76, True), (80, True)])
+async def test_the_share_of_tracing_is_there_whole_or_not(width: int, whole: bool) -> None:
+    async with shown(trained(2), (width, 24)) as driver:
+        assert ("tracing 1.1 % of time" in driver.text) == whole
+        assert whole or "trac" not in driver.line("step")
+
+
 async def test_live_explains_the_peak() -> None:
     source = trained(3)
     async with shown(source) as driver:
@@ -241,6 +261,17 @@ async def test_live_explains_the_peak() -> None:
         assert "The peak is inside AdamW.step(): " in text
         assert "+ temporaries 52.0 (1.0 x the gradients)" in text
         assert "peak step 2, optimizer" in driver.line("MiB")
+
+
+async def test_the_sentence_about_the_peak_is_whole_where_there_is_room() -> None:
+    source = FakeSource(GPU)
+    source.start(accumulation=4, checkpointing="layers")
+    for _ in range(3):
+        source.finish_step()
+    for size in ((60, 20), (80, 24)):
+        async with shown(source, size) as driver:
+            assert explain(driver.app.state.peak, driver.app.state.unit) in " ".join(driver.text.split())
+            assert "recomputed; layer" in driver.text
 
 
 @pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
@@ -316,7 +347,16 @@ async def test_recomputes_light_up_as_they_happen() -> None:
         counts = [line.split("/6")[0].split()[-1] for line in seen if line]
         changes = [new for old, new in pairwise(counts) if new != old]
         assert changes[:6] == ["1", "2", "3", "4", "5", "6"]
-        assert "8.0 MiB, 1.2 ms" in seen[-1] or "8.0 MiB, 1.3 ms" in seen[-1]
+        assert re.search(r"made 8.0 MiB in 1.[23] ms", seen[-1])
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_a_recompute_made_is_whole(size: tuple[int, int]) -> None:
+    source = FakeSource(layers=24)
+    source.start(checkpointing="layers")
+    source.finish_step()
+    async with shown(source, size) as driver:
+        assert re.search(r"24/24 recomputed; layer 0 .* 8.0 MiB in 1.[23] ms", driver.text)
 
 
 async def test_an_untraced_step_is_not_called_now() -> None:
@@ -327,7 +367,17 @@ async def test_an_untraced_step_is_not_called_now() -> None:
 
     source.feed.gauge = dataclasses.replace(gauge, step=9)
     async with shown(source) as driver:
-        assert "step 2 the last one traced" in driver.line("MiB")
+        assert driver.line("MiB").split()[1:6] == ["latest", "step", "2,", "its", "end"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_an_instant_of_a_step_under_way_says_of_which_phase_it_is(size: tuple[int, int]) -> None:
+    source = trained(2, accumulation=2)
+    source.advance(9)
+    async with shown(source, size) as driver:
+        wanted = "now backward" if size[0] == 60 else "now step 3, backward 1/2"
+        assert f"{wanted}  " in driver.line("MiB") + "  "
+        assert driver.line("MiB").endswith(" ")
 
 
 # --- step, layers, events, help ---------------------------------------------------
@@ -529,6 +579,23 @@ async def test_events_scroll_and_filter() -> None:
         assert "recomputed" in "".join(driver.lines[2:-2])
 
 
+async def test_details_of_an_event_have_a_row_for_every_figure() -> None:
+    source = trained(1)
+    by_category = {"parameters": 2_663_620_608, "buffers": 256}
+    source.feed.milestone(
+        Kind.NOTE, "a note", memory={"loaded": {"allocated_bytes": 2_663_620_864, "by_category": by_category}},
+        layers=["a", "b"], notes=[], other={},
+    )  # fmt: skip
+    async with shown(source, (60, 20)) as driver:
+        await driver.press("6", "enter")
+        rows = [line.rstrip() for line in driver.lines[4:12]]
+        assert [row.split() for row in rows] == [
+            ["memory"], ["loaded"], ["allocated_bytes", "2,663,620,864"], ["by_category"],
+            ["parameters", "2,663,620,608"], ["buffers", "256"], ["layers", "a,", "b"], ["notes", "none"],
+        ]  # fmt: skip
+        assert [len(row) - len(row.lstrip()) for row in rows] == [1, 3, 5, 5, 7, 7, 1, 1]
+
+
 async def test_help_defines_every_category() -> None:
     async with shown(trained(), (120, 60)) as driver:
         await driver.press("?")
@@ -636,6 +703,67 @@ async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tup
             assert ("GPU" in driver.line("now")) == (environment is CPU)
 
 
+async def test_undo_says_before_it_restarts_when_nothing_is_collected_any_more() -> None:
+    source = trained(1)
+    before = source.config()
+    async with shown(source) as driver:
+        await driver.press("k")
+        source.obey()
+        source.finish_step()
+        await driver.press("4", "l", "b", "z", "z")
+        assert driver.app.control.pending == {}
+        started = len(source.commands)
+        await driver.press("z")
+        assert "once more restarts with the configuration before: B8×S256" in driver.text
+        await driver.press("escape", "z")
+        assert len(source.commands) == started, "what is not to be seen any more is said again"
+        await driver.press("z")
+        assert driver.last_start.config == before
+        source.obey()
+        await driver.press("z")
+        assert "nothing to go back to" in driver.text
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_why_a_setting_cannot_be_had_is_said_in_full(size: tuple[int, int]) -> None:
+    source = trained(1)
+    source.feed.environment = GPU
+    async with shown(source, size) as driver:
+        await driver.press("4")
+        names = [line.option.name for line in driver.app.page.lines()]
+        for keys in ((), ("b",)):
+            await driver.press(*keys, "home", *["down"] * names.index("quantization"))
+            reason = driver.app.control.problem(driver.app.control.wanted().with_({"quantization": "nf4"}))
+            assert f"nf4: {reason}" in " ".join(driver.text.split())
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_where_there_is_no_gpu_it_says_of_which_one_is_predicted_and_how_to_have_another(
+    size: tuple[int, int],
+) -> None:
+    class Oracle:
+        gpu_name = "H100 80GB"
+        waiting = staticmethod(lambda: 2)
+        answers = staticmethod(lambda: 0)
+        of = staticmethod(lambda config, hurry=True: None)
+        of_run = staticmethod(lambda config: "")
+
+    async with shown(trained(1), size, predictions=Oracle()) as driver:
+        await driver.press("4")
+        text = " ".join(driver.text.split())
+        assert "~ is predicted for H100 80GB, 2 being worked out; this run is on a CPU" in text
+        assert "another GPU: gpumem-tui config set gpu=NAME" in text
+
+
+@pytest.mark.parametrize("width", [60, 75, 76, 77, 78, 79, 80, 81, 100])
+async def test_the_columns_of_all_rows_end_at_one_edge(width: int) -> None:
+    """Also where another setting decides, and the words for that take up two columns."""
+    async with shown(trained(1, checkpointing="layers"), (width, 24)) as driver:
+        await driver.press("4")
+        table = driver.lines[1 : driver.lines.index(next(line for line in driver.lines if "───" in line))]
+        assert {len(line.rstrip()) for line in table if line.strip()} == {width - 1}
+
+
 async def test_details_open_and_change() -> None:
     source = trained(1)
     async with shown(source) as driver:
@@ -693,7 +821,7 @@ async def test_what_was_measured_is_remembered_and_nothing_else() -> None:
     peak = Ledger(source.traces()[-1]).peak.bytes
     async with shown(source) as driver:
         await driver.press("4", "l")
-        assert "measured last time: –" in driver.text
+        assert "measured last time" not in driver.text
         await driver.press("enter")
         source.obey()
         source.finish_step()
@@ -710,7 +838,11 @@ async def test_pause_stop_restart() -> None:
     async with shown(source) as driver:
         await driver.press("h")
         assert source.commands[-1] == Pause(True)
-        assert "paused" in driver.lines[0]
+        assert "held" in driver.lines[0]
+        assert driver.lines[-2].startswith(" h goes on")
+        await driver.press("6")
+        assert any(line.split()[1:] == ["held", "held"] for line in driver.lines)
+        await driver.press("1")
         await driver.press("h")
         assert source.commands[-1] == Pause(False)
         await driver.press("x")
@@ -724,6 +856,35 @@ async def test_pause_stop_restart() -> None:
         assert source.commands[-1] == Stop()
         await driver.press("r")
         assert driver.last_start.config == source.config()
+
+
+@pytest.mark.parametrize("environment", [CPU, GPU])
+async def test_once_a_run_is_over_the_live_screen_says_what_is_allocated_now(environment: Environment) -> None:
+    source = FakeSource(environment)
+    source.start(checkpointing="layers")
+    for _ in range(2):
+        source.finish_step()
+    source.advance(9)
+    async with shown(source) as driver:
+        assert "recomputed; layer" in driver.text
+        await driver.press("l", "x")
+        assert "restarting" not in driver.text, "the message of what has been called off"
+        assert "stopping" in driver.lines[-2]
+        source.obey()
+        await driver.tick()
+        assert driver.line("MiB").split()[:3] == ["MiB", "now", "peak"]
+        assert driver.line("P parameters").split()[2] == "0.0"
+        assert driver.line("allocated").split()[1] == "0.0"
+        assert "recomputed; layer" not in driver.text
+        assert driver.lines[-2].startswith(" r starts it again")
+        gauge = source.gauge()
+        assert gauge is not None
+        source.feed.gauge = replace(gauge, allocated_bytes=64 * MIB)
+        await driver.tick()
+        assert driver.line("P parameters").split()[2] == "–", "what it is nobody says"
+        assert "64.0" in driver.text
+        await driver.press("r")
+        assert "starts it again" not in driver.text
 
 
 async def test_save_makes_a_name_of_its_own_and_says_where(tmp_path: Path) -> None:

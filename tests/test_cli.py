@@ -14,10 +14,20 @@ import pytest
 
 from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.commands.app import goes_on
 
 from .conftest import LAYERS
 
 QUICK = ["--batch-size", "2", "--seq-len", "16"]
+
+
+def test_leaving_an_engine_says_how_to_get_back_in_lines_of_a_small_terminal() -> None:
+    lines = goes_on("polyglot-ko-1.3b", ours=True).splitlines()
+    assert [line.split(": ")[-1].strip() for line in lines] == [
+        "polyglot-ko-1.3b goes on", "gpumem-tui attach polyglot-ko-1.3b", "gpumem-tui stop polyglot-ko-1.3b"
+    ]  # fmt: skip
+    assert max(map(len, lines)) < 60
+    assert "stop" not in goes_on("train", ours=False)
 
 
 def command(*arguments: str) -> subprocess.CompletedProcess[str]:

@@ -223,6 +223,36 @@ async def test_zoomed_in_far_the_cursor_goes_event_by_event() -> None:
         assert page.cursor == len(ledger.total) - 2  # type: ignore[attr-defined]
 
 
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+@pytest.mark.parametrize("steps", [5, 123])
+async def test_the_steps_before_and_after_are_never_cut(size: tuple[int, int], steps: int) -> None:
+    async with shown(trained(steps), size) as driver:
+        await driver.press("2", "+", "+", "<", "<")
+        title = driver.lines[1]
+        assert title.split()[:2] == ["step", str(steps - 2)]
+        assert title.split()[-5:] == ["<", str(steps - 3), "frozen", str(steps - 1), ">"]
+        assert "265.0 MiB" in title
+        assert "25 % of it" in title
+
+
+async def test_leafing_through_steps_leaves_the_cursor_where_it_is_in_the_step() -> None:
+    async with shown(trained(4)) as driver:
+        await driver.press("2", "home", *["right"] * 9)
+        where = driver.app.board.page.cursor  # type: ignore[attr-defined]
+        await driver.press("<", "<")
+        assert driver.lines[1].split()[1] == "2"
+        assert driver.app.board.page.cursor == where > 0  # type: ignore[attr-defined]
+        await driver.press("p", "<")
+        assert " peak" in next(line for line in driver.lines if "▲" in line)
+
+
+async def test_a_phase_that_is_narrow_has_a_short_name() -> None:
+    async with shown(trained(2), (60, 20)) as driver:
+        await driver.press("2")
+        phases = next(line for line in driver.lines if "│forward" in line)
+        assert "│opt" in phases
+
+
 async def test_the_largest_tensors_follow_the_cursor() -> None:
     source = trained(2)
     ledger = Ledger(source.traces()[-1])
@@ -286,6 +316,23 @@ async def test_layers_are_found_by_name() -> None:
         assert "embed_in" in driver.text
 
 
+async def test_modules_within_layers_are_found_too() -> None:
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+        await driver.press("3", "/", *"attention.d", "enter")
+        names = [line[1:].split()[0] for line in driver.lines[4:-3] if line.strip()]
+        wanted = (f"layers.{i}{name}" for i in range(6) for name in ("", ".attention", ".attention.dense"))
+        assert names == list(wanted)
+        assert [line[0] for line in driver.lines[4:7]] == ["-", "-", " "]
+
+
+async def test_what_nothing_is_called_is_said() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("3", "/", *"xyz")
+        assert "nothing is called xyz" in driver.text
+        await driver.press("enter", "down", "tab", "enter", "escape", "escape")
+        assert "embed_in" in driver.text
+
+
 # --- techniques ---------------------------------------------------------------------------------
 
 
@@ -322,7 +369,7 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
     async with shown(source, predictions=oracle) as driver:
         await driver.press("4")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "–", "–", "–", "–"]
-        assert "~ predicted for H100 80GB" in driver.text
+        assert "~ is predicted for H100 80GB" in driver.text
         oracle.ready = True
         await driver.press("1")
         assert "saves most: l LoRA on, ~-50.0 MiB" in driver.text

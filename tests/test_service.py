@@ -227,6 +227,24 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     assert left_over(home) == []
 
 
+@pytest.mark.parametrize("by", ["the viewer that commanded it", "gpumem-tui stop or another SIGTERM"])
+def test_whoever_looks_on_is_told_that_the_engine_was_ended_and_by_whom(viewers: Viewers, by: str) -> None:
+    first = viewers.start(small_run(steps=0))
+    second = viewers.attach(first.place)
+    until(lambda: steps(first) and second.standing is Standing.READ_ONLY)
+    card = first.place.card() if first.place else None
+    assert card is not None
+    if "viewer" in by:
+        first.command(End())
+    else:
+        os.kill(card.pid, signal.SIGTERM)
+    assert second.wait_ended(30)
+    *_, ended, told = second.milestones(0)
+    assert (ended.kind, told.kind) == (Kind.RUN_ENDED, Kind.ENGINE_ENDED)
+    assert told.text == f"the engine was ended by {by}; s saves what was seen, q quits"
+    assert told.data == {"by": by}
+
+
 # --- death ------------------------------------------------------------------------------
 
 

@@ -298,6 +298,16 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
     tracer.release()
 
 
+@pytest.mark.parametrize(("settings", "said"), [({}, "parameters, all trained, 6."), ({"lora": "on"}, " trained (")])
+def test_what_was_loaded_is_told_in_a_line_of_a_small_terminal(
+    engine: Engine, settings: dict[str, str], said: str
+) -> None:
+    (loaded,) = [m for m in engine.run_milestones(small_run(**settings)) if m.kind is Kind.LOADED]
+    assert said in loaded.text
+    assert " MiB, " in loaded.text
+    assert len(loaded.text) <= 69
+
+
 def test_recomputes_are_told_as_they_happen(engine: Engine) -> None:
     document = engine.run(small_run(checkpointing="segments", checkpointing__every=2, accumulation=2, steps=1))
     told = [(r["micro_batch"], r["layers"]) for r in document["recomputes"]]

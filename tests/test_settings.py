@@ -16,6 +16,7 @@ from gpumem_tui.tui.commands.completion import SHELLS, commands
 from gpumem_tui.tui.settings import OPTIONS, Settings, config_path, with_key
 
 from .app_driver import shown, trained
+from .test_flows import Oracle
 
 
 @pytest.fixture
@@ -128,6 +129,36 @@ async def test_the_tour_goes_through_its_stops_and_ends() -> None:
         assert "tour 1 of 5" in driver.text
         await driver.press("escape")
         assert "tour" not in driver.text
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_the_tour_hides_nothing_that_it_talks_about(size: tuple[int, int]) -> None:
+    oracle = Oracle()
+    oracle.ready = True
+    async with shown(trained(3, checkpointing="layers"), size, predictions=oracle) as driver:
+        sentence = driver.line("The peak is")
+        await driver.press("w")
+        while driver.app.board.tour is not None:
+            assert driver.line("cpu ")
+            assert sentence in driver.lines
+            assert "saves most" in driver.text
+            assert "recomputed; layer" in driver.text
+            assert driver.lines[-3].startswith(" tour")
+            assert "enter" in driver.lines[-2]
+            await driver.press("enter")
+
+
+async def test_a_key_that_is_not_the_tours_ends_it_and_does_what_it_does(tmp_path: Path) -> None:
+    async with shown(trained(), save_dir=tmp_path, tour=True) as driver:
+        for key, seen in (("s", "saved"), ("2", "largest now"), ("down", "▸")):
+            await driver.press("w", key)
+            assert "tour" not in driver.text.replace(str(tmp_path), "")
+            assert seen in driver.text
+        await driver.press("escape", "w")
+        driver.source.fail(text="it broke")
+        await driver.tick()
+        await driver.tick()
+        assert "it broke" in driver.text, "what has gone wrong is not hidden either"
 
 
 def test_the_tour_takes_half_a_minute_at_most() -> None:

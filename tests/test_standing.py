@@ -56,6 +56,14 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
 
 
+async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
+    app = GpumemApp(source(Standing.ATTACHED), refresh_hz=0, tour=True)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("q")
+        assert "d detach" in shown(app)
+        assert "tour" not in shown(app)
+
+
 @pytest.mark.parametrize("standing", list(Standing))
 async def test_the_row_of_keys_offers_to_restart_to_who_commands(standing: Standing) -> None:
     app = GpumemApp(source(standing), refresh_hz=0)
@@ -86,6 +94,43 @@ async def test_one_who_may_only_look_sees_so_and_can_take_over() -> None:
         assert "read-only" not in shown(app).splitlines()[-1]
         await pilot.press("!")
         assert "nobody else commands" in shown(app)
+
+
+async def test_one_who_loses_the_command_is_told() -> None:
+    engine = source(Standing.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        engine.standing = Standing.READ_ONLY
+        app.tick()
+        assert "another viewer commands this engine now, this one looks on; ! takes over" in shown(app)
+        await app.run_action("press('escape')")
+        app.tick()
+        assert "another viewer commands" not in shown(app), "it is said once"
+
+
+async def test_an_engine_that_was_ended_has_not_failed() -> None:
+    engine = source(Standing.READ_ONLY)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        app.tick()
+        engine.standing = Standing.GONE
+        engine.end("stopped")
+        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine was ended by somebody; q quits", by="somebody")
+        app.tick()
+        assert shown(app).startswith(" ■ ended")
+        assert "the engine was ended by somebody; q quits" in shown(app)
+        assert app.state.message is not None and not app.state.message.problem
+
+
+async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
+    engine = source(Standing.WATCHING)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)):
+        engine.standing = Standing.GONE
+        engine.end("done")
+        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine's process 7 has ended; q quits", detail="x")
+        app.tick()
+        assert app.state.status == "done"
 
 
 async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> None:

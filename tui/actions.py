@@ -70,13 +70,13 @@ def everywhere(titles: Sequence[str]) -> tuple[Action, ...]:
 
 
 EVERYWHERE: tuple[Action, ...] = (
-    Action("pause", ("space",), "Pause the view", "pause the view while data goes on; again: catch up",
-           lambda app: app.toggle_freeze(), "pause"),
     Action("help", ("?",), "Explain this", "explain what is selected; keys; what the bytes are",
            lambda app: app.toggle_help(), "help"),
     Action("quit", ("q",), "Quit", "quit; a run may go on without the app", lambda app: app.quit(), "quit"),
-    Action("take-over", ("!",), "Take over", "take over from whoever commands this engine",
-           lambda app: app.control.take_over(), acts=True),
+    Action("dismiss", ("escape",), "Dismiss", "take a message away, leave help or details",
+           lambda app: app.leave()),
+    Action("pause", ("space",), "Pause the view", "pause the view while data goes on; again: catch up",
+           lambda app: app.toggle_freeze(), "pause"),
     Action("palette", (":", "ctrl+p"), "Command palette", "every action by name", lambda app: app.open_palette()),
     Action("undo", ("z",), "Undo", "undo the last change: of those collected, or go back to the run before",
            lambda app: app.page.undo()),
@@ -88,16 +88,16 @@ EVERYWHERE: tuple[Action, ...] = (
            acts=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
            lambda app: app.control.save(), acts=True),
-    Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
            lambda app: app.copy_table()),
-    Action("theme", ("v",), "Next theme", "next theme: auto, dark, light, ansi", lambda app: app.next_theme()),
+    Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),
     Action("units", ("g",), "GiB or GB", "count in GiB or in GB", lambda app: app.next_units()),
+    Action("theme", ("v",), "Next theme", "next theme: auto, dark, light, ansi", lambda app: app.next_theme()),
     Action("slower", ("[",), "Refresh less often", "refresh less often, more often", lambda app: app.refresh_by(-1)),
     Action("faster", ("]",), "Refresh more often", "refresh less often, more often", lambda app: app.refresh_by(1)),
+    Action("take-over", ("!",), "Take over", "take over from whoever commands this engine",
+           lambda app: app.control.take_over(), acts=True),
     Action("tour", ("w",), "Tour", "the tour of the first start", lambda app: app.start_tour()),
-    Action("dismiss", ("escape",), "Dismiss", "take a message away, leave help or details",
-           lambda app: app.leave()),
 )  # fmt: skip
 
 MOVES = {"up": -1, "down": 1, "pageup": -10, "pagedown": 10, "home": -1_000_000, "end": 1_000_000}
@@ -108,9 +108,10 @@ _MOVE_TITLES = ("Up", "Down", "Page up", "Page down", "First", "Last")
 
 def moves(text: str = "select a row", label: str = "select") -> tuple[Action, ...]:
     """The actions of a screen that move its selection: `page.move(rows)`."""
+    texts = (text, "by ten rows", "to the first, to the last")
     return tuple(
-        Action(f"move.{key}", (key,), title, text, calling("move", by), label if abs(by) == 1 else "")
-        for (key, by), title in zip(MOVES.items(), _MOVE_TITLES, strict=True)
+        Action(f"move.{key}", (key,), title, texts[i // 2], calling("move", by), label if abs(by) == 1 else "")
+        for i, ((key, by), title) in enumerate(zip(MOVES.items(), _MOVE_TITLES, strict=True))
     )
 
 
@@ -127,7 +128,6 @@ def _changing(change: Change, option: Option, by: int, around: bool) -> Callable
 def changes(
     offered: Iterable[tuple[str, str, Option, Technique | None]],
     run: Callable[[Any, Option, int, bool], None],
-    how: str,
     acts: bool,
 ) -> tuple[Action, ...]:
     """A letter for every technique, and in capitals the way back.
@@ -135,7 +135,6 @@ def changes(
     Args:
         offered: Key, title, option, technique.
         run: Gets the screen, the option, +1 or -1, and whether values go round.
-        how: What comes of it, for the help.
         acts: Whether that takes an engine.
     """
     found = []
@@ -146,7 +145,7 @@ def changes(
             found.append(
                 Action(
                     f"change.{option.name}{'' if by > 0 else '-back'}", (letter,), f"{title}: {which}",
-                    f"{title}: next value, value before; {how}",
+                    f"{title}: next value, value before",
                     _changing(run, option, by, technique is not None), acts=acts,
                 )
             )  # fmt: skip

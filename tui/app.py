@@ -155,14 +155,23 @@ class GpumemApp(App[None], inherit_bindings=False):
             return
         if self.board.question:
             self._answer(key)
-        elif self.board.tour is not None and key == "enter":
-            self._tour_goes_on(time.monotonic(), at_once=True)
-        elif self.page.typing:
+        elif self.board.tour is not None and key in ("enter", "escape"):
+            self._tour_goes_on(time.monotonic(), at_once=True, over=key == "escape")
+        else:
+            self.board.tour = None
+            self._act(key)
+        self.draw()
+
+    def _act(self, key: str) -> None:
+        if self.page.typing:
             self.page.type(key)
         elif found := self.board.find(key):
-            action, own = found
-            self.perform(action, self.page if own else self)
-        self.draw()
+            action, page = found
+            if page not in (None, self.page):
+                self.board.toggle_help()
+            self.perform(action, self if page is None else page)
+        elif len(key) == 1:
+            self.state.say(self.board.elsewhere(key))
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here."""
@@ -260,13 +269,15 @@ class GpumemApp(App[None], inherit_bindings=False):
     def start_tour(self) -> None:
         """The tour, on the live screen."""
         self.board.go(0)
+        self.state.dismiss()
         self.board.tour = Tour(time.monotonic())
 
-    def _tour_goes_on(self, now: float, at_once: bool = False) -> bool:
-        tour = self.board.tour
+    def _tour_goes_on(self, now: float, at_once: bool = False, over: bool = False) -> bool:
+        tour, message = self.board.tour, self.state.message
         if tour is None:
             return False
-        if not (tour.next(now) if at_once else tour.tick(now)):
+        over |= message is not None and message.problem  # which it would hide
+        if over or not (tour.next(now) if at_once else tour.tick(now)):
             self.board.tour = None
         return True
 

@@ -84,13 +84,28 @@ class Board:
 
     # --- what can be done -----------------------------------------------------------
 
-    def find(self, key: str) -> tuple[Action, bool] | None:
-        """The action of a key here, and whether it is the screen's own; None: there is none."""
-        for actions, own in ((self.page.actions, True), (self.everywhere, False)):
-            for action in actions:
+    def find(self, key: str) -> tuple[Action, Page | None] | None:
+        """The action of a key here, and the screen if it is that screen's own; None: there is none.
+
+        In the help the keys of the screen it explains are to be had as well.
+        """
+        explained = [self._before_help] if self.page is self.help else []
+        for page in (self.page, None, *explained):
+            for action in self.everywhere if page is None else page.actions:
                 if key in action.keys:
-                    return action, own
+                    return action, page
         return None
+
+    def elsewhere(self, key: str) -> str:
+        """Of a character that does nothing here: where it does something."""
+        found: dict[str, list[str]] = {}
+        for page in self.pages:
+            for action in offered_here(page.actions, self.state.live):
+                if key in action.keys:
+                    found.setdefault(action.title, []).append(page.title)
+        where = "; ".join(f"{title} ({', '.join(pages)})" for title, pages in found.items())
+        helps = next(action for action in self.everywhere if action.name == "help").keys[0]
+        return f"{key} does nothing here" + (f", elsewhere: {where}" if where else f"; {helps} lists the keys")
 
     def go(self, index: int) -> None:
         """To a screen by its place."""
@@ -105,10 +120,8 @@ class Board:
             self.help.top = 0
 
     def leave(self) -> None:
-        """Close what is open, innermost first: the tour, a message, details, the help."""
-        if self.tour is not None:
-            self.tour = None
-        elif self.state.message is not None:
+        """Close what is open, innermost first: a message, details, the help."""
+        if self.state.message is not None:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
@@ -133,7 +146,8 @@ class Board:
             return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
         said = self.tour.rows(self.palette, width) if self.tour is not None else self._said(width)
         rows = [header(self.state, self.palette, width, self.frozen)]
-        rows += self._page_rows(width, height - 3)
+        # A message lies over the page for a moment; the tour, which talks about the page, beside it.
+        rows += self._page_rows(width, height - 2 - (len(said) if self.tour is not None else 1))
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
         standing = self.control.source.standing
@@ -165,17 +179,26 @@ class Board:
         if message is None:
             standing = self.control.source.standing
             commands = self.state.live and standing in (Standing.OWNER, Standing.ATTACHED)
-            shows = (self.page, commands, width, self.palette)
-            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands)])
+            resumes = self._resumes() if commands else ""
+            shows = (self.page, commands, resumes, width, self.palette)
+            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
-    def _keys(self, width: int, commands: bool) -> Row:
+    def _resumes(self) -> str:
+        """What to press where nothing goes on."""
+        keys = {action.name: action.keys[0] for action in self.everywhere}
+        if self.state.status == "held":
+            return f"{keys['hold']} goes on"
+        return f"{keys['restart']} starts it again" if self.state.over and not self.state.requested else ""
+
+    def _keys(self, width: int, commands: bool, resumes: str) -> Row:
         """What can be done on the page by whoever looks at it."""
+        row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
         keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
-        return Row().add(f" {shorten(keys, width - 2)}", self.palette.dim)
+        return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""

@@ -174,6 +174,16 @@ class Control:
             self.pending[option.name] = value
         self.state.version += 1
 
+    @property
+    def collected(self) -> bool:
+        """Whether there is a change to take back before it was applied."""
+        return bool(self._undo)
+
+    @property
+    def before(self) -> RunConfig | None:
+        """The configuration before the last change applied."""
+        return self._before[-1] if self._before else None
+
     def undo(self) -> None:
         """Take back the last change collected."""
         if self._undo:
@@ -241,14 +251,14 @@ class Control:
             self.state.say("nothing is running; r starts the last run again")
         elif self._send(Stop()):
             self.state.stopping, self.state.requested = True, None
-            self.state.version += 1
+            self.state.dismiss()  # what has been said of a restart that is no more
 
     def toggle_pause(self) -> None:
-        """Hold the loop, or let it go on."""
+        """Hold the run, or let it go on."""
         if not self.state.run.running and self.state.live:
             self.state.say("nothing is running")
             return
-        self._send(Pause(self.state.run.status != "paused"))
+        self._send(Pause(self.state.run.status != "held"))
 
     def take_over(self) -> None:
         """Command the engine from here, whoever does now."""

@@ -58,7 +58,7 @@ class RunState:
 
     Attributes:
         number: From 1; 0 before the first.
-        status: loading, training, paused, stopped, done, failed; starting
+        status: loading, training, held, stopped, done, failed, ended; starting
             before the first run.
         config: What it runs.
         watched: The loop is somebody's own: the configuration says what could be told of it.
@@ -124,14 +124,18 @@ class RunState:
                 self.parameters, self.trainable = data.get("parameters"), data.get("trainable_parameters")
                 self.status = "training"
             case Kind.PAUSED:
-                self.status = "paused" if self.running else self.status
+                self.status = "held" if self.running else self.status
             case Kind.RESUMED:
-                self.status = "training" if self.status == "paused" else self.status
+                self.status = "training" if self.status == "held" else self.status
             case Kind.STEP_ENDED:
                 self._fold_step(data)
             case Kind.RECOMPUTED:
                 self._fold_recompute(data)
-            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.ENGINE_ENDED:
+            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED:
+                self.status = "failed"
+            case Kind.ENGINE_ENDED if milestone.data.get("by"):
+                self.status = "ended"
+            case Kind.ENGINE_ENDED if self.running or self.status == "starting":
                 self.status = "failed"
             case Kind.RUN_ENDED:
                 self.status, self.memory = str(data.get("reason", "stopped")), data.get("memory")
@@ -145,8 +149,8 @@ class RunState:
 
     @property
     def running(self) -> bool:
-        """Whether there is something to pause or stop."""
-        return self.status in ("loading", "training", "paused")
+        """Whether there is something to hold or stop."""
+        return self.status in ("loading", "training", "held")
 
     def _fold_step(self, data: dict[str, Any]) -> None:
         self.step, self.loss = int(data["step"]), data.get("loss")

@@ -12,8 +12,8 @@ from enum import IntEnum
 
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
-from ..engine.feed import Source, peak_bytes
-from ..engine.ledger import Ledger
+from ..engine.feed import Source, Standing, peak_bytes
+from ..engine.ledger import Bytes, Ledger
 from .run_state import ConfigKey, RunState, config_key
 from .run_summary import RunSummary, of_ended, summarize
 from .units import MIB, Unit, unit_for
@@ -52,7 +52,9 @@ def is_problem(milestone: Milestone) -> bool:
     """Whether something went wrong, a leak included."""
     if milestone.kind is Kind.RUN_ENDED:
         return bool(milestone.data.get("leaked_bytes"))
-    return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED, Kind.ENGINE_ENDED)
+    if milestone.kind is Kind.ENGINE_ENDED:
+        return not milestone.data.get("by")
+    return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED)
 
 
 @dataclass(frozen=True)
@@ -110,6 +112,7 @@ class ViewState:
         self.message: Message | None = None
         self.version = 0
         self._clock_s = 0.0
+        self._standing: Standing | None = None
         self._summary: tuple[object, RunSummary] | None = None
         self._ever: tuple[object, set[Category]] | None = None
         self._next_index = 0
@@ -139,6 +142,9 @@ class ViewState:
             if value is not getattr(self, name):
                 setattr(self, name, value)
                 self.version += 1
+        if source.standing is Standing.READ_ONLY and self._standing is Standing.ATTACHED:
+            self.say("another viewer commands this engine now, this one looks on; ! takes over")
+        self._standing = source.standing
         self._read_milestones(source)
         self._read_trace(source)
         return self.version != before
@@ -169,7 +175,7 @@ class ViewState:
             self.measured[key] = max(self.measured.get(key, 0), self.run.peak_bytes)
         if not self.live:
             return
-        if is_problem(milestone) or milestone.kind is Kind.SAVED:
+        if is_problem(milestone) or milestone.kind in (Kind.SAVED, Kind.ENGINE_ENDED):
             self.say(milestone.text, problem=is_problem(milestone))
         elif milestone.kind is Kind.NOTE and not (self.message and self.message.problem):
             self.say(milestone.text)
@@ -274,11 +280,24 @@ class ViewState:
         return self.run.status
 
     @property
+    def over(self) -> bool:
+        """Whether the run has ended here: what is allocated since then, no trace says."""
+        return self.live and self.run.number > 0 and not self.run.running
+
+    @property
     def current(self) -> bool:
         """Whether `now` is about the present, and not about a step some time ago."""
-        if self.now is None or self.gauge is None:
+        if self.now is None or self.gauge is None or self.over:
             return False
         return self.now.trace.step >= self.gauge.step or not self.run.running
+
+    @property
+    def latest(self) -> Bytes | None:
+        """What the latest trace holds at its end, by category; of a run that is over, only that it is nothing."""
+        if self.over:
+            nothing = self.gauge is not None and not self.gauge.allocated_bytes
+            return dict.fromkeys(Category, 0) if nothing else None
+        return self.now.end if self.now is not None else None
 
     @property
     def phase(self) -> Phase:

@@ -22,7 +22,7 @@ from ..meter import LIBRARIES_LOADED, Meter
 from ..recording import write
 from ..server import Server
 from ..service import version
-from ..session import GAUGE_EVERY_S, describe
+from ..session import GAUGE_EVERY_S, describe, trained
 from ..sources.recorder import Recorder
 from ..sources.tracer import Tracer
 from ..whereabouts import Claim
@@ -109,7 +109,7 @@ class Window(Published):
         parameters = sum(p.numel() for p in model.parameters())
         trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
         self._feed.milestone(
-            Kind.LOADED, f"{parameters:,} parameters, {trainable:,} trainable",
+            Kind.LOADED, f"{parameters:,} parameters, {trained(parameters, trainable)}",
             parameters=parameters, trainable_parameters=trainable,
             allocated_bytes=self._recorder.allocated_bytes() if self._recorder else 0, seconds=0.0,
         )  # fmt: skip

@@ -103,9 +103,19 @@ def view(remote: Remote, flags: argparse.Namespace, settings: Settings) -> int:
     place = remote.place
     if place is not None and not ended and place.alive():
         card = place.card()
-        way_out = "" if card and card.kind == "watch" else f"; to end it: gpumem-tui stop {place.name}"
-        sys.stderr.write(f"{place.name} goes on; to see it again: gpumem-tui attach {place.name}{way_out}\n")
+        sys.stderr.write(goes_on(place.name, ours=card is None or card.kind != "watch"))
     return 0
+
+
+def goes_on(name: str, ours: bool) -> str:
+    """How to get back to an engine that was left, a line each: a terminal would wrap a longer one within a word.
+
+    Args:
+        name: Of the engine.
+        ours: It is not somebody's own script, and can be ended from here.
+    """
+    way_out = f"to end it:       gpumem-tui stop {name}\n" if ours else ""
+    return f"{name} goes on\nto see it again: gpumem-tui attach {name}\n{way_out}"
 
 
 def open_recordings(flags: argparse.Namespace) -> int:

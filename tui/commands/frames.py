@@ -76,7 +76,7 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
             for milestone in state.logs[Filter.NO_RECOMPUTES]:
                 if milestone.index > told:
                     told = milestone.index
-                    yield f"{clock(milestone.time_s):>8}  {milestone.kind.replace('_', ' '):<14} {milestone.text}"
+                    yield f"{clock(milestone.time_s):>8}  {milestone.kind.words:<14} {milestone.text}"
         if over:
             if not (flags.once or flags.json or flags.jsonl):
                 yield text(board)
@@ -106,7 +106,7 @@ def frame(state: ViewState) -> dict[str, Any]:
     from ...engine.events import Category
 
     run, gauge, peak = state.run, state.gauge, state.peak.peak if state.peak else None
-    now = state.now.end if state.now is not None else None
+    now = state.latest
     return {
         "schema": SCHEMA,
         "status": state.status,

@@ -65,7 +65,7 @@ def device_rows(state: ViewState, palette: Palette, width: int) -> list[Row]:
         text = "The engine is starting." if environment is None else f"{environment.device}  {environment.device_name}"
         return [Row().add(f" {text}", palette.dim), Row(), Row()]
     unit = state.unit
-    sizes = state.now.end if state.now is not None and state.current else None
+    sizes = state.latest if state.current else None
     allocated = sum(sizes.values()) if sizes is not None else gauge.allocated_bytes
     rest = shares(gauge, allocated, environment.on_gpu)
     used = unit.show(gauge.device_used_bytes)

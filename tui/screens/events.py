@@ -11,7 +11,7 @@ from ...engine.config import show
 from ...engine.events import Kind, Milestone
 from ..actions import Action, moves
 from ..draw import Row, wrap
-from ..state import Filter
+from ..state import Filter, is_problem
 from ..units import clock, count, shorten
 from .page import Page, Table, Topic
 
@@ -26,6 +26,10 @@ MEANINGS = {
     Kind.RUN_ENDED: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
     Kind.SAVED: "A recording was written; gpumem-tui open FILE shows it again.",
 }
+
+
+NAME_WIDTH = 24
+"""Cells of a value's name in the details."""
 
 
 class EventsPage(Page):
@@ -61,7 +65,7 @@ class EventsPage(Page):
             )
             return Topic("the log", text)
         kind = self.log[self._position()].kind
-        return Topic(kind.replace("_", " "), MEANINGS.get(kind, "A note of the engine."))
+        return Topic(kind.words, MEANINGS.get(kind, "A note of the engine."))
 
     def table(self) -> Table:
         """The log, as filtered."""
@@ -131,33 +135,40 @@ class EventsPage(Page):
         if milestone.data.get("detail"):
             mark = "+"
         row = Row().add(f" {clock(milestone.time_s):>7} ", palette.dim)
-        row.add(f"{milestone.kind.replace('_', ' '):<14}", palette.cursor if selected else kind_style(milestone, self))
+        row.add(f"{milestone.kind.words:<14}", palette.cursor if selected else kind_style(milestone, self))
         return row.add(f"{mark} {shorten(milestone.text, width - row.width - 3)}", style)
 
     def _details(self, milestone: Milestone, width: int, height: int) -> list[Row]:
         """The whole text, a traceback line by line, and the plain values."""
         palette = self.palette
-        rows = [Row().add(f" {milestone.kind.replace('_', ' ')}", kind_style(milestone, self))]
+        rows = [Row().add(f" {milestone.kind.words}", kind_style(milestone, self))]
         rows[0].add(f"  {clock(milestone.time_s)}  run {milestone.run}  no. {milestone.index}", palette.dim)
         rows += [Row().add(f" {line}") for line in wrap(milestone.text, width - 2)]
         for name, value in milestone.data.items():
             if name == "detail":
                 rows += [Row().add(f" {line}", palette.dim) for line in str(value).splitlines()]
             else:
-                for i, line in enumerate(wrap(_value(value), width - 24) or [""]):
-                    rows.append(Row().add(f" {name if not i else '':<20} ", palette.dim).add(line))
+                rows += self._value(name, value, width, 0)
         self.detail_top = max(0, min(self.detail_top, len(rows) - height))
         return rows[self.detail_top : self.detail_top + height]
+
+    def _value(self, name: str, value: object, width: int, depth: int) -> list[Row]:
+        """A value and its name, wrapped; what is made of parts has a row for each, set in."""
+        dim, name = self.palette.dim, "  " * depth + name
+        if isinstance(value, dict) and value:
+            parts = [self._value(str(key), part, width, depth + 1) for key, part in value.items()]
+            return [Row().add(f" {name}", dim), *(row for rows in parts for row in rows)]
+        edge = 2 + max(len(name), NAME_WIDTH)
+        lines = wrap(_shown(value), width - edge - 1) or [""]
+        return [Row().add(f" {name}" if not i else "", dim).to(edge).add(line) for i, line in enumerate(lines)]
 
 
 def kind_style(milestone: Milestone, page: Page) -> Style:
     """Problems stand out, routine recedes."""
     palette = page.palette
+    if is_problem(milestone):
+        return palette.bad
     match milestone.kind:
-        case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED | Kind.REFUSED | Kind.ENGINE_ENDED:
-            return palette.bad
-        case Kind.RUN_ENDED if milestone.data.get("leaked_bytes"):
-            return palette.bad
         case Kind.RUN_STARTED | Kind.LOADED | Kind.SAVED:
             return palette.good
         case Kind.STEP_ENDED | Kind.RECOMPUTED | Kind.OUTPUT:
@@ -165,12 +176,10 @@ def kind_style(milestone: Milestone, page: Page) -> Style:
     return palette.busy
 
 
-def _value(value: object) -> str:
+def _shown(value: object) -> str:
     """A milestone's value for reading."""
-    if isinstance(value, dict):
-        return ", ".join(f"{key}={_value(part)}" for key, part in value.items())
-    if isinstance(value, list | tuple):
-        return ", ".join(map(_value, value)) or "none"
+    if isinstance(value, dict | list | tuple):
+        return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, int) and not isinstance(value, bool):
         return f"{value:,}"
     return show(value) if isinstance(value, bool | float | str) else "–" if value is None else str(value)

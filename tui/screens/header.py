@@ -55,8 +55,8 @@ def status_style(state: ViewState, palette: Palette) -> tuple[str, Style]:
         return ("*" if palette.ascii else "●"), palette.good
     if status == "failed":
         return ("!" if palette.ascii else "✗"), palette.bad
-    if status in ("stopped", "recording"):
+    if status in ("stopped", "ended", "recording"):
         return ("-" if palette.ascii else "■"), palette.dim
-    if status == "paused":
+    if status == "held":
         return ("=" if palette.ascii else "‖"), palette.busy
     return ("~" if palette.ascii else "◌"), palette.busy

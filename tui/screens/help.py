@@ -65,6 +65,10 @@ class HelpPage(Page):
         """Scroll."""
         self.top = max(0, self.top + by)
 
+    def undo(self) -> None:
+        """As on the screen it is called from."""
+        self._page().undo()
+
     def rows(self, width: int, height: int) -> list[Row]:
         """Side by side where there is room."""
         if width >= 110:
@@ -80,15 +84,21 @@ class HelpPage(Page):
         return rows[self.top : self.top + height]
 
     def _keys(self, width: int) -> list[Row]:
-        """What is selected, then the keys: the screen's own, and those that hold everywhere."""
+        """What is selected, then the keys: the screen's own, those that hold everywhere, a letter for each setting."""
         palette, page, live = self.palette, self._page(), self.state.live
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
-        rows += [Row(), Row().add(f" keys on {page.title}", palette.bold)]
-        rows += self._entries(help_lines(offered_here(page.actions, live)), width)
-        rows += [Row(), Row().add(" keys everywhere", palette.bold)]
-        rows += self._entries(help_lines(offered_here(self._everywhere(), live)), width)
+        settings = [action for action in offered_here(page.actions, live) if action.name.startswith("change.")]
+        own = [action for action in offered_here(page.actions, live) if action not in settings]
+        for title, actions in (
+            (f"keys on {page.title}, from here too; arrows scroll", own),
+            ("keys everywhere", offered_here(self._everywhere(), live)),
+            (f"settings: {page.changing}", settings),
+        ):
+            if actions:
+                rows += [Row(), Row().add(f" {title}", palette.bold)]
+                rows += self._entries(help_lines(actions), width)
         rows.append(Row())
         return rows + [Row().add(f" {line}", palette.dim) for line in wrap(ABOUT, width - 2)]
 

@@ -73,6 +73,7 @@ class LayersPage(Page):
     opened: str | None = None
     """The layer whose tensors are on show."""
     _table: tuple[Ledger, LayerTable] | None = None
+    _within: tuple[Ledger, dict[str, list[LayerRow]]] | None = None
     _tensors: tuple[object, list[LiveBlock]] | None = None
     _columns: tuple[Column, ...] = COLUMNS
     """Those on show."""
@@ -91,7 +92,7 @@ class LayersPage(Page):
                    lambda page: page.unfold(), "modules"),
             Action("layers.tensors", ("enter",), "Tensors of this layer", "its tensors at the peak, or back",
                    lambda page: page.open(), "tensors"),
-            Action("layers.filter", ("/",), "Find layers by name", "only layers with a text in their name",
+            Action("layers.filter", ("/",), "Find layers by name", "only layers and modules with a text in their name",
                    lambda page: page.start_typing(), "find"),
         )  # fmt: skip
 
@@ -102,10 +103,9 @@ class LayersPage(Page):
                          "and where they were made if that was during the step.")  # fmt: skip
         return Topic(
             "layers",
-            "At peak: all that a layer holds at the step's highest instant; it adds up to the peak. Then the most of "
-            "each kind, not all at one time. Recomputed: how often; the bytes each time, freed in forward and made "
-            "again in backward: about what checkpointing saves (a segment's at its first layer); mean time from step "
-            "2 on.",
+            "At peak: what a layer holds then; it adds up to the peak. Then the most of each kind, not all at one "
+            "time. Recomputed: how often; bytes freed in forward and made again in backward each time (a segment's at "
+            "its first layer); mean time from step 2 on. In front: + modules within, R being recomputed, r already.",
         )
 
     # --- actions --------------------------------------------------------------------
@@ -231,18 +231,38 @@ class LayersPage(Page):
 
     def _ordered(self, table: LayerTable) -> list[LayerRow]:
         """The layers in the order asked for, the modules of those that are unfolded below them."""
-        shown = [row for row in table.rows if self.wanted.lower() in row.name.lower()]
+        shown = [row for row in table.rows if self._found(row)]
         for column in COLUMNS:
             if column.name == self.sort:
                 shown.sort(key=lambda row, by=column: -(self._value(row, by) or 0))  # type: ignore[misc]
         return [inner for row in shown for inner in self._unfolded(row)]
 
     def _unfolded(self, row: LayerRow) -> list[LayerRow]:
-        """A row, and below it the modules within, as deep as they are unfolded."""
+        """A row, and below it the modules within, as deep as they are unfolded or as what is wanted is in them."""
+        if self._called(row.name):
+            within = self._modules(row) if row.name in self.unfolded else []
+        else:
+            within = [module for module in self._modules(row) if self._found(module)]
+        return [row, *(deeper for module in within for deeper in self._unfolded(module))]
+
+    def _called(self, name: str) -> bool:
+        return self.wanted.lower() in name.lower()
+
+    def _found(self, row: LayerRow) -> bool:
+        """Whether a row or a module within it is called what is wanted."""
+        return self._called(row.name) or any(self._found(module) for module in self._modules(row))
+
+    def _modules(self, row: LayerRow) -> list[LayerRow]:
+        """The modules directly within a row, found once a step."""
         ledger = self.state.complete
-        if row.name not in self.unfolded or ledger is None:
-            return [row]
-        return [row, *(deeper for inner in modules_of(ledger, row) for deeper in self._unfolded(inner))]
+        if ledger is None or not row.inner:
+            return []
+        if self._within is None or self._within[0] is not ledger:
+            self._within = (ledger, {})
+        known = self._within[1]
+        if row.name not in known:
+            known[row.name] = modules_of(ledger, row)
+        return known[row.name]
 
     # --- drawing ----------------------------------------------------------------------
 
@@ -263,6 +283,8 @@ class LayersPage(Page):
         rows = [self._title(ledger, len(ordered), body), *self._headings(name_width)]
         for i, row in enumerate(ordered[self.top : self.top + body], self.top):
             rows.append(self._layer(row, row.name.removeprefix(prefix), name_width, i == self.selected, width))
+        if not ordered:
+            rows.append(Row().add(f" nothing is called {self.wanted}", self.palette.dim))
         rows += [Row()] * (body + 3 - len(rows))
         return [*rows, self._total(table, name_width)]
 
@@ -322,7 +344,8 @@ class LayersPage(Page):
             return "R"
         if going_on and row.name in run.lit:
             return "r"
-        return ("-" if row.name in self.unfolded else "+") if row.inner else " "
+        shown = row.name in self.unfolded or not self._called(row.name)
+        return ("-" if shown else "+") if row.inner else " "
 
     def _layer(self, row: LayerRow, name: str, name_width: int, selected: bool, width: int) -> Row:
         palette = self.palette

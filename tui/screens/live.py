@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Sequence
 from functools import partial
 
 from ...engine.config import Option
-from ...engine.events import Category, Kind, Milestone, Phase
+from ...engine.events import Category, Milestone, Phase, StepTrace
 from ...engine.ledger import Bytes, numbered_layers
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain
-from ..state import Filter
+from ..state import Filter, is_problem
 from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
@@ -31,6 +32,9 @@ ROOMY = 26
 
 WIDE = 130
 
+TRACING_WIDTH = 76
+"""Columns from which the share of tracing has room."""
+
 CRAMPED = 20
 """Rows up to which a category that has held nothing has no row."""
 
@@ -40,6 +44,7 @@ class LivePage(Page):
 
     title = "live"
     lead = "a letter changes a technique and restarts · z back · "
+    changing = "a change restarts the run"
     focus: str | Category | None = None
     """The part selected; None: none."""
     _alone: list[Category] = list(Category)  # noqa: RUF012
@@ -47,7 +52,7 @@ class LivePage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a technique and restarts; arrows select what `?` explains."""
         return (
-            *changes(offered(), _flip, "restarts at once", acts=True),
+            *changes(offered(), _flip, acts=True),
             *moves("select a part, for ? to explain", "? explains"),
         )
 
@@ -84,23 +89,26 @@ class LivePage(Page):
 
     def table(self) -> Table:
         """Categories now and at the peak, whole bytes."""
-        now = self.state.now.end if self.state.now else None
+        now = self.state.latest
         peak = self.state.peak.peak.by_category if self.state.peak else None
         cells = [[c.key, *(str(sizes[c]) if sizes else UNKNOWN for sizes in (now, peak))] for c in Category]
         return [["bytes", "now", "peak"], *cells]
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Step, device, categories, the reason of the peak, what happened last."""
-        rows = self._marked("run", [self._step(width)])
-        rows += [Row()] * (height >= ROOMY)
-        rows += self._marked("device", device_rows(self.state, self.palette, width))
-        rows += [Row()] * (height > CRAMPED)
-        rows += self._categories(width, height)
-        rows += [Row()] * (height >= ROOMY)
-        why = (self.state.peak, self.state.unit, width)
-        rows += self._marked("why", self.kept("why", why, partial(self._reason, width)))
-        rows += self._marked("recompute", self._recomputes(width))
-        rows += [Row()] * (height >= ROOMY)
+        run, roomy = self._marked("run", [self._step(width)]), height >= ROOMY
+        device = self._marked("device", device_rows(self.state, self.palette, width))
+        categories, recompute = self._categories(width, height), self._marked("recompute", self._recomputes(width))
+        spare = height - sum(map(len, (run, device, categories, recompute)))
+        lines = max(2, min(spare, 3))
+        why = (self.state.peak, self.state.unit, width, lines)
+        why_rows = self._marked("why", self.kept("why", why, partial(self._reason, width, lines)))
+        spare -= len(why_rows)
+        rows: list[Row] = []
+        blanks = (roomy, height > CRAMPED, roomy, False, roomy)
+        for part, blank in zip((run, device, categories, why_rows, recompute), blanks, strict=True):
+            rows += part + [Row()] * (blank and spare > 0)
+            spare -= blank
         chart = self._chart(width, min(height - len(rows) - 4, 10))
         rows += self._last(width, height - len(rows) - len(chart))
         rows += [Row()] * (height - len(rows) - len(chart))
@@ -139,7 +147,8 @@ class LivePage(Page):
         row.add(f"{rate(run.tokens_per_s):>6}").add(" tok/s", palette.dim).to(40)
         row.add("loss ", palette.dim).add(f"{UNKNOWN if run.loss is None else format(run.loss, '.4f')}").to(54)
         share = run.trace_share
-        row.add("tracing ", palette.dim).add(UNKNOWN if share is None else f"{100 * share:.1f} % of time")
+        if width >= TRACING_WIDTH:
+            row.add("tracing ", palette.dim).add(UNKNOWN if share is None else f"{100 * share:.1f} % of time")
         if run.parameters is not None and width >= WIDE:
             row.to(80).add(count(run.parameters)).add(" parameters", palette.dim)
             if run.trainable is not None and run.trainable != run.parameters:
@@ -150,7 +159,7 @@ class LivePage(Page):
 
     def _categories(self, width: int, height: int) -> list[Row]:
         roomy, ever = height >= ROOMY, self.state.ever
-        now = self.state.now.end if self.state.now else None
+        now = self.state.latest
         peak = self.state.peak.peak.by_category if self.state.peak else None
         scale = max((max(sizes.values()) for sizes in (now, peak) if sizes), default=0)
         alone = [c for c in Category if roomy or (c not in SMALL and (height > CRAMPED or c in ever))]
@@ -174,19 +183,23 @@ class LivePage(Page):
         return (width - NAME_WIDTH - 2 * FIGURE_WIDTH - 5) // 2
 
     def _headings(self, width: int) -> Row:
-        state, palette = self.state, self.palette
-        now = "now" if state.current or state.now is None else f"step {state.now.trace.step}"
+        state, palette, second = self.state, self.palette, self._second_column(width)
+        now = "now" if state.current or state.over or state.now is None else "latest"
         row = Row().to(3).add(state.unit.name, palette.dim).right(now, NAME_WIDTH + FIGURE_WIDTH, palette.bold)
-        if state.now is not None and not state.current:
-            row.add(" the last one traced", palette.dim)
-        row.to(self._second_column(width)).right("peak", self._second_column(width) + FIGURE_WIDTH, palette.bold)
+        if state.now is not None and not state.over:
+            # An instant of a step under way, or the end of the latest traced: steps between may not be.
+            trace = state.now.trace
+            phase, micro_batch, _ = state.now.where(len(trace.events) - 1)
+            at = _within(phase, micro_batch, trace) if trace.partial else "its end"
+            step = f" step {trace.step}" if trace.step else " loading"
+            short = (f" {at}", f" {phase.title}") if trace.partial else (step,)
+            row.add(_fitting((f"{step}, {at}", *short), second - row.width), palette.dim)
+        row.to(second).right("peak", second + FIGURE_WIDTH, palette.bold)
         if state.peak is not None:
             peak = state.peak.peak
-            step = f"step {peak.step}" if peak.step else "loading"
-            where = f" {step}, {peak.phase.title.removesuffix(' step')}" if peak.step else f" {step}"
-            if state.peak.trace.micro_batches > 1 and peak.phase in (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE):
-                where += f" {peak.micro_batch + 1}/{state.peak.trace.micro_batches}"
-            row.add(where, palette.dim)
+            step = f" step {peak.step}" if peak.step else " loading"
+            at = f", {_within(peak.phase, peak.micro_batch, state.peak.trace)}" if peak.step else ""
+            row.add(_fitting((f"{step}{at}", step), width - row.width), palette.dim)
         return row
 
     def _category(self, category: Category, sizes: tuple[int | None, ...], scale: int, width: int) -> list[Row]:
@@ -198,7 +211,8 @@ class LivePage(Page):
         for start, size in zip((NAME_WIDTH, self._second_column(width)), sizes, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style).add(" ")
-            row.extend(bar(size or 0, scale, self._bar_width(width), palette.ink[category], palette))
+            shown = size if size and float(self.state.unit.show(size)) else 0  # no bar for what reads 0.0
+            row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
@@ -220,7 +234,8 @@ class LivePage(Page):
     def _total(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
         palette, unit = self.palette, self.state.unit
         row = Row().to(3).add("allocated", palette.dim)
-        total = sum(now.values()) if now is not None else None
+        gauge = self.state.gauge if self.state.over else None
+        total = sum(now.values()) if now is not None else gauge.allocated_bytes if gauge is not None else None
         row.right(unit.show(total), NAME_WIDTH + FIGURE_WIDTH, palette.bold).add(f" {unit.name}", palette.dim)
         on_cpu = self.state.environment is not None and not self.state.environment.on_gpu
         if on_cpu and self._bar_width(width) > 18:
@@ -249,21 +264,20 @@ class LivePage(Page):
 
     # --- words ------------------------------------------------------------------
 
-    def _reason(self, width: int) -> list[Row]:
-        """Two rows, whether they are needed or not."""
+    def _reason(self, width: int, most: int) -> list[Row]:
+        """Two rows, whether they are needed or not; more if they are, and there is room."""
         state, palette = self.state, self.palette
         if state.peak is None:
             return [Row().add(" The first allocations will show here.", palette.dim), Row()]
         lines = wrap(explain(state.peak, state.unit), width - 2)
-        if len(lines) > 2:
-            lines = [lines[0], shorten(" ".join(lines[1:]), width - 2)]
-        return [Row().add(f" {line}") for line in [*lines, "", ""][:2]]
+        lines[most - 1 :] = [shorten(" ".join(lines[most - 1 :]), width - 2)] if len(lines) >= most else []
+        return [Row().add(f" {line}") for line in [*lines, ""][: max(2, len(lines))]]
 
     def _recomputes(self, width: int) -> list[Row]:
         state, predictions = self.state, self.control.predictions
         answers = predictions.answers() if predictions is not None else 0
         config = state.run.config or self.control.base()
-        keys = (state.peak, state.live, state.environment, config, answers)
+        keys = (state.peak, state.live, state.over, state.environment, config, answers)
         shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)
         return self.kept("recompute", (*shows, width), lambda: self._recompute(width))
 
@@ -272,7 +286,7 @@ class LivePage(Page):
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
         event, keys = state.run.last_recompute, saves_most(self.control, width - 2)
-        if event is None:
+        if event is None or state.over:
             return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")
         row.extend(ticks(layers, set(state.run.lit), set(event.layers), min(48, width // 2 - 10), palette))
@@ -280,7 +294,8 @@ class LivePage(Page):
         if len(event.layers) > 1:
             name += "–" + event.layers[-1].rsplit(".", 1)[-1]
         row.add(f" {len(set(state.run.lit)):>2}/{len(layers)} recomputed; layer {name:<3}", palette.dim)
-        row.add(f" {state.unit.full(event.bytes)}, {duration(event.ms / 1e3)}", palette.dim)
+        made = f" {state.unit.full(event.bytes)} in {duration(event.ms / 1e3)}"
+        row.add(_fitting((f" made{made}", made), width - row.width), palette.dim)
         if row.width + len(keys) + 3 < width:
             return [row.right(keys, width - 1, palette.accent)]
         return [row, *([Row().add(f" {keys}", palette.accent)] if keys else [])]
@@ -295,10 +310,22 @@ class LivePage(Page):
         recent = [log[i] for i in range(max(0, len(log) - room), len(log))]
         rows = []
         for milestone in recent:
-            bad = milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED, Kind.ENGINE_ENDED)
+            bad = is_problem(milestone)
             row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
             rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows
+
+
+def _within(phase: Phase, micro_batch: int, trace: StepTrace) -> str:
+    """A phase of a step: `optimizer`, `backward 2/4`."""
+    title = phase.title.removesuffix(" step")
+    several = trace.micro_batches > 1 and phase in (Phase.FORWARD, Phase.BACKWARD, Phase.RECOMPUTE)
+    return f"{title} {micro_batch + 1}/{trace.micro_batches}" if several else title
+
+
+def _fitting(texts: Sequence[str], room: int) -> str:
+    """The first of some texts that there is room for; empty if there is for none."""
+    return next((text for text in texts if len(text) < room), "")
 
 
 def _flip(page: LivePage, option: Option, by: int, around: bool) -> None:

@@ -34,12 +34,14 @@ class Page(ABC):
     Attributes:
         title: In the footer, and in the help.
         lead: Begins its row of keys, for who commands an engine.
+        changing: What comes of changing a setting here, for the help.
         actions: What can be done here and not everywhere.
         typing: Whether keys are text at the moment, for `type`.
     """
 
     title = ""
     lead = ""
+    changing = ""
     typing = False
 
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:

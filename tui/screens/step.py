@@ -12,18 +12,15 @@ from .blocks import block_row
 from .page import Page, Topic
 
 AXIS_WIDTH = 8
-ROOMY = 76
-"""Columns from which the number of events has room."""
-
-PHASE_LETTERS = {Phase.DATA: "d", Phase.ZERO_GRAD: "z", Phase.LOAD: "l"}
+PHASE_SHORT = {Phase.FORWARD: "fwd", Phase.BACKWARD: "bwd", Phase.ZERO_GRAD: "zero"}
 
 
 FAR = 1_000_000_000
 CURSOR_MOVES = (
-    ("left", "left", "Cursor left", -1),
-    ("right", "right", "Cursor right", 1),
-    ("far-left", "pageup", "Cursor far left", -8),
-    ("far-right", "pagedown", "Cursor far right", 8),
+    ("left", "left", "Cursor left", -1, "move the cursor by a column"),
+    ("right", "right", "Cursor right", 1, "move the cursor by a column"),
+    ("far-left", "pageup", "Cursor far left", -8, "by eight columns"),
+    ("far-right", "pagedown", "Cursor far right", 8, "by eight columns"),
 )
 
 
@@ -44,9 +41,8 @@ class StepPage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """Cursor, zoom, other steps."""
         return (
-            *(Action(f"step.{name}", (key,), title, "move the cursor, by a column or by eight",
-                     calling("move", by), "cursor" if abs(by) == 1 else "")
-              for name, key, title, by in CURSOR_MOVES),
+            *(Action(f"step.{name}", (key,), title, text, calling("move", by), "cursor" if abs(by) == 1 else "")
+              for name, key, title, by, text in CURSOR_MOVES),
             Action("step.begin", ("home",), "Cursor to the beginning", "cursor to the beginning or end of the step",
                    lambda page: page.point(0)),
             Action("step.end", ("end",), "Cursor to the end", "cursor to the beginning or end of the step",
@@ -70,8 +66,9 @@ class StepPage(Page):
         return Topic(
             "one step, event by event",
             "Every allocation of one step, stacked by category, from 0 to the peak; the width is events, not time, "
-            "which is the host's: it may be ahead of the GPU. Below the phases, the cursor with its time, and what is "
-            "alive there: bytes by category and the largest tensors. ◆ marks the peak where the cursor is elsewhere.",
+            "which is the host's: it may be ahead of the GPU. Below, phases (z: zero_grad), the cursor, its time, and "
+            "what is alive there: bytes by category and the largest tensors. ◆ marks the peak where the cursor is "
+            "elsewhere.",
         )
 
     @property
@@ -148,10 +145,11 @@ class StepPage(Page):
         if not kept:
             return
         ledger = self.ledger
-        steps = [trace.step for trace in kept]
+        steps, instants = [trace.step for trace in kept], len(ledger.total) if ledger is not None else 1
         at = steps.index(ledger.trace.step) if ledger is not None and ledger.trace.step in steps else len(kept) - 1
         self.frozen = None if at + by >= len(kept) else kept[max(0, at + by)]
-        self.cursor = None
+        if self.cursor is not None and self.ledger is not None:  # as far into that step
+            self.cursor = self.cursor * len(self.ledger.total) // instants
 
     # --- what is on show --------------------------------------------------------------
 
@@ -211,26 +209,30 @@ class StepPage(Page):
         return self._chart[1], self._chart[2]
 
     def _title(self, ledger: Ledger, width: int) -> Row:
+        """The step, its figures and its neighbours; what there is no room for goes, the least needed first."""
         trace, palette = ledger.trace, self.palette
-        row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
         spans = trace.phases
         seconds = (spans[-1].end_us - spans[0].begin_us) / 1e6 if spans else None
-        events = f"  {count(len(trace.events))} events" if width >= ROOMY else ""
-        row.add(f"{events}  {duration(seconds)} host  peak ", palette.dim)
-        row.add(self.state.unit.full(ledger.peak.bytes), palette.bold)
-        if self.window != (0.0, 1.0):
-            row.add(f"  {100 * (self.window[1] - self.window[0]):.0f} % of it", palette.busy)
-        if trace.partial:
-            row.add("  under way", palette.busy)
-        steps = [t.step for t in self.state.kept]
-        if trace.step in steps:
-            at = steps.index(trace.step)
-            before = f"< {steps[at - 1]}   " if at else ""
-            after = f"   {steps[at + 1]} >" if at + 1 < len(steps) else ""
-            mode = "frozen" if self.frozen is not None else "latest"
-            text = f" {before}{mode}{after}"
-            row.right(text, width - 1, palette.busy if self.frozen is not None else palette.dim)
-        return row
+        events, host = f"  {count(len(trace.events))} events", f"  {duration(seconds)} host"
+        share = f"  {100 * (self.window[1] - self.window[0]):.0f} % of it" if self.window != (0.0, 1.0) else ""
+        for some, gap in ((events + host, "   "), (host, "   "), (host, " "), ("", " ")):
+            row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
+            row.add(f"{some}  peak ", palette.dim).add(self.state.unit.full(ledger.peak.bytes), palette.bold)
+            row.add(share, palette.busy).add("  under way" if trace.partial else "", palette.busy)
+            steps = self._steps(trace, gap)
+            if row.width + len(steps) + 2 <= width:
+                break
+        return row.right(steps, width - 1, palette.busy if self.frozen is not None else palette.dim)
+
+    def _steps(self, trace: StepTrace, gap: str) -> str:
+        """Whether the step stays, between the ones before and after it."""
+        steps = [kept.step for kept in self.state.kept]
+        if trace.step not in steps:
+            return ""
+        at = steps.index(trace.step)
+        before = f"< {steps[at - 1]}{gap}" if at else ""
+        after = f"{gap}{steps[at + 1]} >" if at + 1 < len(steps) else ""
+        return before + ("frozen" if self.frozen is not None else "latest") + after
 
     def _phases(self, ledger: Ledger) -> Row:
         """Names of the phases under the columns they take up."""
@@ -241,9 +243,9 @@ class StepPage(Page):
             if span.phase is Phase.RECOMPUTE or span.end < first or span.begin + 1 >= last:
                 continue
             begin, end = (self._at_column(ledger, i) for i in (span.begin + 1, max(span.begin + 1, span.end)))
-            label = {Phase.OPTIMIZER: "optimizer"}.get(span.phase, span.phase.title)
-            if len(label) > end - begin - 1:
-                label = PHASE_LETTERS.get(span.phase, label[:1])
+            title = span.phase.title.removesuffix(" step")
+            labels = (title, PHASE_SHORT.get(span.phase, title[:3]), title[:1])
+            label = next((label for label in labels if len(label) < end - begin), title[:1])
             text = ("|" if palette.ascii else "│") + label
             for x, character in enumerate(text[: max(end - begin + 1, 1)], begin):
                 if x < self._width:

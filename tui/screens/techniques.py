@@ -10,7 +10,9 @@ from ..actions import Action, changes, moves
 from ..control import choices, offered
 from ..draw import Row, wrap
 from ..run_state import config_key
+from ..state import Message
 from ..units import UNKNOWN, difference, shorten
+from .header import summary
 from .page import Page, Table, Topic, scrolled
 from .saves_most import saves_most
 
@@ -20,7 +22,7 @@ FIGURES = (9, 9, 6, 10)
 PLAIN_FIGURES = (0, 8, 5, 9)
 """Of the same where there is little room."""
 
-NARROW = 76
+NARROW = 77
 """Columns below which the list moves closer together."""
 
 
@@ -52,9 +54,12 @@ class TechniquesPage(Page):
 
     title = "techniques"
     lead = "letters or "
+    changing = "changes are collected, enter applies"
 
     selected = 0
     top = 0
+    _announced: Message | None = None
+    """That the next undo restarts the run; it does as long as that is to be seen."""
 
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a setting; enter applies all changes as one restart."""
@@ -64,7 +69,7 @@ class TechniquesPage(Page):
             *moves("select a setting"),
             Action("techniques.before", ("left",), "Value before", text, lambda page: page.change(-1), "change"),
             Action("techniques.next", ("right",), "Next value", text, lambda page: page.change(1), "change"),
-            *changes(offered(), _collect, "collected, enter applies", acts=False),
+            *changes(offered(), _collect, acts=False),
             Action("techniques.details", ("tab",), "Details", "open or close the details of a technique",
                    lambda page: page.toggle(), "details"),
             Action("techniques.apply", ("enter",), "Apply the changes", "apply all changes as one restart",
@@ -91,11 +96,14 @@ class TechniquesPage(Page):
         self.control.collect(lines[min(self.selected, len(lines) - 1)].option, by)
 
     def undo(self) -> None:
-        """Take back the last change collected; if there is none, go back to the run before."""
-        if self.control.pending:
+        """Take back the last change collected; if there is none, go back to the run before, once that was announced."""
+        if self.control.collected:
             self.control.undo()
-        else:
+        elif (before := self.control.before) is None or self.state.message is self._announced is not None:
             self.control.go_back()
+        else:
+            self.state.say(f"nothing collected; once more restarts with the configuration before: {summary(before)}")
+            self._announced = self.state.message
 
     def toggle(self) -> None:
         """Open or close the details of the selected technique."""
@@ -229,7 +237,7 @@ class TechniquesPage(Page):
         palette = self.palette
         rows = [Row().add(("-" if palette.ascii else "─") * width, palette.dim), *self._values(line, wanted, width)]
         if problem := self._problem(line, wanted):
-            rows.append(Row().add(f" {shorten(problem, width - 2)}", palette.busy))
+            rows += [Row().add(f" {text}", palette.busy) for text in wrap(problem, width - 2)]
         what = line.technique.summary if line.technique is not None and not line.detail else line.option.summary
         texts = [(what, palette.plain)]
         if line.technique is not None:
@@ -258,8 +266,9 @@ class TechniquesPage(Page):
     def _problem(self, line: Line, wanted: RunConfig) -> str | None:
         """Why the value that the key steps to cannot be had with the others as they are, or None."""
         base = self.control.base()
-        config = self.candidate(line, wanted, base) if base is not None and not self.control.pending else None
-        reason = self.control.problem(config) if config is not None else None
+        config = self.candidate(line, wanted, base) if base is not None else None
+        # What stands in the way of the changes collected is said in any case.
+        reason = self.control.problem(config) if config is not None and config != self.control.wanted() else None
         return f"{show(config[line.option.name])}: {reason}" if config is not None and reason else None
 
     def _values(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
@@ -283,7 +292,7 @@ class TechniquesPage(Page):
         for value, reason in reasons.items():
             by_reason.setdefault(reason, []).append(show(value))
         text = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
-        return [*rows, Row().add(f" {shorten(text, width - 2)}", palette.off)]
+        return rows + [Row().add(f" {part}", palette.off) for part in wrap(text, width - 2)]
 
     def _history(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
         """Peaks measured in this session with other values of the selected setting, all else as wanted."""
@@ -298,25 +307,29 @@ class TechniquesPage(Page):
         """What enter would do, or why it would not."""
         palette, pending = self.palette, self.control.pending
         if not pending:
-            predictions = self.control.predictions
-            whose = ""
-            if predictions is not None and predictions.gpu_name:
-                here = self.state.environment
-                whose = f"   ~ predicted for {predictions.gpu_name}"
-                whose += ", this run is on a CPU" if here is not None and not here.on_gpu else ""
-                whose += f", {waiting} being worked out" if (waiting := predictions.waiting()) else ""
-            none = Row().add(" no changes collected", palette.dim).add(shorten(whose, width - 24), palette.dim)
-            return [*self._saves_most(width), none]
+            lines = wrap(f"no changes collected{self._predicted_for()}", width - 2)
+            return [*self._saves_most(width), *(Row().add(f" {line}", palette.dim) for line in lines)]
         problem = self.control.conflict()
         if problem:
-            return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)[:2]]
+            return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)]
         changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
         text = f" enter applies {changed} as one restart"
         text = text if self.state.live else f" {changed} predicted; a recording runs nothing"
         wanted = self.control.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
-        return [row.add(f"   measured last time: {self.state.unit.full(last) if last else UNKNOWN}", palette.plain)]
+        return [row.add(f"   measured last time: {self.state.unit.full(last)}" if last else "", palette.plain)]
+
+    def _predicted_for(self) -> str:
+        """Which GPU the predictions are of; where it is not the run's, how to have another."""
+        predictions, here = self.control.predictions, self.state.environment
+        if predictions is None or not predictions.gpu_name:
+            return ""
+        waiting = f", {count} being worked out" if (count := predictions.waiting()) else ""
+        elsewhere = "; this run is on a CPU; another GPU: gpumem-tui config set gpu=NAME"
+        return f" · ~ is predicted for {predictions.gpu_name}{waiting}" + elsewhere * (
+            here is not None and not here.on_gpu
+        )
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:

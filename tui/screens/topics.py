@@ -27,7 +27,8 @@ PARTS = {
     ),
     "recompute": (
         "A mark for every layer. With checkpointing, backward computes each layer's activations again: its mark "
-        "lights up as that happens, with the bytes held for it and the time it took."
+        "lights up as that happens, with the bytes made and the time it took. The row R recomputed is what of them is "
+        "alive: a layer's go as soon as backward has used them."
     ),
 }
 """Parts of this screen that are no category, and what `?` says of them."""

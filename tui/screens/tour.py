@@ -1,4 +1,4 @@
-"""The tour of the first start: a few sentences over the live screen, half a minute in all."""
+"""The tour of the first start: a few sentences below the live screen, half a minute in all."""
 
 from __future__ import annotations
 
@@ -6,18 +6,21 @@ from ..draw import Row, wrap
 from ..palette import Palette
 
 STOPS = (
-    "The bar under the device is its memory, from 0 to the edge. Letters say what fills it: P parameters, "
-    "G gradients, O optimizer, A activations ...",
-    "Below: what every category holds now, what it held at the peak, and why the peak is where it is.",
-    "2 shows one step as an oscilloscope, 3 the layers. Arrow keys select; ? explains what is selected.",
-    "4 lists the techniques: LoRA, checkpointing, quantization ... A letter changes one, enter restarts the run.",
-    "5 sets your runs side by side, 6 is the log. : finds every action by name. s saves, q quits.",
+    "The bar under the device is its memory, from 0 to the edge; letters say what fills it.",
+    "Below: what each category holds now, what it held at the peak, and why the peak is there.",
+    "2 shows one step event by event, 3 the layers. Arrows select, and ? explains that.",
+    "4 lists LoRA, checkpointing, quantization: a letter changes one, enter restarts the run.",
+    "5 sets your runs side by side, 6 is the log. : finds every action; s saves, q quits.",
 )
 STOP_S = 6.0
+KEYS = ("enter next, esc ends", "enter, esc", "")
+"""What is said of them, as far as there is room."""
 
 
 class Tour:
     """Where the tour is.
+
+    Enter and escape are its own; every other key ends it and does what it always does.
 
     Args:
         clock_s: When it began, by the clock of `tick`.
@@ -38,7 +41,10 @@ class Tour:
         return self._at < len(STOPS)
 
     def rows(self, palette: Palette, width: int) -> list[Row]:
-        """The stop, over the foot of the screen."""
-        head = f" tour {self._at + 1} of {len(STOPS)}"
-        rows = [Row().add(head, palette.accent).add("   enter goes on, esc ends it", palette.dim)]
-        return rows + [Row().add(f" {line}", palette.bold) for line in wrap(STOPS[self._at], width - 2)]
+        """The stop and its keys in two rows, at the foot of the screen."""
+        head = f"tour {self._at + 1} of {len(STOPS)}: "
+        first, *rest = wrap(f"{head}{STOPS[self._at]}", width - 2)
+        last = " ".join(rest)
+        keys = next(keys for keys in KEYS if len(last) + len(keys) + 4 <= width)
+        rows = [Row().add(f" {head}", palette.accent).add(first[len(head) :], palette.bold)]
+        return [*rows, Row().add(f" {last}", palette.bold).right(keys, width - 1, palette.dim)]
