@@ -63,6 +63,7 @@ class Board:
         self.state = ViewState()
         self.state.units = str(settings["units"])
         self.control = Control(source, self.state, save_dir or Path.cwd(), predictions)
+        self.control.on_turn = self._turned
         self.palette = palette
         self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
         self.page = self.pages[0]
@@ -112,6 +113,10 @@ class Board:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
+
+    def _turned(self) -> None:
+        for page in self.pages:
+            page.turned()
 
     def predicted(self) -> bool:
         """Whether something has been predicted since this was asked last."""
@@ -174,7 +179,7 @@ class Board:
 
     def _keys(self, width: int, commands: bool) -> Row:
         """What can be done on the page by whoever looks at it."""
-        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
+        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
         return Row().add(f" {shorten(keys, width - 2)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:

@@ -81,14 +81,15 @@ class HelpPage(Page):
 
     def _keys(self, width: int) -> list[Row]:
         """What is selected, then the keys: the screen's own, and those that hold everywhere."""
-        palette, page, live = self.palette, self._page(), self.state.live
+        palette, page = self.palette, self._page()
+        live, several = self.state.live, self.state.several
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
         rows += [Row(), Row().add(f" keys on {page.title}", palette.bold)]
-        rows += self._entries(help_lines(offered_here(page.actions, live)), width)
+        rows += self._entries(help_lines(offered_here(page.actions, live, several)), width)
         rows += [Row(), Row().add(" keys everywhere", palette.bold)]
-        rows += self._entries(help_lines(offered_here(self._everywhere(), live)), width)
+        rows += self._entries(help_lines(offered_here(self._everywhere(), live, several)), width)
         rows.append(Row())
         return rows + [Row().add(f" {line}", palette.dim) for line in wrap(ABOUT, width - 2)]
 

@@ -153,6 +153,10 @@ class StepPage(Page):
         self.frozen = None if at + by >= len(kept) else kept[max(0, at + by)]
         self.cursor = None
 
+    def turned(self) -> None:
+        """The step and the instant are another recording's."""
+        self.follow_peak()
+
     # --- what is on show --------------------------------------------------------------
 
     def _range(self, ledger: Ledger) -> tuple[int, int]:
