@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -18,6 +19,7 @@ from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.foresight import WORKING, Background
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.screens.compare import MODES, OWNERS
 from gpumem_tui.tui.state import ViewState
@@ -248,6 +250,17 @@ async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() ->
             assert (predicted.label, predicted.peak_module) == (measured.label, "loss")
             ran, here = "2.11.0", version("torch").split("+")[0]
             assert (f"~ predicted with torch {here} (run: {ran})" in driver.text) == (here != ran)
+
+
+async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.gpumem" for name in ("one", "two")]
+    for path in paths:
+        shutil.copy(RECORDINGS / "full.gpumem", path)
+    async with shown(Opened(paths), predictions=Oracle()) as driver:
+        await driver.press("5")
+        assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "one, predicted"]
+        await driver.press("j")
+        assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "two, predicted"]
 
 
 @pytest.mark.parametrize(

@@ -159,14 +159,14 @@ async def test_a_configuration_that_ran_several_times_is_listed_once_with_its_la
         for _ in range(2):  # there and back, twice
             await restarted(driver, "k")
             await restarted(driver, "K")
-        assert [(run.origin, run.times) for run in driver.app.state.runs] == [("run 3", 2), ("run 4", 2), ("run 5", 1)]
+        assert [(run.origin, run.times) for run in driver.app.state.runs] == [("run 1", 2), ("run 2", 2), ("run 5", 1)]
         await driver.press("5")
-        assert "run 3 ×2  B8" in driver.text and "run 4 ×2  B8 checkpointing=layers" in driver.text
-        await restarted(driver, "r", steps=0)
+        assert "run 1 ×2  B8" in driver.text and "run 2 ×2  B8 checkpointing=layers" in driver.text
         await restarted(driver, "r", steps=1)
+        await driver.press("1")
         await restarted(driver, "b")
-        assert driver.app.state.runs[0][:2] == ("B8", "run 5"), "what was cut short had not held all it would"
-        assert driver.app.state.runs[0].times == 4
+        first = driver.app.state.runs[0]
+        assert (first.origin, first.times, first.steps) == ("run 1", 4, 2), "what was cut short replaces no figures"
 
 
 async def test_earlier_runs_come_first_and_what_a_change_saves_has_a_minus() -> None:
@@ -203,8 +203,16 @@ async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> No
                 assert kept - less == milestone.data["bytes"], "what is not kept is what is computed again"
                 row = driver.line(layer.removeprefix("gpt_neox.")).split()
                 assert row[1:] == [f"{kept / GIB:.2f}", f"{less / GIB:.2f}", f"{(less - kept) / GIB:+.2f}"]
+
+
+async def test_the_layer_that_saves_most_stands_first_whichever_run_is_chosen() -> None:
+    async with shown(opened("h100-tiny", "h100-tiny-lora")) as driver:
+        await driver.press("5", "tab", "tab", "tab")
         page = driver.app.page
         changes = [after - before for _, (before, after), _ in page.lines(page.runs())[:-1]]
+        assert changes == sorted(changes) != sorted(changes, reverse=True)
+        await driver.press("right", "enter", "left")
+        changes = [before - after for _, (before, after), _ in page.lines(page.runs())[:-1]]
         assert changes == sorted(changes)
 
 
@@ -552,7 +560,9 @@ async def test_the_run_chosen_on_compare_is_looked_at() -> None:
 async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
     """A frozen step, a cursor and collected changes belong to the recording they were made on."""
     async with shown(opened("full", "lora")) as driver:
-        await driver.press("4", "b", "2", "<", "f", "left", "space", "j")
+        await driver.press("4", "b", "2", "<", "left", "space")
+        assert "frozen" in driver.text
+        await driver.press("j")
         assert driver.app.control.pending == {}
         assert "frozen" not in driver.text and "view paused" not in driver.text
         trace = driver.app.state.kept[-1]
@@ -603,6 +613,13 @@ def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> Non
     assert list(found.measured()) == [config_key(found.runs[0].config)]
     found.look_at(1)
     assert list(found.measured()) == [config_key(found.runs[1].config)]
+
+
+def test_how_long_a_run_was_and_how_its_device_was_named_makes_no_other_configuration() -> None:
+    config = RunConfig()
+    assert config_key(replace(config, steps=9, rows=9, seed=9, device="cuda:0")) == config_key(config)
+    for other in ({"batch_size": 9}, {"seq_len": 9}, {"model": "tiny-2"}, {"pretrained": True}):
+        assert config_key(replace(config, **other)) != config_key(config)
 
 
 def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Path) -> None:

@@ -40,7 +40,7 @@ class RunSummary(NamedTuple):
         tokens_per_s: Of its last step.
         steps: That ended.
         highest_bytes: By the allocator's own counter, of untraced steps too; None: not known.
-        times: How many runs of this configuration it stands for, being the latest.
+        times: How many runs of this configuration it stands for: named after the first, with the figures of the latest.
         predicted: It has not happened.
         caveat: What to know when it is compared with the run that has.
     """

@@ -60,11 +60,11 @@ def is_problem(milestone: Milestone) -> bool:
 
 
 def _with(runs: list[RunSummary], latest: RunSummary) -> list[RunSummary]:
-    """Runs and one more; in the place of one that was the same, unless it was cut short of what that has held."""
+    """Runs and one more; one that ran before counts again, with the latest figures unless it was cut short."""
     for i, run in enumerate(runs):
         if config_key(run.config) == config_key(latest.config):
             stays = latest if latest.steps >= min(run.steps, STEADY_STEPS) else run
-            return [*runs[:i], stays._replace(times=run.times + 1), *runs[i + 1 :]]
+            return [*runs[:i], stays._replace(origin=run.origin, times=run.times + 1), *runs[i + 1 :]]
     return [*runs, latest]
 
 

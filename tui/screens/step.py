@@ -155,7 +155,7 @@ class StepPage(Page):
 
     def turned(self) -> None:
         """The step and the instant are another recording's."""
-        self.follow_peak()
+        self.leave()
 
     # --- what is on show --------------------------------------------------------------
 
