@@ -215,6 +215,15 @@ class Ledger:
             highest[span.phase] = max(highest.get(span.phase, 0), most)
         return highest
 
+    @cached_property
+    def saved_by_layer(self) -> dict[str, int] | None:
+        """Activations that each layer keeps for backward as the last forward ends; None: there was no forward."""
+        ends = [span.end for span in self.trace.phases if span.phase is Phase.FORWARD]
+        if not ends:
+            return None
+        kept = {layer: sizes.get(Category.ACTIVATIONS, 0) for layer, sizes in self.by_layer(ends[-1] - 1).items()}
+        return {layer: size for layer, size in kept.items() if size}
+
     def where(self, event: int) -> tuple[Phase, int, str]:
         """Phase, micro-batch and module at work when an event happened."""
         phase, micro_batch = Phase.IDLE, 0

@@ -26,7 +26,7 @@ from .config import RunConfig, UserError
 from .prediction.gpus import Gpu
 from .prediction.outcome import Prediction
 
-TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "steps")
+TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "saved_by_layer", "steps")
 """Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
 
 NICENESS = 10

@@ -50,6 +50,7 @@ class Report:
             "after_first_step": self._after_first_step,
             "peak": None if self._highest is None else peak_of(self._highest),
             "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
+            "saved_by_layer": None if self._highest is None else self._highest.saved_by_layer,
         }
 
     def document(self, environment: Environment, config: RunConfig, milestones: list[Milestone]) -> dict[str, Any]:

@@ -8,9 +8,10 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.tui.actions import RESERVED, Action, help_lines, shown_keys
+from gpumem_tui.tui.actions import RESERVED, Action, help_lines, offered_here, shown_keys
 from gpumem_tui.tui.board import KINDS, Board, check
 from gpumem_tui.tui.draw import wrap
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.settings import Settings
 
@@ -24,6 +25,11 @@ def board(**keys: tuple[str, ...]) -> Board:
     settings = Settings(NOWHERE)
     settings.keys = keys
     return Board(FakeSource(), settings, Palette())
+
+
+def opened() -> Opened:
+    folder = Path(__file__).parent / "recordings"
+    return Opened([folder / "full.gpumem", folder / "lora.gpumem"])
 
 
 SCREENS = [kind.title for kind in KINDS]
@@ -55,21 +61,28 @@ def test_no_two_actions_of_a_screen_share_a_key_a_name_or_a_title(screen: str) -
 
 
 @pytest.mark.parametrize("screen", SCREENS)
-async def test_help_lists_every_action_of_the_screen_it_is_called_from(screen: str) -> None:
-    async with shown(trained(), (100, 200)) as driver:
+@pytest.mark.parametrize("recordings", [False, True])
+async def test_help_lists_every_action_of_the_screen_it_is_called_from(screen: str, recordings: bool) -> None:
+    """What takes an engine where there is one, what takes several recordings where they are."""
+    async with shown(opened() if recordings else trained(), (100, 200)) as driver:
         await driver.press(str(SCREENS.index(screen) + 1), "?")
         text = " ".join(driver.text.split())
-        for action in (*driver.app.board.pages[SCREENS.index(screen)].actions, *driver.app.board.everywhere):
-            assert shown_keys([action]).split()[0] in text
-            assert wrap(action.text, 60)[0] in text
+        actions = (*driver.app.board.pages[SCREENS.index(screen)].actions, *driver.app.board.everywhere)
+        offered = offered_here(actions, not recordings, recordings)
+        assert offered != actions
+        for action in actions:
+            assert (wrap(action.text, 60)[0] in text) == (action in offered)
+            if action in offered:
+                assert shown_keys([action]).split()[0] in text
 
 
-async def test_the_command_palette_offers_every_action_and_does_it() -> None:
-    async with shown(trained()) as driver:
-        await driver.press("3")
+@pytest.mark.parametrize("recordings", [False, True])
+async def test_the_command_palette_offers_every_action_and_does_it(recordings: bool) -> None:
+    async with shown(opened() if recordings else trained()) as driver:
+        await driver.press("5")
         offered = {command.title: command for command in driver.app.get_system_commands(driver.app.screen)}
-        page = driver.app.board.page
-        assert set(offered) == {action.title for action in (*page.actions, *driver.app.board.everywhere)}
+        actions = (*driver.app.board.page.actions, *driver.app.board.everywhere)
+        assert set(offered) == {action.title for action in offered_here(actions, not recordings, recordings)}
         await driver.pilot.press(":")
         await driver.pilot.pause()
         assert len(driver.app.screen_stack) == 2

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import re
+import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
@@ -19,7 +20,9 @@ from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.foresight import WORKING, Background
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.predictions import Prediction
+from gpumem_tui.tui.screens.compare import MODES, OWNERS
 from gpumem_tui.tui.state import ViewState
 
 from .app_driver import GPU_UNIT, SIZES, Driver, shown
@@ -121,11 +124,13 @@ async def test_nothing_is_set_beside_a_run_on_a_cpu_and_one_line_says_why() -> N
         async with shown(source, predictions=predictions) as driver:
             assert "~" not in total(driver)
             await driver.press("5")
-            assert "it is on a CPU, predictions are of GPUs" in driver.text
             assert len(driver.app.page.runs()) == 1
-            await driver.press("tab", "tab", "tab", "tab")
-            assert "A difference takes two runs." in driver.text
-            assert "~" not in driver.text
+            for view in MODES:
+                assert view in driver.text
+                said = "it is on a CPU, predictions are of GPUs" in driver.text
+                assert said == ("A difference takes two runs." in driver.text) == (view is MODES[OWNERS])
+                assert "~" not in driver.text
+                await driver.press("tab")
 
 
 # --- the compare screen -----------------------------------------------------------------
@@ -135,20 +140,25 @@ async def test_nothing_is_set_beside_a_run_on_a_cpu_and_one_line_says_why() -> N
 async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
     async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
         await driver.press("5")
-        predicted, measured = driver.app.page.runs()
+        measured, predicted = driver.app.page.runs()
         assert "run 1, predicted" in driver.text
         rows = {c: driver.line(f"{c.info.letter} {c.info.title}") for c in Category if measured.peak[c]}
         assert len(rows) > 4
         for category, row in rows.items():
             a, b = predicted.peak[category] / GIB, measured.peak[category] / GIB
-            change = f"{b - a:+.2f}" if f"{b - a:.2f}" != "0.00" else "0.00"
-            assert row.split()[-3:] == [f"~{a:.2f}", f"{b:.2f}", change]
+            change = f"{a - b:+.2f}" if f"{b - a:.2f}" != "0.00" else "0.00"
+            assert row.split()[-3:] == [f"{b:.2f}", f"~{a:.2f}", change]
         await driver.press("tab")
         a, b = (run.by_phase[phase] / GIB for run in (predicted, measured) for phase in run.by_phase
                 if phase.title == "backward")  # fmt: skip
-        assert driver.line("backward").split()[1:] == [f"~{a:.2f}", f"{b:.2f}", f"{b - a:+.2f}"]
+        assert driver.line("backward").split()[1:] == [f"{b:.2f}", f"~{a:.2f}", f"{a - b:+.2f}"]
         await driver.press("tab")
         assert "layers.3" in driver.text and "logits" in driver.text
+        await driver.press("tab")
+        a, b = (sum(run.saved_by_layer.values()) / GIB for run in (predicted, measured))
+        driver.app.page.move(99)
+        await driver.tick()
+        assert driver.line("all").split()[1:] == [f"{b:.2f}", f"~{a:.2f}", f"{a - b:+.2f}"]
         await driver.press("tab")
         assert f"~{sum(predicted.peak.values()) / GIB:.2f}" in driver.line("run 1, predicted")
 
@@ -156,12 +166,12 @@ async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[int, int]) -> None:
     async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
-        await driver.press("5", *["tab"] * 4)
+        await driver.press("5", *["tab"] * OWNERS)
         places = [line for line in driver.lines if "peak in" in line]
         assert [re.sub(r"\s+", " ", line).strip() for line in places] == [
             "A peak in step 1, optimizer step of AdamW", "B peak in step 1, optimizer step of AdamW",
         ]  # fmt: skip
-        figures = [re.sub(r"\s{2,}", "|", line.strip()).split("|") for line in driver.lines[driver.lines.index(
+        figures = [re.sub(r"\s{2,}| (?=~)", "|", line.strip()).split("|") for line in driver.lines[driver.lines.index(
             next(line for line in driver.lines if line.strip().startswith("P "))):]]  # fmt: skip
         shown_rows = [row for row in figures if len(row) == 4 and not row[0].startswith(("1 live", "←"))]
         categories = [row for row in shown_rows if row[0][1:2] == " "]
@@ -170,8 +180,8 @@ async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[i
             assert after - before == change
         total = whole["all"]
         assert [sum(whole[row[0]][i] for row in categories) for i in range(3)] == total
-        assert total[2] == LOGITS_OF_A_ROW == whole["logits"][2]
-        assert all(row[1].startswith("~") for row in shown_rows)
+        assert total[2] == -LOGITS_OF_A_ROW == whole["logits"][2]
+        assert all(row[2].startswith("~") for row in shown_rows)
         table = driver.app.page.table()
         assert [len(row) for row in table] == [5] * len(table)
 
@@ -180,7 +190,6 @@ async def test_what_was_chosen_stays_chosen_when_a_prediction_comes_and_goes() -
     source, oracle = gpu_run(2), Oracle(ready=False)
     async with shown(source, predictions=oracle) as driver:
         await driver.press("5")
-        assert "being worked out" in driver.text
         for step in range(2):
             await driver.press("1", "b", "5")
             source.obey()
@@ -192,11 +201,11 @@ async def test_what_was_chosen_stays_chosen_when_a_prediction_comes_and_goes() -
         assert chosen(driver) == ("run 3", "run 3")
         oracle.ready = True
         await driver.tick()
-        assert [run.origin for run in driver.app.page.runs()] == ["run 1", "run 2", "run 3, predicted", "run 3"]
+        assert [run.origin for run in driver.app.page.runs()] == ["run 1", "run 2", "run 3", "run 3, predicted"]
         assert chosen(driver) == ("run 3", "run 3")
-        await driver.press("left", "-")
+        await driver.press("right", "-")
         assert "the prediction goes when its run does" in driver.text
-        await driver.press("left", "left", "-", "right", "right")
+        await driver.press("left", "left", "left", "-", "right")
         assert chosen(driver) == ("run 3", "run 3")
         await driver.press("1", "b", "5")
         source.obey()
@@ -221,7 +230,7 @@ async def test_a_script_of_ones_own_is_not_predicted() -> None:
     source.finish_step()
     async with shown(source, predictions=Oracle()) as driver:
         assert "~" not in total(driver)
-        await driver.press("5")
+        await driver.press("5", *["tab"] * OWNERS)
         assert "the loop is a script's own" in driver.text
 
 
@@ -235,7 +244,7 @@ async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() ->
             predictor = predictions._predictor
             assert predictor is not None and predictor.wait(100)
             await driver.press("5")
-            predicted, measured = driver.app.page.runs()
+            measured, predicted = driver.app.page.runs()
             assert predicted.predicted and not measured.predicted
             assert abs(predicted.peak_bytes - measured.peak_bytes) < measured.peak_bytes // 1000
             assert set(predicted.by_layer) == set(measured.by_layer)
@@ -245,6 +254,17 @@ async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() ->
             assert (predicted.label, predicted.peak_module) == (measured.label, "loss")
             ran, here = "2.11.0", version("torch").split("+")[0]
             assert (f"~ predicted with torch {here} (run: {ran})" in driver.text) == (here != ran)
+
+
+async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.gpumem" for name in ("one", "two")]
+    for path in paths:
+        shutil.copy(RECORDINGS / "full.gpumem", path)
+    async with shown(Opened(paths), predictions=Oracle()) as driver:
+        await driver.press("5")
+        assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "one, predicted"]
+        await driver.press("j")
+        assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "two, predicted"]
 
 
 @pytest.mark.parametrize(

@@ -3,24 +3,37 @@
 from __future__ import annotations
 
 import json
+import re
+import shutil
 from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.events import Category, Kind
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay, write
 from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.foresight import Background
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.predictions import Prediction
+from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.run_summary import of_source
-from gpumem_tui.tui.state import KEPT_RUNS, ViewState
+from gpumem_tui.tui.screens.compare import MODES, REFERENCE
+from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
 
-from .app_driver import shown, trained
+from .app_driver import SIZES, Driver, shown, trained
 from .fake_source import GPU, MIB, FakeSource
 
+GIB = 1 << 30
 RECORDINGS = Path(__file__).parent / "recordings"
+
+
+def opened(*names: str) -> Opened:
+    return Opened([RECORDINGS / f"{name}.gpumem" for name in names])
 
 
 async def restarted(driver: object, *keys: str, steps: int = 2) -> None:
@@ -107,8 +120,7 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
 async def test_a_layer_is_one_row_whatever_wraps_the_model_or_caches_its_keys(size: tuple[int, int]) -> None:
     """A full run with a KV cache beside one of PEFT's: names have no prefix, and are not cut at the useful end."""
     async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
-        lora = of_source(Replay(RECORDINGS / "h100-tiny-lora.gpumem"), "lora")
-        driver.app.state.finished = [lora]
+        driver.app.state.finished = [lora := of_source(Replay(RECORDINGS / "h100-tiny-lora.gpumem"), "lora")]
         await driver.press("5", "tab", "tab")
         names = [line.split()[0] for line in driver.lines[5:-3] if line.strip()]
         assert len(names) == len(set(names))
@@ -119,17 +131,90 @@ async def test_a_layer_is_one_row_whatever_wraps_the_model_or_caches_its_keys(si
         ]
 
 
-async def test_of_many_runs_the_legend_has_the_base_the_chosen_and_the_one_that_goes_on() -> None:
+def listed(driver: Driver) -> list[str]:
+    """The letters of the runs above the comparison."""
+    return [line.split()[0] for line in driver.lines[2:] if re.match(r" [A-Z] +~?\d.* run \d", line)]
+
+
+async def test_all_runs_are_listed_where_there_is_room_and_else_it_is_said_how_many_are_not() -> None:
     source = trained(2)
-    async with shown(source) as driver:
-        for _ in range(8):
-            await restarted(driver, "b")
+    async with shown(source, (60, 20)) as driver:
+        for i in range(10):
+            await restarted(driver, "n" if i % 2 else "b")
         await driver.press("5")
-        legend = [line.split()[0] for line in driver.lines[2:7]]
-        assert (legend[0], legend[-1]) == ("A", "I")
-        assert "run 9, now" in driver.lines[6]
-        await driver.press("right", "right", "right", "right")
-        assert {"A", "E", "I"} <= {line.split()[0] for line in driver.lines[2:7]}
+        n_runs, letters = len(driver.app.page.runs()), listed(driver)
+        assert 5 <= len(letters) < n_runs and (letters[0], letters[-1]) == ("A", "ABCDEFGHIJKLM"[n_runs - 1])
+        assert f"{len(letters)} of {n_runs} runs" in driver.lines[1]
+        await driver.press(*["right"] * 4)
+        assert {"A", "E", letters[-1]} <= set(listed(driver))
+        await driver.press(*["tab"] * REFERENCE)
+        assert f"of {n_runs} runs" not in driver.text, "a row each"
+        await driver.pilot.resize_terminal(120, 40)
+        await driver.press(*["tab"] * (len(MODES) - REFERENCE))
+        assert len(listed(driver)) == n_runs
+        assert "runs," not in driver.lines[1]
+
+
+async def test_a_configuration_that_ran_several_times_is_listed_once_with_its_latest_run() -> None:
+    async with shown(trained(2)) as driver:
+        for _ in range(2):  # there and back, twice
+            await restarted(driver, "k")
+            await restarted(driver, "K")
+        assert [(run.origin, run.times) for run in driver.app.state.runs] == [("run 1", 2), ("run 2", 2), ("run 5", 1)]
+        await driver.press("5")
+        assert "run 1 ×2  B8" in driver.text and "run 2 ×2  B8 checkpointing=layers" in driver.text
+        await restarted(driver, "r", steps=1)
+        await driver.press("1")
+        await restarted(driver, "b")
+        first = driver.app.state.runs[0]
+        assert (first.origin, first.times, first.steps) == ("run 1", 4, 2), "what was cut short replaces no figures"
+
+
+async def test_earlier_runs_come_first_and_what_a_change_saves_has_a_minus() -> None:
+    async with shown(trained(2)) as driver:
+        await restarted(driver, "k")
+        await restarted(driver, "l")
+        await driver.press("5")
+        assert [run.origin for run in driver.app.page.runs()] == ["run 1", "run 2", "run 3"]
+        assert driver.line("A        B").split() == ["A", "B", "B", "-", "A", "C", "C", "-", "A"]
+        full, _, lora = driver.app.state.runs
+        assert driver.line("all").split()[-1] == f"{(lora.peak_bytes - full.peak_bytes) / MIB:.1f}"
+        assert lora.peak_bytes < full.peak_bytes
+
+
+async def test_two_peaks_that_are_two_instants_say_so() -> None:
+    """Gradients are there in one and not in the other, which is not what a layer saves."""
+    async with shown(opened("full", "lora", "checkpointed")) as driver:
+        await driver.press("5", "tab", "tab")
+        assert "peaks: A in optimizer, B in backward, C in optimizer: not one instant" in driver.text
+        await driver.press("right", "-", "right")
+        assert "peaks: A in optimizer, B in optimizer" in driver.text and "instant" not in driver.text
+
+
+async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> None:
+    async with shown(opened("full", "checkpointed"), (80, 30)) as driver:
+        await driver.press("5", "tab", "tab", "tab")
+        full, checkpointed = driver.app.state.runs
+        assert full.saved_by_layer and checkpointed.saved_by_layer
+        await driver.press("j")
+        for milestone in driver.app.state.logs[Filter.ALL]:
+            if milestone.kind is Kind.RECOMPUTED:
+                (layer,) = milestone.data["layers"]
+                kept, less = full.saved_by_layer[layer], checkpointed.saved_by_layer[layer]
+                assert kept - less == milestone.data["bytes"], "what is not kept is what is computed again"
+                row = driver.line(layer.removeprefix("gpt_neox.")).split()
+                assert row[1:] == [f"{kept / GIB:.2f}", f"{less / GIB:.2f}", f"{(less - kept) / GIB:+.2f}"]
+
+
+async def test_the_layer_that_saves_most_stands_first_whichever_run_is_chosen() -> None:
+    async with shown(opened("h100-tiny", "h100-tiny-lora")) as driver:
+        await driver.press("5", "tab", "tab", "tab")
+        page = driver.app.page
+        changes = [after - before for _, (before, after), _ in page.lines(page.runs())[:-1]]
+        assert changes == sorted(changes) != sorted(changes, reverse=True)
+        await driver.press("right", "enter", "left")
+        changes = [before - after for _, (before, after), _ in page.lines(page.runs())[:-1]]
+        assert changes == sorted(changes)
 
 
 async def test_any_run_can_be_what_the_others_are_compared_with() -> None:
@@ -143,11 +228,12 @@ async def test_any_run_can_be_what_the_others_are_compared_with() -> None:
         assert driver.line("L logits").split()[-1] == forward.replace("+", "-")
 
 
-async def test_the_articles_table_from_ones_own_runs() -> None:
+async def test_the_reference_experiments_table_from_ones_own_runs() -> None:
     source = trained(2)
     async with shown(source) as driver:
         await restarted(driver, "l")
-        await driver.press("5", "tab", "tab", "tab")
+        await driver.press("5", *["tab"] * REFERENCE)
+        assert "the reference experiment's table" in driver.text
         assert "after step" in driver.text
         ledger = {trace.step: Ledger(trace) for trace in source.traces()}
         loaded, peak = sum(ledger[0].end.values()), max(one.peak.bytes for one in ledger.values())
@@ -489,11 +575,120 @@ def test_where_there_is_no_terminal_it_is_plain_text(recordings: list[str], caps
     assert "\x1b" not in out
 
 
-async def test_several_recordings_are_set_side_by_side(recordings: list[str]) -> None:
-    first, second = (Replay(Path(path)) for path in recordings)
-    async with shown(first) as driver:
-        driver.app.state.finished = [of_source(second, "checkpointed")]
-        driver.app.state.origin = "plain"
-        await driver.press("5")
-        assert "checkpointed  B8 checkpointing=layers" in driver.text
-        assert "plain  B8" in driver.text
+# --- recordings opened together ------------------------------------------------------------------------
+
+
+async def test_every_recording_opened_can_be_looked_at_on_all_screens() -> None:
+    async with shown(opened("full", "checkpointed", "lora")) as driver:
+        assert "recording full, 1 of 3" in driver.lines[0]
+        figures = driver.lines[1:-2]
+        await driver.press("j")
+        assert "recording checkpointed, 2 of 3" in driver.lines[0]
+        assert driver.app.state.run.recomputes and driver.lines[1:-2] != figures
+        await driver.press("3")
+        assert "recomputed" in driver.text
+        await driver.press("j")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+        assert "recomputed" not in driver.text
+        await driver.press("j", "1")
+        assert driver.lines[1:-2] == figures, "round, and as it was"
+        await driver.press("J")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+
+
+async def test_the_run_chosen_on_compare_is_looked_at() -> None:
+    async with shown(opened("full", "checkpointed", "lora")) as driver:
+        await driver.press("5", "right", "right", "o")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+        assert [run.origin for run in driver.app.page.runs()] == ["full", "checkpointed", "lora"]
+        assert "lora, shown" in driver.text
+        await driver.press("-")
+        assert "still on the screens" in driver.text
+        await driver.press("left", "left", "-")
+        assert "recording lora, 2 of 2" in driver.lines[0]
+
+
+async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
+    """A frozen step, a cursor and collected changes belong to the recording they were made on."""
+    async with shown(opened("full", "lora")) as driver:
+        await driver.press("4", "b", "2", "<", "left", "space")
+        assert "frozen" in driver.text
+        await driver.press("j")
+        assert driver.app.control.pending == {}
+        assert "frozen" not in driver.text and "view paused" not in driver.text
+        trace = driver.app.state.kept[-1]
+        assert driver.app.page.ledger.trace is trace
+        assert {ledger.trace for ledger in driver.app.state._folds.values()} <= set(driver.app.state.kept)
+
+
+async def test_a_recording_that_has_gone_leaves_the_one_that_is_shown(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.gpumem" for name in ("full", "lora")]
+    for path in paths:
+        shutil.copy(RECORDINGS / path.name, path)
+    async with shown(Opened(paths)) as driver:
+        paths[1].unlink()
+        await driver.press("j")
+        assert driver.app.state.message.problem
+        assert "recording full, 1 of 2" in driver.lines[0]
+
+
+def test_recordings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(RECORDINGS / "full.gpumem", tmp_path / folder)
+    found = Opened([tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem"])
+    assert [run.origin for run in found.runs] == [str(tmp_path / "a/full"), str(tmp_path / "b/full")]
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_opened_recordings_measured_stands_beside_the_predictions(size: tuple[int, int]) -> None:
+    """LoRA is measured by the recording beside; checkpointing is not: that one accumulates as well."""
+    async with shown(opened("full", "checkpointed", "lora"), size) as driver:
+        full, _, lora = driver.app.state.runs
+        change = f"{(lora.peak_bytes - full.peak_bytes) / GIB:+.2f}"
+        await driver.press("4")
+        assert driver.line("l + LoRA").split()[-1] == change
+        assert driver.line("k + checkpointing").split()[-1] == "–"
+        await driver.press("J")
+        assert driver.line("l + LoRA").split()[-1] == change.replace("-", "+")
+
+
+def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> None:
+    for name, environment in (("here", GPU), ("elsewhere", replace(GPU, device_name="NVIDIA A100")),
+                              ("older", replace(GPU, packages={"torch": "2.0"}))):  # fmt: skip
+        source = FakeSource(environment)
+        source.start(rows=64, batch_size=len(name))
+        source.finish_step()
+        write(tmp_path / f"{name}.gpumem", source)
+    found = Opened([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
+    assert list(found.measured()) == [config_key(found.runs[0].config)]
+    found.look_at(1)
+    assert list(found.measured()) == [config_key(found.runs[1].config)]
+
+
+def test_how_long_a_run_was_and_how_its_device_was_named_makes_no_other_configuration() -> None:
+    config = RunConfig()
+    assert config_key(replace(config, steps=9, rows=9, seed=9, device="cuda:0")) == config_key(config)
+    for other in ({"batch_size": 9}, {"seq_len": 9}, {"model": "tiny-2"}, {"pretrained": True}):
+        assert config_key(replace(config, **other)) != config_key(config)
+
+
+def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Path) -> None:
+    for name, gpu in (("h", "NVIDIA H100 80GB HBM3"), ("i", "NVIDIA H100 80GB HBM3"), ("l", "NVIDIA L4")):
+        source = FakeSource(replace(GPU, device_name=gpu))
+        source.start()
+        source.finish_step()
+        write(tmp_path / f"{name}.gpumem", source)
+    found = Opened([tmp_path / f"{name}.gpumem" for name in "hil"])
+    config = found.config()
+    assert config is not None
+    with closing(Background(found)) as predictions:
+        predictions.of(config)
+        first = predictions._predictor
+        found.look_at(1)
+        predictions.of(config)
+        assert predictions._predictor is first, "one GPU, one process"
+        found.look_at(2)
+        predictions.of(config)
+        assert predictions.gpu_name == "NVIDIA L4"
+        assert first is not None and first._closed

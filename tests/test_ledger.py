@@ -9,9 +9,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Phase, PhaseSpan, StepTrace
+from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Kind, Phase, PhaseSpan, StepTrace
 from gpumem_tui.engine.ledger import LOGITS, LOSS, Ledger, layer_of
 from gpumem_tui.engine.sources.block_layout import BlockLayout
+
+from .fake_source import FakeSource
 
 NAMES = ("", "layers.0.mlp", "layers.1.mlp", LOSS, "layers.0.mlp.weight", LOGITS)
 
@@ -200,3 +202,16 @@ def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -
     for address, asked in held:
         layout.free(address, asked)
     assert [b.size for b in layout._blocks.values()] == [total], "free neighbours merge again"
+
+
+def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> None:
+    """Checkpointed layers keep their inputs; what they drop is what is computed again."""
+    kept = {}
+    for checkpointing in ("off", "layers"):
+        source = FakeSource()
+        source.start(checkpointing=checkpointing, accumulation=2)
+        assert Ledger(source.traces()[0]).saved_by_layer is None, "loading has no forward"
+        source.finish_step()
+        kept[checkpointing] = Ledger(source.traces()[-1]).saved_by_layer
+        again = {m.data["layers"][0]: m.data["bytes"] for m in source.milestones(0) if m.kind is Kind.RECOMPUTED}
+    assert kept["off"] == {layer: kept["layers"][layer] + dropped for layer, dropped in reversed(again.items())}

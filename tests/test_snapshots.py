@@ -18,6 +18,7 @@ import pytest
 
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.board import KINDS, Board
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.settings import Settings
@@ -32,14 +33,13 @@ SIZES = [(60, 20), (80, 24), (120, 40), (200, 60)]
 LOOKS = {"dark": Palette(THEMES["dark"]), "light": Palette(THEMES["light"]), "ansi": Palette(THEMES["ansi"]),
          "no-colour": Palette(mono=True)}  # fmt: skip
 SCREENS = [*(kind.title for kind in KINDS), "help"]
+NAMES = ["full", "checkpointed", "lora"]
 RECORDING = {"compare": "full", "layers": "checkpointed", "events": "checkpointed"}
 """By screen; the others show `full`."""
 
 
 def board(screen: str, palette: Palette) -> Board:
-    made = Board(replay(screen), Settings(Path("/proc/none/config.toml")), palette)
-    made.state.finished = [of_source(Replay(RECORDINGS / f"{name}.gpumem"), name) for name in ("checkpointed", "lora")]
-    made.state.origin = "full"
+    made = Board(opened(screen), Settings(Path("/proc/none/config.toml")), palette)
     made.state.update(made.control.source, 0.0)
     if screen == "help":
         made.toggle_help()
@@ -48,8 +48,10 @@ def board(screen: str, palette: Palette) -> Board:
     return made
 
 
-def replay(screen: str) -> Replay:
-    return Replay(RECORDINGS / f"{RECORDING.get(screen, 'full')}.gpumem")
+def opened(screen: str) -> Opened:
+    found = Opened([RECORDINGS / f"{name}.gpumem" for name in NAMES])
+    found.look_at(NAMES.index(RECORDING.get(screen, "full")))
+    return found
 
 
 def kept(path: Path, new: str) -> str:

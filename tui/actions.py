@@ -31,6 +31,7 @@ class Action(NamedTuple):
         run: Gets the app, or the screen whose action it is.
         label: In the screen's row of keys; empty: not there.
         acts: It takes an engine: on a recording it is not offered, and refused.
+        several: It takes recordings opened together, likewise.
     """
 
     name: str
@@ -40,11 +41,18 @@ class Action(NamedTuple):
     run: Callable[[Any], None]
     label: str = ""
     acts: bool = False
+    several: bool = False
 
 
-def offered_here(actions: Iterable[Action], live: bool) -> tuple[Action, ...]:
-    """Those that can do anything: all of them, or without an engine those that take none."""
-    return tuple(action for action in actions if live or not action.acts)
+def offered_here(actions: Iterable[Action], live: bool, several: bool) -> tuple[Action, ...]:
+    """Those that can do anything.
+
+    Args:
+        actions: Some.
+        live: Whether there is an engine.
+        several: Whether recordings were opened together.
+    """
+    return tuple(action for action in actions if (live or not action.acts) and (several or not action.several))
 
 
 def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
@@ -69,6 +77,8 @@ def everywhere(titles: Sequence[str]) -> tuple[Action, ...]:
     return (*screens, *EVERYWHERE)
 
 
+_OTHER = "the next of the recordings opened together, the one before, on all screens"
+
 EVERYWHERE: tuple[Action, ...] = (
     Action("help", ("?",), "Explain this", "explain what is selected; keys; what the bytes are",
            lambda app: app.toggle_help(), "help"),
@@ -88,6 +98,8 @@ EVERYWHERE: tuple[Action, ...] = (
            acts=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
            lambda app: app.control.save(), acts=True),
+    Action("recording.next", ("j",), "Next recording", _OTHER, lambda app: app.control.look_on(1), several=True),
+    Action("recording.before", ("J",), "Recording before", _OTHER, lambda app: app.control.look_on(-1), several=True),
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
            lambda app: app.copy_table()),
     Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),

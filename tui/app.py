@@ -176,7 +176,7 @@ class GpumemApp(App[None], inherit_bindings=False):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here."""
         for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
-            for action in offered_here(actions, self.state.live):
+            for action in offered_here(actions, self.state.live, self.state.several):
                 text = f"{' '.join(action.keys)}  {action.text}"
                 yield SystemCommand(action.title, text, partial(self.perform, action, target))
 
@@ -184,6 +184,8 @@ class GpumemApp(App[None], inherit_bindings=False):
         """Do something, and show what came of it; what takes an engine is refused where there is none."""
         if action.acts and not self.state.live:
             self.state.say("this is a recording: it can be looked at, nothing in it can be run or changed")
+        elif action.several and not self.state.several:
+            self.state.say("there is no other recording: gpumem-tui open A.gpumem B.gpumem opens several")
         else:
             action.run(target)
         if not self.board.frozen:

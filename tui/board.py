@@ -63,6 +63,7 @@ class Board:
         self.state = ViewState()
         self.state.units = str(settings["units"])
         self.control = Control(source, self.state, save_dir or Path.cwd(), predictions)
+        self.control.on_turn = self._turned
         self.palette = palette
         self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
         self.page = self.pages[0]
@@ -100,7 +101,7 @@ class Board:
         """Of a character that does nothing here: where it does something."""
         found: dict[str, list[str]] = {}
         for page in self.pages:
-            for action in offered_here(page.actions, self.state.live):
+            for action in offered_here(page.actions, self.state.live, self.state.several):
                 if key in action.keys:
                     found.setdefault(action.title, []).append(page.title)
         where = "; ".join(f"{title} ({', '.join(pages)})" for title, pages in found.items())
@@ -125,6 +126,10 @@ class Board:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
+
+    def _turned(self) -> None:
+        for page in self.pages:
+            page.turned()
 
     def predicted(self) -> bool:
         """Whether something has been predicted since this was asked last."""
@@ -197,7 +202,7 @@ class Board:
     def _keys(self, width: int, commands: bool, resumes: str) -> Row:
         """What can be done on the page by whoever looks at it."""
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
-        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands))
+        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
         return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:

@@ -13,6 +13,7 @@ from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
 from ..engine.prediction.advice import single_changes
 from ..engine.technique import Technique
+from .opened import Opened
 from .predictions import Predictions
 from .run_summary import RunSummary, of_prediction
 from .state import ViewState
@@ -56,13 +57,18 @@ class Control:
     Attributes:
         pending: Changes collected and not applied, by option.
         on_command: Called when the source is asked for something.
+        on_turn: Called when what is looked at has become another recording.
     """
 
     def __init__(
         self, source: Source, state: ViewState, save_dir: Path, predictions: Predictions | None = None
     ) -> None:
         self.source, self.state, self.save_dir, self.predictions = source, state, save_dir, predictions
+        if isinstance(source, Opened):
+            state.opened = source
+            state.begin_again()
         self.on_command: Callable[[], None] = lambda: None
+        self.on_turn: Callable[[], None] = lambda: None
         self.pending: dict[str, Value] = {}
         self._undo: list[dict[str, Value]] = []
         self._before: list[RunConfig] = []
@@ -146,7 +152,7 @@ class Control:
             return ""
         if run.watched:
             return "No prediction is set beside this run: the loop is a script's own."
-        key = (run.config, run.number, self.state.environment, predictions.answers())
+        key = (run.config, run.number, self.state.origin, self.state.environment, predictions.answers())
         if self._foreseen is None or self._foreseen[0] != key:
             found = predictions.of_run(run.config)
             if not isinstance(found, str):
@@ -277,6 +283,28 @@ class Control:
         if self._send(Save(path)):
             self._saved.add(path)
             self.state.say(f"saving {path.name}")
+
+    # --- recordings opened together -------------------------------------------------
+
+    def look_at(self, index: int) -> None:
+        """Have another recording on all screens; what is collected was meant for the one before."""
+        opened = self.state.opened
+        if opened is None:
+            return
+        try:
+            opened.look_at(index)
+        except UserError as error:
+            self.state.say(str(error), problem=True)
+            return
+        self.pending = {}
+        self._undo.clear()
+        self.state.begin_again()
+        self.on_turn()
+        self.on_command()
+
+    def look_on(self, by: int) -> None:
+        """Have the next recording, or the one before, on all screens."""
+        self.look_at((self.state.place + by) % len(self.state.runs))
 
     def _send(self, command: Command) -> bool:
         try:

@@ -37,6 +37,8 @@ class Background:
         self._source = source
         self._gpu = gpu(wanted) if wanted else None
         self._predictor: Predictor | None = None
+        self._here: Environment | None = None
+        self._target: Gpu | None = None
         self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self.gpu_name = ""
 
@@ -58,10 +60,8 @@ class Background:
         environment = self._source.environment()
         if environment is None:
             return None
-        if self._predictor is None:
-            target = self._gpu or gpu_of(environment)
-            self.gpu_name, self._predictor = target.name, Predictor(target)
-        answer = self._predictor.get(config)
+        predictor = self._for(environment)
+        answer = predictor.get(config)
         key = repr(config)
         if answer is not None:
             self._asked.pop(key, None)
@@ -74,8 +74,19 @@ class Background:
             for old in list(self._asked)[:-REMEMBERED]:
                 del self._asked[old]
             some, others = ([c for c, hurried in self._asked.values() if hurried is wanted] for wanted in (True, False))
-            self._predictor.want(some, others)
+            predictor.want(some, others)
         return None
+
+    def _for(self, environment: Environment) -> Predictor:
+        """Who predicts for the GPU there; what is looked at may have become another GPU's recording."""
+        if self._predictor is None or environment != self._here:
+            target = self._gpu or gpu_of(environment)
+            if self._predictor is None or target != self._target:
+                self.close()
+                self._asked.clear()
+                self.gpu_name, self._predictor = target.name, Predictor(target)
+            self._here, self._target = environment, target
+        return self._predictor
 
     def of_run(self, config: RunConfig) -> Prediction | str:
         """What is known of a run here; why nothing can be set beside it."""

@@ -10,12 +10,15 @@ from ..engine.events import Kind, Milestone, Recompute
 
 ConfigKey = tuple[tuple[str, Any], ...]
 
+STEADY_STEPS = 2
+"""From this step on a run holds all it will hold."""
+
 
 def config_key(config: RunConfig) -> ConfigKey:
-    """What decides a run's memory, comparable: two runs with equal keys hold the same."""
+    """What decides a run's memory on a device, comparable: two runs with equal keys hold the same on it."""
     plain = config.as_dict()
     options = plain.pop("options")
-    for irrelevant in ("steps", "seed", "rows", "learning_rate", "trace"):
+    for irrelevant in ("steps", "seed", "rows", "learning_rate", "trace", "device"):
         plain.pop(irrelevant)
     return tuple(sorted((plain | options).items()))
 
@@ -145,7 +148,7 @@ class RunState:
     @property
     def steady(self) -> bool:
         """Whether it has gone through all it will hold: the second step runs beside what the first has left."""
-        return self.step >= 2
+        return self.step >= STEADY_STEPS
 
     @property
     def running(self) -> bool:

@@ -28,16 +28,19 @@ class RunSummary(NamedTuple):
         origin: `run 2`, or a recording's file name.
         config: What it ran.
         loaded: Composition after loading; None: not known.
-        after_step: Composition after the first optimizer step, where the article measures.
+        after_step: Composition after the first optimizer step, where the reference experiment measures.
         peak: Composition at the highest peak.
         peak_where: Step and phase of it.
         peak_module: The module or optimizer at work then.
         by_phase: Highest total in each phase, over the steps kept.
         by_layer: Bytes at the peak by layer, the model's own under "".
         by_owner: Bytes at the peak by category and owner.
+        saved_by_layer: Activations kept as forward ends (`Ledger.saved_by_layer`), in the step of the peak.
         seconds: Of its last step.
         tokens_per_s: Of its last step.
         steps: That ended.
+        highest_bytes: By the allocator's own counter, of untraced steps too; None: not known.
+        times: How many runs of this configuration it stands for: named after the first, with the figures of the latest.
         predicted: It has not happened.
         caveat: What to know when it is compared with the run that has.
     """
@@ -53,9 +56,12 @@ class RunSummary(NamedTuple):
     by_phase: dict[Phase, int]
     by_layer: dict[str, int]
     by_owner: Owned
+    saved_by_layer: dict[str, int] | None
     seconds: float | None
     tokens_per_s: float | None
     steps: int
+    highest_bytes: int | None = None
+    times: int = 1
     predicted: bool = False
     caveat: str = ""
 
@@ -103,9 +109,11 @@ def summarize(run: RunState, ledgers: Sequence[Ledger], origin: str = "") -> Run
         by_phase=by_phase,
         by_layer=by_layer,
         by_owner=owned(highest, peak.event),
+        saved_by_layer=highest.saved_by_layer,
         seconds=run.seconds,
         tokens_per_s=run.tokens_per_s,
         steps=run.step,
+        highest_bytes=run.peak_bytes,
     )
 
 
@@ -149,7 +157,7 @@ def of_ended(run: RunState) -> RunSummary | None:
     if run.memory is None or run.config is None:
         return None
     return _of_memory(run.memory, run.config, f"run {run.number}")._replace(
-        seconds=run.seconds, tokens_per_s=run.tokens_per_s, steps=run.step
+        seconds=run.seconds, tokens_per_s=run.tokens_per_s, steps=run.step, highest_bytes=run.peak_bytes
     )
 
 
@@ -168,6 +176,7 @@ def _of_memory(document: Mapping[str, Any], config: RunConfig, origin: str) -> R
         by_phase={phase: phases[phase.name.lower()] for phase in Phase if phase.name.lower() in phases},
         by_layer={layer: sum(sizes.values()) for layer, sizes in peak["by_layer"].items()},
         by_owner=from_document(peak),
+        saved_by_layer=document.get("saved_by_layer"),  # an older recording of several runs has none
         seconds=None,
         tokens_per_s=None,
         steps=0,
@@ -193,7 +202,7 @@ def _where(step: int, phase: str) -> str:
 
 
 def table_row(summary: RunSummary) -> list[int | None]:
-    """The article's columns: loaded, gradients, optimizer, after the first step; and the peak it lacks."""
+    """The reference experiment's columns: loaded, gradients, optimizer, after the first step; and the peak it lacks."""
     loaded, after = summary.loaded, summary.after_step
     return [
         sum(loaded.values()) if loaded else None,

@@ -9,14 +9,18 @@ from __future__ import annotations
 from collections import deque
 from dataclasses import dataclass
 from enum import IntEnum
+from typing import TYPE_CHECKING
 
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
 from ..engine.feed import Source, Standing, peak_bytes
 from ..engine.ledger import Bytes, Ledger
-from .run_state import ConfigKey, RunState, config_key
+from .run_state import STEADY_STEPS, ConfigKey, RunState, config_key
 from .run_summary import RunSummary, of_ended, summarize
 from .units import MIB, Unit, unit_for
+
+if TYPE_CHECKING:
+    from .opened import Opened
 
 KEPT_MILESTONES = 20_000
 KEPT_RUNS = 50
@@ -57,6 +61,15 @@ def is_problem(milestone: Milestone) -> bool:
     return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED)
 
 
+def _with(runs: list[RunSummary], latest: RunSummary) -> list[RunSummary]:
+    """Runs and one more; one that ran before counts again, with the latest figures unless it was cut short."""
+    for i, run in enumerate(runs):
+        if config_key(run.config) == config_key(latest.config):
+            stays = latest if latest.steps >= min(run.steps, STEADY_STEPS) else run
+            return [*runs[:i], stays._replace(origin=run.origin, times=run.times + 1), *runs[i + 1 :]]
+    return [*runs, latest]
+
+
 @dataclass(frozen=True)
 class Message:
     """One line that is shown for a while."""
@@ -72,7 +85,7 @@ class ViewState:
     Attributes:
         live: Whether commands have an effect.
         units: The setting: GiB or GB.
-        origin: A recording's file name; empty: runs have numbers.
+        opened: The recordings that are looked at, if they are.
         environment: Where it runs, once known.
         config: The run's, under way or last ended.
         requested: A configuration that was sent and has not started yet.
@@ -84,8 +97,8 @@ class ViewState:
         peak: Fold of the trace with the highest peak of the run.
         kept: Complete traces of the run that can be looked at.
         logs: Milestones by filter, oldest first.
-        finished: Summaries of the runs before this one, and of recordings opened beside it.
-        measured: Highest peak by configuration, of all runs of this session.
+        finished: Summaries of the runs before this one.
+        measured: Highest peak by configuration, of all runs of this session or of what was opened together.
         loaded: Bytes allocated after loading, by configuration.
         leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
@@ -94,7 +107,16 @@ class ViewState:
 
     def __init__(self) -> None:
         self.live = True
-        self.units, self.origin = "GiB", ""
+        self.units = "GiB"
+        self.opened: Opened | None = None
+        self.message: Message | None = None
+        self.version = 0
+        self._clock_s = 0.0
+        self._standing: Standing | None = None
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Know nothing of any run: what is looked at is another recording."""
         self.environment: Environment | None = None
         self.config: RunConfig | None = None
         self.requested: RunConfig | None = None
@@ -106,13 +128,10 @@ class ViewState:
         self.kept: tuple[StepTrace, ...] = ()
         self.logs: dict[Filter, deque[Milestone]] = {f: deque(maxlen=KEPT_MILESTONES) for f in Filter}
         self.finished: list[RunSummary] = []
-        self.measured: dict[ConfigKey, int] = {}
+        self.measured: dict[ConfigKey, int] = self.opened.measured() if self.opened is not None else {}
         self.loaded: dict[ConfigKey, int] = {}
         self.leaked_bytes: int | None = None
-        self.message: Message | None = None
-        self.version = 0
-        self._clock_s = 0.0
-        self._standing: Standing | None = None
+        self.version += 1
         self._summary: tuple[object, RunSummary] | None = None
         self._ever: tuple[object, set[Category]] | None = None
         self._next_index = 0
@@ -161,7 +180,7 @@ class ViewState:
     def _fold(self, milestone: Milestone) -> None:
         if milestone.kind is Kind.RUN_STARTED:
             if summary := self.summary() or of_ended(self.run):
-                self.finished = [*self.finished, summary][-KEPT_RUNS:]
+                self.finished = _with(self.finished, summary)[-KEPT_RUNS:]
             self.run = RunState(number=milestone.run)
             self._forget_traces()
         self.run.fold(milestone)
@@ -258,10 +277,35 @@ class ViewState:
         return self._summary[1]
 
     @property
+    def origin(self) -> str:
+        """A recording's name; empty: runs have numbers."""
+        return self.opened.name if self.opened is not None else ""
+
+    @property
+    def several(self) -> bool:
+        """Whether recordings were opened together."""
+        return self.opened is not None and len(self.opened.runs) > 1
+
+    @property
     def runs(self) -> list[RunSummary]:
-        """The runs before this one and recordings, then this one."""
+        """What was opened together, in the order named; or the runs before this one, then this one."""
+        if self.opened is not None and self.several:
+            return self.opened.runs
         now = self.summary()
         return [*self.finished, now] if now else self.finished
+
+    @property
+    def place(self) -> int:
+        """Of the run on the screens, among `runs`; beyond them as long as it has no summary."""
+        return self.opened.at if self.opened is not None and self.several else len(self.finished)
+
+    def forget(self, index: int) -> None:
+        """Drop one of `runs` that is not on the screens."""
+        if self.opened is not None and self.several:
+            self.opened.forget(index)
+        else:
+            del self.finished[index]
+        self.version += 1
 
     @property
     def complete(self) -> Ledger | None:

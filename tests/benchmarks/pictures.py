@@ -18,10 +18,9 @@ from contextlib import closing
 from pathlib import Path
 from typing import NamedTuple
 
-from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.foresight import Background
-from gpumem_tui.tui.run_summary import of_source
+from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.settings import Settings
 
 ASSETS = Path(__file__).parent.parent.parent / ".assets"
@@ -50,7 +49,7 @@ PICTURES = {
     "step": Picture("full", "2"),
     "layers": Picture("checkpointing", "3"),
     "techniques": Picture("full", "4", predicts=True),
-    "compare": Picture("lora", "5", (100, 26), beside=("full", "checkpointing"), predicts=True),
+    "compare": Picture("full", "5", (100, 26), beside=("checkpointing", "lora"), predicts=True),
     "events": Picture("checkpointing", "6fff", (100, 24)),
     "help": Picture("full", "1?", (140, 42)),
 }
@@ -58,13 +57,11 @@ PICTURES = {
 
 async def picture(wanted: Picture, folder: Path) -> str:
     """The screen as SVG, as `i` saves it."""
-    source = Replay(folder / f"{wanted.run}.gpumem")
+    source = Opened([folder / f"{name}.gpumem" for name in (wanted.run, *wanted.beside)])
     with closing(Background(source)) as predictions:
         app = GpumemApp(
             source, refresh_hz=0, settings=Settings(Path("/proc/none/config.toml")), predictions=predictions
         )
-        app.state.origin = wanted.run
-        app.state.finished = [of_source(Replay(folder / f"{name}.gpumem"), name) for name in wanted.beside]
         async with app.run_test(size=wanted.size) as pilot:
             for key in wanted.keys:
                 app.action_press(key)

@@ -7,7 +7,7 @@ import gc
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from ...engine.feed import Source
     from ...engine.remote import Remote
     from ..app import GpumemApp
-    from ..run_summary import RunSummary
 
 LOCAL_HZ, SSH_HZ = 10.0, 4.0
 PRINTED_AFTERWARDS_BYTES = 8192
@@ -41,7 +40,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def add_open(parser: argparse.ArgumentParser) -> None:
     """Flags of `open`."""
-    parser.add_argument("files", metavar="FILE", nargs="+", help="a .gpumem recording; others are set beside it")
+    parser.add_argument("files", metavar="FILE", nargs="+", help="a .gpumem recording; j shows the next of several")
     add_display_flags(parser)
     frames.add_flags(parser)
     parser.set_defaults(command=open_recordings)
@@ -119,18 +118,15 @@ def goes_on(name: str, ours: bool) -> str:
 
 
 def open_recordings(flags: argparse.Namespace) -> int:
-    """Show a recording, and others beside it."""
-    from ...engine.recording import Replay
-    from ..run_summary import of_source
+    """Show recordings, the first one first."""
+    from ..opened import Opened
 
     settings = display_settings(flags)
-    paths = [Path(name) for name in flags.files]
-    replays = [Replay(path) for path in paths]
+    opened = Opened([Path(name) for name in flags.files])
     if frames.wanted(flags):
-        return frames.show(replays[0], flags, settings, refresh_hz(settings))
+        return frames.show(opened, flags, settings, refresh_hz(settings))
     require_terminal()
-    beside = [of_source(replay, path.stem) for replay, path in zip(replays[1:], paths[1:], strict=True)]
-    show(replays[0], settings, beside, paths[0].stem)
+    show(opened, settings)
     return 0
 
 
@@ -160,14 +156,12 @@ def require_terminal() -> None:
         raise UserError("this is no terminal; to run without the app: gpumem-tui run")
 
 
-def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), origin: str = "") -> GpumemApp:
+def show(source: Source, settings: Settings) -> GpumemApp:
     """The app, until it is quit.
 
     Args:
         source: What is shown.
         settings: The config file, and what was typed.
-        beside: Recordings to compare it with.
-        origin: The name of the source, if it is a recording.
     """
     with asked_background(settings["theme"] == "auto") as background:
         from ..app import GpumemApp, tour_unseen
@@ -181,7 +175,6 @@ def show(source: Source, settings: Settings, beside: Sequence[RunSummary] = (), 
             source, refresh_hz=refresh_hz(settings), settings=settings, background=found,
             predictions=predictions, tour=tour,
         )  # fmt: skip
-        app.state.finished, app.state.origin = list(beside), origin
         gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
         app.run(mouse=bool(settings["mouse"]))
     return app

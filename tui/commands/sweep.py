@@ -70,7 +70,7 @@ def _run_row(session: Session, report: Report, config: RunConfig) -> dict[str, A
 
 
 def _result(row: PresetRow, document: dict[str, Any]) -> dict[str, Any]:
-    """One line of the table; sizes in GiB, as the article gives them."""
+    """One line of the table; sizes in GiB, as the reference experiment gives them."""
     after, loaded, peak = (document.get(key) for key in ("after_first_step", "loaded", "peak"))
     sizes = after["by_category"] if after else {}
     return {

@@ -14,13 +14,15 @@ from .owner_rows import owner_rows, peak_rows
 from .page import Page, Table, Topic
 
 MODES = (
-    "categories at the peak", "highest in each phase", "layers at the peak", "the article's table",
-    "differences at the peak, by owner",
+    "categories at the peak", "highest in each phase", "layers at the peak", "layers' activations as forward ends",
+    "the reference experiment's table", "differences at the peak, by owner",
 )  # fmt: skip
+CATEGORIES, HIGHEST, LAYERS, SAVED, REFERENCE, OWNERS = range(len(MODES))
 FIGURE, NAME, WIDEST = 9, 18, 36
 """Cells of a figure, and of a row's name: at the least and at the most."""
 
 LEGEND_ROWS = 5
+"""Of the list of runs, at the least: more where the comparison leaves room."""
 
 PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
 
@@ -37,7 +39,6 @@ class ComparePage(Page):
     selected = 0
     base = 0
     top = 0
-    _predicted_at: int | None = None
 
     def make_actions(self) -> tuple[Action, ...]:
         """Choose a run, what to compare by, what to compare with."""
@@ -45,8 +46,10 @@ class ComparePage(Page):
         return (
             Action("compare.before", ("left",), "Run before", text, lambda page: page.choose(-1), "run"),
             Action("compare.next", ("right",), "Next run", text, lambda page: page.choose(1), "run"),
-            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer, owner; the article's table",
-                   lambda page: page.next_mode(), "compare by"),
+            Action("compare.look", ("o",), "Look at this recording", "look at the recording chosen, on all screens",
+                   lambda page: page.look(), "look at it", several=True),
+            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer or owner; the reference "
+                   "experiment's table", lambda page: page.next_mode(), "compare by"),
             Action("compare.base", ("enter",), "Compare with this run", "the run that differences are from",
                    lambda page: page.make_base(), "compare with it"),
             Action("compare.drop", ("delete", "-"), "Forget this run", "forget a run that has ended",
@@ -58,10 +61,15 @@ class ComparePage(Page):
         """What is compared by."""
         texts = (
             "What filled the memory at each run's highest peak, by category. The first column is the run that all "
-            "others are compared with; behind every other figure stands its difference from it.",
+            "others are compared with, the earliest or the first file named; behind every other figure stands its "
+            "difference from it: what is saved has a minus. Last comes what was predicted of the run on the screens.",
             "The most that was allocated while a phase went on, over the steps that are kept of each run.",
             "What each layer held at the run's highest peak: its parameters, gradients, optimizer state and "
-            "activations together. Layers are matched by name.",
+            "activations together. Peaks of two runs may be two instants, one in forward and one in the optimizer "
+            "step: then a difference is of what is held there as well. Layers are matched by name.",
+            "What each layer keeps for backward as forward ends: one instant in every run, so that a difference is "
+            "what a change saves. Whoever saves most, in the run chosen against the base, comes first. Of a "
+            "checkpointed layer its input is left; the rest is computed again.",
             "What the reference experiment publishes, from your own runs: allocated after loading; gradients, "
             "optimizer state and everything after the first optimizer step; and the true peak, which it does not have.",
             "Who holds more or less at the peak of the run chosen than at the base's, in bytes: by category the "
@@ -90,60 +98,68 @@ class ComparePage(Page):
 
     def forget(self) -> None:
         """Drop a run that has ended from the list."""
-        finished = self.state.finished
-        if self.selected >= len(finished):
-            predicted = self.selected == self._predicted_at
-            self.state.say("the prediction goes when its run does" if predicted else "this run is still on")
-            return
-        del finished[self.selected]
-        self.base -= self.base > self.selected
-        self.state.version += 1
+        if self.selected >= len(self.state.runs):
+            self.state.say("the prediction goes when its run does")
+        elif self.selected == self.state.place:
+            self.state.say("this run is still on the screens")
+        else:
+            self.state.forget(self.selected)
+            self.base -= self.base > self.selected
+
+    def look(self) -> None:
+        """Have the recording chosen on all screens."""
+        if self.selected >= len(self.state.runs):
+            self.state.say("this is a prediction: what there is of it is on this screen")
+        else:
+            self.control.look_at(self.selected)
 
     # --- what is compared -------------------------------------------------------------
 
     def runs(self) -> list[RunSummary]:
-        """Those of the state; before the one that is shown, once it is steady, what was predicted of it."""
-        runs, predicted = list(self.state.runs), self.control.foreseen()
+        """Those of the state, and at the end, once it is steady, what was predicted of the one on the screens."""
+        runs, predicted = self.state.runs, self.control.foreseen()
         steady = self.state.run.steady and self.state.summary() is not None
-        at = len(runs) - 1 if steady and not isinstance(predicted, str) else None
-        if at is not None and not isinstance(predicted, str):
-            runs.insert(at, predicted)
-        if at != self._predicted_at:  # whatever was chosen stays chosen
-            if (gone := self._predicted_at) is not None:
-                self.selected -= self.selected > gone
-                self.base -= self.base > gone
-            if at is not None:
-                self.selected += self.selected >= at
-                self.base += self.base >= at > 0  # a first run is compared with what was predicted of it
-            self._predicted_at = at
-        return runs
+        return runs if isinstance(predicted, str) or not steady else [*runs, predicted]
+
+    def other(self, n_runs: int) -> int:
+        """The run set against the base: the one chosen, or else the one on the screens, or else the next."""
+        choices = (self.selected, self.state.place, *range(n_runs))
+        return next((i for i in choices if i != self.base and i < n_runs), self.base)
 
     def parts(self, runs: list[RunSummary]) -> tuple[int, int, list[Part]]:
         """The base and the run that is set against it, and their difference."""
-        others = [i for i in range(len(runs)) if i != self.base]
-        other = self.selected if self.selected != self.base or not others else others[-1]
+        other = self.other(len(runs))
         return self.base, other, difference_of(runs[self.base].by_owner, runs[other].by_owner)
 
     def lines(self, runs: list[RunSummary]) -> list[Line]:
         """The rows of the mode that is on, with the sum where there is one."""
-        if self.mode == 1:
+        if self.mode == HIGHEST:
             return [(p.title, [run.by_phase.get(p) for run in runs], None) for p in PHASES
                     if any(p in run.by_phase for run in runs)]  # fmt: skip
-        if self.mode == 2:
-            names = dict.fromkeys(name for run in runs for name in run.by_layer)
-            found: list[Line] = [(name or "(the model itself)", [r.by_layer.get(name, 0) for r in runs], None)
-                                 for name in names]  # fmt: skip
-        else:
-            found = [(c.info.title, [run.peak[c] for run in runs], c) for c in Category
-                     if any(run.peak[c] for run in runs)]  # fmt: skip
+        if self.mode in (LAYERS, SAVED):
+            return self._by_layer([run.by_layer if self.mode == LAYERS else run.saved_by_layer for run in runs])
+        found: list[Line] = [(c.info.title, [run.peak[c] for run in runs], c) for c in Category
+                             if any(run.peak[c] for run in runs)]  # fmt: skip
         return [*found, ("all", [run.peak_bytes for run in runs], None)]
+
+    def _by_layer(self, runs: list[dict[str, int] | None]) -> list[Line]:
+        """A row a layer; of what is saved, whoever saves most first."""
+        names = dict.fromkeys(name for layers in runs for name in layers or ())
+        found: list[Line] = [
+            (name or "(the model itself)", [None if r is None else r.get(name, 0) for r in runs], None)
+            for name in names
+        ]
+        if self.mode == SAVED:
+            other = self.other(len(runs))
+            found.sort(key=lambda line: (line[1][other] or 0) - (line[1][self.base] or 0))
+        return [*found, ("all", [None if r is None else sum(r.values()) for r in runs], None)]
 
     def table(self) -> Table | None:
         """All runs and rows; bytes as whole numbers."""
         runs = self.runs()
         if not runs:
             return None
-        if self.mode == 4:
+        if self.mode == OWNERS:
             base, other, parts = self.parts(runs)
             heads = [f"{runs[i].origin} {runs[i].label}" for i in (base, other)]
             return [["category", "owner", *heads, "difference"], *(
@@ -151,7 +167,7 @@ class ComparePage(Page):
                 for part in parts
                 for name, before, after in (("", part.base_bytes, part.bytes), *(t[:3] for t in part.terms))
             )]  # fmt: skip
-        if self.mode == 3:
+        if self.mode == REFERENCE:
             cells = [[run.origin, run.label, *map(_whole, table_row(run))] for run in runs]
             return [["run", "settings", *TABLE_HEADS], *cells]
         heads = [f"{run.origin} {run.label}" for run in runs]
@@ -168,60 +184,81 @@ class ComparePage(Page):
         self.selected = max(0, min(self.selected, len(runs) - 1))
         self.base = max(0, min(self.base, len(runs) - 1))
         unit = unit_for(max(run.peak_bytes for run in runs), self.state.units)
-        name = "bytes" if self.mode == 4 else unit.name
+        name = "bytes" if self.mode == OWNERS else unit.name
         title = Row().add(f" {MODES[self.mode]}", palette.bold).add(f"  {name}", palette.dim)
         below = self._footnote(width)
         height -= len(below)
-        if self.mode == 3:
-            return [title, *self._article(runs, unit, width, height - 1), *below]
-        rows = [title, *self._legend(runs, unit, width)]
-        if self.mode == 4 and len(runs) < 2:
-            lines = [Row().add(" A difference takes two runs.", palette.dim)]
-        elif self.mode == 4:
-            base, other, parts = self.parts(runs)
-            rows += peak_rows({_letter(i): runs[i] for i in (base, other)}, width, palette)
-            lines = owner_rows(parts, ["~" * runs[i].predicted for i in (base, other)], width, palette)
-        else:
-            found, shown = self.lines(runs), self._shown(len(runs), width)
-            found, edge = self._named(found, width - 1 - FIGURE * (2 * len(shown) - 1))
-            rows.append(self._heads(shown, edge))
-            lines = [self._line(line, runs, shown, unit, edge) for line in found]
+        if self.mode == REFERENCE:
+            if (room := height - 2) < len(runs):
+                title.add(f"  {room} of {len(runs)} runs, ↑ ↓ to the others", palette.busy)
+            return [title, *self._reference(runs, unit, width, height - 1), *below]
+        heads, lines = self._owners(runs, width) if self.mode == OWNERS else self._lines(runs, unit, width)
+        listed = self._listed(len(runs), max(LEGEND_ROWS, height - len(heads) - len(lines) - 2))
+        if len(listed) < len(runs):
+            title.add(f"  {len(listed)} of {len(runs)} runs, ← → to the others", palette.busy)
+        rows = [title, *self._legend(runs, listed, unit, width), *heads]
         body = max(1, height - len(rows) - 1)
         self.top = max(0, min(self.top, len(lines) - body))
         return rows + lines[self.top : self.top + body] + below
 
+    def _owners(self, runs: list[RunSummary], width: int) -> tuple[list[Row], list[Row]]:
+        """Heads and rows of the difference of two runs in named terms."""
+        if len(runs) < 2:
+            return [], [Row().add(" A difference takes two runs.", self.palette.dim)]
+        base, other, parts = self.parts(runs)
+        marks = ["~" * runs[i].predicted for i in (base, other)]
+        heads = peak_rows({_letter(i): runs[i] for i in (base, other)}, width, self.palette)
+        return heads, owner_rows(parts, marks, width, self.palette)
+
+    def _lines(self, runs: list[RunSummary], unit: Unit, width: int) -> tuple[list[Row], list[Row]]:
+        """Heads and rows of the runs that have a column."""
+        found, shown = self.lines(runs), self._shown(len(runs), width)
+        found, edge = self._named(found, width - 1 - FIGURE * (2 * len(shown) - 1))
+        heads = [self._instants(runs, shown, width)] * (self.mode == LAYERS)
+        return [*heads, self._heads(shown, edge)], [self._line(line, runs, shown, unit, edge) for line in found]
+
+    def _instants(self, runs: list[RunSummary], shown: list[int], width: int) -> Row:
+        """In what phase each column's peak is: a difference between two phases is not what a change saves."""
+        phases = {_letter(i): runs[i].peak_where.rsplit(", ", 1)[-1].removesuffix(" step") for i in shown}
+        text = ", ".join(f"{letter} in {phase}" for letter, phase in phases.items())
+        apart = len({*phases.values()}) > 1
+        text = f" peaks: {text}{': not one instant' * apart}"
+        return Row().add(shorten(text, width - 1), self.palette.busy if apart else self.palette.dim)
+
     def _footnote(self, width: int) -> list[Row]:
-        """Why no prediction is beside the run that is shown, or what to know of the one that is."""
+        """What to know of the prediction; owner by owner, where it is looked for, why there is none."""
         predicted = self.control.foreseen()
-        word = predicted if isinstance(predicted, str) else predicted.caveat
+        word = predicted * (self.mode == OWNERS) if isinstance(predicted, str) else predicted.caveat
         return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 
-    def _listed(self, n_runs: int) -> list[int]:
-        """The runs of the legend: the base, the one chosen, the latest, and those next to the one chosen."""
+    def _listed(self, n_runs: int, room: int) -> list[int]:
+        """The runs that are listed: the base, the one chosen, the latest, and those next to the one chosen."""
         near = sorted(range(n_runs), key=lambda i: abs(i - self.selected))
-        return sorted(list(dict.fromkeys((self.base, self.selected, n_runs - 1, *near)))[:LEGEND_ROWS])
+        return sorted(list(dict.fromkeys((self.base, self.selected, n_runs - 1, *near)))[:room])
 
-    def _legend(self, runs: list[RunSummary], unit: Unit, width: int) -> list[Row]:
+    def _legend(self, runs: list[RunSummary], listed: list[int], unit: Unit, width: int) -> list[Row]:
         """Which letter is which run."""
-        on = len(runs) - 1 if self.state.live and self.state.summary() is not None else None
+        word = "now" if self.state.live else "shown" if self.state.several else ""
         rows = []
-        for i in self._listed(len(runs)):
+        for i in listed:
             run = runs[i]
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {_letter(i)} ", self.palette.accent if i != self.selected else style)
             row.add(f"{_figure(run, run.peak_bytes, unit):>8} ", style)
             room = max(8, width - row.width - 29)
-            name = f"{run.origin}, now" if i == on else run.origin
+            name = run.origin + f" ×{run.times}" * (run.times > 1)
+            name += f", {word}" if word and i == self.state.place and not run.predicted else ""
             row.add(f"{shorten(f'{name}  {run.label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)
-            rows.append(row.right(f" {speed}  {run.peak_where}"[:27], width - 1, self.palette.dim))
+            where = run.peak_where.removesuffix(" step")
+            rows.append(row.right(f" {speed}  {where}"[:27], width - 1, self.palette.dim))
         return rows
 
     def _shown(self, n_runs: int, width: int) -> list[int]:
-        """The base, and as many others as there is room for, the chosen one among them or else the latest."""
+        """The base, and as many others as there is room for, among them the one it is set against."""
         others = [i for i in range(n_runs) if i != self.base]
-        room = max(1, (width - NAME - FIGURE - 1) // (2 * FIGURE))
-        at = others.index(self.selected) if self.selected in others else len(others) - 1
+        room, other = max(1, (width - NAME - FIGURE - 1) // (2 * FIGURE)), self.other(n_runs)
+        at = others.index(other) if other in others else 0
         top = max(0, min(at - room // 2, len(others) - room))
         return [self.base, *others[top : top + room]]
 
@@ -260,7 +297,7 @@ class ComparePage(Page):
                 row.right(text, row.width + FIGURE, style)
         return row
 
-    def _article(self, runs: list[RunSummary], unit: Unit, width: int, height: int) -> list[Row]:
+    def _reference(self, runs: list[RunSummary], unit: Unit, width: int, height: int) -> list[Row]:
         """A row a run, in the columns of the reference experiment, and the peak."""
         name = width - len(TABLE_HEADS) * (FIGURE + 2) - 2
         row = Row().add(" run").to(name)

@@ -10,7 +10,7 @@ from ...engine.events import Phase
 from ..draw import Row
 from ..palette import Palette
 from ..state import ViewState
-from ..units import shorten
+from ..units import shorten, tail
 
 ROUTINE = ("batch_size", "seq_len", "rows", "steps", "seed")
 """Shown in another way, or without influence on memory."""
@@ -27,11 +27,16 @@ def summary(config: RunConfig) -> str:
 
 
 def header(state: ViewState, palette: Palette, width: int, frozen: bool = False) -> Row:
-    """Model, settings, and what the engine is doing; or that the view is frozen while it does."""
+    """What the engine is doing, or that the view is frozen while it does, or which recording it is; model, settings."""
     mark, style = status_style(state, palette)
     # What changes most stands leftmost: a row is sent from its left end.
     text = "view paused" if frozen else status_text(state)
-    row = Row().add(f" {mark} ", style).add(f"{text:<15}", palette.cursor if frozen else style)
+    row = Row().add(f" {mark} ", style).add(text, palette.cursor if frozen else style)
+    if state.opened is None:
+        row.to(18)
+    else:
+        number = f", {state.place + 1} of {len(state.runs)}" * state.several
+        row.add(f" {tail(state.origin, width // 4)}", palette.bold).add(f"{number}  ")
     config = state.config
     if config is None:
         return row.add("gpumem-tui", palette.bold)

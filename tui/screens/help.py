@@ -85,15 +85,17 @@ class HelpPage(Page):
 
     def _keys(self, width: int) -> list[Row]:
         """What is selected, then the keys: the screen's own, those that hold everywhere, a letter for each setting."""
-        palette, page, live = self.palette, self._page(), self.state.live
+        palette, page = self.palette, self._page()
+        live, several = self.state.live, self.state.several
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
-        settings = [action for action in offered_here(page.actions, live) if action.name.startswith("change.")]
-        own = [action for action in offered_here(page.actions, live) if action not in settings]
+        offered = offered_here(page.actions, live, several)
+        settings = [action for action in offered if action.name.startswith("change.")]
+        own = [action for action in offered if action not in settings]
         for title, actions in (
             (f"keys on {page.title}, from here too; arrows scroll", own),
-            ("keys everywhere", offered_here(self._everywhere(), live)),
+            ("keys everywhere", offered_here(self._everywhere(), live, several)),
             (f"settings: {page.changing}", settings),
         ):
             if actions:

@@ -73,6 +73,9 @@ class Page(ABC):
         """Close details; False: there is nothing to close."""
         return False
 
+    def turned(self) -> None:  # noqa: B027 (most screens hold on to nothing)
+        """Let go of what belongs to the recording that was looked at before."""
+
     def undo(self) -> None:
         """Take back a change."""
         self.state.say("nothing to undo here; on the live screen it goes back to the run before")

@@ -151,6 +151,10 @@ class StepPage(Page):
         if self.cursor is not None and self.ledger is not None:  # as far into that step
             self.cursor = self.cursor * len(self.ledger.total) // instants
 
+    def turned(self) -> None:
+        """The step and the instant are another recording's."""
+        self.leave()
+
     # --- what is on show --------------------------------------------------------------
 
     def _range(self, ledger: Ledger) -> tuple[int, int]:
