@@ -181,7 +181,9 @@ async def test_a_letter_of_other_screens_says_where_it_has_a_meaning() -> None:
         await driver.press("?", "D")
         assert "D does nothing here, elsewhere: data type: value before (live, techniques)" in driver.text
         await driver.press("j")
-        assert "j does nothing here; ? lists the keys" in driver.text
+        assert "recording" in driver.text
+        await driver.press("%")
+        assert "% does nothing here; ? lists the keys" in driver.text
         assert source.commands == []
 
 
