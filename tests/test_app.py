@@ -30,7 +30,7 @@ from gpumem_tui.tui.run_state import RunState, config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
-from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
+from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, percent, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 from gpumem_tui.tui.writer import writing
@@ -306,13 +306,29 @@ async def test_times_say_which_they_are() -> None:
 async def test_what_is_small_is_in_one_row_that_says_what_it_is(size: tuple[int, int]) -> None:
     async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
         row = driver.line("all others").split()
-        assert row[2:5] == ["66.0", "workspace" if size[0] == 80 else "W", "66.0"]
+        share = row.pop(3) if size[0] == 80 else ""
+        assert row[2:5] == ["66.0", "workspace" if share else "W", "66.0"]
         for _ in range(14):
             await driver.press("down")
             if driver.app.page.focus == "all others":
                 break
         assert "Buffers, inputs, workspace and slack" in driver.app.page.topic().text
         assert driver.line("▸  all others")
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_each_category_has_its_percent_of_what_is_allocated(size: tuple[int, int]) -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start()
+    source.finish_step()
+    async with shown(source, size) as driver:
+        state = driver.app.state
+        for sizes, place in ((state.latest, 0), (state.peak and state.peak.peak.by_category, 1)):
+            assert sizes
+            largest = max(Category, key=lambda category: sizes[category])
+            percents = re.findall(r"(?:<1|\d+)%", driver.line(f"{largest.info.letter} {largest.info.title}"))
+            assert percents[place] == f"{round(100 * sizes[largest] / sum(sizes.values()))}%"
+    assert (percent(None, 0), percent(0, 9), percent(1, 999), percent(9, 9)) == ("", "", "<1%", "100%")
 
 
 async def test_live_counts_in_gib_on_a_large_run() -> None:

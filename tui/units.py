@@ -82,6 +82,14 @@ def count(number: int | None) -> str:
     return UNKNOWN if number is None else f"{number:,}"
 
 
+def percent(part: int | None, whole: int) -> str:
+    """A share in whole percent: `39%`, `<1%`; nothing for nothing."""
+    if not part or not whole:
+        return ""
+    share = round(100 * part / whole)
+    return f"{share}%" if share else "<1%"
+
+
 def shorten(text: str, width: int) -> str:
     """A text that fits, its end cut off."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"[: min(width, 1)]

@@ -14,7 +14,7 @@ from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain
 from ..state import Filter, is_problem
-from ..units import UNKNOWN, clock, count, difference, duration, rate, shorten
+from ..units import UNKNOWN, clock, count, difference, duration, percent, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
 from ..widgets.ticks import ticks
@@ -26,9 +26,12 @@ from .topics import MORE, OTHERS, PARTS
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
 """Together in one row, `OTHERS`, where there is no room for a row each."""
 
-NAME_WIDTH, FIGURE_WIDTH = 18, 9
+NAME_WIDTH, FIGURE_WIDTH = 17, 9
 ROOMY = 26
 """Rows from which every category has a row of its own."""
+
+PERCENT_WIDTH, PERCENT_FROM = 5, 70
+"""Columns of a share of what is allocated, and columns of the screen from which it has room beside the bar."""
 
 WIDE = 130
 
@@ -162,14 +165,16 @@ class LivePage(Page):
         now = self.state.latest
         peak = self.state.peak.peak.by_category if self.state.peak else None
         scale = max((max(sizes.values()) for sizes in (now, peak) if sizes), default=0)
+        totals = tuple(sum(sizes.values()) if sizes else 0 for sizes in (now, peak))
         alone = [c for c in Category if roomy or (c not in SMALL and (height > CRAMPED or c in ever))]
         self._alone = alone
         rows = [self._headings(width)]
         unit = self.state.unit
         for category in alone:
             sizes = tuple(found[category] if found is not None else None for found in (now, peak))
-            shows = (*sizes, category in ever, scale, unit, width)
-            row = self.kept(category, shows, partial(self._category, category, sizes, scale, width))
+            shares = tuple(percent(size, total) for size, total in zip(sizes, totals, strict=True))
+            shows = (*sizes, *shares, category in ever, scale, unit, width)
+            row = self.kept(category, shows, partial(self._category, category, sizes, shares, scale, width))
             rows += self._marked(category, row)
         if not roomy:
             rows += self._marked(OTHERS, [self._small(now, peak, width)])
@@ -177,10 +182,10 @@ class LivePage(Page):
         return rows
 
     def _second_column(self, width: int) -> int:
-        return NAME_WIDTH + FIGURE_WIDTH + 1 + self._bar_width(width) + 2
+        return NAME_WIDTH + FIGURE_WIDTH + _percent_width(width) + 1 + self._bar_width(width) + 2
 
     def _bar_width(self, width: int) -> int:
-        return (width - NAME_WIDTH - 2 * FIGURE_WIDTH - 5) // 2
+        return (width - NAME_WIDTH - 2 * (FIGURE_WIDTH + _percent_width(width)) - 5) // 2
 
     def _headings(self, width: int) -> Row:
         state, palette, second = self.state, self.palette, self._second_column(width)
@@ -202,18 +207,26 @@ class LivePage(Page):
             row.add(_fitting((f"{step}{at}", step), width - row.width), palette.dim)
         return row
 
-    def _category(self, category: Category, sizes: tuple[int | None, ...], scale: int, width: int) -> list[Row]:
+    def _category(
+        self, category: Category, sizes: tuple[int | None, ...], shares: tuple[str, ...], scale: int, width: int
+    ) -> list[Row]:
         palette, info = self.palette, category.info
         seen = category in self.state.ever
         name_style = palette.plain if seen else palette.dim
         row = Row().add(" ").add(info.letter, palette.paint[category] if seen else palette.dim).add(" ")
         row.add(info.title, name_style)
-        for start, size in zip((NAME_WIDTH, self._second_column(width)), sizes, strict=True):
+        for start, size, share in zip((NAME_WIDTH, self._second_column(width)), sizes, shares, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
-            row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style).add(" ")
+            row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style)
+            self._share(row, share, width)
             shown = size if size and float(self.state.unit.show(size)) else 0  # no bar for what reads 0.0
             row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
+
+    def _share(self, row: Row, share: str, width: int) -> None:
+        """Percent, as far as there is room, and the space before the bar."""
+        room = _percent_width(width)
+        row.add(f"{share:>{room}}" * bool(room), self.palette.dim).add(" ")
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
         """What is small as a rule in one row; where the bar would be, what it is, as far as there is room."""
@@ -221,7 +234,8 @@ class LivePage(Page):
         row = Row().to(3).add(OTHERS)
         for start, sizes in ((NAME_WIDTH, now), (self._second_column(width), peak)):
             size = sum(sizes[c] for c in SMALL) if sizes is not None else None
-            row.to(start).right(unit.show(size), start + FIGURE_WIDTH, palette.plain if size else palette.dim).add(" ")
+            row.to(start).right(unit.show(size), start + FIGURE_WIDTH, palette.plain if size else palette.dim)
+            self._share(row, percent(size, sum(sizes.values()) if sizes else 0), width)
             end = row.width + self._bar_width(width)
             parts = {category: sizes[category] for category in SMALL if sizes and sizes[category]}
             for category in sorted(parts, key=parts.__getitem__, reverse=True):
@@ -238,9 +252,8 @@ class LivePage(Page):
         total = sum(now.values()) if now is not None else gauge.allocated_bytes if gauge is not None else None
         row.right(unit.show(total), NAME_WIDTH + FIGURE_WIDTH, palette.bold).add(f" {unit.name}", palette.dim)
         on_cpu = self.state.environment is not None and not self.state.environment.on_gpu
-        if on_cpu and self._bar_width(width) > 18:
-            row.add(", counted op by op", palette.dim)
         start = self._second_column(width)
+        row.add(_fitting([", counted op by op"] * on_cpu, start - row.width), palette.dim)
         total = sum(peak.values()) if peak is not None else None
         row.to(start).right(unit.show(total), start + FIGURE_WIDTH, palette.bold).add(f" {unit.name}", palette.dim)
         run = self.state.run
@@ -314,6 +327,10 @@ class LivePage(Page):
             row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
             rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows
+
+
+def _percent_width(width: int) -> int:
+    return PERCENT_WIDTH if width >= PERCENT_FROM else 0
 
 
 def _within(phase: Phase, micro_batch: int, trace: StepTrace) -> str:
