@@ -21,6 +21,12 @@ class UserError(Exception):
     """Something the user can put right. The message is one complete line."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error of somebody else's says, in a line."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= 300 else text[:297] + "..."
+
+
 @dataclass(frozen=True, slots=True)
 class Option:
     """One setting of a technique, with everything needed to check and show it.

@@ -13,7 +13,7 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -40,11 +40,27 @@ class Stop:
     """End the run at the next micro-batch and free everything."""
 
 
+@dataclass(slots=True)
+class Work:
+    """Long work between two threads: one tells how far it is, the other may cancel it.
+
+    Attributes:
+        share: How much of it is done, 0 to 1.
+        cancelled: It is to be left.
+        over: It has ended, one way or another.
+    """
+
+    share: float = 0.0
+    cancelled: bool = False
+    over: bool = False
+
+
 @dataclass(frozen=True, slots=True)
 class Save:
     """Write a recording of the run so far."""
 
     path: Path
+    work: Work = field(default_factory=Work, compare=False)
 
 
 @dataclass(frozen=True, slots=True)

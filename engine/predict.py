@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from . import techniques
-from .config import RunConfig, UserError, Value
+from .config import RunConfig, UserError, Value, one_line
 from .device import installed_packages
 from .events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
 from .ledger import strip_wrappers
@@ -182,7 +182,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
     except UserError:
         raise
     except Exception as error:  # whatever a library says to this model and these settings
-        raise UserError(f"{config.model}: this cannot be predicted: {_one_line(error)}") from error
+        raise UserError(f"{config.model}: this cannot be predicted: {one_line(error)}") from error
     finally:
         gc.collect()
         gc.unfreeze()
@@ -318,11 +318,6 @@ def _expandable_segments() -> bool:
     """Whether PyTorch is told to use them, as it would be for the run."""
     told = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 200 else text[:197] + "..."
 
 
 CALCULATOR: dict[str, dict[str, Value]] = {

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from .config import RunConfig, UserError
+from .config import RunConfig, UserError, one_line
 from .events import (
     BLOCK,
     EVENT,
@@ -38,23 +38,40 @@ from .events import (
     PhaseSpan,
     StepTrace,
 )
-from .feed import Command, Source, Standing
+from .feed import Command, Save, Source, Standing, Work
 
 VERSION = 2
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
 
 
-def write(path: Path, source: Source, gauge: Gauge | None = None) -> None:
+PIECE = 1 << 20
+"""Bytes that are packed before it is asked whether to go on."""
+
+
+def save(command: Save, source: Source, gauge: Gauge | None = None) -> tuple[Kind, str]:
+    """Write a recording as asked, and tell what came of it: saved, cancelled, or why it could not be."""
+    path, work = command.path, command.work
+    try:
+        write(path, source, gauge, work)
+    except (OSError, UserError) as error:
+        return Kind.NOTE if work.cancelled else Kind.REFUSED, f"{path}: not saved: {one_line(error)}"
+    finally:
+        work.over = True
+    return Kind.SAVED, f"saved {path}"
+
+
+def write(path: Path, source: Source, gauge: Gauge | None = None, work: Work | None = None) -> None:
     """Save what a source has, atomically: the file is there whole or not at all.
 
     Args:
         path: Where; missing folders are made.
         source: What.
         gauge: The reading to save, if not the source's latest.
+        work: Told how far it is; asked whether to go on.
 
     Raises:
         OSError: It cannot be written there.
-        UserError: There is nothing to save yet.
+        UserError: There is nothing to save yet, or it was cancelled.
     """
     config, environment, gauge = source.config(), source.environment(), gauge or source.gauge()
     if config is None or environment is None:
@@ -71,8 +88,10 @@ def write(path: Path, source: Source, gauge: Gauge | None = None) -> None:
     try:
         with os.fdopen(handle, "wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
             archive.writestr("gpumem.json", json.dumps(head))
-            for number, trace in enumerate(source.traces()):
-                _write_trace(archive, number, trace)
+            traces, work = source.traces(), work or Work()
+            whole = sum(getattr(trace, column).nbytes for trace in traces for column in COLUMNS)
+            for number, trace in enumerate(traces):
+                _write_trace(archive, number, trace, work, whole)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -80,7 +99,7 @@ def write(path: Path, source: Source, gauge: Gauge | None = None) -> None:
         raise
 
 
-def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace) -> None:
+def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace, work: Work, whole: int) -> None:
     plain = {
         "step": trace.step,
         "names": trace.names,
@@ -93,7 +112,12 @@ def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace) -> Non
     for column in COLUMNS:
         buffer = io.BytesIO()
         np.save(buffer, getattr(trace, column), allow_pickle=False)
-        archive.writestr(f"traces/{number}/{column}.npy", buffer.getvalue())
+        with archive.open(f"traces/{number}/{column}.npy", "w") as packed:
+            for start in range(0, buffer.getbuffer().nbytes, PIECE):
+                if work.cancelled:
+                    raise UserError("cancelled")
+                packed.write(buffer.getbuffer()[start : start + PIECE])
+        work.share += getattr(trace, column).nbytes / max(whole, 1)
 
 
 class Replay:

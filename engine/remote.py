@@ -23,7 +23,7 @@ from .config import RunConfig, UserError
 from .events import Environment, Kind, Milestone
 from .feed import Command, Feed, Published, Save, Standing, Start, TakeOver
 from .launch import Launcher
-from .recording import write
+from .recording import save
 from .whereabouts import Place
 from .wire import TAKE_OVER
 
@@ -95,7 +95,7 @@ class Remote(Published):
             UserError: It is refused at once.
         """
         if isinstance(command, Save):
-            threading.Thread(target=self._save, args=(command.path,), name="save", daemon=True).start()
+            threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
             return
         standing = self.standing
         if isinstance(command, Start):
@@ -293,13 +293,8 @@ class Remote(Published):
         gauge, told = self._feed.gauge, self._feed.milestones(0)
         return max(gauge.time_s if gauge else 0.0, told[-1].time_s if told else 0.0)
 
-    def _save(self, path: Path) -> None:
-        try:
-            write(path, self, self._feed.training_gauge)
-        except (OSError, UserError) as error:
-            self._say(Kind.REFUSED, f"{path}: not saved: {error}")
-        else:
-            self._say(Kind.SAVED, f"saved {path}")
+    def _save(self, command: Save) -> None:
+        self._say(*save(command, self, self._feed.training_gauge))
 
 
 def peek(place: Place, timeout_s: float = 2.0) -> wire.Status | None:

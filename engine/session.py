@@ -19,11 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from . import techniques
-from .config import RunConfig, UserError, show
+from .config import RunConfig, UserError, one_line, show
 from .events import Gauge, Kind, Phase, Recompute, StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Standing, Start, Stop, peak_bytes
 from .meter import LIBRARIES_LOADED, Meter
-from .recording import write
+from .recording import save, write
 from .report import Report
 
 if TYPE_CHECKING:
@@ -150,7 +150,7 @@ class Session(Published):
         try:
             self._look_around()
         except Exception as error:  # a refusal, or a torch that does not load: nothing can ever run here
-            self._refused = _one_line(error)
+            self._refused = one_line(error)
             self._feed.milestone(Kind.REFUSED, self._refused)
             self._idle.set()
             return
@@ -160,7 +160,7 @@ class Session(Published):
                 try:
                     self._run_and_report(command.config)
                 except Exception as error:  # a device that has failed fails again when it is cleaned up
-                    self._feed.milestone(Kind.RUN_FAILED, _one_line(error), detail=traceback.format_exc())
+                    self._feed.milestone(Kind.RUN_FAILED, one_line(error), detail=traceback.format_exc())
             if self._commands.empty():
                 self._idle.set()
         self._idle.set()
@@ -238,14 +238,14 @@ class Session(Published):
             problem = str(error)
             self._feed.milestone(Kind.RUN_FAILED, problem, detail="")
         except torch.OutOfMemoryError as error:
-            problem = _one_line(error)
+            problem = one_line(error)
             tracer.settle()
             self._feed.milestone(
                 Kind.OUT_OF_MEMORY, problem, step=tracer.step_now, phase=tracer.failed_in.title,
                 requested_bytes=recorder.refused_bytes, allocated_bytes=recorder.allocated_bytes(),
             )  # fmt: skip
         except Exception as error:
-            problem = _one_line(error)
+            problem = one_line(error)
             self._feed.milestone(Kind.RUN_FAILED, problem, detail=traceback.format_exc())
         with self._changing:
             self._running = False
@@ -403,12 +403,7 @@ class Session(Published):
             )
 
     def _save(self, command: Save) -> None:
-        try:
-            self.save(command.path)
-        except (OSError, UserError) as error:
-            self._feed.milestone(Kind.REFUSED, f"{command.path}: not saved: {_one_line(error)}", command="save")
-        else:
-            self._feed.milestone(Kind.SAVED, f"saved {command.path}", path=str(command.path))
+        self._feed.milestone(*save(command, self, self._feed.training_gauge))
 
 
 def trained(parameters: int, trainable: int) -> str:
@@ -422,8 +417,3 @@ def describe(config: RunConfig) -> str:
     """A run in one line: the model, and what differs from the defaults."""
     changes = " ".join(f"{name}={show(value)}" for name, value in techniques.changed(config))
     return f"{config.model} {changes}".strip()
-
-
-def _one_line(error: BaseException) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."

@@ -2,21 +2,65 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
 
 from textual.pilot import Pilot
 
+from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.tui.app import GpumemApp
+from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.settings import Settings
 
 from .fake_source import MIB, FakeSource
 
 SIZES = [(80, 24), (120, 40)]
 GPU_UNIT = 48 * MIB
+
+
+class Oracle:
+    """Predicts by a rule of the test.
+
+    Args:
+        rule: The peak that it says a configuration has; None: it is not known yet.
+        ready: Whether anything is known.
+        queue: How many it says are being worked out.
+    """
+
+    gpu_name = "H100 80GB"
+
+    def __init__(self, rule: Callable[[RunConfig], int | None], ready: bool = True, queue: int = 0) -> None:
+        self.rule, self.ready, self.queue = rule, ready, queue
+        self.hurried: set[bool] = set()
+        self.dropped = False
+        self._asked: dict[str, RunConfig] = {}
+
+    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
+        self._asked[repr(config)] = config
+        self.hurried.add(hurry)
+        peak = self._peak(config)
+        return Prediction(peak, peak < 120 * MIB, {}) if peak is not None else None
+
+    def of_run(self, config: RunConfig) -> Prediction | str:
+        return ""
+
+    def waiting(self) -> int:
+        return self.queue
+
+    def unanswered(self, configs: Sequence[RunConfig]) -> int:
+        return sum(self._peak(config) is None for config in configs)
+
+    def answers(self) -> int:
+        return sum(self._peak(config) is not None for config in self._asked.values())
+
+    def drop(self) -> None:
+        self.dropped = True
+
+    def _peak(self, config: RunConfig) -> int | None:
+        return self.rule(config) if self.ready else None
 
 
 class Driver:

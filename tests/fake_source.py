@@ -252,6 +252,7 @@ class FakeSource:
         self.unit, self.layers = unit, layers
         self.commands: list[Command] = []
         self.refuse: str | None = None
+        self.saves_slowly = False
         self.paused = False
         self.model: Model | None = None
         self._work: Iterator[None] = iter(())
@@ -287,7 +288,10 @@ class FakeSource:
             case Pause(paused):
                 self.paused = paused
                 self.feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "held" if paused else "goes on")
-            case Save(path):
+            case Save(path, work):
+                if self.saves_slowly:
+                    return
+                work.over = True
                 self.feed.milestone(Kind.SAVED, f"saved {path}", path=str(path))
 
     # --- what a test says -----------------------------------------------------

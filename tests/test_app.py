@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
@@ -25,7 +25,6 @@ from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.explain import explain
 from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.palette import Palette
-from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.run_state import RunState, config_key
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.settings import Settings
@@ -35,7 +34,7 @@ from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 from gpumem_tui.tui.writer import writing
 
-from .app_driver import GPU_UNIT, SIZES, shown, trained
+from .app_driver import GPU_UNIT, SIZES, Oracle, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource
 
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -757,14 +756,7 @@ async def test_why_a_setting_cannot_be_had_is_said_in_full(size: tuple[int, int]
 async def test_where_there_is_no_gpu_it_says_of_which_one_is_predicted_and_how_to_have_another(
     size: tuple[int, int],
 ) -> None:
-    class Oracle:
-        gpu_name = "H100 80GB"
-        waiting = staticmethod(lambda: 2)
-        answers = staticmethod(lambda: 0)
-        of = staticmethod(lambda config, hurry=True: None)
-        of_run = staticmethod(lambda config: "")
-
-    async with shown(trained(1), size, predictions=Oracle()) as driver:
+    async with shown(trained(1), size, predictions=Oracle(lambda config: None, queue=2)) as driver:
         await driver.press("4")
         text = " ".join(driver.text.split())
         assert "~ is predicted for H100 80GB, 2 being worked out; this run is on a CPU" in text
@@ -915,6 +907,27 @@ async def test_save_makes_a_name_of_its_own_and_says_where(tmp_path: Path) -> No
         assert f"saved{paths[-1]}" in said.replace(" ", "")
 
 
+async def test_saving_shows_how_far_it_is_and_escape_cancels_it(tmp_path: Path) -> None:
+    source = trained(1)
+    source.saves_slowly = True
+    async with shown(source, save_dir=tmp_path) as driver:
+        await driver.press("s")
+        (command,) = (c for c in source.commands if isinstance(c, Save))
+        assert driver.lines[-2].startswith(f" saving {command.path.name}  0 %, esc cancels")
+        command.work.share = 0.42
+        await driver.tick()
+        assert "  42 %, esc cancels" in driver.lines[-2]
+        await driver.press("s")
+        assert command is source.commands[-1], "one at a time"
+        await driver.press("escape")
+        assert command.work.cancelled
+        command.work.over = True
+        source.feed.milestone(Kind.NOTE, f"{command.path}: not saved: cancelled")
+        await driver.tick()
+        assert "esc cancels" not in driver.text
+        assert "not saved: cancelled" in driver.text
+
+
 def test_names_of_recordings_are_safe_and_free(tmp_path: Path) -> None:
     first = free_name(tmp_path, "../EleutherAI/a b:c", set(), lambda: 0.0)
     assert first.parent == tmp_path
@@ -1000,23 +1013,14 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
         source.finish_step()
     source.live = False
 
-    class Oracle:
-        gpu_name = "H100 80GB"
-        waiting = staticmethod(lambda: 0)
-        answers = staticmethod(lambda: 1)
-        of_run = staticmethod(lambda config: "")
-        unanswered = staticmethod(lambda configs: 0)
-
-        def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-            assert hurry, "there is no training to give way to"
-            return Prediction((12 << 30) - (3 << 30) * bool(config["lora"]), True, {})
-
-    async with shown(source, size, predictions=Oracle()) as driver:
+    oracle = Oracle(lambda config: (12 << 30) - (3 << 30) * bool(config["lora"]))
+    async with shown(source, size, predictions=oracle) as driver:
         assert driver.line("The peak is inside AdamW.step(): ")
         assert "saves most: LoRA on, ~-3.00 GiB" in driver.text
         assert ("recomputed; layer" in driver.text) == bool(settings)
-    Oracle.of = lambda self, config, hurry=True: Prediction(12 << 30, True, {})  # type: ignore[method-assign]
-    async with shown(source, size, predictions=Oracle()) as driver:
+    assert oracle.hurried == {True}, "there is no training to give way to"
+    oracle = Oracle(lambda config: 12 << 30)
+    async with shown(source, size, predictions=oracle) as driver:
         assert "no single change is predicted to lower the peak" in driver.text
 
 
@@ -1030,26 +1034,16 @@ async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_t
     order = ["base", "lora", "sgd", "accumulation"]
     known: list[str] = []
 
-    class Oracle:
-        gpu_name = "H100 80GB"
-        waiting = staticmethod(lambda: 0)
-        answers = staticmethod(lambda: len(known))
-        of_run = staticmethod(lambda config: "")
+    def named(config: RunConfig) -> str:
+        if config["accumulation"] == 4 and config.batch_size == 1:
+            return "accumulation"
+        return "lora" if config["lora"] else "sgd" if config["optimizer"] == "sgd" else "base"
 
-        def name(self, config: RunConfig) -> str:
-            if config["accumulation"] == 4 and config.batch_size == 1:
-                return "accumulation"
-            return "lora" if config["lora"] else "sgd" if config["optimizer"] == "sgd" else "base"
-
-        def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-            name = self.name(config)
-            return Prediction((12 - saved.get(name, 0)) << 30, True, {}) if name in known else None
-
-        def unanswered(self, configs: Sequence[RunConfig]) -> int:
-            return sum(self.name(config) not in known for config in configs)
+    def rule(config: RunConfig) -> int | None:
+        return (12 - saved.get(named(config), 0)) << 30 if named(config) in known else None
 
     lines = []
-    async with shown(source, predictions=Oracle()) as driver:
+    async with shown(source, predictions=Oracle(rule)) as driver:
         for name in (*order, ""):
             lines.append(next(line.strip() for line in driver.lines if "saves most" in line))
             known.append(name)

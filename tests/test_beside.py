@@ -6,7 +6,6 @@ import dataclasses
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from contextlib import closing
 from importlib.metadata import version
 from pathlib import Path
@@ -25,7 +24,7 @@ from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.screens.compare import MODES, OWNERS
 from gpumem_tui.tui.state import ViewState
 
-from .app_driver import GPU_UNIT, SIZES, Driver, shown
+from .app_driver import GPU_UNIT, SIZES, Driver, Oracle, shown
 from .conftest import Engine, small_run
 from .fake_source import CPU, GPU, FakeSource
 
@@ -42,26 +41,13 @@ def gpu_run(steps: int, **settings: Any) -> FakeSource:
     return source
 
 
-class Oracle:
+class Beside(Oracle):
     """Predicts a batch of one row less than what will be run: wrong by the logits of a row."""
 
-    gpu_name = "H100 80GB"
-
     def __init__(self, ready: bool = True) -> None:
-        self.ready = ready
+        super().__init__(lambda config: self.document(config)["peak"]["allocated_bytes"], ready)
 
-    def waiting(self) -> int:
-        return 0
-
-    def unanswered(self, configs: Sequence[RunConfig]) -> int:
-        return 0 if self.ready else len(configs)
-
-    def answers(self) -> int:
-        return int(self.ready)
-
-    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-        if not self.ready:
-            return None
+    def document(self, config: RunConfig) -> dict[str, Any]:
         source = gpu_run(2)
         source.start(config.with_({"batch_size": config.batch_size - 1}))
         report = Report()
@@ -71,11 +57,11 @@ class Oracle:
             report.add(trace)
         environment = source.environment()
         assert environment is not None
-        document = report.document(environment, config, list(source.milestones(0)))
-        return Prediction(document["peak"]["allocated_bytes"], True, document)
+        return report.document(environment, config, list(source.milestones(0)))
 
     def of_run(self, config: RunConfig) -> Prediction | str:
-        return self.of(config) or WORKING
+        found = self.of(config)
+        return found._replace(document=self.document(config)) if found is not None else WORKING
 
 
 LOGITS_OF_A_ROW = 5 * GPU_UNIT // 8
@@ -87,7 +73,7 @@ LOGITS_OF_A_ROW = 5 * GPU_UNIT // 8
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_predicted_peak_stands_beside_the_measured_one(size: tuple[int, int]) -> None:
     source = gpu_run(1)
-    async with shown(source, size, predictions=Oracle()) as driver:
+    async with shown(source, size, predictions=Beside()) as driver:
         peak = driver.app.state.peak.peak.bytes
         predicted = f"~{(peak - LOGITS_OF_A_ROW) / GIB:.2f}"
         words = f"{predicted} predicted" if size[0] >= 100 else predicted
@@ -109,7 +95,7 @@ async def test_the_prediction_never_pushes_a_measured_figure_out(width: int) -> 
     """With and without it every row says the same, but for what is marked with ~."""
     async with shown(gpu_run(3), (width, 24)) as driver:
         without = driver.lines
-    async with shown(gpu_run(3), (width, 24), predictions=Oracle()) as driver:
+    async with shown(gpu_run(3), (width, 24), predictions=Beside()) as driver:
         for before, after in zip(without, driver.lines, strict=True):
             assert after.rstrip().startswith(before.rstrip()) or "saves most" in after
         assert " ~" in total(driver)
@@ -138,7 +124,7 @@ async def test_nothing_is_set_beside_a_run_on_a_cpu_and_one_line_says_why() -> N
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
-    async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
+    async with shown(gpu_run(2), size, predictions=Beside()) as driver:
         await driver.press("5")
         measured, predicted = driver.app.page.runs()
         assert "run 1, predicted" in driver.text
@@ -165,7 +151,7 @@ async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[int, int]) -> None:
-    async with shown(gpu_run(2), size, predictions=Oracle()) as driver:
+    async with shown(gpu_run(2), size, predictions=Beside()) as driver:
         await driver.press("5", *["tab"] * OWNERS)
         places = [line for line in driver.lines if "peak in" in line]
         assert [re.sub(r"\s+", " ", line).strip() for line in places] == [
@@ -187,7 +173,7 @@ async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[i
 
 
 async def test_what_was_chosen_stays_chosen_when_a_prediction_comes_and_goes() -> None:
-    source, oracle = gpu_run(2), Oracle(ready=False)
+    source, oracle = gpu_run(2), Beside(ready=False)
     async with shown(source, predictions=oracle) as driver:
         await driver.press("5")
         for step in range(2):
@@ -228,7 +214,7 @@ async def test_a_script_of_ones_own_is_not_predicted() -> None:
     source.feed.milestone(Kind.RUN_STARTED, "watching", config=config.as_dict(), watched=True)
     source.finish_step()
     source.finish_step()
-    async with shown(source, predictions=Oracle()) as driver:
+    async with shown(source, predictions=Beside()) as driver:
         assert "~" not in total(driver)
         await driver.press("5", *["tab"] * OWNERS)
         assert "the loop is a script's own" in driver.text
@@ -260,7 +246,7 @@ async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) 
     paths = [tmp_path / f"{name}.gpumem" for name in ("one", "two")]
     for path in paths:
         shutil.copy(RECORDINGS / "full.gpumem", path)
-    async with shown(Opened(paths), predictions=Oracle()) as driver:
+    async with shown(Opened(paths), predictions=Beside()) as driver:
         await driver.press("5")
         assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "one, predicted"]
         await driver.press("j")

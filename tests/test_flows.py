@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
@@ -19,13 +18,12 @@ from gpumem_tui.engine.recording import Replay, write
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.foresight import Background
 from gpumem_tui.tui.opened import Opened
-from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.screens.compare import MODES, REFERENCE
 from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
 
-from .app_driver import SIZES, Driver, shown, trained
+from .app_driver import SIZES, Driver, Oracle, shown, trained
 from .fake_source import GPU, MIB, FakeSource
 
 GIB = 1 << 30
@@ -422,36 +420,13 @@ async def test_what_nothing_is_called_is_said() -> None:
 # --- techniques ---------------------------------------------------------------------------------
 
 
-class Oracle:
-    """Predicts by a rule of its own."""
-
-    gpu_name = "H100 80GB"
-
-    def __init__(self) -> None:
-        self.ready = False
-
-    def waiting(self) -> int:
-        return 0
-
-    def unanswered(self, configs: Sequence[RunConfig]) -> int:
-        return 0 if self.ready else len(configs)
-
-    def answers(self) -> int:
-        return int(self.ready)
-
-    def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-        if not self.ready:
-            return None
-        size = 100 * MIB + config.batch_size * MIB - 50 * MIB * bool(config["lora"])
-        return Prediction(size, size < 120 * MIB, {})
-
-    def of_run(self, config: RunConfig) -> str:
-        return ""
+def smaller_with_lora(config: RunConfig) -> int:
+    return 100 * MIB + config.batch_size * MIB - 50 * MIB * bool(config["lora"])
 
 
 async def test_predictions_stand_before_and_measurements_beside_them() -> None:
     source = trained(2)
-    oracle = Oracle()
+    oracle = Oracle(smaller_with_lora, ready=False)
     async with shown(source, predictions=oracle) as driver:
         await driver.press("4")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "–", "–", "–", "–"]

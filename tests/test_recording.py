@@ -5,15 +5,17 @@ from __future__ import annotations
 import json
 import zipfile
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 from gpumem_tui.engine import recording
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.feed import Save, Stop
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay, write
+from gpumem_tui.engine.recording import Replay, save, write
 
 from .conftest import Engine, small_run, wait_until
 
@@ -49,6 +51,31 @@ def test_saving_while_the_app_runs_tells_when_it_is_done(engine: Engine, tmp_pat
     engine.session.command(Save(path))
     wait_until(lambda: engine.session.milestones(0)[-1].kind == "saved", engine.session)
     assert Replay(path).config() == engine.session.config()
+
+
+def test_saving_tells_how_far_it_is_and_can_be_cancelled(
+    engine: Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.run(small_run())
+    command, shares = Save(tmp_path / "run.gpumem"), []
+    real = recording._write_trace
+
+    def watched(*arguments: Any) -> None:
+        real(*arguments)
+        shares.append(command.work.share)
+        command.work.cancelled = len(shares) == 2
+
+    assert len(engine.session.traces()) > 2
+    monkeypatch.setattr(recording, "_write_trace", watched)
+    kind, text = save(command, engine.session)
+    assert (kind, text) == (Kind.NOTE, f"{tmp_path / 'run.gpumem'}: not saved: cancelled")
+    assert 0 < shares[0] < shares[1] < 1
+    assert command.work.over
+    assert list(tmp_path.iterdir()) == []
+    monkeypatch.undo()
+    whole = Save(tmp_path / "run.gpumem")
+    assert save(whole, engine.session) == (Kind.SAVED, f"saved {whole.path}")
+    assert whole.work.share == pytest.approx(1)
 
 
 def test_saving_where_one_cannot_says_so(engine: Engine, tmp_path: Path) -> None:

@@ -15,8 +15,7 @@ from gpumem_tui.tui.app import tour_unseen
 from gpumem_tui.tui.commands.completion import SHELLS, commands
 from gpumem_tui.tui.settings import OPTIONS, Settings, config_path, with_key
 
-from .app_driver import shown, trained
-from .test_flows import Oracle
+from .app_driver import Oracle, shown, trained
 
 
 @pytest.fixture
@@ -106,6 +105,23 @@ async def test_what_is_set_in_the_app_persists(home: Path) -> None:
         assert driver.line("MB")
 
 
+async def test_predictions_are_cancelled_and_stay_off_until_they_are_wanted_again(home: Path) -> None:
+    oracle = Oracle(lambda config: (100 - 50 * bool(config["lora"])) << 20)
+    async with shown(trained(), settings=Settings.load(), predictions=oracle) as driver:
+        assert "saves most" in driver.text
+        await driver.press("P")
+        assert oracle.dropped
+        assert "predict off" in driver.text
+        assert "saves most" not in driver.text
+        await driver.press("4")
+        assert "~" not in driver.text
+    assert Settings.load()["predict"] is False
+    async with shown(trained(), settings=Settings.load(), predictions=oracle) as driver:
+        assert "saves most" not in driver.text
+        await driver.press("P")
+        assert "saves most" in driver.text
+
+
 async def test_where_nothing_can_be_written_it_holds_for_the_session() -> None:
     async with shown(trained()) as driver:
         await driver.press("g")
@@ -133,8 +149,7 @@ async def test_the_tour_goes_through_its_stops_and_ends() -> None:
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
 async def test_the_tour_hides_nothing_that_it_talks_about(size: tuple[int, int]) -> None:
-    oracle = Oracle()
-    oracle.ready = True
+    oracle = Oracle(lambda config: (100 - 50 * bool(config["lora"])) << 20)
     async with shown(trained(3, checkpointing="layers"), size, predictions=oracle) as driver:
         sentence = driver.line("The peak is")
         await driver.press("w")

@@ -113,7 +113,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         if writing(self):
             return
         now = time.monotonic()
-        changed = self._count(now) | self._tour_goes_on(now) | self.board.predicted()
+        changed = self._count(now) | self._tour_goes_on(now) | self.board.moved()
         if not self.board.frozen:
             changed |= self.state.update(self.source, now)
         if changed:
@@ -334,6 +334,11 @@ class GpumemApp(App[None], inherit_bindings=False):
         names = [str(name) for name in NAMED["theme"].choices]
         self._set("theme", names[(names.index(str(self.settings["theme"])) + 1) % len(names)])
         self.board.repaint(self._palette())
+
+    def toggle_predictions(self) -> None:
+        """Have what changes would do worked out, or no longer."""
+        self.control.predict(not self.control.predicts)
+        self._set("predict", self.control.predicts)
 
     def next_units(self) -> None:
         """GiB or GB."""

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ..engine.feed import Source, Standing
-from .actions import Action, check_keys, everywhere, hint, offered_here, remapped
+from .actions import Action, check_keys, everywhere, hint, offered_here, remapped, shown_keys
 from .control import Control
 from .draw import Kept, Row, wrap
 from .palette import Palette
@@ -63,6 +63,7 @@ class Board:
         self.state = ViewState()
         self.state.units = str(settings["units"])
         self.control = Control(source, self.state, save_dir or Path.cwd(), predictions)
+        self.control.predicts = bool(settings["predict"])
         self.control.on_turn = self._turned
         self.palette = palette
         self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
@@ -78,7 +79,7 @@ class Board:
         )  # fmt: skip
         self.tour: Tour | None = None
         self.question = ""
-        self._answers = 0
+        self._moved: tuple[int, float | None] = (0, None)
         self.frozen = False
         self.rate = ""
         self._kept = Kept()
@@ -121,7 +122,9 @@ class Board:
             self.help.top = 0
 
     def leave(self) -> None:
-        """Close what is open, innermost first: a message, details, the help."""
+        """Cancel saving, or close what is open, innermost first: a message, details, the help."""
+        if self.control.cancel_saving():
+            return
         if self.state.message is not None:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
@@ -131,11 +134,12 @@ class Board:
         for page in self.pages:
             page.turned()
 
-    def predicted(self) -> bool:
-        """Whether something has been predicted since this was asked last."""
-        predictions, before = self.control.predictions, self._answers
-        self._answers = predictions.answers() if predictions is not None else 0
-        return self._answers != before
+    def moved(self) -> bool:
+        """Whether there is more of what is worked on, predictions or saving, since this was asked last."""
+        predictions, saving, before = self.control.predictions, self.control.saving, self._moved
+        answers = predictions.answers() if predictions is not None else 0
+        self._moved = answers, saving.work.share if saving is not None else None
+        return self._moved != before
 
     def repaint(self, palette: Palette) -> None:
         """Change the colours."""
@@ -178,6 +182,9 @@ class Board:
         """What has just been said, in up to three rows, or else the page's own keys."""
         if self.question:
             return [Row().add(f" {shorten(self.question, width - 2)}", self.palette.busy)]
+        if (saving := self.control.saving) is not None:
+            text = f"saving {saving.path.name}  {100 * saving.work.share:.0f} %, {self._name('dismiss')} cancels"
+            return [Row().add(f" {shorten(text, width - 2)}", self.palette.busy)]
         message = self.state.message
         if message is None and (row := progress(self.state, self.palette)) is not None:
             return [row]
@@ -192,12 +199,15 @@ class Board:
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
+    def _name(self, action: str) -> str:
+        """What to press for something that can be done everywhere."""
+        return shown_keys(a for a in self.everywhere if a.name == action)
+
     def _resumes(self) -> str:
         """What to press where nothing goes on."""
-        keys = {action.name: action.keys[0] for action in self.everywhere}
         if self.state.status == "held":
-            return f"{keys['hold']} goes on"
-        return f"{keys['restart']} starts it again" if self.state.over and not self.state.requested else ""
+            return f"{self._name('hold')} goes on"
+        return f"{self._name('restart')} starts it again" if self.state.over and not self.state.requested else ""
 
     def _keys(self, width: int, commands: bool, resumes: str) -> Row:
         """What can be done on the page by whoever looks at it."""

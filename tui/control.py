@@ -56,6 +56,7 @@ class Control:
 
     Attributes:
         pending: Changes collected and not applied, by option.
+        predicts: Whether anything is asked of who predicts.
         on_command: Called when the source is asked for something.
         on_turn: Called when what is looked at has become another recording.
     """
@@ -63,7 +64,8 @@ class Control:
     def __init__(
         self, source: Source, state: ViewState, save_dir: Path, predictions: Predictions | None = None
     ) -> None:
-        self.source, self.state, self.save_dir, self.predictions = source, state, save_dir, predictions
+        self.source, self.state, self.save_dir = source, state, save_dir
+        self._predictions, self.predicts = predictions, True
         if isinstance(source, Opened):
             state.opened = source
             state.begin_again()
@@ -73,7 +75,21 @@ class Control:
         self._undo: list[dict[str, Value]] = []
         self._before: list[RunConfig] = []
         self._saved: set[Path] = set()
+        self._saving: Save | None = None
         self._foreseen: tuple[object, RunSummary | str] | None = None
+
+    # --- predictions ----------------------------------------------------------
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """Who predicts, if there is anybody to ask and it is wanted."""
+        return self._predictions if self.predicts else None
+
+    def predict(self, wanted: bool) -> None:
+        """Ask for predictions, or no longer: what is still to be worked out is not begun."""
+        self.predicts = wanted
+        if self._predictions is not None and not wanted:
+            self._predictions.drop()
 
     # --- configurations -------------------------------------------------------
 
@@ -273,16 +289,31 @@ class Control:
         elif self._send(TakeOver()):
             self.state.say("this viewer commands now; the other may only look")
 
+    @property
+    def saving(self) -> Save | None:
+        """The recording that is being written."""
+        return self._saving if self._saving is not None and not self._saving.work.over else None
+
+    def cancel_saving(self) -> bool:
+        """Leave what is being written; False: nothing is."""
+        if self.saving is None:
+            return False
+        self.saving.work.cancelled = True
+        return True
+
     def save(self) -> None:
         """Write a recording under a name that is not taken."""
         config = self.base()
         if config is None:
             self.state.say("no run has started yet: nothing to save")
             return
-        path = free_name(self.save_dir, config.model, self._saved)
-        if self._send(Save(path)):
-            self._saved.add(path)
-            self.state.say(f"saving {path.name}")
+        if self.saving is not None:
+            self.state.say(f"{self.saving.path.name} is being saved")
+            return
+        command = Save(free_name(self.save_dir, config.model, self._saved))
+        if self._send(command):
+            self._saved.add(command.path)
+            self._saving = command
 
     # --- recordings opened together -------------------------------------------------
 

@@ -88,6 +88,12 @@ class Background:
             self._here, self._target = environment, target
         return self._predictor
 
+    def drop(self) -> None:
+        """Work out no more of what was asked for; what has been begun ends."""
+        self._asked.clear()
+        if self._predictor is not None:
+            self._predictor.want([])
+
     def of_run(self, config: RunConfig) -> Prediction | str:
         """What is known of a run here; why nothing can be set beside it."""
         environment = self._source.environment()

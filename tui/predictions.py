@@ -52,6 +52,10 @@ class Predictions(Protocol):
         """For how many of these neither a prediction is known nor why there can be none."""
         ...
 
+    def drop(self) -> None:
+        """Work out no more of what was asked for."""
+        ...
+
     def answers(self) -> int:
         """How many have been worked out: when it grows, there is something to draw."""
         ...

@@ -31,6 +31,7 @@ OPTIONS: tuple[Option, ...] = (
     Option("units", "GiB", "count in GiB (2^30) or GB (10^9)", ("GiB", "GB")),
     Option("profile", "tiny", "what is trained where no --profile or --model is given", (), True),
     Option("gpu", "", "GPU that is predicted for; empty: this one, and where there is none an H100 80GB", (), True),
+    Option("predict", True, "work out beforehand what a change would do"),
     Option("ascii", False, "draw without Unicode blocks"),
     Option("mouse", False, "take the mouse; off, the terminal selects text as always"),
 )
