@@ -218,8 +218,8 @@ class LivePage(Page):
         for start, size, share in zip((NAME_WIDTH, self._second_column(width)), sizes, shares, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style)
-            self._share(row, share, width)
             shown = size if size and float(self.state.unit.show(size)) else 0  # no bar for what reads 0.0
+            self._share(row, share * bool(shown), width)
             row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
 
