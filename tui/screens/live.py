@@ -172,7 +172,7 @@ class LivePage(Page):
         unit = self.state.unit
         for category in alone:
             sizes = tuple(found[category] if found is not None else None for found in (now, peak))
-            shares = tuple(percent(size, total) for size, total in zip(sizes, totals, strict=True))
+            shares = tuple(self._percent(size, total) for size, total in zip(sizes, totals, strict=True))
             shows = (*sizes, *shares, category in ever, scale, unit, width)
             row = self.kept(category, shows, partial(self._category, category, sizes, shares, scale, width))
             rows += self._marked(category, row)
@@ -218,10 +218,13 @@ class LivePage(Page):
         for start, size, share in zip((NAME_WIDTH, self._second_column(width)), sizes, shares, strict=True):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style)
-            shown = size if size and float(self.state.unit.show(size)) else 0  # no bar for what reads 0.0
-            self._share(row, share * bool(shown), width)
-            row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
+            self._share(row, share, width)
+            row.extend(bar(size if size and share else 0, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
+
+    def _percent(self, size: int | None, total: int) -> str:
+        """A share, and none of what reads 0.0."""
+        return percent(size, total) if size and float(self.state.unit.show(size)) else ""
 
     def _share(self, row: Row, share: str, width: int) -> None:
         """Percent, as far as there is room, and the space before the bar."""
@@ -235,7 +238,7 @@ class LivePage(Page):
         for start, sizes in ((NAME_WIDTH, now), (self._second_column(width), peak)):
             size = sum(sizes[c] for c in SMALL) if sizes is not None else None
             row.to(start).right(unit.show(size), start + FIGURE_WIDTH, palette.plain if size else palette.dim)
-            self._share(row, percent(size, sum(sizes.values()) if sizes else 0), width)
+            self._share(row, self._percent(size, sum(sizes.values()) if sizes else 0), width)
             end = row.width + self._bar_width(width)
             parts = {category: sizes[category] for category in SMALL if sizes and sizes[category]}
             for category in sorted(parts, key=parts.__getitem__, reverse=True):
