@@ -219,7 +219,8 @@ class LivePage(Page):
             style = palette.bad if category is Category.UNKNOWN and size else palette.plain if size else palette.dim
             row.to(start).right(self.state.unit.show(size), start + FIGURE_WIDTH, style)
             self._share(row, share, width)
-            row.extend(bar(size if size and share else 0, scale, self._bar_width(width), palette.ink[category], palette))
+            shown = size if size and share else 0
+            row.extend(bar(shown, scale, self._bar_width(width), palette.ink[category], palette))
         return [row]
 
     def _percent(self, size: int | None, total: int) -> str:
