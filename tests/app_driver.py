@@ -13,6 +13,7 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.predictions import Prediction
+from gpumem_tui.tui.screens.compare import MODES
 from gpumem_tui.tui.settings import Settings
 
 from .fake_source import MIB, FakeSource
@@ -74,6 +75,11 @@ class Driver:
         for key in keys:
             self.app.action_press(key)
         await self.tick()
+
+    async def compare_by(self, mode: int) -> None:
+        """On the compare screen, by one of its `MODES`."""
+        await self.press("5")
+        await self.press(*["tab"] * ((mode - self.app.page.mode) % len(MODES)))
 
     async def tick(self) -> None:
         self.app.tick()

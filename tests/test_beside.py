@@ -21,7 +21,7 @@ from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.foresight import WORKING, Background
 from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.predictions import Prediction
-from gpumem_tui.tui.screens.compare import MODES, OWNERS
+from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
 from gpumem_tui.tui.state import ViewState
 
 from .app_driver import GPU_UNIT, SIZES, Driver, Oracle, shown
@@ -134,25 +134,25 @@ async def test_the_prediction_is_one_more_run(size: tuple[int, int]) -> None:
             a, b = predicted.peak[category] / GIB, measured.peak[category] / GIB
             change = f"{a - b:+.2f}" if f"{b - a:.2f}" != "0.00" else "0.00"
             assert row.split()[-3:] == [f"{b:.2f}", f"~{a:.2f}", change]
-        await driver.press("tab")
+        await driver.compare_by(HIGHEST)
         a, b = (run.by_phase[phase] / GIB for run in (predicted, measured) for phase in run.by_phase
                 if phase.title == "backward")  # fmt: skip
         assert driver.line("backward").split()[1:] == [f"{b:.2f}", f"~{a:.2f}", f"{a - b:+.2f}"]
-        await driver.press("tab")
+        await driver.compare_by(LAYERS)
         assert "layers.3" in driver.text and "logits" in driver.text
-        await driver.press("tab")
+        await driver.compare_by(SAVED)
         a, b = (sum(run.saved_by_layer.values()) / GIB for run in (predicted, measured))
         driver.app.page.move(99)
         await driver.tick()
         assert driver.line("all").split()[1:] == [f"{b:.2f}", f"~{a:.2f}", f"{a - b:+.2f}"]
-        await driver.press("tab")
+        await driver.compare_by(REFERENCE)
         assert f"~{sum(predicted.peak.values()) / GIB:.2f}" in driver.line("run 1, predicted")
 
 
 @pytest.mark.parametrize("size", SIZES)
 async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[int, int]) -> None:
     async with shown(gpu_run(2), size, predictions=Beside()) as driver:
-        await driver.press("5", *["tab"] * OWNERS)
+        await driver.compare_by(OWNERS)
         places = [line for line in driver.lines if "peak in" in line]
         assert [re.sub(r"\s+", " ", line).strip() for line in places] == [
             "A peak in step 1, optimizer step of AdamW", "B peak in step 1, optimizer step of AdamW",
@@ -216,7 +216,7 @@ async def test_a_script_of_ones_own_is_not_predicted() -> None:
     source.finish_step()
     async with shown(source, predictions=Beside()) as driver:
         assert "~" not in total(driver)
-        await driver.press("5", *["tab"] * OWNERS)
+        await driver.compare_by(OWNERS)
         assert "the loop is a script's own" in driver.text
 
 

@@ -20,7 +20,7 @@ from gpumem_tui.tui.foresight import Background
 from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.run_summary import of_source
-from gpumem_tui.tui.screens.compare import MODES, REFERENCE
+from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
 from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
 
 from .app_driver import SIZES, Driver, Oracle, shown, trained
@@ -105,10 +105,10 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
         first, second = driver.app.state.runs
         a, b = first.peak[Category.OPTIMIZER_STATE], second.peak[Category.OPTIMIZER_STATE]
         assert driver.line("O optimizer").split()[2:] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}", "0.0"]
-        await driver.press("tab")
+        await driver.compare_by(HIGHEST)
         a, b = (run.by_phase[phase] for run in (first, second) for phase in run.by_phase if phase.title == "backward")
         assert driver.line("backward").split()[1:] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}", f"{(b - a) / MIB:+.1f}"]
-        await driver.press("tab")
+        await driver.compare_by(LAYERS)
         a, b = (run.by_layer["gpt_neox.layers.3"] for run in (first, second))
         row = next(line for line in driver.lines if "layers.3" in line).split()
         assert row[1:3] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}"]
@@ -119,7 +119,7 @@ async def test_a_layer_is_one_row_whatever_wraps_the_model_or_caches_its_keys(si
     """A full run with a KV cache beside one of PEFT's: names have no prefix, and are not cut at the useful end."""
     async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
         driver.app.state.finished = [lora := of_source(Replay(RECORDINGS / "h100-tiny-lora.gpumem"), "lora")]
-        await driver.press("5", "tab", "tab")
+        await driver.compare_by(LAYERS)
         names = [line.split()[0] for line in driver.lines[5:-3] if line.strip()]
         assert len(names) == len(set(names))
         assert {"layers.0", "layers.5", "embed_in", "final_layer_norm"} <= set(names)
@@ -183,7 +183,7 @@ async def test_earlier_runs_come_first_and_what_a_change_saves_has_a_minus() -> 
 async def test_two_peaks_that_are_two_instants_say_so() -> None:
     """Gradients are there in one and not in the other, which is not what a layer saves."""
     async with shown(opened("full", "lora", "checkpointed")) as driver:
-        await driver.press("5", "tab", "tab")
+        await driver.compare_by(LAYERS)
         assert "peaks: A in optimizer, B in backward, C in optimizer: not one instant" in driver.text
         await driver.press("right", "-", "right")
         assert "peaks: A in optimizer, B in optimizer" in driver.text and "instant" not in driver.text
@@ -191,7 +191,8 @@ async def test_two_peaks_that_are_two_instants_say_so() -> None:
 
 async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> None:
     async with shown(opened("full", "checkpointed"), (80, 30)) as driver:
-        await driver.press("5", "tab", "tab", "tab")
+        await driver.compare_by(SAVED)
+        assert re.search(r"saved most: B in layers\.0…\d+, -\d+\.\d+ each", driver.text)
         full, checkpointed = driver.app.state.runs
         assert full.saved_by_layer and checkpointed.saved_by_layer
         await driver.press("j")
@@ -206,13 +207,23 @@ async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> No
 
 async def test_the_layer_that_saves_most_stands_first_whichever_run_is_chosen() -> None:
     async with shown(opened("h100-tiny", "h100-tiny-lora")) as driver:
-        await driver.press("5", "tab", "tab", "tab")
+        await driver.compare_by(SAVED)
         page = driver.app.page
         changes = [after - before for _, (before, after), _ in page.lines(page.runs())[:-1]]
+        first = driver.lines[driver.lines.index(driver.line("saved most")) + 2].split()
+        assert driver.line("saved most").split(": ")[1].strip() == f"B in layers.0…5, {first[-1]} each"
         assert changes == sorted(changes) != sorted(changes, reverse=True)
         await driver.press("right", "enter", "left")
         changes = [before - after for _, (before, after), _ in page.lines(page.runs())[:-1]]
         assert changes == sorted(changes)
+
+
+def test_layers_are_named_together() -> None:
+    assert _together(["lm_head"]) == "lm_head"
+    assert _together(["layers.3", "layers.0"]) == "layers.3 and layers.0"
+    assert _together([f"layers.{i}" for i in (2, 0, 1)]) == "layers.0…2"
+    assert _together([f"layers.{i}" for i in (9, 1, 5)]) == "3 of layers.1…9"
+    assert _together(["embed_in", "layers.0", "layers.1"]) == "embed_in and 2 others"
 
 
 async def test_any_run_can_be_what_the_others_are_compared_with() -> None:
@@ -230,7 +241,7 @@ async def test_the_reference_experiments_table_from_ones_own_runs() -> None:
     source = trained(2)
     async with shown(source) as driver:
         await restarted(driver, "l")
-        await driver.press("5", *["tab"] * REFERENCE)
+        await driver.compare_by(REFERENCE)
         assert "the reference experiment's table" in driver.text
         assert "after step" in driver.text
         ledger = {trace.step: Ledger(trace) for trace in source.traces()}

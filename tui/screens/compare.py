@@ -14,10 +14,10 @@ from .owner_rows import owner_rows, peak_rows
 from .page import Page, Table, Topic
 
 MODES = (
-    "categories at the peak", "highest in each phase", "layers at the peak", "layers' activations as forward ends",
+    "categories at the peak", "layers' activations as forward ends", "layers at the peak", "highest in each phase",
     "the reference experiment's table", "differences at the peak, by owner",
 )  # fmt: skip
-CATEGORIES, HIGHEST, LAYERS, SAVED, REFERENCE, OWNERS = range(len(MODES))
+CATEGORIES, SAVED, LAYERS, HIGHEST, REFERENCE, OWNERS = range(len(MODES))
 FIGURE, NAME, WIDEST = 9, 18, 36
 """Cells of a figure, and of a row's name: at the least and at the most."""
 
@@ -48,7 +48,7 @@ class ComparePage(Page):
             Action("compare.next", ("right",), "Next run", text, lambda page: page.choose(1), "run"),
             Action("compare.look", ("o",), "Look at this recording", "look at the recording chosen, on all screens",
                    lambda page: page.look(), "look at it", several=True),
-            Action("compare.by", ("tab",), "Compare by ...", "by category, phase, layer or owner; the reference "
+            Action("compare.by", ("tab",), "Compare by ...", "by category, layer, phase or owner; the reference "
                    "experiment's table", lambda page: page.next_mode(), "compare by"),
             Action("compare.base", ("enter",), "Compare with this run", "the run that differences are from",
                    lambda page: page.make_base(), "compare with it"),
@@ -63,13 +63,13 @@ class ComparePage(Page):
             "What filled the memory at each run's highest peak, by category. The first column is the run that all "
             "others are compared with, the earliest or the first file named; behind every other figure stands its "
             "difference from it: what is saved has a minus. Last comes what was predicted of the run on the screens.",
-            "The most that was allocated while a phase went on, over the steps that are kept of each run.",
-            "What each layer held at the run's highest peak: its parameters, gradients, optimizer state and "
-            "activations together. Peaks of two runs may be two instants, one in forward and one in the optimizer "
-            "step: then a difference is of what is held there as well. Layers are matched by name.",
             "What each layer keeps for backward as forward ends: one instant in every run, so that a difference is "
             "what a change saves. Whoever saves most, in the run chosen against the base, comes first. Of a "
             "checkpointed layer its input is left; the rest is computed again.",
+            "What each layer held at the run's highest peak: its parameters, gradients, optimizer state and "
+            "activations together. Peaks of two runs may be two instants, one in forward and one in the optimizer "
+            "step: then a difference is of what is held there as well. Layers are matched by name.",
+            "The most that was allocated while a phase went on, over the steps that are kept of each run.",
             "What the reference experiment publishes, from your own runs: allocated after loading; gradients, "
             "optimizer state and everything after the first optimizer step; and the true peak, which it does not have.",
             "Who holds more or less at the peak of the run chosen than at the base's, in bytes: by category the "
@@ -215,7 +215,23 @@ class ComparePage(Page):
         found, shown = self.lines(runs), self._shown(len(runs), width)
         found, edge = self._named(found, width - 1 - FIGURE * (2 * len(shown) - 1))
         heads = [self._instants(runs, shown, width)] * (self.mode == LAYERS)
+        if self.mode == SAVED:
+            heads += self._saved_most(found[:-1], runs, shown, unit, width)
         return [*heads, self._heads(shown, edge)], [self._line(line, runs, shown, unit, edge) for line in found]
+
+    def _saved_most(
+        self, layers: list[Line], runs: list[RunSummary], shown: list[int], unit: Unit, width: int
+    ) -> list[Row]:
+        """Of each run that has a column, the layers that keep less than the base's by the most, as it reads."""
+        texts = []
+        for i in (i for i in shown if i != self.base and not runs[i].predicted):
+            by_name = {name: (sizes[i] or 0) - (sizes[self.base] or 0) for name, sizes, _ in layers}
+            least = min(by_name.values(), default=0)
+            if (text := difference(least, 0, unit)).startswith("-"):
+                names = [name for name, by in by_name.items() if difference(by, 0, unit) == text]
+                texts.append(f"{_letter(i)} in {_together(names)}, {text}{' each' * (len(names) > 1)}")
+        row = Row().add(shorten(f" saved most: {'; '.join(texts)}", width - 1), self.palette.good)
+        return [row] * bool(texts)
 
     def _instants(self, runs: list[RunSummary], shown: list[int], width: int) -> Row:
         """In what phase each column's peak is: a difference between two phases is not what a change saves."""
@@ -322,6 +338,17 @@ def _letter(index: int) -> str:
 def _figure(run: RunSummary, size: int | None, unit: Unit) -> str:
     """A size of a run; what is predicted has a mark."""
     return f"~{unit.show(size)}" if run.predicted and size is not None else unit.show(size)
+
+
+def _together(names: list[str]) -> str:
+    """Layers in a few words: `layers.0…23`, `8 of layers.0…23`."""
+    if len(names) <= 2:
+        return " and ".join(names)
+    stems, numbers = {name.rpartition(".")[0] for name in names}, [name.rpartition(".")[2] for name in names]
+    if len(stems) > 1 or not all(number.isdigit() for number in numbers):
+        return f"{names[0]} and {len(names) - 1} others"
+    first, last = min(map(int, numbers)), max(map(int, numbers))
+    return f"{len(names)} of " * (len(names) <= last - first) + f"{stems.pop()}.{first}…{last}"
 
 
 def _whole(size: int | None) -> str:
