@@ -124,7 +124,10 @@ def steady(seconds: float) -> None:
                 _told(f"live, {size[0]}x{size[1]}, view paused", terminal, seconds)
             terminal.close()
     terminal = Terminal([*TUI, "open", str(RECORDING), "--hz", "10"], (80, 24))
-    terminal.read_for(5)
+    written = -1
+    while written != terminal.total:  # until what saves most has been worked out, which is shown as it goes on
+        written = terminal.total
+        terminal.read_for(10)
     _told("a recording, nothing changes", terminal, seconds)
     terminal.close()
 
