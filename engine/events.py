@@ -325,10 +325,10 @@ MILESTONE_DATA: dict[Kind, str] = {
     Kind.RESUMED: "",
     Kind.OUT_OF_MEMORY: "step, phase, requested_bytes, allocated_bytes",
     Kind.RUN_FAILED: "detail: the traceback, for the log",
-    Kind.REFUSED: "command: save, if that is what was refused",
+    Kind.REFUSED: "path: of the recording, if saving one is what was refused",
     Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps, memory (Report.memory)",
     Kind.SAVED: "path",
-    Kind.NOTE: "",
+    Kind.NOTE: "path: of the recording, if saving one was cancelled",
     Kind.OUTPUT: "",
     Kind.ENGINE_ENDED: "by: who ended it; where nobody did, detail: the last of its log",
 }

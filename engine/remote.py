@@ -294,7 +294,7 @@ class Remote(Published):
         return max(gauge.time_s if gauge else 0.0, told[-1].time_s if told else 0.0)
 
     def _save(self, command: Save) -> None:
-        self._say(*save(command, self, self._feed.training_gauge))
+        self._say(*save(command, self, self._feed.training_gauge), path=str(command.path))
 
 
 def peek(place: Place, timeout_s: float = 2.0) -> wire.Status | None:

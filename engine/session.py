@@ -403,7 +403,7 @@ class Session(Published):
             )
 
     def _save(self, command: Save) -> None:
-        self._feed.milestone(*save(command, self, self._feed.training_gauge))
+        self._feed.milestone(*save(command, self, self._feed.training_gauge), path=str(command.path))
 
 
 def trained(parameters: int, trainable: int) -> str:

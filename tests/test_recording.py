@@ -50,6 +50,7 @@ def test_saving_while_the_app_runs_tells_when_it_is_done(engine: Engine, tmp_pat
     path = tmp_path / "deep" / "live.gpumem"
     engine.session.command(Save(path))
     wait_until(lambda: engine.session.milestones(0)[-1].kind == "saved", engine.session)
+    assert engine.session.milestones(0)[-1].data == {"path": str(path)}
     assert Replay(path).config() == engine.session.config()
 
 
