@@ -106,7 +106,7 @@ class LivePage(Page):
         lines = max(2, min(spare, 3))
         why = (self.state.peak, self.state.unit, width, lines)
         why_rows = self._marked("why", self.kept("why", why, partial(self._reason, width, lines)))
-        spare -= len(why_rows)
+        spare -= len(why_rows) + 1  # what happened last is worth more than a blank
         rows: list[Row] = []
         blanks = (roomy, height > CRAMPED, roomy, False, roomy)
         for part, blank in zip((run, device, categories, why_rows, recompute), blanks, strict=True):
