@@ -449,15 +449,13 @@ async def test_layers_have_the_ledgers_figures(size: tuple[int, int]) -> None:
         ledger = Ledger(source.traces()[-1])
         held = sum(ledger.by_layer(ledger.peak.event)["gpt_neox.layers.3"].values())
         # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
-        most, times = ["6.0", "6.0", "12.0", "10.0", "9.0"], []
+        most, made, times = ["6.0", "6.0", "12.0", "10.0", "9.0"], ["2×8.0"], ["12×"]
         if size[0] > 80:
-            most, times = [*most, "0.0"], ["2"]
-        assert row[1:] == [f"{held / MIB:.1f}", *most, *times, "8.0", "1.25"]
+            most, made, times = [*most, "0.0"], ["2", "8.0"], ["12"]
+        assert row[1:] == [f"{held / MIB:.1f}", *most, *made, "1.25"]
         total = driver.line("all at once").split()[3:]
         expected = [int(ledger.curve[list(group)].sum(axis=0).max()) for _, group in GROUPS[: len(most)]]
-        assert total == [f"{size / MIB:.1f}" for size in (ledger.peak.bytes, *expected)] + ["12"] * len(times) + [
-            "1.25"
-        ]
+        assert total == [*(f"{size / MIB:.1f}" for size in (ledger.peak.bytes, *expected)), *times, "1.25"]
 
 
 @pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
@@ -502,6 +500,15 @@ async def test_columns_of_recomputes_say_what_a_figure_is_of() -> None:
         topic = driver.app.page.topic().text
         assert "freed in forward and made again in backward" in topic
         assert "mean time" in topic
+    async with shown(source) as driver:
+        await driver.press("3")
+        assert driver.lines[3].split()[-3:] == ["n×MiB", "mean", "ms"], "at 80 columns one column says both"
+        table = driver.app.page.table()
+        layer = next(row for row in table if row[0].endswith("layers.0"))
+        times, size = (int(layer[table[0].index(name)]) for name in ("times", "bytes each"))
+        assert times > 0
+        row = next(line for line in driver.lines if "layers.0" in line)
+        assert row.split()[-2] == f"{times}×{size / MIB:.1f}"
     async with shown(trained(2)) as driver:
         await driver.press("3")
         assert "recomputed" not in driver.text
@@ -556,7 +563,7 @@ async def test_tables_of_a_small_model_count_in_a_unit_that_shows_it() -> None:
     async with shown(source) as driver:
         await driver.press("3")
         assert driver.line("step 2").split()[2:5] == ["KiB", "peak", f"{peak / 1024:.1f}"]
-        assert "KiB each" in driver.lines[3]
+        assert "n×KiB" in driver.lines[3]
         assert driver.line("lm_head").split()[1] != "0.0"
         await driver.press("g")
         assert driver.line("step 2").split()[2] == "KB"

@@ -645,11 +645,26 @@ def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> Non
         source = FakeSource(environment)
         source.start(rows=64, batch_size=len(name))
         source.finish_step()
+        source.finish_step()
         write(tmp_path / f"{name}.gpumem", source)
     found = Opened([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
     assert list(found.measured()) == [config_key(found.runs[0].config)]
     found.look_at(1)
     assert list(found.measured()) == [config_key(found.runs[1].config)]
+
+
+async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> None:
+    """The optimizer's state was not there yet: its peak is none to set a prediction against."""
+    source = trained(2)
+    async with shown(source) as driver:
+        await restarted(driver, "k", steps=1)
+        config = driver.source.config()
+        assert config_key(config) not in driver.app.state.measured
+        await restarted(driver, "K")
+        assert config_key(config) not in driver.app.state.measured
+        await driver.press("5")
+        assert "1 step only" in driver.line("B")
+        assert "1 step only" not in driver.line("A")
 
 
 def test_how_long_a_run_was_and_how_its_device_was_named_makes_no_other_configuration() -> None:

@@ -25,6 +25,10 @@ _STATE = re.compile(r"\.(?:weight|bias)\..*$")
 _OWN = re.compile(r"\.(?:weight|bias)$")
 
 
+NO_LAYER = "(the model)"
+"""What the model itself is called in a list of its layers."""
+
+
 class LayerRow(NamedTuple):
     """One layer, a module within one, or an owner that belongs to none.
 

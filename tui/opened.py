@@ -9,7 +9,7 @@ from ..engine.config import RunConfig
 from ..engine.events import Environment, Gauge, Milestone, StepTrace
 from ..engine.feed import Command, Standing
 from ..engine.recording import Replay
-from .run_state import ConfigKey, config_key
+from .run_state import STEADY_STEPS, ConfigKey, config_key
 from .run_summary import RunSummary, of_source
 
 
@@ -73,7 +73,7 @@ class Opened:
         """
         found: dict[ConfigKey, int] = {}
         for run, environment in zip(self.runs, self._environments, strict=True):
-            if _place(environment) == _place(self.environment()):
+            if run.steps >= STEADY_STEPS and _place(environment) == _place(self.environment()):
                 key = config_key(run.config)
                 found[key] = max(found.get(key, 0), run.highest_bytes or run.peak_bytes)
         return found

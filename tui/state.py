@@ -98,7 +98,8 @@ class ViewState:
         kept: Complete traces of the run that can be looked at.
         logs: Milestones by filter, oldest first.
         finished: Summaries of the runs before this one.
-        measured: Highest peak by configuration, of all runs of this session or of what was opened together.
+        measured: Highest peak by configuration, of all runs of this session or of what was opened together,
+            as far as they have come to hold all they will.
         loaded: Bytes allocated after loading, by configuration.
         leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
@@ -189,7 +190,7 @@ class ViewState:
             self.leaked_bytes = milestone.data.get("leaked_bytes")
         if milestone.kind is Kind.LOADED and self.run.config and "allocated_bytes" in milestone.data:
             self.loaded[config_key(self.run.config)] = milestone.data["allocated_bytes"]
-        if milestone.kind is Kind.STEP_ENDED and self.run.config and self.run.peak_bytes is not None:
+        if milestone.kind is Kind.STEP_ENDED and self.run.config and self.run.steady and self.run.peak_bytes:
             key = config_key(self.run.config)
             self.measured[key] = max(self.measured.get(key, 0), self.run.peak_bytes)
         if not self.live:

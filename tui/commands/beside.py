@@ -11,6 +11,7 @@ from ...engine.events import Category, Environment
 from ...engine.prediction.gpus import Gpu, gpu
 from ...engine.predictor import Predictor
 from ..foresight import gpu_of
+from ..layer_table import NO_LAYER
 from ..units import GIB, MIB, Unit, tail
 
 ON_A_CPU = (
@@ -74,7 +75,7 @@ def table(document: dict[str, Any]) -> str:
             name = f"{category.info.letter} {category.info.title}"
             lines.append(_line(name, part["predicted_bytes"], part["measured_bytes"], unit))
             for term in part["terms"]:
-                owner = f"{term['owners']} others" if term["owners"] > 1 else term["name"] or "(the model itself)"
+                owner = f"{term['owners']} others" if term["owners"] > 1 else term["name"] or NO_LAYER
                 lines.append(
                     f"    {tail(owner, NAME + 2 * FIGURE - 5):<{NAME + 2 * FIGURE - 4}}{term['bytes']:>+{FIGURE},}"
                 )

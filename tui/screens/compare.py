@@ -7,7 +7,7 @@ from ...engine.difference import difference as difference_of
 from ...engine.events import Category, Phase
 from ..actions import Action, moves
 from ..draw import Row
-from ..layer_table import shared_prefix
+from ..layer_table import NO_LAYER, shared_prefix
 from ..run_summary import TABLE_HEADS, RunSummary, table_row
 from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
 from .owner_rows import owner_rows, peak_rows
@@ -146,8 +146,7 @@ class ComparePage(Page):
         """A row a layer; of what is saved, whoever saves most first."""
         names = dict.fromkeys(name for layers in runs for name in layers or ())
         found: list[Line] = [
-            (name or "(the model itself)", [None if r is None else r.get(name, 0) for r in runs], None)
-            for name in names
+            (name or NO_LAYER, [None if r is None else r.get(name, 0) for r in runs], None) for name in names
         ]
         if self.mode == SAVED:
             other = self.other(len(runs))
@@ -263,6 +262,7 @@ class ComparePage(Page):
             row.add(f"{_figure(run, run.peak_bytes, unit):>8} ", style)
             room = max(8, width - row.width - 29)
             name = run.origin + f" ×{run.times}" * (run.times > 1)
+            name += ", 1 step only" * (run.steps == 1)
             name += f", {word}" if word and i == self.state.place and not run.predicted else ""
             row.add(f"{shorten(f'{name}  {run.label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)

@@ -8,7 +8,7 @@ from ...engine.events import Category
 from ...engine.ledger import Ledger, LiveBlock
 from ..actions import Action, moves
 from ..draw import Row
-from ..layer_table import GROUPS, LayerRow, LayerTable, layer_table, modules_of, owners_in, shared_prefix
+from ..layer_table import GROUPS, NO_LAYER, LayerRow, LayerTable, layer_table, modules_of, owners_in, shared_prefix
 from ..run_state import LayerRecomputes
 from ..units import IN_MIB, UNKNOWN, Unit, count, tail, unit_for
 from .blocks import block_row, made_in, shape_of
@@ -229,6 +229,11 @@ class LayersPage(Page):
             return count(int(value)) if column.name == "times" else f"{value:.2f}"
         return unit.show(int(value))
 
+    @property
+    def _counts_there(self) -> bool:
+        """Whether how often stands before the bytes each, for want of room for a column."""
+        return all(column.name != "times" for column in self._columns)
+
     def _ordered(self, table: LayerTable) -> list[LayerRow]:
         """The layers in the order asked for, the modules of those that are unfolded below them."""
         shown = [row for row in table.rows if self._found(row)]
@@ -300,7 +305,7 @@ class LayersPage(Page):
         unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
         self.selected = max(0, min(self.selected, len(blocks) - 1))
         self.top = scrolled(self.top, self.selected, height - 1, len(blocks))
-        title = Row().add(f" {self.opened or '(the model itself)'}", self.palette.bold)
+        title = Row().add(f" {self.opened or NO_LAYER}", self.palette.bold)
         held = unit.full(sum(block.bytes for block in blocks))
         title.add(f"  {count(len(blocks))} tensors, {held} at the peak of step {ledger.trace.step}", self.palette.dim)
         shown = blocks[self.top : self.top + height - 1]
@@ -324,6 +329,7 @@ class LayersPage(Page):
         for column in self._columns:
             edge += column.cells
             head = column.head.format(self._unit.name) or column.name
+            head = f"n×{self._unit.name}" if column.name == "bytes each" and self._counts_there else head
             style = palette.accent if self.sort == column.name else palette.dim
             if column.letter is not None:
                 row.to(edge - len(head) - 2).add(column.letter.info.letter, palette.paint[column.letter])
@@ -353,11 +359,13 @@ class LayersPage(Page):
         dim = palette.cursor if selected else palette.dim
         mark = self._mark(row)
         line = Row().add(mark, palette.paint[Category.RECOMPUTED] if mark in "Rr" else palette.dim)
-        line.add("  " * row.depth + tail(name or "(the model itself)", name_width - 2 - 2 * row.depth), style)
+        line.add("  " * row.depth + tail(name or NO_LAYER, name_width - 2 - 2 * row.depth), style)
         edge = name_width
         for column in self._columns:
             edge += column.cells
             text = self._text(row, column, self._unit)
+            if column.name == "bytes each" and self._counts_there and self._known(row).count:
+                text = f"{self._known(row).count}×{text}"
             line.add(" " * (edge - len(text) - line.width), style).add(text, style if self._value(row, column) else dim)
         return line.add(" " * (width - line.width), style) if selected else line
 
@@ -368,7 +376,8 @@ class LayersPage(Page):
         # A segment counts once, at its first layer.
         times = sum(r.count for r in known if r.seconds is not None)
         seconds = sum(r.seconds or 0.0 for r in known)
-        figures = {"at peak": unit.show(table.peak_bytes), "times": count(times), "bytes each": ""}
+        figures = {"at peak": unit.show(table.peak_bytes), "times": count(times)}
+        figures["bytes each"] = f"{times}×" if self._counts_there else ""
         figures |= {name: unit.show(size) for (name, _), size in zip(GROUPS, table.total, strict=True)}
         timed = sum(r.timed for r in known)
         figures["mean ms"] = f"{seconds * 1e3 / timed:.2f}" if timed else UNKNOWN

@@ -8,6 +8,7 @@ from rich.style import Style
 
 from ...engine.difference import Part
 from ..draw import PLAIN, Row
+from ..layer_table import NO_LAYER
 from ..palette import Palette
 from ..run_summary import RunSummary
 from ..units import tail
@@ -63,7 +64,7 @@ def owner_rows(parts: Sequence[Part], marks: Sequence[str], width: int, palette:
         letter = Row().add(" ").add(info.letter, palette.paint[part.category]).add(" ")
         rows.append(row(letter, info.title, part.base_bytes, part.bytes))
         for term in part.terms:
-            name = f"{term.owners} others" if term.owners > 1 else term.name or "(the model itself)"
+            name = f"{term.owners} others" if term.owners > 1 else term.name or NO_LAYER
             rows.append(row(Row().to(5), name, term.base_bytes, term.bytes, palette.dim))
     base, size = (sum(one) for one in zip(*((p.base_bytes, p.bytes) for p in parts), strict=True))
     return [*rows, row(Row().add(" "), "all", base, size, palette.bold)]
