@@ -783,7 +783,7 @@ async def test_details_open_and_change() -> None:
     source = trained(1)
     async with shown(source) as driver:
         await driver.press("4", "l", "tab", "down", "right")
-        assert "lora.r" in driver.text
+        assert [driver.line(name).split()[:2] for name in ("r ", "dropout")] == [["r", "8"], ["dropout", "0.05"]]
         await driver.press("enter")
         assert driver.last_start.config["lora.r"] == 16
         assert driver.last_start.config["lora"] is True

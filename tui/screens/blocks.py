@@ -10,11 +10,22 @@ from ..units import UNKNOWN, Unit, shorten, tail
 
 SHAPE_WIDTH = 26
 
+SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "fp64"}
+"""Data types where there is little room."""
+
 
 def shape_of(block: LiveBlock) -> str:
-    """`[8, 256, 2048] fp16`, as far as it is known."""
+    """`[8, 256, 2048] float16`, as far as it is known."""
     shape, dtype = getattr(block, "shape", None), getattr(block, "dtype", "")
     return f"{list(shape) if shape is not None else ''} {dtype}".strip()
+
+
+def _fitting(shape: str, cells: int) -> str:
+    """A shape and type as they are, or else without spaces: `[8,256,2048] fp16`."""
+    if len(shape) <= cells:
+        return shape
+    sizes, _, dtype = shape.rpartition(" ")
+    return shorten(f"{sizes.replace(', ', ',')} {SHORT.get(dtype, dtype)}".strip(), cells)
 
 
 def made_in(block: LiveBlock) -> str:
@@ -29,6 +40,6 @@ def block_row(block: LiveBlock, unit: Unit, palette: Palette, width: int) -> Row
     row.add(f" {info.title:<13}", palette.dim)
     shape, made = shape_of(block), made_in(block)
     room = width - row.width - len(made) - 2
-    shape = shorten(shape, min(SHAPE_WIDTH, room // 2))
-    row.add(tail(block.name or UNKNOWN, room - len(shape) - 1))
+    shape = _fitting(shape, min(SHAPE_WIDTH, room // 2))
+    row.add(tail(block.name or UNKNOWN, room - len(shape) - 2))
     return row.right(f"{shape}  {made}".rstrip(), width - 1, palette.dim)

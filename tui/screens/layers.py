@@ -308,6 +308,8 @@ class LayersPage(Page):
         title = Row().add(f" {self.opened or NO_LAYER}", self.palette.bold)
         held = unit.full(sum(block.bytes for block in blocks))
         title.add(f"  {count(len(blocks))} tensors, {held} at the peak of step {ledger.trace.step}", self.palette.dim)
+        if title.width + len(back := "esc goes back") + 2 < width:
+            title.right(back, width - 1, self.palette.accent)
         shown = blocks[self.top : self.top + height - 1]
         return [title, *(block_row(block, unit, self.palette, width) for block in shown)]
 

@@ -213,7 +213,7 @@ class TechniquesPage(Page):
         more = line.technique is not None and len(line.technique.options) > 1 and not line.detail
         fold = ("-" if name in self.expanded else "+") if more else " "
         row = Row().add(f" {line.key or ' '} ", palette.cursor if selected else palette.accent)
-        title = f"   {line.title}" if line.detail else f"{fold} {line.title}"
+        title = f"    {name.rpartition('.')[2]}" if line.detail else f"{fold} {line.title}"
         title_cells, now_cells, change_cells, figure_cells = _columns(width)
         row.add(f"{shorten(title, title_cells - 1):<{title_cells}}", style)
         config, collected = self.candidate(line, wanted, base), wanted[name] != base[name]
