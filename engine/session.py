@@ -277,7 +277,7 @@ class Session(Published):
         self._managed.clear()
         leaked = recorder.allocated_bytes() - baseline + self._managed_bytes
         reason = "failed" if problem else "stopped" if config.steps == 0 or self._steps < config.steps else "done"
-        note = f"; cuBLAS keeps {baseline / 2**20:.1f} MiB of workspace" if baseline else ""
+        note = f", {baseline / 2**20:.1f} MiB kept by cuBLAS" if baseline else ""
         self._feed.milestone(
             Kind.RUN_ENDED, f"run {reason} after {self._steps} steps, {leaked} bytes leaked{note}",
             reason=reason, leaked_bytes=leaked, workspace_bytes=baseline, managed_bytes=managed, steps=self._steps,

@@ -766,7 +766,10 @@ async def test_where_there_is_no_gpu_it_says_of_which_one_is_predicted_and_how_t
     async with shown(trained(1), size, predictions=Oracle(lambda config: None, queue=2)) as driver:
         await driver.press("4")
         text = " ".join(driver.text.split())
-        assert "~ is predicted for H100 80GB, 2 being worked out; this run is on a CPU" in text
+        assert (
+            "~ is predicted for H100 80GB with its libraries' workspace, 2 being worked out; this run is on a CPU"
+            in text
+        )
         assert "another GPU: gpumem-tui config set gpu=NAME" in text
 
 
@@ -1050,7 +1053,7 @@ async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_t
         return (12 - saved.get(named(config), 0)) << 30 if named(config) in known else None
 
     lines = []
-    async with shown(source, predictions=Oracle(rule)) as driver:
+    async with shown(source, (120, 40), predictions=Oracle(rule)) as driver:
         for name in (*order, ""):
             lines.append(next(line.strip() for line in driver.lines if "saves most" in line))
             known.append(name)
@@ -1059,7 +1062,9 @@ async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_t
     assert re.fullmatch(r"working out what saves most: \d+ of \d+ changes", lines[1])
     assert re.fullmatch(r"saves most so far \(\d+ of \d+\): l LoRA on, ~-3\.00 GiB", lines[2])
     assert re.fullmatch(r"saves most so far \(\d+ of \d+\): o optimizer sgd, ~-5\.00 GiB", lines[3])
-    assert lines[4] == "saves most: a accumulation 4 with b batch size 1, ~-6.00 GiB"
+    assert lines[4] == "saves most: o optimizer sgd, ~-5.00 GiB; a accumulation 4 with b batch size 1, ~-6.00 GiB"
+    async with shown(source, predictions=Oracle(rule)) as driver:
+        assert "saves most: o optimizer sgd, ~-5.00 GiB " in driver.text, "of one setting, where there is no room"
 
 
 # --- state, without a terminal ----------------------------------------------------------

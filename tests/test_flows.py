@@ -101,7 +101,7 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
         await restarted(driver, "k")
         await driver.press("5")
         assert "run 1  B8" in driver.text
-        assert "run 2, now  B8 checkpointing=layers" in driver.text
+        assert "run 2, now  checkpointing=layers" in driver.text
         first, second = driver.app.state.runs
         a, b = first.peak[Category.OPTIMIZER_STATE], second.peak[Category.OPTIMIZER_STATE]
         assert driver.line("O optimizer").split()[2:] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}", "0.0"]
@@ -160,7 +160,7 @@ async def test_a_configuration_that_ran_several_times_is_listed_once_with_its_la
             await restarted(driver, "K")
         assert [(run.origin, run.times) for run in driver.app.state.runs] == [("run 1", 2), ("run 2", 2), ("run 5", 1)]
         await driver.press("5")
-        assert "run 1 ×2  B8" in driver.text and "run 2 ×2  B8 checkpointing=layers" in driver.text
+        assert "run 1 ×2  B8" in driver.text and "run 2 ×2  checkpointing=layers" in driver.text
         await restarted(driver, "r", steps=1)
         await driver.press("1")
         await restarted(driver, "b")
@@ -444,7 +444,7 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
         assert "~ is predicted for H100 80GB" in driver.text
         oracle.ready = True
         await driver.press("1")
-        assert "saves most: l LoRA on, ~-50.0 MiB" in driver.text
+        assert "saves most on H100 80GB: l LoRA on, ~-50.0 MiB" in driver.text
         await driver.press("4")
         await driver.press("down")
         assert driver.line("b   batch size").split()[3:] == ["8", "16", "~116.0", "~+8.0", "yes", "–"]
@@ -456,6 +456,17 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
         assert before is not None
         change = (after - before.peak.bytes) / MIB
         assert driver.line("b   batch size").split()[-1] == f"{change:+.1f}"
+
+
+async def test_beside_what_is_collected_a_change_is_its_own_and_the_sum_stands_below() -> None:
+    async with shown(trained(2), (120, 40), predictions=Oracle(smaller_with_lora)) as driver:
+        await driver.press("4", "l")
+        assert driver.line("b   batch size").split()[-4:] == ["~66.0", "~+8.0", "yes", "–"]
+        assert driver.line("l + LoRA").split()[-4:] == ["~58.0", "~-50.0", "yes", "–"]
+        await driver.press("b")
+        assert driver.line("b   batch size").split()[-4:] == ["~66.0", "~+8.0", "yes", "–"]
+        assert driver.line("l + LoRA").split()[-4:] == ["~66.0", "~-50.0", "yes", "–"]
+        assert "enter applies 2 changes as one restart   peak ~66.0, ~-42.0" in driver.text
 
 
 async def test_what_cannot_be_combined_says_why_before_it_is_chosen() -> None:

@@ -30,17 +30,16 @@ LADDERS: dict[str, tuple[Value, ...]] = {"learning_rate": (1e-5, 3e-5, 1e-4, 3e-
 
 
 class Strongest(NamedTuple):
-    """Of the changes of a single technique the one that saves most at the predicted peak.
+    """Of the changes of a single technique what saves most at the predicted peak.
 
     Attributes:
-        changes: Settings by name; empty: none of those tried saves anything.
-        saved_bytes: At the peak.
+        found: Changes, settings by name, and the bytes they save: the best of one setting, then, where
+            it saves more, the best of two that go together (accumulation with a smaller batch).
         tried: So many have been worked out.
         of: So many there are.
     """
 
-    changes: Mapping[str, Value]
-    saved_bytes: int
+    found: tuple[tuple[Mapping[str, Value], int], ...]
     tried: int
     of: int
 
@@ -151,11 +150,14 @@ class Control:
         configs = [base.with_(one) for one in changes]
         then = [predictions.of(config, hurry) for config in configs]
         saved = [now.peak_bytes - one.peak_bytes if now and one else 0 for one in then]
-        best = max(range(len(changes)), key=saved.__getitem__, default=-1)
         tried = len(configs) - predictions.unanswered(configs) if now else 0
-        if best < 0 or saved[best] <= 0:
-            return Strongest({}, 0, tried, len(configs))
-        return Strongest(changes[best], saved[best], tried, len(configs))
+        found: list[tuple[Mapping[str, Value], int]] = []
+        for together in (False, True):
+            kind = [one for one in zip(changes, saved, strict=True) if (len(one[0]) > 1) is together]
+            best = max(kind, key=lambda one: one[1], default=({}, 0))
+            if best[1] > max((size for _, size in found), default=0):
+                found.append(best)
+        return Strongest(tuple(found), tried, len(configs))
 
     def foreseen(self) -> RunSummary | str:
         """The run that is shown as it was predicted, as a run of its own.

@@ -254,6 +254,7 @@ class ComparePage(Page):
     def _legend(self, runs: list[RunSummary], listed: list[int], unit: Unit, width: int) -> list[Row]:
         """Which letter is which run."""
         word = "now" if self.state.live else "shown" if self.state.several else ""
+        common = set.intersection(*(set(run.label.split()) for run in runs))
         rows = []
         for i in listed:
             run = runs[i]
@@ -264,7 +265,9 @@ class ComparePage(Page):
             name = run.origin + f" ×{run.times}" * (run.times > 1)
             name += ", 1 step only" * (run.steps == 1)
             name += f", {word}" if word and i == self.state.place and not run.predicted else ""
-            row.add(f"{shorten(f'{name}  {run.label}', room):<{room}}", style)
+            # What tells it from the others; the base has all.
+            label = " ".join(part for part in run.label.split() if i == self.base or part not in common)
+            row.add(f"{shorten(f'{name}  {label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)
             where = run.peak_where.removesuffix(" step")
             rows.append(row.right(f" {speed}  {where}"[:27], width - 1, self.palette.dim))

@@ -12,20 +12,23 @@ def saves_most(control: Control, cells: int) -> str:
 
     Args:
         control: Who knows.
-        cells: Room; the name of a GPU that is not here goes first.
+        cells: Room; what saves still more and takes two settings is left out first.
     """
-    found, state, predictions = control.strongest(), control.state, control.predictions
-    if found is None or predictions is None or not found.of:
+    best, state, predictions = control.strongest(), control.state, control.predictions
+    if best is None or predictions is None or not best.of:
         return ""
-    done = found.tried == found.of
-    if not found.changes and not done:
-        return f"working out what saves most: {found.tried} of {found.of} changes"
-    if not found.changes:
+    done = best.tried == best.of
+    if not best.found and not done:
+        return f"working out what saves most: {best.tried} of {best.of} changes"
+    if not best.found:
         return "no single change is predicted to lower the peak"
     known = {option.name: (key if state.live else "", title) for key, title, option, _ in offered()}
-    parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in found.changes.items()]
+    texts = []
+    for changes, saved_bytes in best.found:
+        parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in changes.items()]
+        texts.append(f"{' with '.join(parts)}, ~-{state.unit.full(saved_bytes)}")
     elsewhere = not (state.environment and state.environment.on_gpu)
-    so_far = "" if done else f" so far ({found.tried} of {found.of})"
-    text = f"saves most{so_far}: {' with '.join(parts)}, ~-{state.unit.full(found.saved_bytes)}"
-    there = f"{text} on {predictions.gpu_name}"
-    return there if elsewhere and len(there) <= cells else shorten(text, cells)
+    head = "saves most" + f" on {predictions.gpu_name}" * elsewhere
+    head += "" if done else f" so far ({best.tried} of {best.of})"
+    whole = f"{head}: {'; '.join(texts)}"
+    return whole if len(whole) <= cells else shorten(f"{head}: {texts[0]}", cells)

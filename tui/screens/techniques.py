@@ -138,6 +138,11 @@ class TechniquesPage(Page):
         value = self.control.next_value(line.option, wanted[name], 1, around=True)
         return None if value is None else wanted.with_({name: value})
 
+    def against(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig:
+        """What a setting's change is told against: all that is collected but this one, if that can be had."""
+        rest = wanted.with_({line.option.name: base[line.option.name]})
+        return rest if self.control.problem(rest) is None else base
+
     def figures(self, config: RunConfig, base: RunConfig) -> tuple[str, str, str, str]:
         """Predicted peak, change and whether it fits; and the change as measured, once it was run."""
         show = self.state.unit
@@ -166,7 +171,7 @@ class TechniquesPage(Page):
         cells = []
         for line in self.lines():
             config = self.candidate(line, wanted, base)
-            known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
+            known = self.figures(config, self.against(line, wanted, base)) if config is not None else (UNKNOWN,) * 4
             changed = show(config[line.option.name]) if config is not None else UNKNOWN
             cells.append([line.option.name, line.now(base), changed, *known])
         return [["setting", "now", "if changed", "peak", "change", "fits", "measured change"], *cells]
@@ -226,7 +231,7 @@ class TechniquesPage(Page):
         new_style = palette.cursor if selected else palette.busy if collected else dim
         row.add("" if overruled else f"{arrow + new:<{change_cells}}", new_style)
         row.add(" " * (width - 1 - sum(figure_cells) - row.width), style)
-        known = self.figures(config, base) if config is not None else (UNKNOWN,) * 4
+        known = self.figures(config, self.against(line, wanted, base)) if config is not None else (UNKNOWN,) * 4
         for text, cells in zip(known, figure_cells, strict=True):
             if cells:
                 row.add(f"{text:>{cells}}", dim if text == UNKNOWN else style)
@@ -318,6 +323,9 @@ class TechniquesPage(Page):
         wanted = self.control.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
+        if wanted is not None and (base := self.control.base()) is not None:
+            peak, change, *_ = self.figures(wanted, base)
+            row.add(f"   peak {peak}, {change}" if change != UNKNOWN else "", palette.plain)
         return [row.add(f"   measured last time: {self.state.unit.full(last)}" if last else "", palette.plain)]
 
     def _predicted_for(self) -> str:
@@ -326,10 +334,11 @@ class TechniquesPage(Page):
         if predictions is None or not predictions.gpu_name:
             return ""
         waiting = f", {count} being worked out" if (count := predictions.waiting()) else ""
-        elsewhere = "; this run is on a CPU; another GPU: gpumem-tui config set gpu=NAME"
-        return f" · ~ is predicted for {predictions.gpu_name}{waiting}" + elsewhere * (
-            here is not None and not here.on_gpu
-        )
+        whose = f" · ~ is predicted for {predictions.gpu_name}"
+        if here is None or here.on_gpu:
+            return f"{whose}{waiting}"
+        elsewhere = "this run is on a CPU; another GPU: gpumem-tui config set gpu=NAME"
+        return f"{whose} with its libraries' workspace{waiting}; {elsewhere}"
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
