@@ -587,6 +587,7 @@ async def test_every_recording_opened_can_be_looked_at_on_all_screens() -> None:
         await driver.press("j")
         assert "recording lora, 3 of 3" in driver.lines[0]
         assert "recomputed" not in driver.text
+        assert "j J recordings" in driver.lines[-2]
         await driver.press("j", "1")
         assert driver.lines[1:-2] == figures, "round, and as it was"
         await driver.press("J")

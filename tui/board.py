@@ -212,12 +212,9 @@ class Board:
     def _keys(self, width: int, commands: bool, resumes: str) -> Row:
         """What can be done on the page by whoever looks at it."""
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
-        several = f"{self._name('recording.next')} {self._name('recording.before')} other recordings · "
-        keys = (
-            several * self.state.several
-            + self.page.lead * commands
-            + hint(offered_here(self.page.actions, commands, self.state.several))
-        )
+        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
+        if self.state.several:
+            keys += f" · {self._name('recording.next')} {self._name('recording.before')} recordings"
         return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, standing: Standing) -> Row:
