@@ -289,7 +289,9 @@ def test_what_cannot_be_predicted_says_why() -> None:
     config = dataclasses.replace(source.config() or RunConfig(), model="no-such-model")
     with closing(Background(source)) as predictions:
         assert predictions.of_run(config) == WORKING
+        assert predictions.waiting() == 1
         assert predictions._predictor is not None and predictions._predictor.wait(100)
+        assert predictions.waiting() == 0, "whether anybody looks again or not"
         found = predictions.of_run(config)
         assert isinstance(found, str) and "no-such-model" in found
 

@@ -192,7 +192,7 @@ async def test_two_peaks_that_are_two_instants_say_so() -> None:
 async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> None:
     async with shown(opened("full", "checkpointed"), (80, 30)) as driver:
         await driver.compare_by(SAVED)
-        assert re.search(r"saved most: B in layers\.0…\d+, -\d+\.\d+ each", driver.text)
+        assert re.search(r"saved most activations: B in layers\.0…\d+, -\d+\.\d+ each", driver.text)
         full, checkpointed = driver.app.state.runs
         assert full.saved_by_layer and checkpointed.saved_by_layer
         await driver.press("j")
@@ -211,7 +211,7 @@ async def test_the_layer_that_saves_most_stands_first_whichever_run_is_chosen() 
         page = driver.app.page
         changes = [after - before for _, (before, after), _ in page.lines(page.runs())[:-1]]
         first = driver.lines[driver.lines.index(driver.line("saved most")) + 2].split()
-        assert driver.line("saved most").split(": ")[1].strip() == f"B in layers.0…5, {first[-1]} each"
+        assert driver.line("saved most activations").split(": ")[1].strip() == f"B in layers.0…5, {first[-1]} each"
         assert changes == sorted(changes) != sorted(changes, reverse=True)
         await driver.press("right", "enter", "left")
         changes = [before - after for _, (before, after), _ in page.lines(page.runs())[:-1]]
@@ -249,6 +249,23 @@ async def test_the_reference_experiments_table_from_ones_own_runs() -> None:
         row = driver.line("run 2 B8 lora").split()
         assert (row[4], row[-1]) == (f"{loaded / MIB:.1f}", f"{peak / MIB:.1f}")
         assert row[5] == "0.0", "LoRA has no gradients here"
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_the_table_names_its_runs_at_every_width(size: tuple[int, int]) -> None:
+    async with shown(opened("full", "checkpointed", "lora"), size) as driver:
+        await driver.compare_by(REFERENCE)
+        assert [driver.line(name) for name in ("full B", "checkpoi", "lora B")]
+        assert ("loaded" in driver.text) == (size[0] > 60)
+
+
+async def test_what_makes_no_difference_to_memory_was_not_measured_with_values_that_never_ran() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("4")
+        assert "measured peak, MiB  8: " in driver.text
+        await driver.press("down", "down")
+        assert driver.line("learning rate")
+        assert "measured peak" not in driver.text
 
 
 async def test_a_run_that_has_ended_can_be_forgotten() -> None:

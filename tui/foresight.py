@@ -44,7 +44,7 @@ class Background:
 
     def waiting(self) -> int:
         """How many are still being worked out."""
-        return len(self._asked)
+        return self.unanswered([config for config, _ in self._asked.values()])
 
     def unanswered(self, configs: Sequence[RunConfig]) -> int:
         """For how many of these neither a prediction is known nor why there can be none."""

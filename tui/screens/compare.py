@@ -229,7 +229,7 @@ class ComparePage(Page):
             if (text := difference(least, 0, unit)).startswith("-"):
                 names = [name for name, by in by_name.items() if difference(by, 0, unit) == text]
                 texts.append(f"{_letter(i)} in {_together(names)}, {text}{' each' * (len(names) > 1)}")
-        row = Row().add(shorten(f" saved most: {'; '.join(texts)}", width - 1), self.palette.good)
+        row = Row().add(shorten(f" saved most activations: {'; '.join(texts)}", width - 1), self.palette.good)
         return [row] * bool(texts)
 
     def _instants(self, runs: list[RunSummary], shown: list[int], width: int) -> Row:
@@ -318,16 +318,18 @@ class ComparePage(Page):
 
     def _reference(self, runs: list[RunSummary], unit: Unit, width: int, height: int) -> list[Row]:
         """A row a run, in the columns of the reference experiment, and the peak."""
-        name = width - len(TABLE_HEADS) * (FIGURE + 2) - 2
+        # Where names would have no room, what was loaded has none: the first column.
+        first = int(width - len(TABLE_HEADS) * (FIGURE + 2) < NAME)
+        name = width - len(TABLE_HEADS[first:]) * (FIGURE + 2) - 2
         row = Row().add(" run").to(name)
-        for head in TABLE_HEADS:
+        for head in TABLE_HEADS[first:]:
             row.right(head, row.width + FIGURE + 2, self.palette.dim)
         rows = [row]
         self.top = max(0, min(self.top, len(runs) - height + 1))
         for i, run in enumerate(runs[self.top : self.top + height - 1], self.top):
             style = self.palette.cursor if i == self.selected else self.palette.plain
             row = Row().add(f" {shorten(f'{run.origin} {run.label}', name - 2):<{name - 1}}", style)
-            for size in table_row(run):
+            for size in table_row(run)[first:]:
                 row.add(f"{_figure(run, size, unit):>{FIGURE + 2}}", style)
             rows.append(row)
         return rows

@@ -341,7 +341,8 @@ class LayersPage(Page):
             if column.over == MOST:
                 over.to(edge - column.cells + 2).add(MOST if MOST not in over.text else "", palette.dim)
         if self._columns[-1].over == RECOMPUTED:
-            over.right(RECOMPUTED, edge, palette.dim)
+            so_far = f"{RECOMPUTED} so far"  # in all steps of the run
+            over.right(so_far if over.width + len(so_far) < edge else RECOMPUTED, edge, palette.dim)
         return [over, row]
 
     def _mark(self, row: LayerRow) -> str:

@@ -303,6 +303,8 @@ class TechniquesPage(Page):
         """Peaks measured in this session with other values of the selected setting, all else as wanted."""
         name, unit = line.option.name, self.state.unit
         known = {v: self.measured(wanted.with_({name: v})) for v in choices(line.option, wanted[name])}
+        if len({config_key(wanted.with_({name: value})) for value in known}) < len(known):
+            return []  # it makes no difference to memory, and the others have not run
         texts = [f"{show(value)}: {unit.show(peak)}" for value, peak in known.items() if peak is not None]
         if not texts:
             return []
