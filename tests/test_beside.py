@@ -283,6 +283,20 @@ def test_a_prediction_is_of_the_very_gpu_or_none(wanted: str, here: Environment,
         assert isinstance(found, str) and found.startswith(expected)
 
 
+def test_what_is_dropped_is_not_worked_out() -> None:
+    source = FakeSource(GPU)
+    source.start()
+    config = source.config() or RunConfig()
+    with closing(Background(source)) as predictions:
+        for batch in range(1, 9):
+            assert predictions.of(config.with_({"batch_size": batch})) is None
+        assert predictions.waiting() == 8
+        predictions.drop()
+        assert predictions.waiting() == 0
+        assert predictions._predictor is not None and predictions._predictor.wait(100)
+        assert predictions.answers() <= 1, "what had been begun ends"
+
+
 def test_what_cannot_be_predicted_says_why() -> None:
     source = FakeSource(GPU)
     source.start()

@@ -122,6 +122,20 @@ async def test_predictions_are_cancelled_and_stay_off_until_they_are_wanted_agai
         assert "saves most" in driver.text
 
 
+@pytest.mark.parametrize("screen", ["1", "4"])
+async def test_what_is_still_worked_out_goes_at_once_when_predictions_are_cancelled(screen: str) -> None:
+    """Nothing is known yet, before and after: it is drawn anew all the same."""
+    source = trained()
+    source.live = False
+    async with shown(source, predictions=Oracle(lambda config: None)) as driver:
+        await driver.press(screen)
+        assert "working out what saves most" in driver.text
+        await driver.press("P", "escape")
+        assert "working out" not in driver.text
+        await driver.press("P", "escape")
+        assert "working out what saves most" in driver.text
+
+
 async def test_where_nothing_can_be_written_it_holds_for_the_session() -> None:
     async with shown(trained()) as driver:
         await driver.press("g")

@@ -79,7 +79,7 @@ class Board:
         )  # fmt: skip
         self.tour: Tour | None = None
         self.question = ""
-        self._moved: tuple[int, float | None] = (0, None)
+        self._moved: tuple[int | None, float | None] = (None, None)
         self.frozen = False
         self.rate = ""
         self._kept = Kept()
@@ -136,9 +136,8 @@ class Board:
 
     def moved(self) -> bool:
         """Whether there is more of what is worked on, predictions or saving, since this was asked last."""
-        predictions, saving, before = self.control.predictions, self.control.saving, self._moved
-        answers = predictions.answers() if predictions is not None else 0
-        self._moved = answers, saving.work.share if saving is not None else None
+        saving, before = self.control.saving, self._moved
+        self._moved = self.control.answers, saving.work.share if saving is not None else None
         return self._moved != before
 
     def repaint(self, palette: Palette) -> None:

@@ -84,6 +84,11 @@ class Control:
         """Who predicts, if there is anybody to ask and it is wanted."""
         return self._predictions if self.predicts else None
 
+    @property
+    def answers(self) -> int | None:
+        """How many predictions there are: what shows some is drawn anew when it changes; None: nobody is asked."""
+        return self.predictions.answers() if self.predictions is not None else None
+
     def predict(self, wanted: bool) -> None:
         """Ask for predictions, or no longer: what is still to be worked out is not begun."""
         self.predicts = wanted

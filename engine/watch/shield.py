@@ -9,6 +9,8 @@ from contextlib import AbstractContextManager, contextmanager
 from functools import wraps
 from typing import Any
 
+from ..config import one_line
+
 log = logging.getLogger("gpumem_tui.watch")
 
 
@@ -75,6 +77,6 @@ class Shield:
         if self.off:
             return
         self.off = True
-        text = " ".join(str(error).split()) or type(error).__name__
+        text = one_line(error)
         log.warning("gpumem-tui: watching failed and was switched off; the run goes on: %s", text, exc_info=error)
         self._on_failure(text, "".join(traceback.format_exception(error)))

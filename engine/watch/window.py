@@ -15,7 +15,7 @@ import torch
 from .. import device as devices
 from .. import wire
 from ..advice import advice
-from ..config import RunConfig, UserError
+from ..config import RunConfig, UserError, one_line
 from ..events import Gauge, Kind, Phase, Recompute, StepTrace
 from ..feed import Command, Feed, Published, Save, Standing
 from ..meter import LIBRARIES_LOADED, Meter
@@ -143,7 +143,7 @@ class Window(Published):
         """The script ran out of memory."""
         recorder = tracer.recorder
         self._feed.milestone(
-            Kind.OUT_OF_MEMORY, " ".join(str(error).split())[:300], step=step, phase=phase.title,
+            Kind.OUT_OF_MEMORY, one_line(error), step=step, phase=phase.title,
             requested_bytes=recorder.refused_bytes, allocated_bytes=recorder.allocated_bytes(),
         )  # fmt: skip
 

@@ -291,8 +291,7 @@ class LivePage(Page):
         return [Row().add(f" {line}") for line in [*lines, ""][: max(2, len(lines))]]
 
     def _recomputes(self, width: int) -> list[Row]:
-        state, predictions = self.state, self.control.predictions
-        answers = predictions.answers() if predictions is not None else 0
+        state, answers = self.state, self.control.answers
         config = state.run.config or self.control.base()
         keys = (state.peak, state.live, state.over, state.environment, config, answers)
         shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)

@@ -258,9 +258,15 @@ class TechniquesPage(Page):
 
     def _saves_most(self, width: int) -> list[Row]:
         """Among all values of all techniques, where the list has the next ones."""
-        state, predictions = self.state, self.control.predictions
-        known = predictions.answers() if predictions is not None else 0
-        shows = (known, state.run.config or self.control.base(), state.environment, state.live, state.unit, width)
+        state = self.state
+        shows = (
+            self.control.answers,
+            state.run.config or self.control.base(),
+            state.environment,
+            state.live,
+            state.unit,
+            width,
+        )
 
         def draw() -> list[Row]:
             text = saves_most(self.control, width - 2)
