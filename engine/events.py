@@ -116,7 +116,7 @@ MADE = np.dtype(
 )
 """What the `nth` allocation of so many bytes by a module in a phase is.
 
-Learned once, in a step whose operators were watched (`sources/describe.py`);
+Learned once, in a step whose operators were watched (`tracing/describe.py`);
 the steps of a run repeat one another, so it holds for the others.
 """
 

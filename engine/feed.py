@@ -76,7 +76,7 @@ class End:
 Command = Start | Pause | Stop | Save | TakeOver | End
 
 
-class Standing(enum.StrEnum):
+class ViewerRole(enum.StrEnum):
     """How a viewer stands to the engine."""
 
     OWNER = "owner"
@@ -103,7 +103,7 @@ class Source(Protocol):
         ...
 
     @property
-    def standing(self) -> Standing:
+    def role(self) -> ViewerRole:
         """How the viewer stands to the engine."""
         ...
 

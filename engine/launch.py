@@ -9,7 +9,7 @@ import subprocess
 import sys
 
 from .config import RunConfig, UserError
-from .whereabouts import Place, runtime_folder
+from .engine_registry import EngineDir, runtime_folder
 
 READY = "gpumem-tui engine listens: "
 """What a new engine says on its standard output, with its name, before that becomes its log."""
@@ -27,7 +27,7 @@ class Launcher:
         self._linger_s = linger_s
         self._process: subprocess.Popen[bytes] | None = None
 
-    def __call__(self, config: RunConfig) -> Place:
+    def __call__(self, config: RunConfig) -> EngineDir:
         """Start one, training `config`; returns when it listens.
 
         A session of its own: what ends the terminal's session does not reach it.
@@ -50,7 +50,7 @@ class Launcher:
         last = said.strip().rpartition("\n")[2]
         if not last.startswith(READY):
             raise UserError(f"the engine did not come up: {last or self.ending()}")
-        return Place(runtime_folder() / last.removeprefix(READY))
+        return EngineDir(runtime_folder() / last.removeprefix(READY))
 
     def ending(self) -> str:
         """How the engine started last has ended: `killed by SIGKILL`; empty if it was not started from here."""

@@ -10,8 +10,8 @@ from .events import Gauge, Phase
 
 if TYPE_CHECKING:
     from .device import Nvml
-    from .sources.recorder import Recorder
-    from .sources.tracer import Tracer
+    from .tracing.recorder import Recorder
+    from .tracing.tracer import Tracer
 
 LIBRARIES_LOADED = 3
 """Step by which everything that is loaded when it is first used has been used."""

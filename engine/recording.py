@@ -38,7 +38,7 @@ from .events import (
     PhaseSpan,
     StepTrace,
 )
-from .feed import Command, Save, Source, Standing, Work
+from .feed import Command, Save, Source, ViewerRole, Work
 
 VERSION = 2
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
@@ -131,7 +131,7 @@ class Replay:
     """
 
     live = False
-    standing = Standing.OWNER
+    role = ViewerRole.OWNER
 
     def __init__(self, path: Path) -> None:
         try:

@@ -20,11 +20,11 @@ from typing import Any
 from . import techniques, wire
 from .advice import advice
 from .config import RunConfig, UserError
+from .engine_registry import EngineDir
 from .events import Environment, Kind, Milestone
-from .feed import Command, Feed, Published, Save, Standing, Start, TakeOver
+from .feed import Command, Feed, Published, Save, Start, TakeOver, ViewerRole
 from .launch import Launcher
 from .recording import save
-from .whereabouts import Place
 from .wire import TAKE_OVER
 
 ASK_EVERY_S = 0.1
@@ -47,14 +47,14 @@ class Remote(Published):
 
     def __init__(
         self,
-        place: Place | None = None,
+        engine_dir: EngineDir | None = None,
         *,
         launch: Launcher | None = None,
         take: bool = False,
         version: str = "",
         ask_every_s: float = ASK_EVERY_S,
     ) -> None:
-        self.place, self._launch, self._take, self._version = place, launch, take, version
+        self.engine_dir, self._launch, self._take, self._version = engine_dir, launch, take, version
         self._ask_every_s = ask_every_s
         self._feed = Feed()
         self._environment: Environment | None = None
@@ -75,14 +75,14 @@ class Remote(Published):
     # --- Source -------------------------------------------------------------
 
     @property
-    def standing(self) -> Standing:
+    def role(self) -> ViewerRole:
         """Whether it may command, and whether there is anything to command; until the engine has said, it may."""
         if self._gone:
-            return Standing.GONE
+            return ViewerRole.GONE
         if self._welcome is not None and self._welcome.kind == "watch":
-            return Standing.WATCHING
+            return ViewerRole.WATCHING
         only_looks = self._commanding is False and not self._taking
-        return Standing.READ_ONLY if only_looks else Standing.ATTACHED
+        return ViewerRole.READ_ONLY if only_looks else ViewerRole.ATTACHED
 
     def environment(self) -> Environment | None:
         """Where the engine runs."""
@@ -97,16 +97,16 @@ class Remote(Published):
         if isinstance(command, Save):
             threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
             return
-        standing = self.standing
+        role = self.role
         if isinstance(command, Start):
             techniques.check(command.config)
             if self._environment is not None:
                 techniques.check_available(command.config, self._environment)
-        if standing is Standing.WATCHING:
+        if role is ViewerRole.WATCHING:
             raise UserError(advice(command, self))
-        if standing is Standing.READ_ONLY and not isinstance(command, TakeOver):
+        if role is ViewerRole.READ_ONLY and not isinstance(command, TakeOver):
             raise UserError("another viewer commands this engine; ! takes over")
-        if standing is Standing.GONE:
+        if role is ViewerRole.GONE:
             if not isinstance(command, Start) or self._launch is None:
                 raise UserError("the engine has gone; s saves what was seen, q quits")
             self._start(command.config)
@@ -128,13 +128,13 @@ class Remote(Published):
         self._start(config)
 
     def attach(self) -> None:
-        """Attach to the engine at `place`.
+        """Attach to the engine at `engine_dir`.
 
         Raises:
             UserError: It is not there, or of another version.
         """
-        assert self.place is not None
-        self._connect(self.place)
+        assert self.engine_dir is not None
+        self._connect(self.engine_dir)
         self._follow(None)
 
     def close(self) -> None:
@@ -179,8 +179,8 @@ class Remote(Published):
         try:
             if config is not None:
                 assert self._launch is not None
-                self.place = self._launch(config)
-                self._connect(self.place)
+                self.engine_dir = self._launch(config)
+                self._connect(self.engine_dir)
             self._ask_forever()
         except UserError as error:
             self._lose(str(error))
@@ -191,18 +191,18 @@ class Remote(Published):
                 self._connection.close()
                 self._connection = None
 
-    def _connect(self, place: Place) -> None:
+    def _connect(self, engine_dir: EngineDir) -> None:
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(ANSWERS_WITHIN_S)
         try:
-            connection.connect(os.fspath(place.socket))
+            connection.connect(os.fspath(engine_dir.socket))
             if not wire.is_ours(connection):
-                raise UserError(f"{place.name}: its socket belongs to somebody else")
+                raise UserError(f"{engine_dir.name}: its socket belongs to somebody else")
             connection.sendall(wire.frame(wire.Hello(wire.PROTOCOL, self._version, self._take)))
             answer = wire.read_answer(connection)
         except (OSError, EOFError, wire.MalformedError) as error:
             connection.close()
-            raise UserError(f"{place.name} does not answer: {error or 'it closed the connection'}") from None
+            raise UserError(f"{engine_dir.name} does not answer: {error or 'it closed the connection'}") from None
         if isinstance(answer, wire.Refused):
             connection.close()
             raise UserError(answer.text)
@@ -297,12 +297,12 @@ class Remote(Published):
         self._say(*save(command, self, self._feed.training_gauge), path=str(command.path))
 
 
-def peek(place: Place, timeout_s: float = 2.0) -> wire.Status | None:
+def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:
     """How an engine is doing; None if it does not say."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:
-            connection.connect(os.fspath(place.socket))
+            connection.connect(os.fspath(engine_dir.socket))
             connection.sendall(wire.frame(wire.Peek(wire.PROTOCOL)))
             answer = wire.read_answer(connection)
         except (OSError, EOFError, wire.MalformedError):

@@ -18,11 +18,11 @@ from pathlib import Path
 
 from . import wire
 from .config import RunConfig, UserError, show
+from .engine_registry import EngineInfo
 from .events import Kind, StepTrace
 from .feed import Command, End, Source, TakeOver
 from .forks import in_child
 from .techniques import changed
-from .whereabouts import Card
 
 MILESTONES_A_TIME = 2_000
 VIEWERS_MAX = 64
@@ -58,7 +58,7 @@ class Server:
 
     Args:
         source: Asked on the serving thread; commands go to it.
-        card: Who it is.
+        info: Who it is.
         path: Of the socket; its folder is private already.
         log: Told to the viewers, who read its end when the engine has died.
         on_end: Called when a viewer that commands ends the engine; None: it cannot be ended from here.
@@ -67,8 +67,10 @@ class Server:
         alone_since_s: On the monotonic clock, when the last viewer left; None while there is one.
     """
 
-    def __init__(self, source: Source, card: Card, path: Path, log: Path, on_end: Callable[[], None] | None) -> None:
-        self.source, self.card, self.log, self._on_end = source, card, log, on_end
+    def __init__(
+        self, source: Source, info: EngineInfo, path: Path, log: Path, on_end: Callable[[], None] | None
+    ) -> None:
+        self.source, self.info, self.log, self._on_end = source, info, log, on_end
         self.alone_since_s: float | None = time.monotonic() + FIRST_VIEWER_WITHIN_S
         self._selector = selectors.DefaultSelector()
         self._viewers: list[_Viewer] = []
@@ -218,12 +220,12 @@ class Server:
     def _welcome(self, viewer: _Viewer, hello: wire.Hello) -> wire.Answer:
         if hello.protocol != wire.PROTOCOL:
             viewer.closing = True
-            return wire.Refused(version_problem(self.card, hello.version))
+            return wire.Refused(version_problem(self.info, hello.version))
         viewer.attached, self.alone_since_s = True, None
         if hello.take or self._commander is None:
             self._commander = viewer
-        card = self.card
-        return wire.Welcome(wire.PROTOCOL, card.version, card.name, card.kind, card.pid, str(self.log))
+        info = self.info
+        return wire.Welcome(wire.PROTOCOL, info.version, info.name, info.kind, info.pid, str(self.log))
 
     def _do(self, viewer: _Viewer, command: Command) -> None:
         viewer.refused = ""
@@ -271,17 +273,17 @@ class Server:
 
     def _status(self) -> wire.Status:
         config, environment, gauge = self.source.config(), self.source.environment(), self.source.gauge()
-        card = self.card
+        info = self.info
         return wire.Status(
-            card.name,
-            card.kind,
-            card.pid,
+            info.name,
+            info.kind,
+            info.pid,
             model=config.model if config else "",
             techniques=" ".join(f"{name}={show(value)}" for name, value in changed(config)) if config else "",
             device=environment.device if environment else "",
             step=gauge.step if gauge else 0,
             allocated_bytes=gauge.allocated_bytes if gauge else 0,
-            age_s=time.time() - card.started_s,
+            age_s=time.time() - info.started_s,
             viewers=self.viewers,
             state=state_of(self.source),
         )
@@ -322,9 +324,9 @@ def state_of(source: Source) -> str:
     return "starting"
 
 
-def version_problem(card: Card, theirs: str) -> str:
+def version_problem(info: EngineInfo, theirs: str) -> str:
     """One clear line for a viewer and an engine that do not understand each other."""
     return (
-        f"{card.name} was started by gpumem-tui {card.version}, this is {theirs}: use that version, "
-        f"or end it: gpumem-tui stop {card.name}"
+        f"{info.name} was started by gpumem-tui {info.version}, this is {theirs}: use that version, "
+        f"or end it: gpumem-tui stop {info.name}"
     )

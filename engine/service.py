@@ -21,12 +21,12 @@ from pathlib import Path
 
 from . import wire
 from .config import RunConfig, UserError
+from .engine_registry import EngineInfo, EngineLock
 from .events import Kind
 from .feed import Start
 from .launch import READY
 from .server import Server, state_of
 from .session import Session
-from .whereabouts import Card, Claim
 
 LOOK_EVERY_S = 0.25
 LINGER_S = 600.0
@@ -124,32 +124,32 @@ def main() -> int:
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _offer_to_the_oom_killer()
     name = Path(config.model).name
-    claim = Claim(name, "run", wire.PROTOCOL, version())
-    place = claim.place
+    engine_lock = EngineLock(name, "run", wire.PROTOCOL, version())
+    engine_dir = engine_lock.engine_dir
     try:
-        log = Log(place.log)
-        card = place.card()
-        assert isinstance(card, Card)
+        log = Log(engine_dir.log)
+        info = engine_dir.info()
+        assert isinstance(info, EngineInfo)
         session = Session(config.device)
-        engine = _Engine(session, card, claim, log, Linger(order["linger_s"]))
+        engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]))
         signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
-        sys.stdout.write(f"{READY}{place.name}\n")
+        sys.stdout.write(f"{READY}{engine_dir.name}\n")
         log.take_output()
         _try_start(session, config)
         return engine.serve()
     finally:
-        claim.release()
+        engine_lock.release()
 
 
 class _Engine:
     """The main thread of the process."""
 
-    def __init__(self, session: Session, card: Card, claim: Claim, log: Log, linger: Linger) -> None:
-        self._session, self._log, self._linger, self._claim = session, log, linger, claim
+    def __init__(self, session: Session, info: EngineInfo, engine_lock: EngineLock, log: Log, linger: Linger) -> None:
+        self._session, self._log, self._linger, self._engine_lock = session, log, linger, engine_lock
         self._ended_by = ""
         self._told = 0
         ended = partial(self.end, "the viewer that commanded it")
-        self._server = Server(session, card, claim.place.socket, claim.place.log, ended)
+        self._server = Server(session, info, engine_lock.engine_dir.socket, engine_lock.engine_dir.log, ended)
 
     def end(self, by: str) -> None:
         """Have `serve` return.
@@ -181,7 +181,7 @@ class _Engine:
         if not code:
             self._session.close(END_WITHIN_S)
         # The folder first: who waits for the connection to end finds nothing left.
-        self._claim.release()
+        self._engine_lock.release()
         if self._ended_by:
             self._session.tell(Kind.ENGINE_ENDED, f"the engine was ended by {self._ended_by}", by=self._ended_by)
             self._server.part(PART_WITHIN_S)

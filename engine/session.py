@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Any
 from . import techniques
 from .config import RunConfig, UserError, one_line, show
 from .events import Gauge, Kind, Phase, Recompute, StepTrace
-from .feed import Command, Feed, Pause, Published, Save, Standing, Start, Stop, peak_bytes
+from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole, peak_bytes
 from .meter import LIBRARIES_LOADED, Meter
 from .recording import save, write
 from .report import Report
@@ -29,9 +29,9 @@ from .report import Report
 if TYPE_CHECKING:
     import torch
 
-    from .sources.owners import Paged
-    from .sources.recorder import Recorder
-    from .sources.tracer import Tracer
+    from .tracing.owners import Paged
+    from .tracing.recorder import Recorder
+    from .tracing.tracer import Tracer
     from .train import StepResult
     from .workload import Plan, Workload
 
@@ -53,7 +53,7 @@ class Session(Published):
     """
 
     live = True
-    standing = Standing.OWNER
+    role = ViewerRole.OWNER
 
     def __init__(self, device: str = "auto", on_trace: Callable[[StepTrace], None] | None = None) -> None:
         self._wanted = device
@@ -202,9 +202,9 @@ class Session(Published):
         """
         import torch
 
-        from .sources.allocator_trace import AllocatorTrace
-        from .sources.op_tracker import OpTracker
-        from .sources.tracer import DESCRIBED, Tracer
+        from .tracing.allocator_trace import AllocatorTrace
+        from .tracing.op_tracker import OpTracker
+        from .tracing.tracer import DESCRIBED, Tracer
         from .workload import prepare
 
         assert self._device is not None
@@ -260,7 +260,7 @@ class Session(Published):
         """Give everything back and count what does not come."""
         import torch
 
-        from .sources.owners import drop_library_caches, free_paged
+        from .tracing.owners import drop_library_caches, free_paged
 
         with ThreadPoolExecutor(1) as aside:  # sums up while the driver takes the memory back
             memory = aside.submit(self._memory)
@@ -296,7 +296,7 @@ class Session(Published):
         return report.memory()
 
     def _train(self, config: RunConfig, plan: Plan, tracer: Tracer) -> None:
-        from .sources.owners import paged
+        from .tracing.owners import paged
         from .train import train
         from .workload import build
 

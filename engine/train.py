@@ -28,8 +28,8 @@ import torch
 from .config import RunConfig
 from .events import Category, Phase
 from .ledger import LOSS
-from .sources import owners
-from .sources.tracer import Tracer
+from .tracing import owners
+from .tracing.tracer import Tracer
 from .workload import Workload
 
 

@@ -15,10 +15,11 @@ from typing import Any
 import pytest
 import torch
 
-from gpumem_tui.engine import predictor, techniques
+from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Milestone, StepTrace
 from gpumem_tui.engine.feed import Start
+from gpumem_tui.engine.prediction import predictor
 from gpumem_tui.engine.report import Report
 from gpumem_tui.engine.session import Session
 from gpumem_tui.profiles import model_profile

@@ -29,7 +29,7 @@ from gpumem_tui.engine.events import (
     PhaseSpan,
     StepTrace,
 )
-from gpumem_tui.engine.feed import Command, Feed, Pause, Save, Standing, Start, Stop
+from gpumem_tui.engine.feed import Command, Feed, Pause, Save, Start, Stop, ViewerRole
 
 MIB = 1 << 20
 GPU = Environment("cuda:0", "NVIDIA H100 80GB HBM3", 80 << 30, "9.0", "570.1", {"peft": "0.18", "bitsandbytes": "0.49"})
@@ -243,7 +243,7 @@ class FakeSource:
         layers: Of the model.
     """
 
-    standing = Standing.OWNER
+    role = ViewerRole.OWNER
 
     def __init__(self, environment: Environment = CPU, live: bool = True, unit: int = MIB, layers: int = 6) -> None:
         self.live = live

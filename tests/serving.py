@@ -13,22 +13,22 @@ from unittest import mock
 
 from gpumem_tui.engine import wire
 from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.engine_registry import EngineDir, EngineLock
 from gpumem_tui.engine.server import Server
-from gpumem_tui.engine.whereabouts import Claim, Place
 
 from .conftest import Engine
 
 
 @contextmanager
-def an_engine_served(config: RunConfig) -> Iterator[tuple[Place, Engine]]:
+def an_engine_served(config: RunConfig) -> Iterator[tuple[EngineDir, Engine]]:
     base = tempfile.mkdtemp(prefix="g-")
     engine = Engine()
     engine.run(config)
     with mock.patch.dict(os.environ, {"XDG_RUNTIME_DIR": base}):
-        claim = Claim("tiny", "run", wire.PROTOCOL, "0.1")
-    card = claim.place.card()
-    assert card is not None
-    server = Server(engine.session, card, claim.place.socket, Path("/dev/null"), None)
+        engine_lock = EngineLock("tiny", "run", wire.PROTOCOL, "0.1")
+    info = engine_lock.engine_dir.info()
+    assert info is not None
+    server = Server(engine.session, info, engine_lock.engine_dir.socket, Path("/dev/null"), None)
     over = threading.Event()
 
     def serve() -> None:
@@ -37,11 +37,11 @@ def an_engine_served(config: RunConfig) -> Iterator[tuple[Place, Engine]]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield claim.place, engine
+    yield engine_lock.engine_dir, engine
     over.set()
     server.wake()
     thread.join()
     server.close()
-    claim.release()
+    engine_lock.release()
     engine.session.close()
     shutil.rmtree(base)

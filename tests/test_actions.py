@@ -11,8 +11,8 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.tui.actions import RESERVED, Action, help_lines, offered_here, shown_keys
 from gpumem_tui.tui.board import KINDS, Board, check
 from gpumem_tui.tui.draw import wrap
-from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.settings import Settings
 
 from .app_driver import shown, trained
@@ -27,9 +27,9 @@ def board(**keys: tuple[str, ...]) -> Board:
     return Board(FakeSource(), settings, Palette())
 
 
-def opened() -> Opened:
+def opened() -> RecordingSet:
     folder = Path(__file__).parent / "recordings"
-    return Opened([folder / "full.gpumem", folder / "lora.gpumem"])
+    return RecordingSet([folder / "full.gpumem", folder / "lora.gpumem"])
 
 
 SCREENS = [kind.title for kind in KINDS]

@@ -14,10 +14,10 @@ from hypothesis import strategies as st
 from gpumem_tui.engine.difference import Owned, compare, difference, from_document, owned, owner_kind
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.predict import predict
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
-from gpumem_tui.tui.foresight import gpu_of
+from gpumem_tui.tui.prediction_client import gpu_of
 
 from .conftest import Engine, small_run
 

@@ -16,8 +16,8 @@ from gpumem_tui.engine.events import Category, Kind
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay, write
 from gpumem_tui.tui.__main__ import main
-from gpumem_tui.tui.foresight import Background
-from gpumem_tui.tui.opened import Opened
+from gpumem_tui.tui.prediction_client import Background
+from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
@@ -30,8 +30,8 @@ GIB = 1 << 30
 RECORDINGS = Path(__file__).parent / "recordings"
 
 
-def opened(*names: str) -> Opened:
-    return Opened([RECORDINGS / f"{name}.gpumem" for name in names])
+def opened(*names: str) -> RecordingSet:
+    return RecordingSet([RECORDINGS / f"{name}.gpumem" for name in names])
 
 
 async def restarted(driver: object, *keys: str, steps: int = 2) -> None:
@@ -640,7 +640,7 @@ async def test_a_recording_that_has_gone_leaves_the_one_that_is_shown(tmp_path: 
     paths = [tmp_path / f"{name}.gpumem" for name in ("full", "lora")]
     for path in paths:
         shutil.copy(RECORDINGS / path.name, path)
-    async with shown(Opened(paths)) as driver:
+    async with shown(RecordingSet(paths)) as driver:
         paths[1].unlink()
         await driver.press("j")
         assert driver.app.state.message.problem
@@ -651,7 +651,7 @@ def test_recordings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) 
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shutil.copy(RECORDINGS / "full.gpumem", tmp_path / folder)
-    found = Opened([tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem"])
+    found = RecordingSet([tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem"])
     assert [run.origin for run in found.runs] == [str(tmp_path / "a/full"), str(tmp_path / "b/full")]
 
 
@@ -676,7 +676,7 @@ def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> Non
         source.finish_step()
         source.finish_step()
         write(tmp_path / f"{name}.gpumem", source)
-    found = Opened([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
+    found = RecordingSet([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
     assert list(found.measured()) == [config_key(found.runs[0].config)]
     found.look_at(1)
     assert list(found.measured()) == [config_key(found.runs[1].config)]
@@ -709,7 +709,7 @@ def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Pat
         source.start()
         source.finish_step()
         write(tmp_path / f"{name}.gpumem", source)
-    found = Opened([tmp_path / f"{name}.gpumem" for name in "hil"])
+    found = RecordingSet([tmp_path / f"{name}.gpumem" for name in "hil"])
     config = found.config()
     assert config is not None
     with closing(Background(found)) as predictions:

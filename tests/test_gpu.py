@@ -132,7 +132,7 @@ def test_the_blocks_are_the_allocators_own_when_a_step_ends(engine: Engine, monk
 
 
 def test_out_of_memory_ends_the_run_and_says_what_filled_the_gpu(engine: Engine) -> None:
-    """Batch and sequence far beyond any card; the run before is started again."""
+    """Batch and sequence far beyond any info; the run before is started again."""
     huge = {"model": "polyglot-ko-1.3b"}
     settings = {"batch_size": 512, "seq_len": 2048, "rows": 512, "steps": 1}
     milestones = engine.run_milestones(techniques.configure(huge, techniques.parse(settings, "test")))
@@ -238,7 +238,7 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
     from gpumem_tui.engine.watch.leftovers import SCRIPT
-    from gpumem_tui.engine.watch.window import Window
+    from gpumem_tui.engine.watch.watched_source import WatchedSource
     from gpumem_tui.profiles import model_profile
     from gpumem_tui.watch import MemoryCallback
 
@@ -263,22 +263,22 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
     traces: list[StepTrace] = []
     ends: dict[int, int] = {}
     callback = MemoryCallback(every_step=True)
-    good = Window.publish
+    good = WatchedSource.publish
 
-    def publish(self: Window, trace: StepTrace) -> None:
+    def publish(self: WatchedSource, trace: StepTrace) -> None:
         good(self, trace)
         latest = self.trace()
         assert latest is not None
         if not trace.partial:
             traces.append(latest)
 
-    def stepped(self: Window, **data: Any) -> None:
+    def stepped(self: WatchedSource, **data: Any) -> None:
         ends[data["step"]] = data["allocated_bytes"]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Window, "publish", publish)
-        told = Window.stepped
-        patch.setattr(Window, "stepped", lambda self, **data: (stepped(self, **data), told(self, **data))[1])
+        patch.setattr(WatchedSource, "publish", publish)
+        told = WatchedSource.stepped
+        patch.setattr(WatchedSource, "stepped", lambda self, **data: (stepped(self, **data), told(self, **data))[1])
         arguments = TrainingArguments(
             str(tmp_path), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2, report_to=[],
             disable_tqdm=True, save_strategy="no", max_grad_norm=1.0,

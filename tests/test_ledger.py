@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Kind, Phase, PhaseSpan, StepTrace
 from gpumem_tui.engine.ledger import LOGITS, LOSS, Ledger, layer_of
-from gpumem_tui.engine.sources.block_layout import BlockLayout
+from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
 from .fake_source import FakeSource
 

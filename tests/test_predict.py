@@ -16,14 +16,14 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.predict import predict, rehearse
 from gpumem_tui.engine.prediction.advice import advise
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu, gpus
+from gpumem_tui.engine.prediction.predict import predict, rehearse
+from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
-from gpumem_tui.engine.predictor import Predictor
-from gpumem_tui.engine.sources.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset
 from gpumem_tui.tui.__main__ import main
 
@@ -400,8 +400,8 @@ def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatc
         return UserError("pretended")
 
     monkeypatch.setattr(Predictor, "_ask", ask)
-    monkeypatch.setattr("gpumem_tui.engine.predictor.UNHURRIED_SHARE", 1e-12)
-    monkeypatch.setattr("gpumem_tui.engine.predictor.LONGEST_REST_S", 3600.0)
+    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.UNHURRIED_SHARE", 1e-12)
+    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.LONGEST_REST_S", 3600.0)
     predictor = Predictor(H100)
     predictor.want([], [small_run(batch_size=1), small_run(batch_size=2)])
     assert not predictor.wait(0.2)
@@ -426,7 +426,7 @@ def test_asking_loads_no_torch() -> None:
     import subprocess
 
     code = (
-        "import sys, gpumem_tui.engine.predictor, gpumem_tui.engine.prediction.advice;"
+        "import sys, gpumem_tui.engine.prediction.predictor, gpumem_tui.engine.prediction.advice;"
         "import gpumem_tui.tui.commands.estimate, gpumem_tui.tui.commands.advise;"
         "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was loaded'"
     )

@@ -15,9 +15,9 @@ from torch.autograd.graph import saved_tensors_hooks
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.sources.block_layout import BlockLayout
-from gpumem_tui.engine.sources.op_tracker import OpTracker
-from gpumem_tui.engine.sources.tracer import Tracer
+from gpumem_tui.engine.tracing.block_layout import BlockLayout
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 

@@ -20,17 +20,17 @@ import numpy as np
 import psutil
 import pytest
 
-from gpumem_tui.engine import whereabouts, wire
+from gpumem_tui.engine import engine_registry, wire
 from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.engine_registry import EngineDir, EngineLock
 from gpumem_tui.engine.events import Kind, StepTrace
-from gpumem_tui.engine.feed import End, Pause, Save, Standing, Start, Stop, TakeOver
+from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, TakeOver, ViewerRole
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.engine.service import BROKEN_DEVICE, LINGER_S, Linger, Log
 from gpumem_tui.engine.service import _Engine as Served
-from gpumem_tui.engine.whereabouts import Claim, Place
 
 from .conftest import Engine, small_run
 from .serving import an_engine_served
@@ -50,11 +50,11 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.setenv("TMPDIR", str(temporary))
     monkeypatch.setattr(tempfile, "tempdir", None)
     yield base
-    for place in whereabouts.engines():
-        card = place.card()
-        assert card is not None
-        os.kill(card.pid, signal.SIGKILL)
-        until(lambda p=place: not p.alive())  # type: ignore[misc]
+    for engine_dir in engine_registry.engines():
+        info = engine_dir.info()
+        assert info is not None
+        os.kill(info.pid, signal.SIGKILL)
+        until(lambda p=engine_dir: not p.alive())  # type: ignore[misc]
     shutil.rmtree(base)
 
 
@@ -72,8 +72,8 @@ def left_over(home: Path) -> list[str]:
     return [str(path) for path in found - ours if not path.name.startswith("torchinductor")]
 
 
-def step_of(place: Place) -> int:
-    status = peek(place)
+def step_of(engine_dir: EngineDir) -> int:
+    status = peek(engine_dir)
     return status.step if status is not None else 0
 
 
@@ -91,12 +91,12 @@ class Viewers:
         remote = Remote(launch=Launcher(linger_s))
         self.all.append(remote)
         remote.start(config)
-        until(lambda: remote.milestones(0) and remote.standing is Standing.ATTACHED, lambda: remote.milestones(0))
+        until(lambda: remote.milestones(0) and remote.role is ViewerRole.ATTACHED, lambda: remote.milestones(0))
         return remote
 
-    def attach(self, place: Place | None, take: bool = False) -> Remote:
-        assert place is not None
-        remote = Remote(place, take=take)
+    def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
+        assert engine_dir is not None
+        remote = Remote(engine_dir, take=take)
         self.all.append(remote)
         remote.attach()
         return remote
@@ -125,15 +125,15 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     """Start, lose the terminal, come back with all that happened, take over, toggle, detach, stop."""
     environment = {"XDG_RUNTIME_DIR": str(home / "run"), "TMPDIR": str(home / "tmp")}
     first = Terminal(*SMALL, environment=environment, folder=home)
-    (place,) = until(whereabouts.engines)
-    until(lambda: step_of(place) >= 2, lambda: first.output[-2000:])
-    card = place.card()
-    assert card is not None and place.name == "tiny"
+    (engine_dir,) = until(engine_registry.engines)
+    until(lambda: step_of(engine_dir) >= 2, lambda: first.output[-2000:])
+    info = engine_dir.info()
+    assert info is not None and engine_dir.name == "tiny"
 
     first.hang_up()
     first.close()
-    seen = step_of(place)
-    until(lambda: step_of(place) > seen + 1)
+    seen = step_of(engine_dir)
+    until(lambda: step_of(engine_dir) > seen + 1)
 
     second = Terminal("attach", environment=environment, folder=home)
     second.sees("tiny")
@@ -149,13 +149,13 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     third.press("l")
     third.sees("takes over")
     third.press("!", "l")
-    until(lambda: "lora" in getattr(peek(place), "techniques", ""), lambda: third.output[-2000:])
+    until(lambda: "lora" in getattr(peek(engine_dir), "techniques", ""), lambda: third.output[-2000:])
     listed = cli("ps").stdout.splitlines()
     assert re.match(r"tiny +\d+ +tiny +batch_size=2 .*lora=on.* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
 
     second.process.send_signal(signal.SIGSTOP)
-    seen = step_of(place)
-    until(lambda: step_of(place) > seen)
+    seen = step_of(engine_dir)
+    until(lambda: step_of(engine_dir) > seen)
     second.process.send_signal(signal.SIGCONT)
 
     for terminal in (second, third):
@@ -163,25 +163,25 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
         assert terminal.wait() == 0
         assert terminal.sane()
         terminal.close()
-    until(lambda: getattr(peek(place), "viewers", 1) == 0)
+    until(lambda: getattr(peek(engine_dir), "viewers", 1) == 0)
 
     assert cli("stop", "tiny").stdout == "tiny has ended\n"
-    until(lambda: gone(card.pid))  # the lock goes a moment before the process does
+    until(lambda: gone(info.pid))  # the lock goes a moment before the process does
     assert left_over(home) == []
 
 
 def test_quitting_with_stop_leaves_nothing_behind(home: Path) -> None:
     environment = {"XDG_RUNTIME_DIR": str(home / "run"), "TMPDIR": str(home / "tmp")}
     terminal = Terminal(*SMALL, environment=environment, folder=home)
-    (place,) = until(whereabouts.engines)
-    card = place.card()
-    until(lambda: step_of(place) >= 1)
+    (engine_dir,) = until(engine_registry.engines)
+    info = engine_dir.info()
+    until(lambda: step_of(engine_dir) >= 1)
     terminal.press("q")
     terminal.sees("the run goes on")
     terminal.press("x")
     assert terminal.wait() == 0
     assert terminal.sane()
-    assert card is not None and gone(card.pid)
+    assert info is not None and gone(info.pid)
     assert left_over(home) == []
     terminal.close()
 
@@ -197,10 +197,10 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     first = viewers.start(small_run(steps=0), linger_s=0.0)
     until(lambda: steps(first))
     until(lambda: any("OMP_NUM_THREADS" in m.text for m in first.milestones(0) if m.kind is Kind.OUTPUT))
-    second, third = viewers.attach(first.place), viewers.attach(first.place, take=True)
-    until(lambda: first.standing is Standing.READ_ONLY)
-    until(lambda: third.standing is Standing.ATTACHED)
-    until(lambda: second.standing is Standing.READ_ONLY)
+    second, third = viewers.attach(first.engine_dir), viewers.attach(first.engine_dir, take=True)
+    until(lambda: first.role is ViewerRole.READ_ONLY)
+    until(lambda: third.role is ViewerRole.ATTACHED)
+    until(lambda: second.role is ViewerRole.READ_ONLY)
     for reader in (first, second):
         with pytest.raises(UserError, match="another viewer commands this engine; ! takes over"):
             reader.command(Stop())
@@ -209,7 +209,7 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     until(lambda: Kind.PAUSED in kinds(first))
     second.command(Start(small_run(steps=0, lora="on")))
     until(lambda: all(v.config() == small_run(steps=0, lora="on") for v in viewers.all))
-    assert {v.standing for v in (first, third)} == {Standing.READ_ONLY}
+    assert {v.role for v in (first, third)} == {ViewerRole.READ_ONLY}
 
     with pytest.raises(UserError, match="set lora=on"):
         second.command(Start(small_run().with_({"quantization": "nf4"})))
@@ -219,25 +219,25 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     assert Kind.REFUSED not in kinds(first), "it is said to the one who asked"
     assert kinds(second).count(Kind.RUN_STARTED) == runs
 
-    card = first.place.card() if first.place else None
+    info = first.engine_dir.info() if first.engine_dir else None
     for viewer in viewers.all:
         viewer.close()
-    assert card is not None
-    until(lambda: gone(card.pid))
+    assert info is not None
+    until(lambda: gone(info.pid))
     assert left_over(home) == []
 
 
 @pytest.mark.parametrize("by", ["the viewer that commanded it", "gpumem-tui stop or another SIGTERM"])
 def test_whoever_looks_on_is_told_that_the_engine_was_ended_and_by_whom(viewers: Viewers, by: str) -> None:
     first = viewers.start(small_run(steps=0))
-    second = viewers.attach(first.place)
-    until(lambda: steps(first) and second.standing is Standing.READ_ONLY)
-    card = first.place.card() if first.place else None
-    assert card is not None
+    second = viewers.attach(first.engine_dir)
+    until(lambda: steps(first) and second.role is ViewerRole.READ_ONLY)
+    info = first.engine_dir.info() if first.engine_dir else None
+    assert info is not None
     if "viewer" in by:
         first.command(End())
     else:
-        os.kill(card.pid, signal.SIGTERM)
+        os.kill(info.pid, signal.SIGTERM)
     assert second.wait_ended(30)
     *_, ended, told = second.milestones(0)
     assert (ended.kind, told.kind) == (Kind.RUN_ENDED, Kind.ENGINE_ENDED)
@@ -253,10 +253,10 @@ def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_ag
 ) -> None:
     viewer = viewers.start(small_run(steps=0))
     until(lambda: steps(viewer) >= 2 and len(viewer.traces()) >= 3)
-    status = peek(viewer.place) if viewer.place else None
+    status = peek(viewer.engine_dir) if viewer.engine_dir else None
     assert status is not None
     os.kill(status.pid, signal.SIGKILL)
-    until(lambda: viewer.standing is Standing.GONE)
+    until(lambda: viewer.role is ViewerRole.GONE)
     told = viewer.milestones(0)[-1]
     assert told.text == (
         f"the engine's process {status.pid} has ended (killed by SIGKILL); "
@@ -272,7 +272,7 @@ def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_ag
     config = viewer.config()
     assert config is not None
     viewer.command(Start(config))
-    until(lambda: viewer.standing is Standing.ATTACHED and kinds(viewer)[-1] is Kind.STEP_ENDED)
+    until(lambda: viewer.role is ViewerRole.ATTACHED and kinds(viewer)[-1] is Kind.STEP_ENDED)
     told_all = viewer.milestones(0)
     assert [m.index for m in told_all] == list(range(len(told_all)))
     assert [m.run for m in told_all if m.kind is Kind.RUN_STARTED] == [1, 2]
@@ -282,18 +282,18 @@ def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_ag
 
 
 def test_what_a_crash_left_is_cleaned_at_the_next_start(home: Path) -> None:
-    claim = subprocess.run(
-        [sys.executable, "-c", "from gpumem_tui.engine.whereabouts import Claim; import os, socket; "
-         "c = Claim('old', 'run', 1, '0'); s = socket.socket(socket.AF_UNIX); s.bind(str(c.place.socket)); "
+    engine_lock = subprocess.run(
+        [sys.executable, "-c", "from gpumem_tui.engine.engine_registry import EngineLock; import os, socket; "
+         "c = EngineLock('old', 'run', 1, '0'); s = socket.socket(socket.AF_UNIX); s.bind(str(c.engine_dir.socket)); "
          "os.kill(os.getpid(), 9)"], check=False,
     )  # fmt: skip
-    assert claim.returncode == -signal.SIGKILL
+    assert engine_lock.returncode == -signal.SIGKILL
     assert {Path(path).name for path in left_over(home)} == {"old", "lock", "card.json", "socket"}
-    assert whereabouts.engines() == []
-    new = Claim("old", "run", 1, "0")
-    assert new.place.name == "old" and not new.place.socket.exists()
-    second = Claim("old", "run", 1, "0")
-    assert [p.name for p in whereabouts.engines()] == ["old", "old-2"]
+    assert engine_registry.engines() == []
+    new = EngineLock("old", "run", 1, "0")
+    assert new.engine_dir.name == "old" and not new.engine_dir.socket.exists()
+    second = EngineLock("old", "run", 1, "0")
+    assert [p.name for p in engine_registry.engines()] == ["old", "old-2"]
     for each in (new, second):
         each.release()
     assert left_over(home) == []
@@ -303,21 +303,23 @@ def test_what_a_crash_left_is_cleaned_at_the_next_start(home: Path) -> None:
 
 
 @pytest.fixture(scope="module")
-def serving() -> Iterator[tuple[Place, Engine]]:
+def serving() -> Iterator[tuple[EngineDir, Engine]]:
     """An engine with a run that has ended, served by a thread of this process."""
     with an_engine_served(small_run(steps=3, checkpointing="layers")) as made:
         yield made
 
 
 @pytest.fixture
-def served(serving: tuple[Place, Engine]) -> Place:
+def served(serving: tuple[EngineDir, Engine]) -> EngineDir:
     return serving[0]
 
 
-def test_a_viewer_sees_what_the_engine_has_from_the_beginning(serving: tuple[Place, Engine], tmp_path: Path) -> None:
+def test_a_viewer_sees_what_the_engine_has_from_the_beginning(
+    serving: tuple[EngineDir, Engine], tmp_path: Path
+) -> None:
     """The recording of one who came late is the recording of one who was there."""
-    place, engine = serving
-    late, there = Remote(place), engine.session
+    engine_dir, engine = serving
+    late, there = Remote(engine_dir), engine.session
     late.attach()
     until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4)
     assert list(late.milestones(0)) == list(there.milestones(0))
@@ -334,10 +336,10 @@ def test_a_viewer_sees_what_the_engine_has_from_the_beginning(serving: tuple[Pla
     late.close()
 
 
-def raw(place: Place) -> socket.socket:
+def raw(engine_dir: EngineDir) -> socket.socket:
     connection = socket.socket(socket.AF_UNIX)
     connection.settimeout(30)
-    connection.connect(str(place.socket))
+    connection.connect(str(engine_dir.socket))
     return connection
 
 
@@ -348,13 +350,13 @@ def ends(connection: socket.socket) -> bool:
         return True
 
 
-def test_nobody_else_can_reach_the_socket(served: Place) -> None:
+def test_nobody_else_can_reach_the_socket(served: EngineDir) -> None:
     assert served.folder.stat().st_mode & 0o777 == 0o700
     assert served.folder.parent.stat().st_mode & 0o777 == 0o700
     assert served.socket.stat().st_mode & 0o777 == 0o600
 
 
-def test_another_user_is_shown_the_door(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_another_user_is_shown_the_door(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(wire, "peer_uid", lambda _connection: os.getuid() + 1)
     with raw(served) as connection:
         assert ends(connection)
@@ -380,7 +382,7 @@ HELLO = {"type": "hello", "protocol": wire.PROTOCOL, "version": "x"}
     ],
     ids=lambda data: repr(data[:24]),
 )  # fmt: skip
-def test_nonsense_ends_its_connection_and_nothing_else(served: Place, nonsense: bytes) -> None:
+def test_nonsense_ends_its_connection_and_nothing_else(served: EngineDir, nonsense: bytes) -> None:
     bystander = Remote(served)
     bystander.attach()
     with raw(served) as connection:
@@ -390,25 +392,25 @@ def test_nonsense_ends_its_connection_and_nothing_else(served: Place, nonsense: 
             assert isinstance(wire.read_answer(connection), wire.Welcome)
         assert ends(connection)
     until(lambda: bystander.trace() is not None)
-    assert bystander.standing in (Standing.ATTACHED, Standing.READ_ONLY)
+    assert bystander.role in (ViewerRole.ATTACHED, ViewerRole.READ_ONLY)
     bystander.close()
 
 
-def test_who_commands_never_reads_read_only(served: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_who_commands_never_reads_read_only(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the engine has said who commands nothing is said of it."""
     viewer = Remote(served)
     monkeypatch.setattr(viewer, "_follow", lambda config: None)  # its answer is on the way
-    assert viewer.standing is Standing.ATTACHED
+    assert viewer.role is ViewerRole.ATTACHED
     viewer.attach()
-    assert viewer.standing is Standing.ATTACHED
+    assert viewer.role is ViewerRole.ATTACHED
     viewer._take_in(wire.News(0, None, None, None, [], None, more=False, commands=False, viewers=2, refused=""))
-    assert viewer.standing is Standing.READ_ONLY
+    assert viewer.role is ViewerRole.READ_ONLY
     assert viewer._connection is not None
     viewer._connection.close()
     viewer.close()
 
 
-def test_another_version_gets_one_clear_line(served: Place) -> None:
+def test_another_version_gets_one_clear_line(served: EngineDir) -> None:
     with raw(served) as connection:
         connection.sendall(pack(HELLO | {"protocol": wire.PROTOCOL + 1, "version": "9.9"}))
         answer = wire.read_answer(connection)
@@ -419,7 +421,7 @@ def test_another_version_gets_one_clear_line(served: Place) -> None:
         assert ends(connection)
 
 
-def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: Place) -> None:
+def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: EngineDir) -> None:
     """It asks a thousand times and reads nothing: one answer lies in the socket, and the others go on."""
     slow = raw(served)
     slow.sendall(pack(HELLO))
@@ -442,7 +444,7 @@ def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: P
     slow.close()
 
 
-def test_no_port_is_opened(served: Place) -> None:
+def test_no_port_is_opened(served: EngineDir) -> None:
     assert psutil.Process().net_connections(kind="inet") == []
 
 
@@ -471,10 +473,10 @@ def test_linger_counts_from_when_the_last_viewer_left() -> None:
 
 def test_an_engine_that_has_lost_its_device_ends_and_says_so(home: Path, engine: Engine) -> None:
     """After a CUDA error every call fails: only another process can go on."""
-    claim = Claim("tiny", "run", wire.PROTOCOL, "0")
-    card = claim.place.card()
-    assert card is not None
-    served = Served(engine.session, card, claim, Log(claim.place.log), Linger(None))
+    engine_lock = EngineLock("tiny", "run", wire.PROTOCOL, "0")
+    info = engine_lock.engine_dir.info()
+    assert info is not None
+    served = Served(engine.session, info, engine_lock, Log(engine_lock.engine_dir.log), Linger(None))
     engine.session.tell(Kind.RUN_FAILED, "CUDA error: device-side assert triggered")
     assert served.serve() == BROKEN_DEVICE
     assert left_over(home) == []

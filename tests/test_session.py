@@ -264,8 +264,8 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
 def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
     import torch
 
-    from gpumem_tui.engine.sources.op_tracker import OpTracker
-    from gpumem_tui.engine.sources.tracer import Tracer
+    from gpumem_tui.engine.tracing.op_tracker import OpTracker
+    from gpumem_tui.engine.tracing.tracer import Tracer
 
     model = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.ReLU(), torch.nn.Linear(4, 2))
     optimizer = torch.optim.SGD(model.parameters())

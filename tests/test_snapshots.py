@@ -18,8 +18,8 @@ import pytest
 
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.tui.board import KINDS, Board
-from gpumem_tui.tui.opened import Opened
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.themes import THEMES
@@ -48,8 +48,8 @@ def board(screen: str, palette: Palette) -> Board:
     return made
 
 
-def opened(screen: str) -> Opened:
-    found = Opened([RECORDINGS / f"{name}.gpumem" for name in NAMES])
+def opened(screen: str) -> RecordingSet:
+    found = RecordingSet([RECORDINGS / f"{name}.gpumem" for name in NAMES])
     found.look_at(NAMES.index(RECORDING.get(screen, "full")))
     return found
 

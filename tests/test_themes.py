@@ -10,8 +10,8 @@ import pytest
 from rich.color import Color
 
 from gpumem_tui.engine.events import CATEGORIES, Category
-from gpumem_tui.tui.background import from_answer, from_environment
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.terminal_background import from_answer, from_environment
 from gpumem_tui.tui.themes import DARK, LIGHT, TEXTURES, THEMES, XTERM, Theme, contrast
 
 MINIMUM = 4.5

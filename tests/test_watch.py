@@ -19,20 +19,20 @@ import pytest
 import torch
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gpumem_tui.engine import server, whereabouts
+from gpumem_tui.engine import engine_registry, server
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category, Kind, Milestone, Phase, StepTrace
-from gpumem_tui.engine.feed import Pause, Save, Standing, Start, Stop
+from gpumem_tui.engine.feed import Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.remote import Remote
-from gpumem_tui.engine.sources import hooks
-from gpumem_tui.engine.sources.op_tracker import OpTracker
-from gpumem_tui.engine.sources.tracer import Tracer
+from gpumem_tui.engine.tracing import hooks
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.watch import loss as loss_module
-from gpumem_tui.engine.watch import recorders, watcher, window
+from gpumem_tui.engine.watch import recorders, watcher, watched_source
 from gpumem_tui.engine.watch.leftovers import SCRIPT
-from gpumem_tui.engine.watch.window import Window
+from gpumem_tui.engine.watch.watched_source import WatchedSource
 from gpumem_tui.watch import MemoryCallback, watch
 
 from .examples import accelerate_loop, plain_loop, trainer_lora
@@ -49,7 +49,7 @@ def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     base = Path(tempfile.mkdtemp(prefix="g-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     yield base
-    assert whereabouts.engines() == [], "a watched script has left something"
+    assert engine_registry.engines() == [], "a watched script has left something"
     shutil.rmtree(base)
 
 
@@ -57,7 +57,7 @@ class Seen:
     """All that was said while scripts were watched."""
 
     def __init__(self) -> None:
-        self.windows: list[Window] = []
+        self.windows: list[WatchedSource] = []
         self.traces: list[StepTrace] = []
 
     @property
@@ -71,9 +71,9 @@ class Seen:
 @pytest.fixture
 def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     made = Seen()
-    opened, begun = Window.publish, Window.__init__
+    opened, begun = WatchedSource.publish, WatchedSource.__init__
 
-    def begin(self: Window, name: str | None) -> None:
+    def begin(self: WatchedSource, name: str | None) -> None:
         begun(self, name)
         made.windows.append(self)
         publish = self._feed.publish_trace
@@ -86,7 +86,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
         self._feed.publish_trace = keep  # type: ignore[method-assign]
 
     assert opened
-    monkeypatch.setattr(Window, "__init__", begin)
+    monkeypatch.setattr(WatchedSource, "__init__", begin)
     return made
 
 
@@ -217,7 +217,7 @@ def test_watching_keeps_nothing_alive(seen: Seen) -> None:
     alive = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
     del model, optimizer
     gc.collect()
-    assert watched.window.milestones(0)
+    assert watched.source.milestones(0)
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
@@ -240,7 +240,7 @@ class Workers(torch.utils.data.Dataset[tuple[bool, int]]):
 
     def __getitem__(self, index: int) -> tuple[bool, int]:
         sockets = [c for c in psutil.Process().net_connections(kind="unix") if "gpumem-tui" in str(c.laddr)]
-        return self.watched.shield.off, len(sockets)
+        return self.watched.barrier.off, len(sockets)
 
 
 def test_a_watched_run_trains_as_an_unwatched_one() -> None:
@@ -263,9 +263,9 @@ FAULTS: list[tuple[Any, str]] = [
     *[(watcher.watch, name) for name in ("forward_begins", "_forward_ends", "_backward_begins", "_optimizer_begins")],
     *[(watcher.watch, name) for name in ("_optimizer_ends", "_begin_step", "_install")],
     *[(watcher, name) for name in ("config_of", "device_of", "_of_outputs")],
-    *[(Window, name) for name in ("open", "begin_run", "publish", "stepped", "recomputed")],
-    (window, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
-    (recorders, "tree_leaves"), (Window, "_read_gauge"),
+    *[(WatchedSource, name) for name in ("open", "begin_run", "publish", "stepped", "recomputed")],
+    (watched_source, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
+    (recorders, "tree_leaves"), (WatchedSource, "_read_gauge"),
 ]  # fmt: skip
 
 
@@ -287,7 +287,7 @@ def test_a_fault_in_watching_is_logged_once_and_the_run_goes_on(
     monkeypatch.setattr(where, name, fails)
     with caplog.at_level(logging.WARNING), watch(model, optimizer) as watched:
         assert train(model, optimizer, 3) == alone
-        if watched.shield.off:
+        if watched.barrier.off:
             with torch.no_grad():
                 model(input_ids=torch.zeros(1, 2, dtype=torch.int64))
             assert hook_tables(model, optimizer) == before, "the next forward takes everything away"
@@ -299,7 +299,7 @@ def test_a_fault_in_watching_is_logged_once_and_the_run_goes_on(
         assert warned == []
 
 
-@pytest.mark.parametrize("where", [(server.Server, "serve"), (window, "Claim")])
+@pytest.mark.parametrize("where", [(server.Server, "serve"), (watched_source, "EngineLock")])
 def test_a_fault_in_serving_costs_the_viewers_only(
     where: tuple[Any, str], seen: Seen, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -313,7 +313,7 @@ def test_exceptions_of_the_script_are_the_scripts(seen: Seen) -> None:
     model, optimizer = small_model()
     with pytest.raises(IndexError), watch(model, optimizer) as watched:
         model(input_ids=torch.full((1, 4), 1_000_000))
-    assert not watched.window.milestones(0)[-1].data.get("detail")
+    assert not watched.source.milestones(0)[-1].data.get("detail")
     with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer):
         train(model, optimizer, 1)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -329,11 +329,11 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path)
     model, optimizer = small_model()
     with watch(model, optimizer, name="mine"):
         train(model, optimizer, 2)
-        remote = Remote(whereabouts.find("mine"))
+        remote = Remote(engine_registry.find("mine"))
         remote.attach()
         until(lambda: remote.trace() is not None and len(remote.traces()) == 2)
         config = remote.config()
-        assert remote.standing is Standing.WATCHING and config is not None
+        assert remote.role is ViewerRole.WATCHING and config is not None
         assert (config.model, config["checkpointing"], config.batch_size) == ("GPTNeoXForCausalLM", "layers", 2)
         wanted = config.with_({"kv_cache": not config["kv_cache"]})
         with pytest.raises(UserError, match=r"is for your script to set: model\.config\.use_cache; it acts on"):
@@ -345,7 +345,7 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path)
         until(lambda: remote.milestones(0)[-1].kind is Kind.SAVED)
         assert [t.step for t in Replay(home / "mine.gpumem").traces()] == [1, 2]
         train(model, optimizer, 1)
-    until(lambda: remote.standing is Standing.GONE)
+    until(lambda: remote.role is ViewerRole.GONE)
     assert [m.kind for m in remote.milestones(0)][-2:] == [Kind.RUN_ENDED, Kind.ENGINE_ENDED]
     remote.close()
 
@@ -368,14 +368,14 @@ def run_under_exec(*arguments: str) -> subprocess.Popen[str]:
 def test_a_script_that_was_not_edited() -> None:
     script = run_under_exec(sys.executable, str(EXAMPLES / "unedited.py"))
     try:
-        (place,) = until(whereabouts.engines)
-        remote = Remote(place)
+        (engine_dir,) = until(engine_registry.engines)
+        remote = Remote(engine_dir)
         remote.attach()
         steps: Callable[[], list[Milestone]] = lambda: [  # noqa: E731
             m for m in remote.milestones(0) if m.kind is Kind.STEP_ENDED
         ]
         until(lambda: len(steps()) > 3)
-        assert place.name == "unedited"
+        assert engine_dir.name == "unedited"
         assert [m.data["step"] for m in steps()[:3]] == [1, 2, 3]
         trace = until(lambda: next((t for t in remote.traces() if t.step >= 3), None))
         after = Ledger(trace).after(Phase.OPTIMIZER)
@@ -388,10 +388,10 @@ def test_a_script_that_was_not_edited() -> None:
     finally:
         script.send_signal(signal.SIGKILL)
         script.communicate()
-    until(lambda: remote.standing is Standing.GONE)
+    until(lambda: remote.role is ViewerRole.GONE)
     remote.close()
-    whereabouts.clean()
-    assert [path.name for path in place.folder.parent.iterdir()] == [".lock"]
+    engine_registry.clean()
+    assert [path.name for path in engine_dir.folder.parent.iterdir()] == [".lock"]
 
 
 def test_a_script_under_exec_ends_as_it_would_without() -> None:

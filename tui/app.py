@@ -19,7 +19,7 @@ from textual.events import Click, Key, MouseScrollDown, MouseScrollUp, Resize
 from textual.screen import Screen
 
 from ..engine.config import UserError, show
-from ..engine.feed import End, Source, Standing
+from ..engine.feed import End, Source, ViewerRole
 from .actions import Action, offered_here
 from .board import Board, fits
 from .palette import Palette
@@ -222,7 +222,7 @@ class GpumemApp(App[None], inherit_bindings=False):
     def quit(self) -> None:
         """Leave; where the engine would go on without us, ask what is to become of the run."""
         run = self.state.run
-        if self.source.standing is not Standing.ATTACHED:
+        if self.source.role is not ViewerRole.ATTACHED:
             self.exit()
         elif run.running or run.status == "starting":
             self.board.question = QUIT_QUESTION

@@ -6,7 +6,7 @@ import logging
 from pathlib import Path
 from typing import cast
 
-from ..engine.feed import Source, Standing
+from ..engine.feed import Source, ViewerRole
 from .actions import Action, check_keys, everywhere, hint, offered_here, remapped, shown_keys
 from .control import Control
 from .draw import Kept, Row, wrap
@@ -158,9 +158,9 @@ class Board:
         rows += self._page_rows(width, height - 2 - (len(said) if self.tour is not None else 1))
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
-        standing = self.control.source.standing
-        shows = (self.page, self.rate, self.frozen, standing, width, self.palette)
-        footer = self._kept.rows("footer", shows, lambda: [self._footer(width, standing)])
+        role = self.control.source.role
+        shows = (self.page, self.rate, self.frozen, role, width, self.palette)
+        footer = self._kept.rows("footer", shows, lambda: [self._footer(width, role)])
         return [*map(self._plain, [*rows, *said, *footer])]
 
     def _page_rows(self, width: int, height: int) -> list[Row]:
@@ -188,8 +188,8 @@ class Board:
         if message is None and (row := progress(self.state, self.palette)) is not None:
             return [row]
         if message is None:
-            standing = self.control.source.standing
-            commands = self.state.live and standing in (Standing.OWNER, Standing.ATTACHED)
+            role = self.control.source.role
+            commands = self.state.live and role in (ViewerRole.OWNER, ViewerRole.ATTACHED)
             resumes = self._resumes() if commands else ""
             shows = (self.page, commands, resumes, width, self.palette)
             return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
@@ -216,7 +216,7 @@ class Board:
             keys += f" · {self._name('recording.next')} {self._name('recording.before')} recordings"
         return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
-    def _footer(self, width: int, standing: Standing) -> Row:
+    def _footer(self, width: int, role: ViewerRole) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""
         palette = self.palette
         keys = {action.name: action.keys[0] for action in self.everywhere}
@@ -226,8 +226,8 @@ class Board:
             title = f" {page.title}" if on or width >= NAMED_WIDTH else ""
             row.add(keys[f"screen.{page.title}"], palette.accent).add(title, palette.bold if on else palette.dim)
             row.add(" ")
-        if standing not in (Standing.OWNER, Standing.ATTACHED):
-            row.add(f" {standing}", palette.bad)
+        if role not in (ViewerRole.OWNER, ViewerRole.ATTACHED):
+            row.add(f" {role}", palette.bad)
         labels = (("help", "help"), ("quit", "quit"), ("pause", "go on" if self.frozen else "pause"))
         room = width - len(self.rate) - 2
         for name, label in labels:

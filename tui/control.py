@@ -10,11 +10,11 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
-from ..engine.feed import Command, Pause, Save, Source, Standing, Start, Stop, TakeOver
+from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
 from ..engine.prediction.advice import single_changes
 from ..engine.technique import Technique
-from .opened import Opened
 from .predictions import Predictions
+from .recording_set import RecordingSet
 from .run_summary import RunSummary, of_prediction
 from .state import ViewState
 
@@ -65,7 +65,7 @@ class Control:
     ) -> None:
         self.source, self.state, self.save_dir = source, state, save_dir
         self._predictions, self.predicts = predictions, True
-        if isinstance(source, Opened):
+        if isinstance(source, RecordingSet):
             state.opened = source
             state.begin_again()
         self.on_command: Callable[[], None] = lambda: None
@@ -291,7 +291,7 @@ class Control:
 
     def take_over(self) -> None:
         """Command the engine from here, whoever does now."""
-        if self.source.standing is not Standing.READ_ONLY:
+        if self.source.role is not ViewerRole.READ_ONLY:
             self.state.say("nobody else commands this engine")
         elif self._send(TakeOver()):
             self.state.say("this viewer commands now; the other may only look")

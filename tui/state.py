@@ -13,14 +13,14 @@ from typing import TYPE_CHECKING
 
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
-from ..engine.feed import Source, Standing, peak_bytes
+from ..engine.feed import Source, ViewerRole, peak_bytes
 from ..engine.ledger import Bytes, Ledger
 from .run_state import STEADY_STEPS, ConfigKey, RunState, config_key
 from .run_summary import RunSummary, of_ended, summarize
 from .units import MIB, Unit, unit_for
 
 if TYPE_CHECKING:
-    from .opened import Opened
+    from .recording_set import RecordingSet
 
 KEPT_MILESTONES = 20_000
 KEPT_RUNS = 50
@@ -109,11 +109,11 @@ class ViewState:
     def __init__(self) -> None:
         self.live = True
         self.units = "GiB"
-        self.opened: Opened | None = None
+        self.opened: RecordingSet | None = None
         self.message: Message | None = None
         self.version = 0
         self._clock_s = 0.0
-        self._standing: Standing | None = None
+        self._standing: ViewerRole | None = None
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -162,9 +162,9 @@ class ViewState:
             if value is not getattr(self, name):
                 setattr(self, name, value)
                 self.version += 1
-        if source.standing is Standing.READ_ONLY and self._standing is Standing.ATTACHED:
+        if source.role is ViewerRole.READ_ONLY and self._standing is ViewerRole.ATTACHED:
             self.say("another viewer commands this engine now, this one looks on; ! takes over")
-        self._standing = source.standing
+        self._standing = source.role
         self._read_milestones(source)
         self._read_trace(source)
         return self.version != before

@@ -15,7 +15,7 @@ import torch
 from .gpus import Gpu
 
 if TYPE_CHECKING:
-    from .tracker import FakeCuda
+    from .fake_cuda import FakeCuda
 
 aten = torch.ops.aten
 Tensor = torch.Tensor

@@ -19,7 +19,7 @@ import torch
 from .gpus import Gpu
 
 if TYPE_CHECKING:
-    from .tracker import FakeCuda
+    from .fake_cuda import FakeCuda
 
 BACKENDS = ("default", "cuda")  # the later one wins
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
-from ..sources.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
+from ..tracing.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 LARGE_SEGMENT_BYTES = 20 << 20
 """What requests from 1 to 10 MiB take from CUDA at a time (kLargeBuffer)."""

@@ -11,13 +11,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..sources.block_layout import MIN_BLOCK_BYTES
+from ..tracing.block_layout import MIN_BLOCK_BYTES
 from . import attention
 from .gpus import Gpu
 from .reduction import scratch_bytes
 
 if TYPE_CHECKING:
-    from .tracker import FakeCuda, Kernel
+    from .fake_cuda import FakeCuda, Kernel
 
 aten = torch.ops.aten
 Tensor = torch.Tensor
@@ -130,7 +130,7 @@ def _called_by_the_engine() -> bool:
 
 
 _RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
-_BETWEEN = ("tracker.py", "_compile.py", "eval_frame.py", "_stats.py", "_python_dispatch.py")
+_BETWEEN = ("fake_cuda.py", "_compile.py", "eval_frame.py", "_stats.py", "_python_dispatch.py")
 
 
 def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

@@ -1,116 +1,237 @@
-"""PyTorch and transformers made to take, on fake CPU tensors, the paths they take on a GPU."""
+"""The recorder of a prediction: fake tensors on a modelled CUDA device.
+
+The device is `cpu:0`: to PyTorch a CPU, so that everything runs without CUDA,
+yet another device than `cpu`, so that what stays on the host is told apart.
+"""
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from array import array
+from collections.abc import Callable
+from functools import cache
 from typing import Any
+from weakref import ref as _weakref
 
+import numpy.typing as npt
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
 
-from . import autocast, bitsandbytes_cuda
-from .attention import sdpa
-from .gpus import Gpu
-from .tracker import DEVICE, FakeCuda
+from ..events import EVENT
+from ..tracing.op_tracker import OpTracker
+from .alloc_requests import InputBlocks
+from .caching_allocator import rounded_bytes
+from .op_cache import op_cache
 
-_DATA: Any = torch.Tensor.data
+DEVICE = torch.device("cpu", 0)
+
+Kernel = Callable[..., Any]
+"""Stands in for an operator: called with the tracker and the operator's arguments."""
 
 
-@contextmanager
-def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda _: 1) -> Iterator[None]:
-    """Everything that asks for the type of the device is told what it needs to hear.
+class FakeCuda(OpTracker):
+    """Records what operators on fake tensors would allocate on a GPU.
+
+    Blocks are numbered and not placed: an address is a number that is never
+    used again. Where the caching allocator would put them is found out
+    afterwards (`allocator_replay`), so its counters here are estimates.
 
     Args:
-        gpu: Which one it is.
-        tracker: The recorder.
-        times: How many parameters of the model the named one stands for.
+        kernels: Operators whose CUDA kernels allocate otherwise than their meta
+            kernels say.
+
+    Attributes:
+        libraries: Python functions of operators that are no PyTorch's, by
+            namespace and name.
+        starts: Rows recorded before each `start`.
+        inputs: By block, see `AllocRequests`.
     """
-    with ExitStack() as undo:
-        logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
-        undo.callback(logger.setLevel, logger.level)
-        logger.setLevel(logging.CRITICAL)
-        library = torch.library.Library("aten", "IMPL")
-        undo.callback(library._destroy)
-        library.impl("scaled_dot_product_attention", lambda *a, **k: sdpa(gpu, *a, **k), "AutogradCPU")
-        library.impl("dropout", _dropout, "AutogradCPU")
-        library.impl("softmax.int", _fused_with_cast(torch.ops.aten._softmax), "AutogradCPU")
-        library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
-        autocast.register(library)
-        _replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
-        import transformers.modeling_utils
-        from transformers import masking_utils
 
-        _replace(undo, masking_utils, "is_tracing", lambda *_: False)
-        _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
-        _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
-        if bitsandbytes_cuda.installed():
-            undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
-        _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
-        _replace(undo, torch.utils, "swap_tensors", _set_data)
-        for name in ("tensor", "as_tensor"):
-            _replace(undo, torch, name, _moved(getattr(torch, name)))
-        yield
+    def __init__(self, kernels: dict[Any, Kernel]) -> None:
+        super().__init__(DEVICE.type)
+        self.device = DEVICE
+        self.starts: list[int] = []
+        self.inputs: list[InputBlocks] = [0]
+        self._drained = 0
+        self._sizes: dict[int, int] = {}
+        self._kernels = kernels
+        self._in_library = False
+        self._cache = op_cache()
+        self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
+        self._addresses: dict[int, tuple[int, int, Any]] = {}
+        self._clock_us = 0
+        self._sole = (0, 0)
+        self._calibrating = False
+        self._closed = False
+
+    # --- seeing -------------------------------------------------------------
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Run the operator and look at the storages it returns."""
+        if func is _DEVICE_OF:
+            return args[0].fake_device
+        kernel = self._kernels.get(func)
+        if kernel is not None:
+            out = kernel(self, self._cached(func), args, kwargs or {})
+        elif self.libraries and func.namespace in self.libraries:
+            out = self._of_library(func, args, kwargs or {})
+        elif self._in_library and _is_composite(func):
+            with self:  # outside of a library, autograd has taken it apart before it comes here
+                out = func.decompose(*args, **(kwargs or {}))
+        else:
+            out = self._cache.call(func, args, kwargs or {})
+        if isinstance(out, torch.Tensor):
+            self.see(out, args)
+        elif isinstance(out, list | tuple):
+            for nth, part in enumerate(out):
+                if isinstance(part, torch.Tensor):
+                    self.see(part, args, nth)
+        return out
+
+    def _cached(self, func: Any) -> Callable[..., Any]:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            return self._cache.call(func, args, kwargs)
+
+        return call
+
+    def _of_library(self, func: Any, args: Any, kwargs: Any) -> Any:
+        """Run a library's own function for an operator of its; what that calls is seen as well."""
+        name = func._schema.name + (f".{func._overloadname}" if func._overloadname != "default" else "")
+        function = self.libraries[func.namespace].get(name)
+        if function is None:
+            return func(*args, **kwargs)
+        before, self._in_library = self._in_library, True
+        try:
+            with self:
+                return function(*args, **kwargs)
+        finally:
+            self._in_library = before
+
+    def see(self, tensor: torch.Tensor, made_of: Any = (), nth: int | None = None) -> None:
+        """Count a tensor's storage if it is new and on the device.
+
+        Args:
+            tensor: What an operator returned.
+            made_of: The operator's arguments.
+            nth: Which of a list of tensors it is; None: the only one.
+        """
+        if getattr(tensor, "fake_device", None) != DEVICE:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        known = self._addresses.get(key)
+        size = storage.nbytes()
+        if known is not None:
+            if known[1] == size:
+                return
+            self._free(key)
+        if size:
+            reference = _weakref(storage, lambda _: self._free(key))
+            self._addresses[key] = (self.allocate(size, self._source(made_of, nth)), size, reference)
+
+    def _source(self, made_of: Any, nth: int | None) -> InputBlocks:
+        for argument in made_of:
+            if isinstance(argument, torch.Tensor):
+                return self.address(argument)
+            if isinstance(argument, list | tuple) and argument and isinstance(argument[0], torch.Tensor):
+                if nth is not None and nth < len(argument):
+                    return self.address(argument[nth])
+                return tuple(map(self.address, argument))
+        return 0
+
+    def allocate(self, size: int, source: InputBlocks = 0) -> int:
+        """An allocation, of a kernel's own for example; returns its number."""
+        block = len(self.inputs)
+        self.inputs.append(source)
+        self._sizes[block] = size
+        self._allocated += rounded_bytes(size)
+        self._peak = max(self._peak, self._allocated)
+        self._row(block, size)
+        return block
+
+    def release(self, block: int) -> None:
+        """The end of one."""
+        size = self._sizes.pop(block)
+        self._allocated -= rounded_bytes(size)
+        self._row(block, -size)
+
+    def empty_cache(self) -> None:
+        """The allocator is asked to give back what is cached."""
+        self._row(0, 0)
+
+    def warm_up(self, wanted_bytes: int) -> None:
+        """transformers is about to load so many bytes."""
+        self._row(0, 0, wanted_bytes)
+
+    def _row(self, block: int, size: int, wanted_bytes: int = 0) -> None:
+        self._clock_us += 1
+        self._rows.extend((block, size, wanted_bytes, self._mark, self._clock_us))
+
+    def scratch(self, *sizes: int) -> None:
+        """What a kernel takes and gives back before it returns."""
+        for address in [self.allocate(size) for size in sizes if size][::-1]:
+            self.release(address)
+
+    def sole_owner(self, tensor: torch.Tensor) -> bool:
+        """Whether autograd's buffer alone holds a gradient that it is about to add to.
+
+        How many references that makes depends on how PyTorch calls in here; so
+        it is seen once where it is known, in `calibrate`.
+        """
+        if getattr(tensor, "fake_device", None) != DEVICE:
+            return False
+        storage = tensor.untyped_storage()
+        count = tensor._use_count(), torch._C._storage_Use_Count(storage._cdata)  # type: ignore[attr-defined]
+        if self._calibrating:
+            self._sole = count
+        dense = storage.nbytes() == tensor.numel() * tensor.element_size()
+        return dense and count[0] <= self._sole[0] and count[1] <= self._sole[1]
+
+    def calibrate(self) -> None:
+        """Add up two gradients that nobody else holds."""
+        self._calibrating = True
+        for _ in range(2):  # the second time from the cache, as almost always
+            x = torch.empty(2, device=DEVICE, requires_grad=True)
+            h = x.sin()
+            (h.cos() + h.exp()).sum().backward()
+        self._calibrating = False
+
+    def close(self) -> None:
+        """See no further deaths: what happens from now on is no run's."""
+        self._closed = True
+
+    def _free(self, key: int) -> None:
+        if self._closed:
+            return
+        self.release(self._addresses.pop(key)[0])
+
+    # --- Recorder -----------------------------------------------------------
+
+    def start(self) -> array[int]:
+        """Begin a trace; what is alive is in the rows before."""
+        self._drained = len(self._rows)
+        self.starts.append(self._drained // _WIDTH)
+        return array("q")
+
+    def drain(self) -> array[int]:
+        """Rows since the last drain; they are all kept."""
+        rows, self._drained = self._rows[self._drained :], len(self._rows)
+        return rows
+
+    def rows(self) -> npt.NDArray[Any]:
+        """All of them, dtype EVENT; see `AllocRequests`."""
+        return self.events(self._rows)
+
+    def address(self, tensor: torch.Tensor) -> int:
+        """The block's number; 0 for what is on the host."""
+        if getattr(tensor, "fake_device", None) != DEVICE:
+            return 0
+        known = self._addresses.get(tensor.untyped_storage()._cdata)
+        return known[0] if known else 0
 
 
-def _warm_up(
-    tracker: FakeCuda, times: Callable[[str], int], model: Any, device_map: dict[str, Any], quantizer: Any
-) -> None:
-    from transformers.modeling_utils import get_total_byte_count
-
-    by_times: dict[int, dict[str, Any]] = {}
-    for name in device_map:
-        by_times.setdefault(times(name), {})[name] = DEVICE
-    tracker.warm_up(
-        int(sum(n * sum(get_total_byte_count(model, names, quantizer).values()) for n, names in by_times.items()))
-    )
+@cache
+def _is_composite(func: Any) -> bool:
+    return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
-def _set_data(parameter: Any, moved: Any) -> None:
-    """Setting the data of a fake tensor takes its device along.
-
-    `Module.to` sets the data of a parameter; fake ones it would swap as objects,
-    which it cannot do once anything refers to them.
-    """
-    _DATA.__set__(parameter, moved)
-    parameter.fake_device = moved.fake_device
-
-
-def _moved(make: Any) -> Any:
-    """`torch.tensor` makes its tensor on the host and then moves it; for a second CPU it does not."""
-
-    def call(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
-        if device is not None and torch.device(device) == DEVICE:
-            return make(data, *args, **kwargs).to(DEVICE)
-        return make(data, *args, device=device, **kwargs)
-
-    return call
-
-
-def _dropout(tensor: Any, p: float, train: bool) -> Any:
-    """CUDA's dropout is one kernel that keeps a mask of one byte an element."""
-    if not train or p == 0 or not tensor.numel():
-        return tensor
-    if p == 1:
-        return tensor * torch.zeros_like(tensor)
-    return torch.ops.aten.native_dropout(tensor, p, True)[0]
-
-
-def _fused_with_cast(operator: Any) -> Any:
-    """CUDA's softmax converts float16 to float32 while it reads (`half_to_float`)."""
-
-    def call(tensor: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
-        if tensor.dtype is torch.float16 and dtype is torch.float32 and tensor.device == DEVICE:
-            return operator(tensor, dim, True)
-        return operator(tensor if dtype is None else tensor.to(dtype), dim, False)
-
-    return call
-
-
-def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
-    if name in vars(owner):
-        undo.callback(setattr, owner, name, vars(owner)[name])
-    else:
-        undo.callback(delattr, owner, name)
-    setattr(owner, name, value)
+_DEVICE_OF = torch.ops.prim.device.default
+_WIDTH = len(EVENT.names or ())

@@ -8,7 +8,7 @@ is read off the modules, never off a model's name:
     tail   at least the last
 
 Three groups, because only by comparing them can be told that they do the same
-(`stretching`). Where no period is found, every layer is traced.
+(`layer_extrapolation`). Where no period is found, every layer is traced.
 """
 
 from __future__ import annotations

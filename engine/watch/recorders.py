@@ -8,9 +8,9 @@ import torch
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 from torch.utils._pytree import tree_leaves
 
-from ..sources.allocator_trace import AllocatorTrace
-from ..sources.op_tracker import OpTracker
-from .shield import Shield
+from ..tracing.allocator_trace import AllocatorTrace
+from ..tracing.op_tracker import OpTracker
+from .fault_barrier import FaultBarrier
 
 
 class LateAllocatorTrace(AllocatorTrace):
@@ -34,24 +34,24 @@ class LateAllocatorTrace(AllocatorTrace):
         self.workspaces = tuple(address for address in self.workspaces if address not in before)
 
 
-class ShieldedOpTracker(OpTracker):
+class GuardedOpTracker(OpTracker):
     """The op tracker in somebody's loop: operators run whatever becomes of us."""
 
-    def __init__(self, shield: Shield) -> None:
+    def __init__(self, barrier: FaultBarrier) -> None:
         super().__init__()
-        self._shield = shield
+        self._barrier = barrier
         self._entered = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator; look at what it returns if all is well with us."""
         out = func(*args, **(kwargs or {}))
-        if not self._shield.off:
+        if not self._barrier.off:
             try:
                 for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
                     if isinstance(leaf, torch.Tensor):
                         self.see(leaf)
             except Exception as error:
-                self._shield.failed(error)
+                self._barrier.failed(error)
         return out
 
     def begin(self) -> None:

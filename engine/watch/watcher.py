@@ -24,13 +24,13 @@ from ..events import Category, Phase, Recompute
 from ..forks import in_child
 from ..ledger import LOGITS, LOSS
 from ..session import GAUGE_EVERY_S, TRACE_SHARE
-from ..sources import owners
-from ..sources.recorder import Recorder
-from ..sources.tracer import Tracer
+from ..tracing import owners
+from ..tracing.recorder import Recorder
+from ..tracing.tracer import Tracer
 from .describe import config_of, device_of, unwrapped
 from .loss import Losses
-from .recorders import LateAllocatorTrace, ShieldedOpTracker
-from .window import Window
+from .recorders import GuardedOpTracker, LateAllocatorTrace
+from .watched_source import WatchedSource
 
 Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
 
@@ -57,8 +57,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     ) -> None:
         self._model, self._optimizer = model, unwrapped(optimizer)
         self._every_step = every_step
-        self.window = Window(name)
-        self.shield = self.window.shield
+        self.source = WatchedSource(name)
+        self.barrier = self.source.barrier
         self._undo = ExitStack()
         self._tracer: Tracer | None = None
         self._recorder: Recorder | None = None
@@ -87,24 +87,24 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def begin(self) -> None:
         """From here on."""
-        self.shield.guard(self._begin)()
-        if self.shield.off:
+        self.barrier.guard(self._begin)()
+        if self.barrier.off:
             self._remove()
 
     def end(self, error: BaseException | None = None) -> None:
         """Until here; the model and the optimizer are as they were."""
         atexit.unregister(self._at_exit)
-        self.shield.guard(self._end)(error)
+        self.barrier.guard(self._end)(error)
         self._remove()
-        self.shield.off = True
-        self.window.close(self._step, error)
+        self.barrier.off = True
+        self.source.close(self._step, error)
         # Whoever keeps this object is not to keep the model with it.
         for name in ("_model", "_optimizer"):
             vars(self).pop(name, None)
 
     def _at_exit(self) -> None:
         """The script has ended without ending this: the step it was in is nobody's any more."""
-        self.shield.off = True
+        self.barrier.off = True
         self.end()
 
     def _begin(self) -> None:
@@ -112,7 +112,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         if device.type == "cuda":
             recorder: Recorder = LateAllocatorTrace(device)
         else:
-            recorder = tracker = ShieldedOpTracker(self.shield)
+            recorder = tracker = GuardedOpTracker(self.barrier)
             tracker.begin()
         self._recorder = recorder
         every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
@@ -122,7 +122,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         )
         tracer.adopt(self._model, self._optimizer)
         self._install(tracer)
-        self.window.open(recorder, tracer, device)
+        self.source.open(recorder, tracer, device)
         atexit.register(self._at_exit)
         in_child(self._forget_in_child)
         self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
@@ -130,12 +130,12 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def _install(self, tracer: Tracer) -> None:
         """Every hook, each with its removal pushed right after it."""
-        guard, undo = self.shield.guard, self._undo
+        guard, undo = self.barrier.guard, self._undo
         model, optimizer = self._model, self._optimizer
         begins = self._removing(guard(self.forward_begins))
         undo.callback(model.register_forward_pre_hook(begins, with_kwargs=True).remove)
         undo.enter_context(
-            tracer.attached(guard, lambda layers: self.shield.around(partial(tracer.recomputing, layers)))
+            tracer.attached(guard, lambda layers: self.barrier.around(partial(tracer.recomputing, layers)))
         )
         undo.callback(model.register_forward_hook(guard(self._forward_ends)).remove)
         undo.callback(optimizer.register_step_pre_hook(guard(self._optimizer_begins)).remove)
@@ -146,7 +146,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         """Once something has failed, remove all hooks, here where nobody is in the middle of going through them."""
 
         def call(*args: Any, **kwargs: Any) -> Any:
-            if self.shield.off:
+            if self.barrier.off:
                 self._remove()
                 return None
             return hook(*args, **kwargs)
@@ -162,14 +162,14 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
                 if self._tracer is not None:
                     self._tracer.release()
             except Exception as error:
-                self.shield.failed(error)
+                self.barrier.failed(error)
         recorder = self._recorder
-        if isinstance(recorder, ShieldedOpTracker) and recorder.end():
+        if isinstance(recorder, GuardedOpTracker) and recorder.end():
             self._recorder = None
 
     def _forget_in_child(self) -> None:
         """A data loader's worker is not watched."""
-        self.shield.off = self._removed = True
+        self.barrier.off = self._removed = True
 
     def _end(self, error: BaseException | None) -> None:
         tracer = self._tracer
@@ -178,7 +178,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         if isinstance(error, torch.OutOfMemoryError):
             phase, step = self._phase, tracer.step_now
             self._leave_step(error)
-            self.window.out_of_memory(error, tracer, step, phase)
+            self.source.out_of_memory(error, tracer, step, phase)
         else:
             self._leave_step(error or _Over())
         settle = getattr(tracer, "settle", None)
@@ -197,7 +197,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._tokens += ids[0].numel() if ids else 0
         if not self._started:
             self._started = True
-            self.window.begin_run(config_of(self._model, self._optimizer, ids), self._model)
+            self.source.begin_run(config_of(self._model, self._optimizer, ids), self._model)
         self._switch(Phase.FORWARD)
         assert self._tracer is not None
         self._tracer.own_batch(dict(batch))
@@ -211,7 +211,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         tracer.own_held(owned)
         for _, name, tensor in owned:
             if tensor.grad_fn is not None:
-                tensor.grad_fn.register_prehook(self.shield.guard(self._backward_begins))
+                tensor.grad_fn.register_prehook(self.barrier.guard(self._backward_begins))
             if name == LOSS:
                 self._losses.note(tensor)
         # What follows the model's forward in the script is its loss, if anything.
@@ -234,8 +234,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._leave_step(None)
         self._step += 1
         if self._step == 1:
-            self.window.managed_bytes = owners.paged_bytes(self._optimizer.state.values())
-        self.window.stepped(
+            self.source.managed_bytes = owners.paged_bytes(self._optimizer.state.values())
+        self.source.stepped(
             step=self._step, loss=self._losses.read(), seconds=seconds, tokens=self._tokens,
             allocated_bytes=allocated, reserved_bytes=reserved, traced=tracer.last_traced == self._step,
             # A counter that is the script's own is not reset: it tells of a step that exceeds all before.
@@ -282,7 +282,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def _leave_step(self, error: BaseException | None) -> None:
         self._leave_phase(error)
-        self.window.micro_batches[self._step + 1] = self._micro_batch + 1
+        self.source.micro_batches[self._step + 1] = self._micro_batch + 1
         context, self._step_context = self._step_context, None
         _leave(context, error)
 
@@ -294,10 +294,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
                 yield category, name, tensor
 
     def _publish(self, trace: Any) -> None:
-        self.shield.guard(self.window.publish)(trace)
+        self.barrier.guard(self.source.publish)(trace)
 
     def _recomputed(self, event: Recompute) -> None:
-        self.window.recomputed(event)
+        self.source.recomputed(event)
 
 
 class _Over(BaseException):

@@ -23,7 +23,7 @@ import threading
 import time
 from pathlib import Path
 
-from gpumem_tui.engine import techniques, whereabouts
+from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import End
@@ -101,7 +101,7 @@ def main() -> int:
         app.press("q")
         app.wait()
         app.close()
-        status = peek(whereabouts.engines()[0])
+        status = peek(engine_registry.engines()[0])
         where = status.device if status else "?"
         engine.wait(1.0)
     finally:

@@ -28,7 +28,7 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.session import TRACE_SHARE
-from gpumem_tui.engine.sources.tracer import Tracer
+from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 
@@ -52,11 +52,11 @@ class Bench:
         settings = {"batch_size": batch_size, "steps": STEPS, "learning_rate": 0}
         self.config = techniques.configure({"model": profile}, techniques.parse(settings, "benchmark"))
         if self.device.type == "cuda":
-            from gpumem_tui.engine.sources.allocator_trace import AllocatorTrace
+            from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace
 
             self.recorder: Any = AllocatorTrace(self.device)
         else:
-            from gpumem_tui.engine.sources.op_tracker import OpTracker
+            from gpumem_tui.engine.tracing.op_tracker import OpTracker
 
             self.recorder = OpTracker()
         self.latest: StepTrace | None = None

@@ -24,13 +24,13 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from gpumem_tui.engine import whereabouts
+from gpumem_tui.engine import engine_registry
+from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.events import Kind
-from gpumem_tui.engine.feed import End, Save, Standing
+from gpumem_tui.engine.feed import End, Save, ViewerRole
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.remote import Remote, peek
-from gpumem_tui.engine.whereabouts import Place
 
 from ..conftest import small_run
 from ..terminal import Terminal, until
@@ -50,22 +50,22 @@ class Bench:
 
     def viewer(self) -> Remote:
         """One that commands an engine which trains."""
-        if self._viewer is None or self._viewer.standing is Standing.GONE:
+        if self._viewer is None or self._viewer.role is ViewerRole.GONE:
             self._viewer = viewer = Remote(launch=Launcher())
             viewer.start(small_run(steps=0))
             until(lambda: steps(viewer) >= 2, lambda: viewer.milestones(0))
         return self._viewer
 
     @property
-    def place(self) -> Place:
-        place = self.viewer().place
-        assert place is not None
-        return place
+    def place(self) -> EngineDir:
+        engine_dir = self.viewer().engine_dir
+        assert engine_dir is not None
+        return engine_dir
 
     def pid(self) -> int:
-        card = self.place.card()
-        assert card is not None
-        return card.pid
+        info = self.engine_dir.info()
+        assert info is not None
+        return info.pid
 
     def terminal(self) -> Terminal:
         """The app, attached to an engine that trains."""
@@ -93,7 +93,7 @@ class Bench:
 
     def nothing_left(self) -> None:
         """No engine of ours that nobody knows of, no file but the living one's."""
-        alive = [place.name for place in whereabouts.engines()]
+        alive = [engine_dir.name for engine_dir in engine_registry.engines()]
         folders = [path.name for path in (self.home / "run" / "gpumem-tui").iterdir() if path.name != ".lock"]
         assert folders == alive, (folders, alive)
         left = [path.name for path in (self.home / "tmp").iterdir() if not path.name.startswith("torchinductor")]
@@ -121,7 +121,7 @@ def engine_killed(bench: Bench) -> float:
     seen = steps(viewer)
     began = time.monotonic()
     os.kill(pid, signal.SIGKILL)
-    until(lambda: viewer.standing is Standing.GONE)
+    until(lambda: viewer.role is ViewerRole.GONE)
     known = time.monotonic() - began
     terminal.sees("gone")
     terminal.press("s")
@@ -133,17 +133,17 @@ def engine_killed(bench: Bench) -> float:
     bench.whole()
     saved.unlink()
     leave(terminal)
-    whereabouts.clean()
+    engine_registry.clean()
     return known
 
 
 def app_killed(bench: Bench) -> float:
     """kill -9 of an app: the run goes on, nothing of it stays."""
     terminal = bench.terminal()
-    before = viewers(bench.place)
+    before = viewers(bench.engine_dir)
     began = time.monotonic()
     terminal.close()
-    until(lambda: viewers(bench.place) < before)
+    until(lambda: viewers(bench.engine_dir) < before)
     known = time.monotonic() - began
     bench.goes_on()
     bench.whole()
@@ -177,10 +177,10 @@ def giant_length(bench: Bench) -> float:
 
 
 def _send(bench: Bench, data: bytes) -> float:
-    place, began = bench.place, time.monotonic()
+    engine_dir, began = bench.engine_dir, time.monotonic()
     with socket.socket(socket.AF_UNIX) as connection:
         connection.settimeout(30)
-        connection.connect(str(place.socket))
+        connection.connect(str(engine_dir.socket))
         try:
             connection.sendall(data)
             connection.shutdown(socket.SHUT_WR)
@@ -222,8 +222,8 @@ def disk_full(bench: Bench) -> float:
     return known
 
 
-def viewers(place: Place) -> int:
-    status = peek(place)
+def viewers(engine_dir: EngineDir) -> int:
+    status = peek(engine_dir)
     return status.viewers if status is not None else 0
 
 
@@ -261,8 +261,8 @@ def main() -> int:
         assert last.wait_ended(30)
         bench.nothing_left()
     finally:
-        for place in whereabouts.engines():  # after a failure of ours
-            os.kill(card.pid if (card := place.card()) else 0, signal.SIGKILL)
+        for engine_dir in engine_registry.engines():  # after a failure of ours
+            os.kill(info.pid if (info := engine_dir.info()) else 0, signal.SIGKILL)
         if mounted:
             os.system(f"umount {bench.home / 'full'}")
         shutil.rmtree(bench.home, ignore_errors=True)

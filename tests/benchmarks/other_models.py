@@ -18,7 +18,7 @@ from typing import Any
 
 from gpumem_tui.engine import techniques, workload
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.predict import gpu_here, predict
+from gpumem_tui.engine.prediction.predict import gpu_here, predict
 from gpumem_tui.engine.session import Session
 from gpumem_tui.profiles import ModelProfile
 
@@ -41,8 +41,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default="other_models.json")
     target = Path(parser.parse_args().file)
-    card = gpu_here()
-    if card is None:
+    info = gpu_here()
+    if info is None:
         sys.exit("this needs a GPU: it measures what it predicts")
     workload.model_profile = profile  # type: ignore[assignment]
     session = Session("cuda")
@@ -52,12 +52,12 @@ def main() -> None:
         for settings in RUNS:
             config = techniques.configure({"model": name}, techniques.parse({"steps": STEPS} | settings, "runs"))
             try:
-                predicted = predict(config, card)
+                predicted = predict(config, info)
             except UserError as error:
                 predicted = error
             rows.append(compare(config, predicted, *measure(session, config)) | {"held_out": True})
             print(show(rows[-1]), flush=True)
-            target.write_text(json.dumps({"gpu": card.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            target.write_text(json.dumps({"gpu": info.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     session.close()
     summary("all", rows)
 

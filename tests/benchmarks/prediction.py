@@ -20,8 +20,8 @@ from typing import Any
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import Kind
-from gpumem_tui.engine.predict import gpu_here
-from gpumem_tui.engine.predictor import Answer, Predictor
+from gpumem_tui.engine.prediction.predict import gpu_here
+from gpumem_tui.engine.prediction.predictor import Answer, Predictor
 from gpumem_tui.engine.session import Session, describe
 from gpumem_tui.tui.commands.common import run_to_end
 
@@ -161,10 +161,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("file", nargs="?", default="prediction.json")
     target = Path(parser.parse_args().file)
-    card = gpu_here()
-    if card is None:
+    info = gpu_here()
+    if info is None:
         sys.exit("this needs a GPU: it measures what it predicts")
-    predictor, session = Predictor(card), Session("cuda")
+    predictor, session = Predictor(info), Session("cuda")
     matrix = configs()
     predictor.want([config for config, _ in matrix])
     rows = []
@@ -176,7 +176,7 @@ def main() -> None:
                 predictor.wait(1.0)
             rows.append(compare(config, predicted, steps, failure) | {"held_out": held_out})
             print(show(rows[-1]), flush=True)
-            target.write_text(json.dumps({"gpu": card.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
+            target.write_text(json.dumps({"gpu": info.name, "rows": rows}, indent=1) + "\n", encoding="utf-8")
     finally:
         predictor.close()
         session.close()

@@ -33,7 +33,7 @@ def main(flags: argparse.Namespace) -> int:
     """Predict every change; 0 also if nothing fits."""
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     refuse_unwritable("json", flags.json)
-    from ...engine.predict import predict
+    from ...engine.prediction.predict import predict
 
     now, alone, combined = advise(config, telling(predict, card))
     end_progress()

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError
-from ..background import asked_background
 from ..settings import Settings
+from ..terminal_background import asked_background
 from . import frames
 from .common import add_run_flags, config_from, seconds
 
@@ -99,10 +99,10 @@ def view(remote: Remote, flags: argparse.Namespace, settings: Settings) -> int:
         ended = app.ended and remote.wait_ended(2 * END_WITHIN_S)
     finally:
         remote.close()
-    place = remote.place
-    if place is not None and not ended and place.alive():
-        card = place.card()
-        sys.stderr.write(goes_on(place.name, ours=card is None or card.kind != "watch"))
+    engine_dir = remote.engine_dir
+    if engine_dir is not None and not ended and engine_dir.alive():
+        info = engine_dir.info()
+        sys.stderr.write(goes_on(engine_dir.name, ours=info is None or info.kind != "watch"))
     return 0
 
 
@@ -119,10 +119,10 @@ def goes_on(name: str, ours: bool) -> str:
 
 def open_recordings(flags: argparse.Namespace) -> int:
     """Show recordings, the first one first."""
-    from ..opened import Opened
+    from ..recording_set import RecordingSet
 
     settings = display_settings(flags)
-    opened = Opened([Path(name) for name in flags.files])
+    opened = RecordingSet([Path(name) for name in flags.files])
     if frames.wanted(flags):
         return frames.show(opened, flags, settings, refresh_hz(settings))
     require_terminal()
@@ -167,7 +167,7 @@ def show(source: Source, settings: Settings) -> GpumemApp:
         from ..app import GpumemApp, tour_unseen
 
         found = background()
-    from ..foresight import Background
+    from ..prediction_client import Background
 
     with closing(Background(source, str(settings["gpu"]))) as predictions, _native_output_kept():
         tour = source.live and tour_unseen()

@@ -17,15 +17,15 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Attach."""
-    from ...engine import whereabouts
+    from ...engine import engine_registry
     from ...engine.launch import Launcher
     from ...engine.remote import Remote
     from ...engine.service import version
 
-    place = whereabouts.find(flags.engine)
+    engine_dir = engine_registry.find(flags.engine)
     require_terminal()
-    card = place.card()
-    launch = None if card and card.kind == "watch" else Launcher()
-    remote = Remote(place, launch=launch, take=flags.take, version=version())
+    info = engine_dir.info()
+    launch = None if info and info.kind == "watch" else Launcher()
+    remote = Remote(engine_dir, launch=launch, take=flags.take, version=version())
     remote.attach()
     return view(remote, flags, display_settings(flags))

@@ -37,7 +37,7 @@ def chosen_gpu(name: str | None) -> Gpu:
     """The GPU asked for, the one that is here, or the default. Raises UserError if it is unknown."""
     if name:
         return gpu(name)
-    from ...engine.predict import gpu_here
+    from ...engine.prediction.predict import gpu_here
 
     return gpu_here() or gpu(DEFAULT_GPU)
 
@@ -48,7 +48,7 @@ def main(flags: argparse.Namespace) -> int:
     refuse_unwritable("json", flags.json)
     if flags.table:
         return _calculator(config, card, flags.json)
-    from ...engine.predict import largest_that_fit, predict
+    from ...engine.prediction.predict import largest_that_fit, predict
 
     predicted = telling(predict, card)
     prediction = predicted(config)
@@ -95,7 +95,7 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
     """The memory calculator's table, every figure from a prediction."""
-    from ...engine.predict import calculator
+    from ...engine.prediction.predict import calculator
 
     rows = calculator(config, card)
     if target:

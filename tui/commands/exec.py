@@ -29,9 +29,9 @@ def main(flags: argparse.Namespace) -> int:
     watching = util.find_spec("gpumem_tui.engine.watch")
     assert watching is not None
     assert watching.origin is not None
-    boot = Path(watching.origin).parent / "boot"
+    autoload = Path(watching.origin).parent / "autoload"
     path = os.environ.get("PYTHONPATH")
-    os.environ["PYTHONPATH"] = os.pathsep.join([str(boot), *([path] if path else [])])
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(autoload), *([path] if path else [])])
     try:
         os.execvp(line[0], line)
     except OSError as error:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ...engine import whereabouts
+from ...engine import engine_registry
 from ...engine.remote import peek
 from ..units import IN_MIB, clock
 
@@ -18,10 +18,10 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(_flags: argparse.Namespace) -> int:
     """Print a line an engine."""
     rows = [("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")]
-    for place in whereabouts.engines():
-        status, card = peek(place), place.card()
+    for engine_dir in engine_registry.engines():
+        status, info = peek(engine_dir), engine_dir.info()
         if status is None:
-            rows.append((place.name, str(card.pid if card else ""), "", "", "", "does not answer", "", "", "", ""))
+            rows.append((engine_dir.name, str(info.pid if info else ""), "", "", "", "does not answer", "", "", "", ""))
             continue
         state = f"{status.state}, own script" if status.kind == "watch" else status.state
         rows.append((

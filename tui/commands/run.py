@@ -12,7 +12,7 @@ from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.session import Session, describe
 from ..units import GIB, MIB, Unit
-from . import beside
+from . import predicted_vs_measured
 from .common import (
     FAILED,
     add_run_flags,
@@ -43,7 +43,7 @@ def main(flags: argparse.Namespace) -> int:
     if not config.steps:
         raise UserError("--steps 0: a run without the app needs an end; give it a number of steps from 1")
     if flags.predict is not None:
-        beside.check(flags.predict, config)
+        predicted_vs_measured.check(flags.predict, config)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
     document, session = reported_run(lambda add: Session(flags.device, add), config, progress)
@@ -53,13 +53,13 @@ def main(flags: argparse.Namespace) -> int:
     environment = session.environment()
     session.close()
     if flags.predict is not None and environment is not None and not document["failure"]:
-        document |= beside.predicted(document, config, environment, flags.predict)
+        document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
     if flags.json:
         write_document(document, flags.json)
     if flags.json != "-" and not document["failure"]:
         sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
         if flags.predict is not None:
-            sys.stdout.write(f"\n{beside.table(document)}\n")
+            sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
     if document["failure"]:
         sys.stderr.write(f"gpumem-tui: {document['failure']}\n")
         return FAILED

@@ -9,10 +9,10 @@ import sys
 import threading
 import time
 
-from ...engine import whereabouts
+from ...engine import engine_registry
 from ...engine.config import UserError
+from ...engine.engine_registry import EngineDir
 from ...engine.service import END_WITHIN_S
-from ...engine.whereabouts import Place
 
 LOOK_EVERY_S = 0.02
 
@@ -25,25 +25,25 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """End it; returns when nothing of it is left."""
-    place = whereabouts.find(flags.engine)
-    card = place.card()
-    if card is None:
-        raise UserError(f"{place.name} does not say what its process is")
-    if card.kind == "watch":
-        raise UserError(f"{place.name} is a script of your own, process {card.pid}: end it as you started it")
-    os.kill(card.pid, signal.SIGTERM)
-    if not _gone(place, 2 * END_WITHIN_S):
-        os.kill(card.pid, signal.SIGKILL)  # stopped, or deep in a driver
-        if not _gone(place, END_WITHIN_S):
-            raise UserError(f"process {card.pid} does not end, not even killed")
-    whereabouts.clean()
-    sys.stdout.write(f"{place.name} has ended\n")
+    engine_dir = engine_registry.find(flags.engine)
+    info = engine_dir.info()
+    if info is None:
+        raise UserError(f"{engine_dir.name} does not say what its process is")
+    if info.kind == "watch":
+        raise UserError(f"{engine_dir.name} is a script of your own, process {info.pid}: end it as you started it")
+    os.kill(info.pid, signal.SIGTERM)
+    if not _gone(engine_dir, 2 * END_WITHIN_S):
+        os.kill(info.pid, signal.SIGKILL)  # stopped, or deep in a driver
+        if not _gone(engine_dir, END_WITHIN_S):
+            raise UserError(f"process {info.pid} does not end, not even killed")
+    engine_registry.clean()
+    sys.stdout.write(f"{engine_dir.name} has ended\n")
     return 0
 
 
-def _gone(place: Place, within_s: float) -> bool:
+def _gone(engine_dir: EngineDir, within_s: float) -> bool:
     until_s, never = time.monotonic() + within_s, threading.Event()
-    while place.alive():
+    while engine_dir.alive():
         if time.monotonic() > until_s:
             return False
         never.wait(LOOK_EVERY_S)

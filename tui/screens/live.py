@@ -18,9 +18,9 @@ from ..units import UNKNOWN, clock, count, difference, duration, percent, rate, 
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
 from ..widgets.ticks import ticks
+from .best_change import best_change
 from .device_bar import device_rows
 from .page import Page, Table, Topic
-from .saves_most import saves_most
 from .topics import MORE, OTHERS, PARTS
 
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
@@ -301,7 +301,7 @@ class LivePage(Page):
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
-        event, keys = state.run.last_recompute, saves_most(self.control, width - 2)
+        event, keys = state.run.last_recompute, best_change(self.control, width - 2)
         if event is None or state.over:
             return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")

@@ -12,9 +12,9 @@ from ..draw import Row, wrap
 from ..run_state import config_key
 from ..state import Message
 from ..units import UNKNOWN, difference, shorten
+from .best_change import best_change
 from .header import summary
 from .page import Page, Table, Topic, scrolled
-from .saves_most import saves_most
 
 FIGURES = (9, 9, 6, 10)
 """Cells of predicted peak, predicted change, whether it fits, measured change."""
@@ -269,7 +269,7 @@ class TechniquesPage(Page):
         )
 
         def draw() -> list[Row]:
-            text = saves_most(self.control, width - 2)
+            text = best_change(self.control, width - 2)
             return [Row().add(f" {text}", self.palette.accent)] if text else []
 
         return self.kept("saves most", shows, draw)

@@ -9,9 +9,9 @@ from ...engine.config import RunConfig, UserError
 from ...engine.difference import compare
 from ...engine.events import Category, Environment
 from ...engine.prediction.gpus import Gpu, gpu
-from ...engine.predictor import Predictor
-from ..foresight import gpu_of
+from ...engine.prediction.predictor import Predictor
 from ..layer_table import NO_LAYER
+from ..prediction_client import gpu_of
 from ..units import GIB, MIB, Unit, tail
 
 ON_A_CPU = (

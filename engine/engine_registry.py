@@ -33,7 +33,7 @@ LONGEST_NAME = 40
 
 
 @dataclass(frozen=True, slots=True)
-class Card:
+class EngineInfo:
     """What an engine says of itself to those who list engines.
 
     Attributes:
@@ -53,7 +53,7 @@ class Card:
     started_s: float
 
 
-class Place:
+class EngineDir:
     """An engine's folder, seen from inside or outside."""
 
     def __init__(self, folder: Path) -> None:
@@ -79,10 +79,10 @@ class Place:
         """Held by the engine as long as it lives."""
         return self.folder / "lock"
 
-    def card(self) -> Card | None:
+    def info(self) -> EngineInfo | None:
         """Who it is; None if that cannot be read."""
         try:
-            return Card(**json.loads((self.folder / "card.json").read_bytes()))
+            return EngineInfo(**json.loads((self.folder / "card.json").read_bytes()))
         except (OSError, ValueError, TypeError):
             return None
 
@@ -101,14 +101,14 @@ class Place:
         return False
 
 
-class Claim:
+class EngineLock:
     """A folder of one's own, held until `release` or until the process ends.
 
     Args:
         wanted: The name it would like; a number is added if it is taken.
-        kind: See `Card`.
-        protocol: See `Card`.
-        version: See `Card`.
+        kind: See `EngineInfo`.
+        protocol: See `EngineInfo`.
+        version: See `EngineInfo`.
 
     Raises:
         UserError: There is no safe place for it.
@@ -117,18 +117,18 @@ class Claim:
     def __init__(self, wanted: str, kind: str, protocol: int, version: str) -> None:
         with _changing() as root:
             _clean(root)
-            self.place = Place(_free_folder(root, wanted))
-            self._handle = os.open(self.place.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            self.engine_dir = EngineDir(_free_folder(root, wanted))
+            self._handle = os.open(self.engine_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._handle, fcntl.LOCK_EX)
-        card = Card(self.place.name, os.getpid(), kind, protocol, version, time.time())
-        (self.place.folder / "card.json").write_text(json.dumps(asdict(card)), encoding="utf-8")
+        info = EngineInfo(self.engine_dir.name, os.getpid(), kind, protocol, version, time.time())
+        (self.engine_dir.folder / "card.json").write_text(json.dumps(asdict(info)), encoding="utf-8")
         self.pid = os.getpid()
 
     def release(self) -> None:
         """Remove the folder with all that is in it."""
         if self._handle < 0 or self.pid != os.getpid():  # a fork of the engine owns nothing
             return
-        shutil.rmtree(self.place.folder, ignore_errors=True)
+        shutil.rmtree(self.engine_dir.folder, ignore_errors=True)
         os.close(self._handle)
         self._handle = -1
 
@@ -162,30 +162,34 @@ def clean() -> None:
         _clean(root)
 
 
-def engines() -> list[Place]:
+def engines() -> list[EngineDir]:
     """Those that are alive, oldest first."""
-    found = [(card.started_s, place) for place in _places(runtime_folder()) if (card := place.card()) and place.alive()]
-    return [place for _, place in sorted(found, key=lambda pair: pair[0])]
+    found = [
+        (info.started_s, engine_dir)
+        for engine_dir in _engine_dirs(runtime_folder())
+        if (info := engine_dir.info()) and engine_dir.alive()
+    ]
+    return [engine_dir for _, engine_dir in sorted(found, key=lambda pair: pair[0])]
 
 
-def find(wanted: str | None) -> Place:
+def find(wanted: str | None) -> EngineDir:
     """The engine of a name or of a process id; the only one there is if none is given.
 
     Raises:
         UserError: There is none, or it is not clear which.
     """
     there = engines()
-    names = ", ".join(place.name for place in there)
+    names = ", ".join(engine_dir.name for engine_dir in there)
     if not there:
         raise UserError("no engine is running; gpumem-tui starts one")
     if wanted is None:
         if len(there) > 1:
             raise UserError(f"several engines are running, name one: {names}")
         return there[0]
-    for place in there:
-        card = place.card()
-        if wanted == place.name or (card is not None and wanted == str(card.pid)):
-            return place
+    for engine_dir in there:
+        info = engine_dir.info()
+        if wanted == engine_dir.name or (info is not None and wanted == str(info.pid)):
+            return engine_dir
     raise UserError(f"no engine is called {wanted}; running: {names}")
 
 
@@ -201,14 +205,14 @@ def _changing() -> Iterator[Path]:
         os.close(handle)
 
 
-def _places(root: Path) -> list[Place]:
-    return [Place(folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
+def _engine_dirs(root: Path) -> list[EngineDir]:
+    return [EngineDir(folder) for folder in sorted(root.iterdir()) if folder.is_dir()]
 
 
 def _clean(root: Path) -> None:
-    for place in _places(root):
-        if not place.alive():
-            shutil.rmtree(place.folder, ignore_errors=True)
+    for engine_dir in _engine_dirs(root):
+        if not engine_dir.alive():
+            shutil.rmtree(engine_dir.folder, ignore_errors=True)
 
 
 def _free_folder(root: Path, wanted: str) -> Path:

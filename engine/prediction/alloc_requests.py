@@ -10,12 +10,12 @@ import numpy.typing as npt
 
 from ..events import Recompute, StepTrace
 
-Source = int | tuple[int, ...]
+InputBlocks = int | tuple[int, ...]
 """The block of an operator's first argument, the blocks of them all if that is a list; 0: of none."""
 
 
 @dataclass(frozen=True)
-class Script:
+class AllocRequests:
     """Everything the allocator is asked for, from the first workspace on.
 
     Attributes:
@@ -25,10 +25,10 @@ class Script:
         traces: What was traced, by the row where each begins; its events are
             rows.
         recomputes: One for each recompute span of the traces, in order.
-        sources: By block.
+        inputs: By block.
     """
 
     rows: npt.NDArray[Any]
     traces: Sequence[tuple[int, StepTrace]]
     recomputes: Sequence[Recompute]
-    sources: Sequence[Source]
+    inputs: Sequence[InputBlocks]

@@ -1,8 +1,8 @@
-"""Where a script walks through a model's layers, and whether it does the same in each.
+"""Where a list of requests passes through a model's layers, and whether it does the same in each.
 
 A row belongs to a layer if one of its modules was at work, and outside of
 forward and backward if what it allocates or frees is that layer's: a list of
-gradients is one walk, and so is clearing a cache.
+gradients is one pass, and so is clearing a cache.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..events import Phase
+from .alloc_requests import AllocRequests, InputBlocks
 from .layers import GROUPS, Layers
-from .script import Script, Source
 
 MIDDLE = 1
 NO_LAYER = -2
@@ -27,7 +27,7 @@ class UnlikeError(Exception):
     """The layers do not all do the same."""
 
 
-class Run(NamedTuple):
+class LayerRun(NamedTuple):
     """Consecutive rows of one group of layers, or of none."""
 
     group: int
@@ -35,73 +35,73 @@ class Run(NamedTuple):
     end: int
 
 
-class Place(NamedTuple):
+class BlockOrigin(NamedTuple):
     """Where a block was made.
 
     Attributes:
-        walk: In which walk, by the number of its middle run.
+        layer_pass: In which pass, by the number of its middle run.
         group: By which group.
         nth: So many rows into the group's run.
     """
 
-    walk: int
+    layer_pass: int
     group: int
     nth: int
 
 
-class Walks:
-    """A script's rows by layer, and the walks in them.
+class LayerPasses:
+    """The requests' rows by layer, and the passes in them.
 
     Args:
-        script: Of the traced layers.
+        requests: Of the traced layers.
         layers: Which those are.
 
     Attributes:
-        rows: The script's, in the order that `_order` gives them.
+        rows: The requests's, in the order that `_order` gives them.
         blocks: By row; likewise `sizes`, `phase`, `micro`, `module` and `layer`.
         runs: One after the other, all rows.
-        walk_of: By the number of a run, the number of the middle run of its
-            walk; only the three groups' runs are in walks.
+        pass_of: By the number of a run, the number of the middle run of its
+            layer_pass; only the three groups' runs are in passes.
         run_of: By row, the number of its run.
 
     Raises:
         UnlikeError: There is no such order in them, or the groups differ.
     """
 
-    def __init__(self, script: Script, layers: Layers) -> None:
-        self.script, self.layers = script, layers
-        self.blocks, self.sizes = script.rows["address"].tolist(), script.rows["bytes"].tolist()
+    def __init__(self, requests: AllocRequests, layers: Layers) -> None:
+        self.requests, self.layers = requests, layers
+        self.blocks, self.sizes = requests.rows["address"].tolist(), requests.rows["bytes"].tolist()
         self._born = {
             block: row for row, (block, size) in enumerate(zip(self.blocks, self.sizes, strict=True)) if size > 0
         }
         self._read()
         self.layer = self._layers()
-        self.rows = script.rows[self._order()]
+        self.rows = requests.rows[self._order()]
         self.runs = _runs([NO_LAYER if layer is None else layers.group(layer) for layer in self.layer])
         self.run_of = [index for index, run in enumerate(self.runs) for _ in range(run.begin, run.end)]
-        self.walk_of = self._walks()
+        self.pass_of = self._passes()
         self._compare()
 
-    def place(self, block: int) -> Place | None:
-        """Where a block was made; None: not in a walk."""
+    def place(self, block: int) -> BlockOrigin | None:
+        """Where a block was made; None: not in a pass."""
         row = self._born.get(block)
         index = -1 if row is None else self.run_of[row]
-        if row is None or index not in self.walk_of:
+        if row is None or index not in self.pass_of:
             return None
-        return Place(self.walk_of[index], self.runs[index].group, row - self.runs[index].begin)
+        return BlockOrigin(self.pass_of[index], self.runs[index].group, row - self.runs[index].begin)
 
-    def in_groups(self, walk: int) -> tuple[Run, Run, Run]:
-        """The three groups' runs in a walk, by group."""
-        first, last = sorted((self.runs[walk - 1], self.runs[walk + 1]))
-        return first, self.runs[walk], last
+    def in_groups(self, layer_pass: int) -> tuple[LayerRun, LayerRun, LayerRun]:
+        """The three groups' runs in a pass, by group."""
+        first, last = sorted((self.runs[layer_pass - 1], self.runs[layer_pass + 1]))
+        return first, self.runs[layer_pass], last
 
     def is_middle(self, row: int) -> bool:
         """Whether a row is the middle group's."""
         return self.runs[self.run_of[row]].group == MIDDLE
 
-    def goes_up(self, walk: int) -> bool:
-        """Whether a walk comes from the first layer."""
-        return self.runs[walk - 1].group < MIDDLE
+    def goes_up(self, layer_pass: int) -> bool:
+        """Whether a pass comes from the first layer."""
+        return self.runs[layer_pass - 1].group < MIDDLE
 
     # --- reading ------------------------------------------------------------------
 
@@ -111,7 +111,7 @@ class Walks:
         self.micro = [0] * len(self.blocks)
         self.module = [""] * len(self.blocks)
         self.owner: dict[int, str] = {}
-        for start, trace in self.script.traces:
+        for start, trace in self.requests.traces:
             marks = trace.marks[trace.events["mark"]]
             end = start + len(trace.events)
             self.phase[start:end] = [Phase(p) for p in marks["phase"].tolist()]
@@ -125,7 +125,7 @@ class Walks:
         layers = self.layers
         of_block = {block: layers.layer(name) for block, name in self.owner.items()}
         for block in sorted(self.owner, reverse=True):  # what an owned tensor was converted from is its layer's too
-            source = self.script.sources[block]
+            source = self.requests.inputs[block]
             if isinstance(source, int) and self.phase[self._born[block]] not in COMPUTED:
                 of_block.setdefault(source, of_block[block])
         found, at_work, before = [], None, Phase.IDLE
@@ -136,7 +136,7 @@ class Walks:
                 layer = at_work  # between two modules of a layer, or after its last
             at_work, before = layer, phase
             if size > 0:
-                inherited = self._layer_of_source(self.script.sources[block], of_block)
+                inherited = self._layer_of_input(self.requests.inputs[block], of_block)
                 if layer is None and of_block.get(block) is None and phase not in COMPUTED:
                     of_block[block] = inherited
                 of_block.setdefault(block, layer)
@@ -163,7 +163,7 @@ class Walks:
         return np.array(order, np.int64)
 
     @staticmethod
-    def _layer_of_source(source: Source, of_block: dict[int, int | None]) -> int | None:
+    def _layer_of_input(source: InputBlocks, of_block: dict[int, int | None]) -> int | None:
         """The layer of what a tensor was made of.
 
         Raises:
@@ -176,9 +176,9 @@ class Walks:
             raise UnlikeError("one tensor is made of several layers'")
         return layers.pop() if layers else None
 
-    def _walks(self) -> dict[int, int]:
-        """By the number of a run, the walk through the layers that it is part of."""
-        walks: dict[int, int] = {}
+    def _passes(self) -> dict[int, int]:
+        """By the number of a run, the pass through the layers that it is part of."""
+        passes: dict[int, int] = {}
         groups = [run.group for run in self.runs]
         for index, group in enumerate(groups):
             if group == MIDDLE:
@@ -186,10 +186,10 @@ class Walks:
                 if sorted(around) != list(range(GROUPS)):
                     run = self.runs[index]
                     raise UnlikeError(f"row {run.begin}: {self.phase[run.begin].title} goes through groups {around}")
-                walks |= dict.fromkeys((index - 1, index, index + 1), index)
-        if len(walks) != sum(0 <= group < GROUPS for group in groups):
+                passes |= dict.fromkeys((index - 1, index, index + 1), index)
+        if len(passes) != sum(0 <= group < GROUPS for group in groups):
             raise UnlikeError("a group of layers does something that the others do not")
-        return walks
+        return passes
 
     # --- comparing ----------------------------------------------------------------
 
@@ -203,18 +203,18 @@ class Walks:
         """The block a row frees, in words that fit every group; its group is told apart from the rest."""
         block = self.blocks[row]
         place = self.place(block)
-        return (block,) if place is None else (place.walk, place.nth, place.group - group)
+        return (block,) if place is None else (place.layer_pass, place.nth, place.group - group)
 
     def _compare(self) -> None:
-        """Hold the three runs of every walk against each other.
+        """Hold the three runs of every pass against each other.
 
         Raises:
             UnlikeError: They differ.
         """
-        for walk, run in enumerate(self.runs):
+        for layer_pass, run in enumerate(self.runs):
             if run.group != MIDDLE:
                 continue
-            runs = self.in_groups(walk)
+            runs = self.in_groups(layer_pass)
             if len({each.end - each.begin for each in runs}) > 1:
                 raise UnlikeError(f"row {run.begin}: {self.phase[run.begin].title} has runs of several lengths")
             for n in range(run.end - run.begin):
@@ -245,12 +245,12 @@ def _frees(sizes: list[int], phases: list[Phase]) -> Iterator[tuple[int, int]]:
             begin = row
 
 
-def _runs(groups: list[int]) -> list[Run]:
+def _runs(groups: list[int]) -> list[LayerRun]:
     """Consecutive rows of one group."""
-    runs: list[Run] = []
+    runs: list[LayerRun] = []
     begin = 0
     for row in range(1, len(groups) + 1):
         if row == len(groups) or groups[row] != groups[begin]:
-            runs.append(Run(groups[begin], begin, row))
+            runs.append(LayerRun(groups[begin], begin, row))
             begin = row
     return runs

@@ -7,7 +7,7 @@ from ..control import Control, offered
 from ..units import shorten
 
 
-def saves_most(control: Control, cells: int) -> str:
+def best_change(control: Control, cells: int) -> str:
     """As far as it has been worked out: `saves most: l LoRA on, ~-6.72 GiB`; empty if nobody predicts.
 
     Args:

@@ -16,50 +16,50 @@ from .. import device as devices
 from .. import wire
 from ..advice import advice
 from ..config import RunConfig, UserError, one_line
+from ..engine_registry import EngineLock
 from ..events import Gauge, Kind, Phase, Recompute, StepTrace
-from ..feed import Command, Feed, Published, Save, Standing
+from ..feed import Command, Feed, Published, Save, ViewerRole
 from ..meter import LIBRARIES_LOADED, Meter
 from ..recording import write
 from ..server import Server
 from ..service import version
 from ..session import GAUGE_EVERY_S, describe, trained
-from ..sources.recorder import Recorder
-from ..sources.tracer import Tracer
-from ..whereabouts import Claim
+from ..tracing.recorder import Recorder
+from ..tracing.tracer import Tracer
 from .describe import script_name
+from .fault_barrier import FaultBarrier, log
 from .leftovers import name_leftovers
-from .shield import Shield, log
 
 LAST_ANSWERS_S = 0.5
 """How long viewers have to ask for what was said last."""
 
 
-class Window(Published):
+class WatchedSource(Published):
     """A watched script as a `Source`, and its socket.
 
     Args:
         name: In `gpumem-tui ps`; the script's if None.
 
     Attributes:
-        shield: Between all of this and the script.
+        barrier: Between all of this and the script.
         micro_batches: By step, as far as they are known.
         managed_bytes: In CUDA managed memory.
     """
 
     live = True
-    standing = Standing.WATCHING
+    role = ViewerRole.WATCHING
 
     def __init__(self, name: str | None) -> None:
         self._name = name or script_name()
         self._feed = Feed()
         self.micro_batches: dict[int, int] = {}
         self.managed_bytes = 0
-        self.shield = Shield(self.failed)
+        self.barrier = FaultBarrier(self.failed)
         self._recorder: Recorder | None = None
         self._tracer: Tracer | None = None
         self._meter: Meter | None = None
         self._server: Server | None = None
-        self._claim: Claim | None = None
+        self._engine_lock: EngineLock | None = None
         self._closing = threading.Event()
         self._threads: list[threading.Thread] = []
 
@@ -88,10 +88,10 @@ class Window(Published):
         self._meter = Meter(nvml, environment.device_total_bytes)
         self._run_thread("gpumem-tui gauge", self._gauge_forever)
         try:
-            self._claim = claim = Claim(self._name, "watch", wire.PROTOCOL, version())
-            card = claim.place.card()
-            assert card is not None
-            self._server = Server(self, card, claim.place.socket, Path(os.devnull), None)
+            self._engine_lock = engine_lock = EngineLock(self._name, "watch", wire.PROTOCOL, version())
+            info = engine_lock.engine_dir.info()
+            assert info is not None
+            self._server = Server(self, info, engine_lock.engine_dir.socket, Path(os.devnull), None)
         except (OSError, UserError) as error:
             log.warning("gpumem-tui: nobody can attach: %s", error)
             return
@@ -100,7 +100,7 @@ class Window(Published):
     @property
     def place(self) -> str | None:
         """The name to attach to; None if nobody can."""
-        return self._claim.place.name if self._claim is not None else None
+        return self._engine_lock.engine_dir.name if self._engine_lock is not None else None
 
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
@@ -172,9 +172,9 @@ class Window(Published):
         thread.start()
 
     def _serve(self) -> None:
-        server, claim = self._server, self._claim
+        server, engine_lock = self._server, self._engine_lock
         assert server is not None
-        assert claim is not None
+        assert engine_lock is not None
         try:
             while not self._closing.is_set():
                 server.serve(1.0)
@@ -184,12 +184,12 @@ class Window(Published):
         except Exception:
             log.warning("gpumem-tui: the service has failed; the run goes on", exc_info=True)
         finally:
-            claim.release()
+            engine_lock.release()
             with contextlib.suppress(OSError):
                 server.close()
 
     def _gauge_forever(self) -> None:
-        read = self.shield.guard(self._read_gauge)
+        read = self.barrier.guard(self._read_gauge)
         while not self._closing.wait(GAUGE_EVERY_S) and (gauge := read()) is not None:
             self._feed.publish_gauge(gauge)
 

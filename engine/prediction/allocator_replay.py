@@ -1,4 +1,4 @@
-"""A script played to the caching allocator: every block gets its place, and the traces their addresses."""
+"""a list of requests played to the caching allocator: every block gets its place, and the traces their addresses."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ import numpy as np
 import numpy.typing as npt
 
 from ..events import BLOCK, Counted, Phase, Recompute, StepTrace
+from .alloc_requests import AllocRequests
 from .caching_allocator import CachingAllocator
-from .script import Script
 
 
 @dataclass(frozen=True)
-class Played:
-    """What the allocator made of a script.
+class Replayed:
+    """What the allocator made of a list of requests.
 
     Attributes:
         traces: With addresses, slack and the allocator's own counters.
@@ -33,7 +33,7 @@ class Played:
 
 
 class _Player:
-    """One pass over a script's rows."""
+    """One pass over a list of requests's rows."""
 
     def __init__(self, allocator: CachingAllocator, blocks: int) -> None:
         self.allocator = allocator
@@ -78,19 +78,19 @@ class _Player:
         return [(address, size, slack, mark, time_us), (address, -size, -slack, mark, time_us)]
 
 
-def play(script: Script, allocator: CachingAllocator) -> Played:
-    """Give every block of a script its place.
+def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
+    """Give every block of a list of requests its place.
 
     Args:
-        script: As rehearsed.
-        allocator: New; afterwards as the script's last row has left it.
+        requests: As rehearsed.
+        allocator: New; afterwards as the requests's last row has left it.
     """
-    player = _Player(allocator, int(script.rows["address"].max(initial=0)) + 1)
+    player = _Player(allocator, int(requests.rows["address"].max(initial=0)) + 1)
     traces: list[StepTrace] = []
     recomputes: list[Recompute] = []
-    done, waiting = 0, iter(script.recomputes)
-    for start, trace in script.traces:
-        player.play(script.rows[done:start])
+    done, waiting = 0, iter(requests.recomputes)
+    for start, trace in requests.traces:
+        player.play(requests.rows[done:start])
         done = start + len(trace.events)
         begin = np.array(allocator.alive(), BLOCK)
         before = allocator.allocated_bytes
@@ -111,5 +111,5 @@ def play(script: Script, allocator: CachingAllocator) -> Played:
             if span.phase is Phase.RECOMPUTE:
                 held = int(curve[span.end] - curve[span.begin])
                 recomputes.append(next(waiting)._replace(bytes=held))
-    player.play(script.rows[done:])
-    return Played(traces, recomputes, np.array(player.allocated), np.array(player.reserved))
+    player.play(requests.rows[done:])
+    return Replayed(traces, recomputes, np.array(player.allocated), np.array(player.reserved))

@@ -18,9 +18,9 @@ from gpumem_tui.engine.events import Category, Environment, Kind
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.__main__ import main
-from gpumem_tui.tui.foresight import WORKING, Background
-from gpumem_tui.tui.opened import Opened
+from gpumem_tui.tui.prediction_client import WORKING, Background
 from gpumem_tui.tui.predictions import Prediction
+from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
 from gpumem_tui.tui.state import ViewState
 
@@ -252,7 +252,7 @@ async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) 
     paths = [tmp_path / f"{name}.gpumem" for name in ("one", "two")]
     for path in paths:
         shutil.copy(RECORDINGS / "full.gpumem", path)
-    async with shown(Opened(paths), predictions=Beside()) as driver:
+    async with shown(RecordingSet(paths), predictions=Beside()) as driver:
         await driver.press("5")
         assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "one, predicted"]
         await driver.press("j")

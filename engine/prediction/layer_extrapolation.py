@@ -1,4 +1,4 @@
-"""From the script of a few layers to that of all layers.
+"""From the requests of a few layers to that of all layers.
 
 Wherever a training step goes through the layers, forwards or backwards, its
 rows are a run for each of them, one after the other. Where the runs of three
@@ -6,12 +6,12 @@ neighbours say the same, so would those of every layer between them, and the
 middle run is written as many times as there are such layers:
 
     traced      0 | 1 | 2 | 3 | 4
-    stretched   0 | 1 | 2 2' 2'' 2''' | 3 | 4
+    extrapolated   0 | 1 | 2 2' 2'' 2''' | 3 | 4
 
 Saying the same means: the same sizes from the same modules in the same order,
 and each block freed lies equally many layers away. Anything else, a row between
-two layers that belongs to neither, a layer out of turn, and the script is not
-stretched: the model is then traced layer by layer.
+two layers that belongs to neither, a layer out of turn, and the requests is not
+extrapolated: the model is then traced layer by layer.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ from typing import Any
 import numpy as np
 
 from ..events import MARK, OWNER, Phase, PhaseSpan, Recompute, StepTrace
+from .alloc_requests import AllocRequests
+from .layer_passes import MIDDLE, LayerPasses, LayerRun, UnlikeError
 from .layers import GROUPS, Layers
-from .script import Script
-from .walks import MIDDLE, Run, UnlikeError, Walks
 
 
-def stretch(script: Script, layers: Layers) -> Script:
+def extrapolate(requests: AllocRequests, layers: Layers) -> AllocRequests:
     """Write the middle layers' rows as often as there are layers like them.
 
     Raises:
         UnlikeError: They are not alike.
     """
-    return _Stretching(script, layers).script()
+    return _Extrapolating(requests, layers).requests()
 
 
-class _Stretching:
-    """The steps of `stretch`.
+class _Extrapolating:
+    """The steps of `extrapolate`.
 
     Attributes:
         origin: By new row, the old one.
@@ -47,21 +47,21 @@ class _Stretching:
         run_at: By the number of a run, where it is written first.
     """
 
-    def __init__(self, script: Script, layers: Layers) -> None:
-        self.old, self.layers, self.walks = script, layers, Walks(script, layers)
-        self.stride = max(self.walks.blocks, default=0) + 1
+    def __init__(self, requests: AllocRequests, layers: Layers) -> None:
+        self.old, self.layers, self.passes = requests, layers, LayerPasses(requests, layers)
+        self.stride = max(self.passes.blocks, default=0) + 1
         self.origin: list[int] = []
         self.copy: list[int] = []
         self.block: list[int] = []
         self.run_at: list[int] = []
-        for index, run in enumerate(self.walks.runs):
+        for index, run in enumerate(self.passes.runs):
             self.run_at.append(len(self.origin))
             if run.group == MIDDLE:
-                self._write_walk(index)
+                self._write_pass(index)
             else:
                 self.origin += range(run.begin, run.end)
                 self.copy += [0] * (run.end - run.begin)
-                self.block += [self._as_it_is(block, run.group) for block in self.walks.blocks[run.begin : run.end]]
+                self.block += [self._as_it_is(block, run.group) for block in self.passes.blocks[run.begin : run.end]]
 
     # --- rows -----------------------------------------------------------------------
 
@@ -71,21 +71,21 @@ class _Stretching:
 
     def _as_it_is(self, block: int, group: int) -> int:
         """The block that a row outside of the middle group speaks of."""
-        place = self.walks.place(block)
+        place = self.passes.place(block)
         if place is None or place.group != MIDDLE:
             return block
         if group not in (0, GROUPS - 1):
             raise UnlikeError("what the middle layers hold is freed by itself")
         return self._copy_of(block, 0 if group == 0 else self.layers.copies)
 
-    def _write_walk(self, walk: int) -> None:
-        """The middle run of a walk, as often as there are layers like it."""
-        run, copies = self.walks.runs[walk], self.layers.copies
+    def _write_pass(self, layer_pass: int) -> None:
+        """The middle run of a pass, as often as there are layers like it."""
+        run, copies = self.passes.runs[layer_pass], self.layers.copies
         frees = self._freed_in(run)
-        for copy in range(copies + 1) if self.walks.goes_up(walk) else range(copies, -1, -1):
+        for copy in range(copies + 1) if self.passes.goes_up(layer_pass) else range(copies, -1, -1):
             self.origin += range(run.begin, run.end)
             self.copy += [copy] * (run.end - run.begin)
-            for block, freed in zip(self.walks.blocks[run.begin : run.end], frees, strict=True):
+            for block, freed in zip(self.passes.blocks[run.begin : run.end], frees, strict=True):
                 if freed is None:
                     self.block.append(self._copy_of(block, copy))
                     continue
@@ -94,34 +94,34 @@ class _Stretching:
                 inside = self._copy_of(in_middle, other)
                 self.block.append(in_first if other < 0 else in_last if other > copies else inside)
 
-    def _freed_in(self, run: Run) -> list[tuple[int, int, int, int] | None]:
+    def _freed_in(self, run: LayerRun) -> list[tuple[int, int, int, int] | None]:
         """For each row of a middle run that frees: how many groups away, and the block in each of the three."""
         found: list[tuple[int, int, int, int] | None] = []
         for block, size in zip(
-            self.walks.blocks[run.begin : run.end], self.walks.sizes[run.begin : run.end], strict=True
+            self.passes.blocks[run.begin : run.end], self.passes.sizes[run.begin : run.end], strict=True
         ):
-            place = self.walks.place(block)
+            place = self.passes.place(block)
             if size >= 0 or place is None:
                 found.append(None)
                 continue
             first, middle, last = (
-                self.walks.blocks[each.begin + place.nth] for each in self.walks.in_groups(place.walk)
+                self.passes.blocks[each.begin + place.nth] for each in self.passes.in_groups(place.layer_pass)
             )
             found.append((place.group - MIDDLE, first, middle, last))
         return found
 
     def _new_row(self, row: int, written_before: int) -> int:
         """Where an old row is now; of a middle one, where it was written so many times before."""
-        index = self.walks.run_of[row]
-        run = self.walks.runs[index]
+        index = self.passes.run_of[row]
+        run = self.passes.runs[index]
         again = written_before * (run.end - run.begin) if run.group == MIDDLE else 0
         return self.run_at[index] + again + row - run.begin
 
     # --- what the rows say ------------------------------------------------------------
 
-    def script(self) -> Script:
+    def requests(self) -> AllocRequests:
         """Everything put together again."""
-        rows = self.walks.rows[np.array(self.origin, np.int64)]
+        rows = self.passes.rows[np.array(self.origin, np.int64)]
         rows["address"] = self.block
         traces: list[tuple[int, StepTrace]] = []
         recomputes: list[Recompute] = []
@@ -135,11 +135,11 @@ class _Stretching:
             owners = self._owners(trace, begin, end, names)
             phases, again = self._phases(start, trace, begin, waiting)
             recomputes += again
-            stretched = dataclasses.replace(
+            extrapolated = dataclasses.replace(
                 trace, events=rows[begin:end], marks=marks, owners=owners, names=tuple(names), phases=phases
             )
-            traces.append((begin, stretched))
-        return Script(rows, traces, recomputes, self.old.sources)
+            traces.append((begin, extrapolated))
+        return AllocRequests(rows, traces, recomputes, self.old.inputs)
 
     def _named(self, name: str, group: int | None, copy: int) -> str:
         """The name of what belongs to a group, or to none."""
@@ -150,21 +150,21 @@ class _Stretching:
 
     def _marks(self, begin: int, end: int, names: dict[str, int]) -> Any:
         """One mark a row: what was at work."""
-        walks, known = self.walks, {}
+        passes, known = self.passes, {}
         marks: list[tuple[int, int, int]] = []
         for row, copy in zip(self.origin[begin:end], self.copy[begin:end], strict=True):
-            key = walks.module[row], walks.runs[walks.run_of[row]].group, copy
+            key = passes.module[row], passes.runs[passes.run_of[row]].group, copy
             if key not in known:
                 known[key] = names.setdefault(self._named(*key), len(names))
-            marks.append((walks.phase[row], walks.micro[row], known[key]))
+            marks.append((passes.phase[row], passes.micro[row], known[key]))
         return np.array(marks, MARK)
 
     def _owners(self, trace: StepTrace, begin: int, end: int, names: dict[str, int]) -> Any:
         """Who owns a block, from the mark of its own row on."""
-        born = {self.block[row]: row - begin for row in range(begin, end) if self.walks.sizes[self.origin[row]] > 0}
+        born = {self.block[row]: row - begin for row in range(begin, end) if self.passes.sizes[self.origin[row]] > 0}
         made: list[tuple[int, int, int, int, int]] = []
         for block, _, category, name, description in trace.owners.tolist():
-            place = self.walks.place(block)
+            place = self.passes.place(block)
             group = place.group if place else None
             for copy in range(self.layers.copies + 1) if group == MIDDLE else (0,):
                 number = self._copy_of(block, copy)
@@ -176,20 +176,20 @@ class _Stretching:
         self, start: int, trace: StepTrace, begin: int, waiting: Iterator[Recompute]
     ) -> tuple[tuple[PhaseSpan, ...], list[Recompute]]:
         """Phases and recomputes; one inside of a middle run is written as often as the run."""
-        walks, copies = self.walks, self.layers.copies
+        passes, copies = self.passes, self.layers.copies
         spans: list[tuple[PhaseSpan, Recompute | None]] = []
         for span in trace.phases:
             first, last = start + span.begin, start + span.end - 1
             recompute = next(waiting) if span.phase is Phase.RECOMPUTE else None
-            inside = first <= last and walks.is_middle(first) and walks.run_of[first] == walks.run_of[last]
+            inside = first <= last and passes.is_middle(first) and passes.run_of[first] == passes.run_of[last]
             if not inside:
-                at = self._new_row(first, 0) if first < len(walks.run_of) else len(self.origin)
+                at = self._new_row(first, 0) if first < len(passes.run_of) else len(self.origin)
                 until = at if last < first else self._new_row(last, copies) + 1
                 again = recompute and recompute._replace(layers=tuple(self.layers.all_of(recompute.layers)))
                 spans.append((span._replace(begin=at - begin, end=until - begin), again))
                 continue
             for nth in range(copies + 1):
-                copy = nth if walks.goes_up(walks.run_of[first]) else copies - nth
+                copy = nth if passes.goes_up(passes.run_of[first]) else copies - nth
                 at, until = self._new_row(first, nth), self._new_row(last, nth) + 1
                 again = recompute and recompute._replace(
                     layers=tuple(self._named(name, MIDDLE, copy) for name in recompute.layers)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpumem_tui.engine.events import Kind
-from gpumem_tui.engine.feed import Command, End, Pause, Save, Standing, Start, TakeOver
+from gpumem_tui.engine.feed import Command, End, Pause, Save, Start, TakeOver, ViewerRole
 from gpumem_tui.tui.app import GpumemApp
 
 from .fake_source import FakeSource
@@ -14,15 +14,15 @@ from .fake_source import FakeSource
 class Attached(FakeSource):
     """A fake source that keeps what it is told."""
 
-    def __init__(self, standing: Standing) -> None:
+    def __init__(self, role: ViewerRole) -> None:
         super().__init__()
-        self.standing = standing
+        self.role = role
         self.told: list[Command] = []
 
     def command(self, command: Command) -> None:
         self.told.append(command)
         if isinstance(command, TakeOver):
-            self.standing = Standing.ATTACHED
+            self.role = ViewerRole.ATTACHED
         elif not isinstance(command, End):
             super().command(command)
 
@@ -31,8 +31,8 @@ def shown(app: GpumemApp) -> str:
     return "\n".join("".join(segment.text for segment in app.canvas.render_line(y)) for y in range(app.size.height))
 
 
-def source(standing: Standing) -> Attached:
-    made = Attached(standing)
+def source(role: ViewerRole) -> Attached:
+    made = Attached(role)
     made.start()
     made.finish_step()
     return made
@@ -42,7 +42,7 @@ def source(standing: Standing) -> Attached:
     ("answer", "ends", "stays"), [("d", False, False), ("x", True, False), ("escape", False, True)]
 )
 async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, stays: bool) -> None:
-    engine = source(Standing.ATTACHED)
+    engine = source(ViewerRole.ATTACHED)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("q")
@@ -57,23 +57,23 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
 
 
 async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
-    app = GpumemApp(source(Standing.ATTACHED), refresh_hz=0, tour=True)
+    app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0, tour=True)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("q")
         assert "d detach" in shown(app)
         assert "tour" not in shown(app)
 
 
-@pytest.mark.parametrize("standing", list(Standing))
-async def test_the_row_of_keys_offers_to_restart_to_who_commands(standing: Standing) -> None:
-    app = GpumemApp(source(standing), refresh_hz=0)
+@pytest.mark.parametrize("standing", list(ViewerRole))
+async def test_the_row_of_keys_offers_to_restart_to_who_commands(role: ViewerRole) -> None:
+    app = GpumemApp(source(role), refresh_hz=0)
     async with app.run_test(size=(80, 24)):
-        assert ("and restarts" in shown(app)) == (standing in (Standing.OWNER, Standing.ATTACHED))
+        assert ("and restarts" in shown(app)) == (role in (ViewerRole.OWNER, ViewerRole.ATTACHED))
 
 
-@pytest.mark.parametrize("standing", [Standing.OWNER, Standing.READ_ONLY, Standing.WATCHING, Standing.GONE])
-async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(standing: Standing) -> None:
-    engine = source(standing)
+@pytest.mark.parametrize("standing", [ViewerRole.OWNER, ViewerRole.READ_ONLY, ViewerRole.WATCHING, ViewerRole.GONE])
+async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(role: ViewerRole) -> None:
+    engine = source(role)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("q")
@@ -82,7 +82,7 @@ async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(standin
 
 
 async def test_one_who_may_only_look_sees_so_and_can_take_over() -> None:
-    engine = source(Standing.READ_ONLY)
+    engine = source(ViewerRole.READ_ONLY)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
         app.tick()
@@ -97,10 +97,10 @@ async def test_one_who_may_only_look_sees_so_and_can_take_over() -> None:
 
 
 async def test_one_who_loses_the_command_is_told() -> None:
-    engine = source(Standing.ATTACHED)
+    engine = source(ViewerRole.ATTACHED)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)):
-        engine.standing = Standing.READ_ONLY
+        engine.role = ViewerRole.READ_ONLY
         app.tick()
         assert "another viewer commands this engine now, this one looks on; ! takes over" in shown(app)
         await app.run_action("press('escape')")
@@ -109,11 +109,11 @@ async def test_one_who_loses_the_command_is_told() -> None:
 
 
 async def test_an_engine_that_was_ended_has_not_failed() -> None:
-    engine = source(Standing.READ_ONLY)
+    engine = source(ViewerRole.READ_ONLY)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)):
         app.tick()
-        engine.standing = Standing.GONE
+        engine.role = ViewerRole.GONE
         engine.end("stopped")
         engine.feed.milestone(Kind.ENGINE_ENDED, "the engine was ended by somebody; q quits", by="somebody")
         app.tick()
@@ -123,10 +123,10 @@ async def test_an_engine_that_was_ended_has_not_failed() -> None:
 
 
 async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
-    engine = source(Standing.WATCHING)
+    engine = source(ViewerRole.WATCHING)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)):
-        engine.standing = Standing.GONE
+        engine.role = ViewerRole.GONE
         engine.end("done")
         engine.feed.milestone(Kind.ENGINE_ENDED, "the engine's process 7 has ended; q quits", detail="x")
         app.tick()
@@ -134,10 +134,10 @@ async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
 
 
 async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> None:
-    engine = source(Standing.ATTACHED)
+    engine = source(ViewerRole.ATTACHED)
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
-        engine.standing = Standing.GONE
+        engine.role = ViewerRole.GONE
         engine.feed.milestone(
             Kind.ENGINE_ENDED, "the engine's process 7 has ended (killed by SIGKILL); s saves", detail="x"
         )

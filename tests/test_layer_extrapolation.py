@@ -13,9 +13,9 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.predict import Rehearsal, rehearse
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.layers import Layers
+from gpumem_tui.engine.prediction.predict import Rehearsal, rehearse
 from gpumem_tui.profiles import model_profile
 
 H100 = gpu("H100 80GB")
@@ -114,7 +114,7 @@ def test_layers_that_are_not_alike_are_all_traced(tmp_path: Path) -> None:
 
 
 def test_layers_that_do_not_do_the_same_are_all_traced(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Alike by their modules, and yet one of them does something else: the script tells."""
+    """Alike by their modules, and yet one of them does something else: the requests tells."""
     from transformers.models.gpt2 import modeling_gpt2
 
     forward = modeling_gpt2.GPT2MLP.forward

@@ -22,9 +22,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from .config import RunConfig, UserError
-from .prediction.gpus import Gpu
-from .prediction.outcome import Prediction
+from ..config import RunConfig, UserError
+from .gpus import Gpu
+from .outcome import Prediction
 
 TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "saved_by_layer", "steps")
 """Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""

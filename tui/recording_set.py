@@ -7,13 +7,13 @@ from pathlib import Path
 
 from ..engine.config import RunConfig
 from ..engine.events import Environment, Gauge, Milestone, StepTrace
-from ..engine.feed import Command, Standing
+from ..engine.feed import Command, ViewerRole
 from ..engine.recording import Replay
 from .run_state import STEADY_STEPS, ConfigKey, config_key
 from .run_summary import RunSummary, of_source
 
 
-class Opened:
+class RecordingSet:
     """Recordings as a `Source`: the one that is looked at.
 
     Only that one is in memory; of every other there is a summary, and its file
@@ -32,7 +32,7 @@ class Opened:
     """
 
     live = False
-    standing = Standing.OWNER
+    role = ViewerRole.OWNER
 
     def __init__(self, paths: Sequence[Path]) -> None:
         stems = [path.stem for path in paths]

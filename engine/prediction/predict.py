@@ -3,7 +3,7 @@
     plan        the run's, on the device `cpu:0`; of equal layers only a few (`shortened`)
     recorder    FakeCuda: what operators return, and what CUDA's kernels take beside it
     build, train, Tracer, hooks, Ledger: those of a measured run
-    script      what they ask the allocator for; with all layers again (`stretch`)
+    requests      what they ask the allocator for; with all layers again (`extrapolate`)
     allocator   CachingAllocator: blocks, slack and segments (`play`)
 
 Nothing is computed and nothing is read but the model's configuration.
@@ -22,30 +22,30 @@ from typing import Any
 
 import torch
 
-from . import techniques
-from .config import RunConfig, UserError, Value, one_line
-from .device import installed_packages
-from .events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
-from .ledger import strip_wrappers
-from .prediction.caching_allocator import CachingAllocator
-from .prediction.cuda_kernels import kernels, take_workspaces
-from .prediction.fake_cuda import cuda_paths
-from .prediction.gpus import Gpu
-from .prediction.layers import Layers, shortened
-from .prediction.op_cache import op_cache
-from .prediction.outcome import Prediction, safe_bound_bytes
-from .prediction.playback import Played, play
-from .prediction.script import Script
-from .prediction.search import largest
-from .prediction.steady_state import repeat
-from .prediction.stretching import stretch
-from .prediction.tracker import DEVICE, FakeCuda
-from .prediction.walks import UnlikeError
-from .report import Report
-from .sources import owners
-from .sources.tracer import Tracer
-from .train import StepResult, train
-from .workload import Plan, build, numel, prepare
+from .. import techniques
+from ..config import RunConfig, UserError, Value, one_line
+from ..device import installed_packages
+from ..events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
+from ..ledger import strip_wrappers
+from ..report import Report
+from ..tracing import owners
+from ..tracing.tracer import Tracer
+from ..train import StepResult, train
+from ..workload import Plan, build, numel, prepare
+from .alloc_requests import AllocRequests
+from .allocator_replay import Replayed, play
+from .caching_allocator import CachingAllocator
+from .cuda_kernels import kernels, take_workspaces
+from .cuda_patches import cuda_paths
+from .fake_cuda import DEVICE, FakeCuda
+from .gpus import Gpu
+from .layer_extrapolation import extrapolate
+from .layer_passes import UnlikeError
+from .layers import Layers, shortened
+from .op_cache import op_cache
+from .outcome import Prediction, safe_bound_bytes
+from .search import largest
+from .steady_state import repeat
 
 STEPS = 2
 """Enough for the steady state: the second step runs beside what the first has left."""
@@ -220,21 +220,21 @@ class _Rehearsing:
                 counts = self._train(tracer, recorder)
         finally:
             tracer.release()
-        script = Script(
+        requests = AllocRequests(
             recorder.rows(),
             list(zip(recorder.starts, self.traces, strict=True)),
             self.recomputes,
-            recorder.sources,
+            recorder.inputs,
         )
         if self.layers is not None:
-            script = stretch(script, self.layers)
+            requests = extrapolate(requests, self.layers)
         allocator = CachingAllocator(expandable=_expandable_segments())
-        played = play(script, allocator)
+        played = play(requests, allocator)
         repeat(allocator, *played.traces[-2:])
         positions = int(getattr(self.plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
         return Rehearsal(
             traces=played.traces,
-            steps=[_counted(step, n, script, played) for n, step in enumerate(self.steps, 1)],
+            steps=[_counted(step, n, requests, played) for n, step in enumerate(self.steps, 1)],
             recomputes=played.recomputes,
             parameters=counts[0],
             trainable_parameters=counts[1],
@@ -282,9 +282,9 @@ class _Rehearsing:
         )
 
 
-def _counted(step: StepResult, nth: int, script: Script, played: Played) -> StepResult:
+def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replayed) -> StepResult:
     """A step's result with the allocator's counters."""
-    start, trace = script.traces[nth]
+    start, trace = requests.traces[nth]
     row = start + max(span.end for span in trace.phases if span.phase is Phase.OPTIMIZER) - 1
     counted = played.traces[nth].counted
     assert counted is not None and counted.peak_bytes is not None
@@ -368,5 +368,5 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
         with torch.no_grad():
             model(input_ids=plan.batches.next()["input_ids"])
         recorder.close()
-    allocated = play(Script(recorder.rows(), [], [], []), CachingAllocator()).allocated
+    allocated = play(AllocRequests(recorder.rows(), [], [], []), CachingAllocator()).allocated
     return int(allocated[loaded - 1] - allocated[before - 1]), int(allocated[loaded - 1 :].max())

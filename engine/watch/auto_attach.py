@@ -1,6 +1,6 @@
 """Watching a script that has not been edited: its model and optimizer are found when they are first used.
 
-`gpumem-tui exec -- COMMAND` puts `boot/` first on the Python path of the
+`gpumem-tui exec -- COMMAND` puts `autoload/` first on the Python path of the
 command; the `sitecustomize` there calls `wait_for_torch` in every Python
 process it starts. Nothing happens in one that makes no optimizer.
 """
@@ -98,7 +98,7 @@ class Finder:
                     self._begin(module, optimizer, args)
                     return
         except Exception:
-            from .shield import log
+            from .fault_barrier import log
 
             log.warning("gpumem-tui: the model was not found; the run goes on", exc_info=True)
             self._stop()
@@ -110,10 +110,12 @@ class Finder:
         self._stop()
         self._found.begin()
         # Its own hook is too late for the forward that is beginning now.
-        self._found.shield.guard(self._found.forward_begins)(module, args, {})
-        place = self._found.window.place
-        if place is not None:
-            sys.stderr.write(f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {place}\n")
+        self._found.barrier.guard(self._found.forward_begins)(module, args, {})
+        engine_dir = self._found.source.engine_dir
+        if engine_dir is not None:
+            sys.stderr.write(
+                f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {engine_dir}\n"
+            )
 
     def _stop(self) -> None:
         if self._handle is not None:

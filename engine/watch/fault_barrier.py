@@ -14,7 +14,7 @@ from ..config import one_line
 log = logging.getLogger("gpumem_tui.watch")
 
 
-class Shield:
+class FaultBarrier:
     """The first exception in anything guarded is logged, and from then on all of it does nothing.
 
     Args:

@@ -11,7 +11,7 @@ if _spec is not None and _spec.loader is not None:
     _spec.loader.exec_module(importlib.util.module_from_spec(_spec))
 
 try:
-    from gpumem_tui.engine.watch.unedited import wait_for_torch
+    from gpumem_tui.engine.watch.auto_attach import wait_for_torch
 except ImportError:  # another environment than the one that gpumem-tui is installed in
     sys.stderr.write(f"gpumem-tui: not installed for {sys.executable}, which is not watched\n")
 else:

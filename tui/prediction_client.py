@@ -9,7 +9,7 @@ from ..engine.config import RunConfig, UserError
 from ..engine.events import Environment
 from ..engine.feed import Source
 from ..engine.prediction.gpus import Gpu, gpu
-from ..engine.predictor import Predictor
+from ..engine.prediction.predictor import Predictor
 from .predictions import Prediction
 
 WITHOUT_A_GPU = "H100 80GB"

@@ -1,0 +1,116 @@
+"""PyTorch and transformers made to take, on fake CPU tensors, the paths they take on a GPU."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch._subclasses.fake_tensor import FakeTensor
+
+from . import autocast, bitsandbytes_cuda
+from .attention import sdpa
+from .fake_cuda import DEVICE, FakeCuda
+from .gpus import Gpu
+
+_DATA: Any = torch.Tensor.data
+
+
+@contextmanager
+def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda _: 1) -> Iterator[None]:
+    """Everything that asks for the type of the device is told what it needs to hear.
+
+    Args:
+        gpu: Which one it is.
+        tracker: The recorder.
+        times: How many parameters of the model the named one stands for.
+    """
+    with ExitStack() as undo:
+        logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
+        undo.callback(logger.setLevel, logger.level)
+        logger.setLevel(logging.CRITICAL)
+        library = torch.library.Library("aten", "IMPL")
+        undo.callback(library._destroy)
+        library.impl("scaled_dot_product_attention", lambda *a, **k: sdpa(gpu, *a, **k), "AutogradCPU")
+        library.impl("dropout", _dropout, "AutogradCPU")
+        library.impl("softmax.int", _fused_with_cast(torch.ops.aten._softmax), "AutogradCPU")
+        library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
+        autocast.register(library)
+        _replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+        import transformers.modeling_utils
+        from transformers import masking_utils
+
+        _replace(undo, masking_utils, "is_tracing", lambda *_: False)
+        _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
+        _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
+        if bitsandbytes_cuda.installed():
+            undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
+        _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
+        _replace(undo, torch.utils, "swap_tensors", _set_data)
+        for name in ("tensor", "as_tensor"):
+            _replace(undo, torch, name, _moved(getattr(torch, name)))
+        yield
+
+
+def _warm_up(
+    tracker: FakeCuda, times: Callable[[str], int], model: Any, device_map: dict[str, Any], quantizer: Any
+) -> None:
+    from transformers.modeling_utils import get_total_byte_count
+
+    by_times: dict[int, dict[str, Any]] = {}
+    for name in device_map:
+        by_times.setdefault(times(name), {})[name] = DEVICE
+    tracker.warm_up(
+        int(sum(n * sum(get_total_byte_count(model, names, quantizer).values()) for n, names in by_times.items()))
+    )
+
+
+def _set_data(parameter: Any, moved: Any) -> None:
+    """Setting the data of a fake tensor takes its device along.
+
+    `Module.to` sets the data of a parameter; fake ones it would swap as objects,
+    which it cannot do once anything refers to them.
+    """
+    _DATA.__set__(parameter, moved)
+    parameter.fake_device = moved.fake_device
+
+
+def _moved(make: Any) -> Any:
+    """`torch.tensor` makes its tensor on the host and then moves it; for a second CPU it does not."""
+
+    def call(data: Any, *args: Any, device: Any = None, **kwargs: Any) -> Any:
+        if device is not None and torch.device(device) == DEVICE:
+            return make(data, *args, **kwargs).to(DEVICE)
+        return make(data, *args, device=device, **kwargs)
+
+    return call
+
+
+def _dropout(tensor: Any, p: float, train: bool) -> Any:
+    """CUDA's dropout is one kernel that keeps a mask of one byte an element."""
+    if not train or p == 0 or not tensor.numel():
+        return tensor
+    if p == 1:
+        return tensor * torch.zeros_like(tensor)
+    return torch.ops.aten.native_dropout(tensor, p, True)[0]
+
+
+def _fused_with_cast(operator: Any) -> Any:
+    """CUDA's softmax converts float16 to float32 while it reads (`half_to_float`)."""
+
+    def call(tensor: Any, dim: int, dtype: torch.dtype | None = None) -> Any:
+        if tensor.dtype is torch.float16 and dtype is torch.float32 and tensor.device == DEVICE:
+            return operator(tensor, dim, True)
+        return operator(tensor if dtype is None else tensor.to(dtype), dim, False)
+
+    return call
+
+
+def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    if name in vars(owner):
+        undo.callback(setattr, owner, name, vars(owner)[name])
+    else:
+        undo.callback(delattr, owner, name)
+    setattr(owner, name, value)
