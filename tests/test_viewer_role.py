@@ -64,14 +64,14 @@ async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
         assert "tour" not in shown(app)
 
 
-@pytest.mark.parametrize("standing", list(ViewerRole))
+@pytest.mark.parametrize("role", list(ViewerRole))
 async def test_the_row_of_keys_offers_to_restart_to_who_commands(role: ViewerRole) -> None:
     app = GpumemApp(source(role), refresh_hz=0)
     async with app.run_test(size=(80, 24)):
         assert ("and restarts" in shown(app)) == (role in (ViewerRole.OWNER, ViewerRole.ATTACHED))
 
 
-@pytest.mark.parametrize("standing", [ViewerRole.OWNER, ViewerRole.READ_ONLY, ViewerRole.WATCHING, ViewerRole.GONE])
+@pytest.mark.parametrize("role", [ViewerRole.OWNER, ViewerRole.READ_ONLY, ViewerRole.WATCHING, ViewerRole.GONE])
 async def test_where_the_run_does_not_depend_on_it_quitting_asks_nothing(role: ViewerRole) -> None:
     engine = source(role)
     app = GpumemApp(engine, refresh_hz=0)

@@ -113,7 +113,7 @@ class ViewState:
         self.message: Message | None = None
         self.version = 0
         self._clock_s = 0.0
-        self._standing: ViewerRole | None = None
+        self._role: ViewerRole | None = None
         self.begin_again()
 
     def begin_again(self) -> None:
@@ -162,9 +162,9 @@ class ViewState:
             if value is not getattr(self, name):
                 setattr(self, name, value)
                 self.version += 1
-        if source.role is ViewerRole.READ_ONLY and self._standing is ViewerRole.ATTACHED:
+        if source.role is ViewerRole.READ_ONLY and self._role is ViewerRole.ATTACHED:
             self.say("another viewer commands this engine now, this one looks on; ! takes over")
-        self._standing = source.role
+        self._role = source.role
         self._read_milestones(source)
         self._read_trace(source)
         return self.version != before

@@ -111,10 +111,10 @@ class Finder:
         self._found.begin()
         # Its own hook is too late for the forward that is beginning now.
         self._found.barrier.guard(self._found.forward_begins)(module, args, {})
-        engine_dir = self._found.source.engine_dir
-        if engine_dir is not None:
+        attach_name = self._found.source.attach_name
+        if attach_name is not None:
             sys.stderr.write(
-                f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {engine_dir}\n"
+                f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {attach_name}\n"
             )
 
     def _stop(self) -> None:

@@ -98,7 +98,7 @@ class WatchedSource(Published):
         self._run_thread("gpumem-tui service", self._serve)
 
     @property
-    def place(self) -> str | None:
+    def attach_name(self) -> str | None:
         """The name to attach to; None if nobody can."""
         return self._engine_lock.engine_dir.name if self._engine_lock is not None else None
 
