@@ -30,7 +30,7 @@ from gpumem_tui.engine.tracing import hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.watch import loss as loss_module
-from gpumem_tui.engine.watch import recorders, watcher, watched_source
+from gpumem_tui.engine.watch import recorders, watched_source, watcher
 from gpumem_tui.engine.watch.leftovers import SCRIPT
 from gpumem_tui.engine.watch.watched_source import WatchedSource
 from gpumem_tui.watch import MemoryCallback, watch
