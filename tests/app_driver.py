@@ -18,6 +18,7 @@ from gpumem_tui.tui.settings import Settings
 
 from .fake_source import MIB, FakeSource
 
+RECORDINGS = Path(__file__).parent / "recordings"
 SIZES = [(80, 24), (120, 40)]
 GPU_UNIT = 48 * MIB
 

@@ -15,7 +15,7 @@ from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.settings import Settings
 
-from .app_driver import shown, trained
+from .app_driver import RECORDINGS, shown, trained
 from .fake_source import FakeSource
 
 NOWHERE = Path("/proc/none/config.toml")
@@ -28,8 +28,7 @@ def board(**keys: tuple[str, ...]) -> Board:
 
 
 def opened() -> RecordingSet:
-    folder = Path(__file__).parent / "recordings"
-    return RecordingSet([folder / "full.gpumem", folder / "lora.gpumem"])
+    return RecordingSet([RECORDINGS / "full.gpumem", RECORDINGS / "lora.gpumem"])
 
 
 SCREENS = [kind.title for kind in KINDS]

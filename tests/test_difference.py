@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,9 +18,9 @@ from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.prediction_client import gpu_of
 
+from .app_driver import RECORDINGS
 from .conftest import Engine, small_run
 
-RECORDINGS = Path(__file__).parent / "recordings"
 RECORDED = ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"]
 MEASURED = ["h100-tiny", "h100-tiny-lora"]
 """On a real H100."""

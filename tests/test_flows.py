@@ -23,11 +23,10 @@ from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
 from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
 
-from .app_driver import SIZES, Driver, Oracle, shown, trained
+from .app_driver import RECORDINGS, SIZES, Driver, Oracle, shown, trained
 from .fake_source import GPU, MIB, FakeSource
 
 GIB = 1 << 30
-RECORDINGS = Path(__file__).parent / "recordings"
 
 
 def opened(*names: str) -> RecordingSet:

@@ -24,12 +24,11 @@ from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
 from gpumem_tui.tui.state import ViewState
 
-from .app_driver import GPU_UNIT, SIZES, Driver, Oracle, shown
+from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Driver, Oracle, shown
 from .conftest import Engine, small_run
 from .fake_source import CPU, GPU, FakeSource
 
 GIB = 1 << 30
-RECORDINGS = Path(__file__).parent / "recordings"
 QUICK = ["run", "--device", "cpu", "--batch-size", "2", "--seq-len", "16"]
 
 

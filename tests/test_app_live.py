@@ -1,0 +1,272 @@
+"""The live screen: rows say what the ledger says, the sentence about the peak adds up, savings are named."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import replace
+from itertools import pairwise
+
+import pytest
+
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import CATEGORIES, Category, Phase
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.tui.explain import explain
+from gpumem_tui.tui.screens.device_bar import shares
+from gpumem_tui.tui.units import IN_GIB, IN_MIB, percent
+
+from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, shown, trained
+from .fake_source import GPU, MIB, FakeSource
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("advances", [0, 3, 8, 13])
+async def test_live_says_what_the_ledger_says(size: tuple[int, int], advances: int) -> None:
+    source = trained(3)
+    source.advance(advances)
+    async with shown(source, size) as driver:
+        trace = source.trace()
+        assert trace is not None
+        now = Ledger(trace).end
+        peak = max((Ledger(t).peak for t in [*source.traces(), trace]), key=lambda p: p.bytes)
+        small = () if size[1] > 30 else "BIWs"
+        for category, info in CATEGORIES.items():
+            if info.letter in small:
+                continue
+            words = driver.line(f"{info.letter} {info.title}").removeprefix(f" {info.letter} {info.title}").split()
+            assert words[0] == f"{now[category] / MIB:.1f}"
+            assert f"{peak.by_category[category] / MIB:.1f}" in words
+        totals = [word for word in driver.line("allocated").split() if word.replace(".", "").isdigit()]
+        assert totals == [f"{sum(now.values()) / MIB:.1f}", f"{peak.bytes / MIB:.1f}"]
+
+
+async def test_live_shows_the_step_and_the_state() -> None:
+    source = trained(2)
+    source.advance(2)
+    async with shown(source) as driver:
+        line = driver.line("step")
+        assert line.split()[1:4] == ["2", "94", "ms"]
+        assert "21.8k tok/s" in line
+        assert "10.2900" in line
+        assert "forward" in driver.lines[0]
+        assert "polyglot-ko-1.3b" in driver.lines[0]
+        assert "B8×S256" in driver.lines[0]
+
+
+async def test_live_has_no_bar_for_what_reads_nought() -> None:
+    """5 MiB of logits are 0.00 of a screen that counts in GiB, and a bar would belie that."""
+    async with shown(trained(2), (120, 40)) as driver:
+        assert "█" in driver.line("T temporaries")
+        driver.app.state.run.peak_bytes = 1 << 60
+        await driver.press("g", "g")
+        assert driver.app.state.unit is IN_GIB
+        for line in driver.lines:
+            if re.match(r" [A-Z] [a-z]", line):
+                assert ("█" in line or "▏" in line) == bool(set(re.findall(r"\d+\.\d+", line)) - {"0.00"}), line
+
+
+@pytest.mark.parametrize(("width", "whole"), [(60, False), (76, True), (80, True)])
+async def test_the_share_of_tracing_is_there_whole_or_not(width: int, whole: bool) -> None:
+    async with shown(trained(2), (width, 24)) as driver:
+        assert ("tracing 1.1 % of time" in driver.text) == whole
+        assert whole or "trac" not in driver.line("step")
+
+
+async def test_live_explains_the_peak() -> None:
+    source = trained(3)
+    async with shown(source) as driver:
+        text = " ".join(driver.text.split())
+        assert "The peak is inside AdamW.step(): " in text
+        assert "+ temporaries 52.0 (1.0 x the gradients)" in text
+        assert "peak step 2, optimizer" in driver.line("MiB")
+
+
+async def test_the_sentence_about_the_peak_is_whole_where_there_is_room() -> None:
+    source = FakeSource(GPU)
+    source.start(accumulation=4, checkpointing="layers")
+    for _ in range(3):
+        source.finish_step()
+    for size in ((60, 20), (80, 24)):
+        async with shown(source, size) as driver:
+            assert explain(driver.app.state.peak, driver.app.state.unit) in " ".join(driver.text.split())
+            assert "recomputed; layer" in driver.text
+
+
+@pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
+async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(name: str) -> None:
+    async with shown(Replay(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
+        text = " ".join(driver.text.split())
+        (sentence,) = re.findall(r"The peak is [^=]*: ([\d.]+) [MG]iB = (.*?)\.(?!\d)", text)
+        total, terms = float(sentence[0]), sentence[1].split(" + ")
+        assert sentence[0] in next(line for line in driver.lines if line.startswith("   allocated"))
+        plain = [re.sub(r" \(.*\)", "", term) for term in terms]
+        assert sum(float(re.findall(r"[\d.]+", term)[0]) for term in plain) == pytest.approx(total, abs=0.21)
+        for term in terms[1:]:
+            if found := re.search(r"^(.*) ([\d.]+) \(([\d.]+) - ([\d.]+)\)", term):
+                title, added, held, before = found.groups()
+                assert float(held) - float(before) == pytest.approx(float(added), abs=0.11)
+                assert held in next(line for line in driver.lines if title.replace(" and", ",") in line)
+
+
+async def test_times_say_which_they_are() -> None:
+    """The wall's includes the wait for the loss; the host's ends when the last kernel has been asked for."""
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem")) as driver:
+        assert "54 ms wall" in driver.line("step 3")
+        await driver.press("2")
+        assert "47 ms host" in driver.line("step 3")
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (60, 20)) as driver:
+        await driver.press("2", "+")
+        assert driver.line("step 3").split()[2:7] == ["47", "ms", "host", "peak", "242.1"]
+        assert driver.line("step 3").split()[-3:] == ["<", "2", "latest"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_what_is_small_is_in_one_row_that_says_what_it_is(size: tuple[int, int]) -> None:
+    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
+        row = driver.line("all others").split()
+        share = row.pop(3) if size[0] == 80 else ""
+        assert row[2:5] == ["66.0", "workspace" if share else "W", "66.0"]
+        for _ in range(14):
+            await driver.press("down")
+            if driver.app.page.focus == "all others":
+                break
+        assert "Buffers, inputs, workspace and slack" in driver.app.page.topic().text
+        assert driver.line("▸  all others")
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_each_category_has_its_percent_of_what_is_allocated(size: tuple[int, int]) -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start()
+    source.finish_step()
+    async with shown(source, size) as driver:
+        state = driver.app.state
+        for sizes, place in ((state.latest, 0), (state.peak and state.peak.peak.by_category, 1)):
+            assert sizes
+            largest = max(Category, key=lambda category: sizes[category])
+            percents = re.findall(r"(?:<1|\d+)%", driver.line(f"{largest.info.letter} {largest.info.title}"))
+            assert percents[place] == f"{round(100 * sizes[largest] / sum(sizes.values()))}%"
+    assert (percent(None, 0), percent(0, 9), percent(1, 999), percent(9, 9)) == ("", "", "<1%", "100%")
+
+
+async def test_live_counts_in_gib_on_a_large_run() -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start()
+    source.finish_step()
+    async with shown(source) as driver:
+        gauge = source.gauge()
+        assert gauge is not None
+        assert driver.line("GiB")
+        line = driver.line("cuda:0")
+        assert f"{(gauge.device_used_bytes or 0) / (1 << 30):.2f} of 80.00 GiB used" in line
+        figures = driver.line("allocated")
+        assert f"cached {(gauge.cached_bytes or 0) / (1 << 30):.2f}".split() == figures.split()[5:7]
+
+
+async def test_live_on_a_cpu_has_no_cache_and_says_who_counted() -> None:
+    async with shown(trained()) as driver:
+        assert "cached" not in driver.text
+        assert "rest of process" in driver.text
+        assert "counted op by op" in driver.text
+
+
+async def test_recomputes_light_up_as_they_happen() -> None:
+    source = trained(1, checkpointing="layers")
+    async with shown(source) as driver:
+        seen = []
+        for _ in range(13):
+            source.advance()
+            await driver.tick()
+            seen.append(next((line for line in driver.lines if "recomputed; layer" in line), ""))
+        counts = [line.split("/6")[0].split()[-1] for line in seen if line]
+        changes = [new for old, new in pairwise(counts) if new != old]
+        assert changes[:6] == ["1", "2", "3", "4", "5", "6"]
+        assert re.search(r"made 8.0 MiB in 1.[23] ms", seen[-1])
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_what_a_recompute_made_is_whole(size: tuple[int, int]) -> None:
+    source = FakeSource(layers=24)
+    source.start(checkpointing="layers")
+    source.finish_step()
+    async with shown(source, size) as driver:
+        assert re.search(r"24/24 recomputed; layer 0 .* 8.0 MiB in 1.[23] ms", driver.text)
+
+
+async def test_an_untraced_step_is_not_called_now() -> None:
+    source = trained(2)
+    gauge = source.gauge()
+    assert gauge is not None
+    source.feed.gauge = replace(gauge, step=9)
+    async with shown(source) as driver:
+        assert driver.line("MiB").split()[1:6] == ["latest", "step", "2,", "its", "end"]
+
+
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_an_instant_of_a_step_under_way_says_of_which_phase_it_is(size: tuple[int, int]) -> None:
+    source = trained(2, accumulation=2)
+    source.advance(9)
+    async with shown(source, size) as driver:
+        wanted = "now backward" if size[0] == 60 else "now step 3, backward 1/2"
+        assert f"{wanted}  " in driver.line("MiB") + "  "
+        assert driver.line("MiB").endswith(" ")
+
+
+async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_tried() -> None:
+    """Not of the next ones, which a key steps to: sgd is the seventh optimizer."""
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(batch_size=4)
+    for _ in range(3):
+        source.finish_step()
+    saved = {"lora": 3, "sgd": 5, "accumulation": 6}
+    order = ["base", "lora", "sgd", "accumulation"]
+    known: list[str] = []
+
+    def named(config: RunConfig) -> str:
+        if config["accumulation"] == 4 and config.batch_size == 1:
+            return "accumulation"
+        return "lora" if config["lora"] else "sgd" if config["optimizer"] == "sgd" else "base"
+
+    def rule(config: RunConfig) -> int | None:
+        return (12 - saved.get(named(config), 0)) << 30 if named(config) in known else None
+
+    lines = []
+    async with shown(source, (120, 40), predictions=Oracle(rule)) as driver:
+        for name in (*order, ""):
+            lines.append(next(line.strip() for line in driver.lines if "saves most" in line))
+            known.append(name)
+            await driver.tick()
+    assert re.fullmatch(r"working out what saves most: 0 of \d+ changes", lines[0])
+    assert re.fullmatch(r"working out what saves most: \d+ of \d+ changes", lines[1])
+    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): l LoRA on, ~-3\.00 GiB", lines[2])
+    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): o optimizer sgd, ~-5\.00 GiB", lines[3])
+    assert lines[4] == "saves most: o optimizer sgd, ~-5.00 GiB; a accumulation 4 with b batch size 1, ~-6.00 GiB"
+    async with shown(source, predictions=Oracle(rule)) as driver:
+        assert "saves most: o optimizer sgd, ~-5.00 GiB " in driver.text, "of one setting, where there is no room"
+
+
+def test_explanations_say_what_is_in_the_ledger() -> None:
+    source = FakeSource()
+    source.start(lora=True)
+    source.finish_step()
+    source.finish_step()
+    ledger = Ledger(source.traces()[-1])
+    assert ledger.peak.phase in (Phase.FORWARD, Phase.BACKWARD)
+    text = explain(ledger, IN_MIB)
+    grown = ledger.peak.by_category[Category.ACTIVATIONS] - ledger.at(-1)[Category.ACTIVATIONS]
+    assert f"activations {grown / MIB:.1f}" in text
+    assert "~" not in text
+
+
+def test_device_shares_when_nvml_sees_no_processes() -> None:
+    source = FakeSource(GPU)
+    source.start()
+    gauge = source.gauge()
+    assert gauge is not None
+    hidden = replace(gauge, process_bytes=None, context_bytes=None)
+    found = {share.title: share.bytes for share in shares(hidden, hidden.allocated_bytes, True)}
+    assert found["context"] is None
+    assert found["context and others"] == (hidden.device_used_bytes or 0) - (hidden.reserved_bytes or 0)
+    blind = replace(hidden, device_used_bytes=None)
+    assert {s.title: s.bytes for s in shares(blind, 0, True)}["free"] is None
