@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import difflib
+import re
 import tomllib
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
+from typing import NamedTuple
 
 from ..config import UserError
 
@@ -35,6 +38,45 @@ class Gpu:
     context_bytes: int = 850 << 20
 
 
+class Understood(NamedTuple):
+    """What was meant by a name.
+
+    Attributes:
+        gpu: The GPU.
+        said: How the name was understood, a line; empty where it was plain.
+    """
+
+    gpu: Gpu
+    said: str = ""
+
+
+THREADS = {75: 1024, 86: 1536, 89: 1536, 120: 1536}
+"""Threads a multiprocessor holds, where they are not 2048 (CUDA C programming guide, table of capabilities)."""
+
+NOISE = frozenset(
+    [
+        "nvidia",
+        "geforce",
+        "tesla",
+        "quadro",
+        "generation",
+        "gpu",
+        "pcie",
+        "hbm2",
+        "hbm2e",
+        "hbm3",
+        "hbm3e",
+        "sxm",
+        "sxm2",
+        "sxm4",
+        "sxm5",
+    ]
+)
+"""Words of a driver's names that tell no two of the table apart."""
+
+_WORD = re.compile(r"(?P<size>\d+(?:\.\d+)?)\s*gi?b?\b|(?P<word>[a-z0-9]+)")
+
+
 @cache
 def gpus() -> dict[str, Gpu]:
     """The table by name."""
@@ -51,26 +93,121 @@ def gpus() -> dict[str, Gpu]:
     }
 
 
-THREADS = {75: 1024, 86: 1536, 89: 1536, 120: 1536}
-"""Threads a multiprocessor holds, where they are not 2048 (CUDA C programming guide, table of capabilities)."""
-
-
 def gpu(name: str) -> Gpu:
-    """A GPU by its name; upper and lower case, spaces and dashes do not matter.
+    """The GPU meant by a name (`understand`)."""
+    return understand(name).gpu
+
+
+def understand(wanted: str) -> Understood:
+    """The GPU that somebody means.
+
+    Upper and lower case, spaces, dashes and the words that drivers add do not
+    matter. Of several that a name fits it is the one with the least memory. A
+    size alone is a GPU of that size, of the newest generation that has one. A
+    size after a colon is how much memory there is, whatever the card has.
+
+    Args:
+        wanted: `RTX 4090 24GB`, `a100`, `NVIDIA A100-SXM4-80GB`, `24GB`, `RTX 4090:20GiB`.
 
     Raises:
-        UserError: There is none of this name.
+        UserError: No GPU known here is meant by it.
     """
-    known = {_plain(known): found for known, found in gpus().items()}
-    if _plain(name) in known:
-        return known[_plain(name)]
-    longer = [found for plain, found in known.items() if _plain(name) and _plain(name) in plain]
-    if len(longer) == 1:
-        return longer[0]
-    close = [g.name for g in longer] or [known[k].name for k in difflib.get_close_matches(_plain(name), known, 3, 0.4)]
-    hint = f"did you mean {' or '.join(close)}? " if close else ""
-    raise UserError(f"--gpu {name}: not a GPU known here; {hint}known: {', '.join(gpus())}")
+    name, colon, limit = wanted.partition(":")
+    found = _named(wanted, name)
+    if not colon:
+        return found
+    words, sizes = _words(limit)
+    if words or len(sizes) != 1 or not 1 < sizes[0] < 1 << 12:
+        raise UserError(f"--gpu {wanted}: after the colon comes how much memory there is, such as 20GiB")
+    return Understood(_with_memory(found.gpu, sizes[0]), found.said)
+
+
+def _named(wanted: str, name: str) -> Understood:
+    whole = next((one for known, one in gpus().items() if _plain(known) == _plain(name)), None)
+    if whole is not None:
+        return Understood(whole)
+    words, sizes = _words(name)
+    if len(sizes) > 1 or not (words or sizes):
+        raise _unknown(wanted, name)
+    if not words:
+        return _of_size(wanted, sizes[0])
+    found = _called(words)
+    if not found:
+        raise _unknown(wanted, name)
+    if sizes:
+        return _of_these(wanted, found, sizes[0])
+    smallest = min(found, key=lambda one: one.memory_bytes)
+    others = ", ".join(one.name for one in found)
+    return Understood(smallest, f"{wanted}: taken for the {smallest.name}, the smallest of {others}" * (len(found) > 1))
+
+
+def _of_these(wanted: str, found: Sequence[Gpu], size: float) -> Understood:
+    """The one of this size, or the nearest to it with so much memory."""
+    sold = [one for one in found if _is_sold_as(one, size)]
+    if sold:
+        return Understood(sold[0])
+    akin = min(found, key=lambda one: abs(one.memory_bytes - size * 2**30))
+    return Understood(_with_memory(akin, size), f"{wanted}: taken for {akin.name} with {size:g} GiB")
+
+
+def _of_size(wanted: str, size: float) -> Understood:
+    sold = [one for one in gpus().values() if _is_sold_as(one, size)]
+    if sold:
+        newest = max(sold, key=_newest)
+        return Understood(newest, f"{wanted}: taken for the {newest.name}, the newest generation of this size")
+    larger = [one for one in gpus().values() if one.memory_bytes > size * 2**30]
+    if not larger or size <= 1:
+        raise UserError(f"--gpu {wanted}: no GPU known here has this much memory; known: {', '.join(gpus())}")
+    # The next size up, give or take what the cards of one size differ by.
+    smallest = min(one.memory_bytes for one in larger)
+    newest = max((one for one in larger if one.memory_bytes <= 1.1 * smallest), key=_newest)
+    return Understood(_with_memory(newest, size), f"{wanted}: taken for {newest.name} with {size:g} GiB")
+
+
+def _newest(one: Gpu) -> tuple[tuple[int, int], int]:
+    return one.capability, one.multiprocessors
+
+
+def _words(text: str) -> tuple[list[str], list[float]]:
+    """A name's words in lower case, and the sizes in it in GiB."""
+    found = [*_WORD.finditer(text.lower())]
+    return [one["word"] for one in found if one["word"]], [float(one["size"]) for one in found if one["size"]]
+
+
+def _called(words: Sequence[str]) -> list[Gpu]:
+    """The GPUs of exactly this name; if there is none, those of whose name it is a part."""
+    bases = {name: _words(name)[0] for name in gpus()}
+    telling = {word for base in bases.values() for word in base}
+    for noise in (frozenset[str](), NOISE - telling, NOISE):
+        joined = "".join(word for word in words if word not in noise)
+        whole = [name for name, base in bases.items() if joined == "".join(base)]
+        part = [name for name, base in bases.items() if joined in _parts(base)]
+        if whole or part:
+            return [gpus()[name] for name in whole or part]
+    return []
+
+
+def _parts(words: Sequence[str]) -> set[str]:
+    """Some of the words, one after the other."""
+    return {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
+
+
+def _is_sold_as(one: Gpu, size: float) -> bool:
+    """Whether a GPU is of this size on the box: of it, CUDA reports 91 to 99 %."""
+    return 0.9 * size <= one.memory_bytes / 2**30 <= 1.02 * size
+
+
+def _with_memory(one: Gpu, size: float) -> Gpu:
+    return replace(one, name=f"{one.name}:{size:g}GiB", memory_bytes=int(size * 2**30))
 
 
 def _plain(name: str) -> str:
     return "".join(c for c in name.lower() if c.isalnum())
+
+
+def _unknown(wanted: str, name: str) -> UserError:
+    known = {_plain(one): one for one in gpus()}
+    close = [one for plain, one in known.items() if _plain(name) and _plain(name) in plain]
+    close = close or [known[k] for k in difflib.get_close_matches(_plain(name), known, 3, 0.4)]
+    hint = f"did you mean {' or '.join(close)}? " if close else ""
+    return UserError(f"--gpu {wanted}: not a GPU known here; {hint}known: {', '.join(gpus())}")

@@ -8,7 +8,7 @@ from typing import Any
 
 from ...engine.config import RunConfig
 from ...engine.events import CATEGORIES, Category
-from ...engine.prediction.gpus import Gpu, gpu
+from ...engine.prediction.gpus import Gpu, gpu, understand
 from ...engine.prediction.outcome import Prediction
 from ...engine.session import describe
 from ..units import GIB, MIB, Unit
@@ -29,14 +29,24 @@ def add(parser: argparse.ArgumentParser) -> None:
 def add_gpu_flag(parser: argparse.ArgumentParser) -> None:
     """`--gpu`, shared by what predicts."""
     parser.add_argument(
-        "--gpu", metavar="NAME", help=f"as in: 'RTX 4090 24GB' (default: the one here, or else {DEFAULT_GPU})"
+        "--gpu",
+        metavar="NAME",
+        help="a name, a size or both: A100, 24GB, 'RTX 4090:20GiB' for 20 GiB of it "
+        f"(default: the one here, or else {DEFAULT_GPU})",
     )
 
 
 def chosen_gpu(name: str | None) -> Gpu:
-    """The GPU asked for, the one that is here, or the default. Raises UserError if it is unknown."""
-    if name:
-        return gpu(name)
+    """The GPU asked for, the one that is here, or the default; how a name was understood goes to standard error.
+
+    Raises:
+        UserError: No GPU known here is meant.
+    """
+    if name is not None:
+        found = understand(name)
+        if found.said:
+            sys.stderr.write(f"--gpu {found.said}\n")
+        return found.gpu
     from ...engine.prediction.predict import gpu_here
 
     return gpu_here() or gpu(DEFAULT_GPU)

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import sys
 from contextlib import closing
 from typing import Any
 
 from ...engine.config import RunConfig, UserError
 from ...engine.difference import compare
 from ...engine.events import Category, Environment
-from ...engine.prediction.gpus import Gpu, gpu
+from ...engine.prediction.gpus import Understood, understand
 from ...engine.prediction.predictor import Predictor
 from ..layer_table import NO_LAYER
 from ..prediction_client import gpu_of
@@ -30,8 +31,8 @@ def check(name: str, config: RunConfig) -> None:
     """
     if config.steps < 2:
         raise UserError("--predict: a run is compared from its second step on; give it --steps 2 or more")
-    if name:
-        _named(name)
+    if name and (said := _named(name).said):
+        sys.stderr.write(f"--predict {said}\n")
 
 
 def predicted(document: dict[str, Any], config: RunConfig, environment: Environment, name: str = "") -> dict[str, Any]:
@@ -50,7 +51,7 @@ def predicted(document: dict[str, Any], config: RunConfig, environment: Environm
     nothing: dict[str, Any] = {"predicted": None, "difference": None}
     if not name and not environment.on_gpu:
         return nothing | {"not_compared": ON_A_CPU}
-    card = _named(name) if name else gpu_of(environment)
+    card = _named(name).gpu if name else gpu_of(environment)
     with closing(Predictor(card)) as predictor:
         predictor.want([config])
         predictor.wait(TIMEOUT_S)
@@ -96,8 +97,8 @@ def _place(place: dict[str, Any]) -> str:
     return where + (f" of {place['module']}" if place["module"] else "")
 
 
-def _named(name: str) -> Gpu:
+def _named(name: str) -> Understood:
     try:
-        return gpu(name)
+        return understand(name)
     except UserError as error:
         raise UserError(str(error).replace("--gpu", "--predict", 1)) from None
