@@ -23,8 +23,13 @@ class UserError(Exception):
 
 def one_line(error: BaseException) -> str:
     """What an error of somebody else's says, in a line."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= 300 else text[:297] + "..."
+    return printable(str(error)) or type(error).__name__
+
+
+def printable(text: str, longest: int = 300) -> str:
+    """Text from elsewhere as one line that moves no cursor and is not too long."""
+    text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
+    return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +67,7 @@ class Option:
         """
         value = self._convert(raw)
         if value is None or not self._admits(value):
-            raise UserError(f"{where}: {self.name}={raw} is not allowed; {self.name} takes {self.allowed}")
+            raise UserError(f"{where}: {self.name}={_typed(raw)} is not allowed; {self.name} takes {self.allowed}")
         return value
 
     @property
@@ -89,28 +94,48 @@ class Option:
             # TOML and the shell both let people write off/on for a switch with several values.
             if isinstance(raw, bool):
                 raw = "on" if raw else "off"
-            if isinstance(raw, list | tuple):
-                raw = ",".join(str(item) for item in raw)
+            if isinstance(raw, list | tuple) and all(isinstance(item, str) for item in raw):
+                raw = ",".join(raw)
             return raw.strip() if isinstance(raw, str) else None
-        try:
-            number = float(str(raw))
-        except ValueError:
+        if isinstance(raw, bool) or not isinstance(raw, int | float | str):
             return None
-        if isinstance(raw, bool) or math.isnan(number):
+        try:
+            number = float(raw)
+        except (ValueError, OverflowError):
+            return None
+        if not math.isfinite(number):
             return None
         if isinstance(self.default, int):
-            return int(number) if number == int(number) else None
+            return _whole(raw, number)
         return number
 
     def _admits(self, value: Value) -> bool:
         if isinstance(value, bool):
             return True
         if isinstance(value, str):
-            return bool(value) and (self.open_ended or not self.choices or value in self.choices)
+            known = self.open_ended or not self.choices or value in self.choices
+            return bool(value) and value.isprintable() and known
         if self.choices and not self.open_ended:
             return value in self.choices
         above = self.minimum is None or value >= self.minimum
         return above and (self.maximum is None or value <= self.maximum)
+
+
+def _whole(raw: float | str, number: float) -> int | None:
+    """A whole number, exact where a float no longer is (`--seed 9007199254740993`); `1e3` is one as well."""
+    if not number.is_integer():
+        return None
+    try:
+        return int(raw)
+    except ValueError:
+        return int(number)
+
+
+def _typed(raw: object) -> str:
+    """A value that is not allowed, as the line about it shows it."""
+    if isinstance(raw, int) and raw.bit_length() > 200:  # Python writes no integer of more than 4,300 digits
+        return f"(a number of {raw.bit_length()} bits)"
+    return printable(str(raw), 60) if isinstance(raw, bool | int | float | str) else f"({type(raw).__name__})"
 
 
 def show(value: Value) -> str:

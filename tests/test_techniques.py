@@ -195,3 +195,26 @@ def test_a_wrong_setting_says_what_is_allowed(typed: dict[str, str], complaint: 
     with pytest.raises(UserError, match=complaint) as refusal:
         techniques.parse(typed, "--set")
     assert str(refusal.value).startswith("--set: ")
+
+
+@pytest.mark.parametrize(
+    ("name", "typed", "shown"),
+    [
+        ("steps", "inf", "inf"), ("steps", "1e999", "1e999"), ("steps", "nan", "nan"),
+        ("steps", 10**5000, "(a number of"),
+        ("steps", "9" * 5000, "9" * 57 + "..."), ("learning_rate", "inf", "inf"), ("learning_rate", [1.0], "(list)"),
+        ("lora.targets", "q_proj\x1b[2J", "q_proj\ufffd[2J"), ("lora.targets", "q_proj\nv_proj", "q_proj v_proj"),
+        ("lora.targets", ["q_proj", ["v_proj"]], "(list)"), ("attention", {"a": 1}, "(dict)"),
+    ],
+    ids=lambda value: type(value).__name__,  # pytest, too, writes no integer of 5,000 digits
+)  # fmt: skip
+def test_what_no_setting_can_be_is_refused_in_a_line(name: str, typed: object, shown: str) -> None:
+    with pytest.raises(UserError) as refused:
+        techniques.parse({name: typed}, "--set")
+    line = str(refused.value)
+    assert line.startswith(f"--set: {name}={shown}") and line.isprintable() and len(line) < 300
+
+
+def test_whole_numbers_are_exact() -> None:
+    typed = {"seed": str(2**53 + 1), "steps": "1e3", "rows": 8.0}
+    assert techniques.parse(typed, "--set") == {"seed": 2**53 + 1, "steps": 1000, "rows": 8}
