@@ -25,6 +25,8 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import msgspec
+
 from .config import UserError
 
 SOCKET_PATH_MAX = 107
@@ -82,8 +84,8 @@ class EngineDir:
     def info(self) -> EngineInfo | None:
         """Who it is; None if that cannot be read."""
         try:
-            return EngineInfo(**json.loads((self.folder / "card.json").read_bytes()))
-        except (OSError, ValueError, TypeError):
+            return msgspec.json.decode((self.folder / "card.json").read_bytes(), type=EngineInfo)
+        except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors
             return None
 
     def alive(self) -> bool:

@@ -19,7 +19,7 @@ from typing import Any
 
 from . import techniques, wire
 from .advice import advice
-from .config import RunConfig, UserError
+from .config import RunConfig, UserError, one_line
 from .engine_registry import EngineDir
 from .events import Environment, Kind, Milestone
 from .feed import Command, Feed, Published, Save, Start, TakeOver, ViewerRole
@@ -186,6 +186,8 @@ class Remote(Published):
             self._lose(str(error))
         except (OSError, EOFError, wire.MalformedError) as error:
             self._lose(f"the connection to the engine broke: {error or 'it was closed'}")
+        except Exception as error:  # an answer that decodes and still says what cannot be
+            self._lose(f"the engine's answer makes no sense: {one_line(error)}")
         finally:
             if self._connection is not None:
                 self._connection.close()
@@ -206,7 +208,9 @@ class Remote(Published):
         if isinstance(answer, wire.Refused):
             connection.close()
             raise UserError(answer.text)
-        assert isinstance(answer, wire.Welcome)
+        if not isinstance(answer, wire.Welcome):
+            connection.close()
+            raise UserError(f"{engine_dir.name} does not answer: it is no engine")
         self._welcome, self._connection = answer, connection
 
     def _ask_forever(self) -> None:

@@ -8,6 +8,7 @@ thread never waits for any.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import selectors
 import socket
@@ -17,12 +18,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import wire
-from .config import RunConfig, UserError, show
+from .config import RunConfig, UserError, one_line, show
 from .engine_registry import EngineInfo
 from .events import Kind, StepTrace
-from .feed import Command, End, Source, TakeOver
+from .feed import Command, End, Source
 from .forks import in_child
 from .techniques import changed
+
+log = logging.getLogger("gpumem_tui.server")
 
 MILESTONES_A_TIME = 2_000
 VIEWERS_MAX = 64
@@ -165,6 +168,10 @@ class Server:
             pass
         except (OSError, EOFError, wire.MalformedError):
             self._drop(viewer)
+        except Exception as error:  # a fault in answering one viewer ends no run and no other connection
+            log.warning("gpumem-tui: a viewer could not be answered: %s", one_line(error))
+            log.debug("its request", exc_info=True)
+            self._drop(viewer)
 
     def _answer(self, viewer: _Viewer) -> None:
         """Send what is on its way, then answer the next request, if it is there."""
@@ -214,7 +221,7 @@ class Server:
             case wire.Ask():
                 return self._news(viewer, request)
             case wire.Do():
-                self._do(viewer, wire.unpack_command(request))
+                self._do(viewer, request)
         return None
 
     def _welcome(self, viewer: _Viewer, hello: wire.Hello) -> wire.Answer:
@@ -227,22 +234,25 @@ class Server:
         info = self.info
         return wire.Welcome(wire.PROTOCOL, info.version, info.name, info.kind, info.pid, str(self.log))
 
-    def _do(self, viewer: _Viewer, command: Command) -> None:
+    def _do(self, viewer: _Viewer, request: wire.Do) -> None:
         viewer.refused = ""
-        if isinstance(command, TakeOver):
+        if request.name == wire.TAKE_OVER:
             self._commander = viewer
-        elif viewer is not self._commander:
-            viewer.refused = "another viewer commands this engine"
-        elif isinstance(command, End):
-            if self._on_end is None:
-                viewer.refused = "this is somebody's own script: it cannot be ended from here"
-            else:
-                self._on_end()
+            return
+        try:
+            if viewer is not self._commander:
+                raise UserError("another viewer commands this engine")
+            self._carry_out(wire.unpack_command(request))
+        except UserError as error:
+            viewer.refused = one_line(error)
+
+    def _carry_out(self, command: Command) -> None:
+        if not isinstance(command, End):
+            self.source.command(command)
+        elif self._on_end is None:
+            raise UserError("this is somebody's own script: it cannot be ended from here")
         else:
-            try:
-                self.source.command(command)
-            except UserError as error:
-                viewer.refused = str(error)
+            self._on_end()
 
     def _news(self, viewer: _Viewer, ask: wire.Ask) -> wire.News:
         source = self.source

@@ -11,19 +11,20 @@ from __future__ import annotations
 import os
 import socket
 import struct
-from typing import Any, get_type_hints
+from typing import Any, Final, Literal, TypeVar, get_type_hints
 
 import msgspec
 import numpy as np
 
-from .config import RunConfig, UserError
+from . import techniques
+from .config import WORKLOAD_OPTIONS, RunConfig, UserError, one_line
 from .events import Environment, Gauge, Milestone, StepTrace
 from .feed import Command, End, Pause, Start, Stop, TakeOver
 from .recording import COLUMNS
 
 PROTOCOL = 1
 """Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
-TAKE_OVER = "take over"
+TAKE_OVER: Final = "take over"
 LARGEST_ASK = 1 << 18
 """Bytes that an engine reads in one message."""
 LARGEST_ANSWER = 1 << 30
@@ -54,9 +55,9 @@ class Ask(msgspec.Struct, tag="ask"):
 
 
 class Do(msgspec.Struct, tag="do"):
-    """A command."""
+    """A command; its configuration is parsed once it is known that the viewer commands."""
 
-    name: str
+    name: Literal["start", "pause", "stop", "end", "take over"]
     config: dict[str, Any] | None = None
     paused: bool = False
 
@@ -127,10 +128,11 @@ class News(msgspec.Struct, tag="news"):
 
 Request = Hello | Peek | Ask | Do
 Answer = Welcome | Refused | Status | News
+Message = TypeVar("Message")
 
 _encoder = msgspec.msgpack.Encoder()
-_requests = msgspec.msgpack.Decoder(Request)
-_answers = msgspec.msgpack.Decoder(Answer)
+_requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
+_answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
 
 
 class MalformedError(Exception):
@@ -174,11 +176,7 @@ class Inbox:
             return None
         body = bytes(self._bytes[_LENGTH.size : end])
         del self._bytes[:end]
-        try:
-            request: Request = _requests.decode(body)
-        except (msgspec.DecodeError, RecursionError) as error:  # ValidationError is one of them
-            raise MalformedError(str(error)) from None
-        return request
+        return _decoded(_requests, body)
 
 
 def read_answer(connection: socket.socket) -> Answer:
@@ -192,11 +190,15 @@ def read_answer(connection: socket.socket) -> Answer:
     (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
     if length > LARGEST_ANSWER:
         raise MalformedError(f"an answer of {length} bytes")
+    return _decoded(_answers, _read(connection, length))
+
+
+def _decoded(decoder: msgspec.msgpack.Decoder[Message], body: bytes) -> Message:
+    """A message from its bytes; msgspec raises more than its own errors, and each means that the bytes are wrong."""
     try:
-        answer: Answer = _answers.decode(_read(connection, length))
-    except msgspec.DecodeError as error:
-        raise MalformedError(str(error)) from None
-    return answer
+        return decoder.decode(body)
+    except Exception as error:
+        raise MalformedError(one_line(error)) from None
 
 
 def _read(connection: socket.socket, size: int) -> bytes:
@@ -267,21 +269,39 @@ def unpack_command(message: Do) -> Command:
     """The inverse of `pack_command`.
 
     Raises:
-        MalformedError: No such command.
-        UserError: A configuration of another version.
+        UserError: A configuration that cannot run, or of another version.
     """
     match message.name:
-        case "start" if message.config is not None:
-            try:
-                return Start(RunConfig.from_dict(message.config))
-            except (TypeError, AttributeError, ValueError) as error:
-                raise MalformedError(str(error)) from None
+        case "start":
+            return Start(_parse_config(message.config or {}))
         case "pause":
             return Pause(message.paused)
         case "stop":
             return Stop()
         case "end":
             return End()
-        case wire_name if wire_name == TAKE_OVER:
+        case "take over":
             return TakeOver()
-    raise MalformedError(f"no command is called {message.name[:40]!r}")
+
+
+_CONFIG_FIELDS = get_type_hints(RunConfig)
+_SETTINGS = {option.name for option in WORKLOAD_OPTIONS}
+
+
+def _parse_config(plain: dict[str, Any]) -> RunConfig:
+    """A configuration that arrived; what it does not name has its default."""
+    if unknown := set(plain) - set(_CONFIG_FIELDS):
+        raise UserError(f"start: run configuration has unknown keys: {', '.join(sorted(unknown))}")
+    options = plain.get("options", {})
+    if not isinstance(options, dict):
+        raise UserError("start: options are a table of settings")
+    settings = options | {name: value for name, value in plain.items() if name in _SETTINGS}
+    try:
+        base = {
+            name: msgspec.convert(value, _CONFIG_FIELDS[name])
+            for name, value in plain.items()
+            if name != "options" and name not in _SETTINGS
+        }
+    except msgspec.ValidationError as error:
+        raise UserError(f"start: {error}") from None
+    return techniques.configure(base, techniques.parse(settings, "start"))

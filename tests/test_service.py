@@ -377,8 +377,8 @@ HELLO = {"type": "hello", "protocol": wire.PROTOCOL, "version": "x"}
         struct.pack("!I", 3) + b"\xc1\xc1\xc1", pack({"type": "nothing"}), pack([1, 2, 3]), pack({"type": "hello"}),
         pack({"type": "ask", "since": 0, "trace": 0, "config": 0}), pack(HELLO | {"protocol": "one"}),
         pack(HELLO) + pack({"type": "do", "name": "rm"}), pack(HELLO) + pack({"type": "ask", "since": None}),
-        pack(HELLO) + pack({"type": "do", "name": "start", "config": {"options": 3}}),
         struct.pack("!I", 2000) + b"\x91" * 2000, b"\x80\x04\x95" + b"." * 40,
+        struct.pack("!I", 8) + b"\x81\xa4type\xa1\xff", pack(HELLO) + struct.pack("!I", 8) + b"\x81\xa4type\xa1\xff",
     ],
     ids=lambda data: repr(data[:24]),
 )  # fmt: skip
@@ -394,6 +394,68 @@ def test_nonsense_ends_its_connection_and_nothing_else(served: EngineDir, nonsen
     until(lambda: bystander.trace() is not None)
     assert bystander.role in (ViewerRole.ATTACHED, ViewerRole.READ_ONLY)
     bystander.close()
+
+
+WRONG = [
+    ({"unknown": 1}, "start: run configuration has unknown keys: unknown"),
+    ({"batch_size": -3}, "start: batch_size=-3 is not allowed; batch_size takes a whole number from 1 to 65536"),
+    ({"options": {"lora": True, "lora.r": -3}}, "start: lora.r=-3 is not allowed"),
+    ({"options": {"zoom": 1}}, "start: there is no setting 'zoom'"),
+    ({"options": {"quantization": "nf4"}}, "quantization=nf4 freezes the weights: set lora=on"),
+    ({"options": 3}, "start: options are a table of settings"),
+    ({"model": 7}, "start: Expected `str`, got `int`"),
+    ({"seq_len": "9" * 100_000}, "start: seq_len=999"),
+]
+
+
+@pytest.mark.parametrize(("config", "why"), WRONG, ids=[why[:40] for _, why in WRONG])
+@pytest.mark.parametrize("commands", [True, False], ids=["commanding", "looking on"])
+def test_a_configuration_that_cannot_run_is_refused_to_whoever_sent_it(
+    serving: tuple[EngineDir, Engine], config: dict[str, object], why: str, commands: bool
+) -> None:
+    """It starts nothing, and only a viewer that commands learns what is wrong with it."""
+    engine_dir, engine = serving
+    before = len(engine.session.milestones(0))
+    with raw(engine_dir) as first, raw(engine_dir) as second:
+        for connection in (first, second):
+            connection.sendall(pack(HELLO | {"take": connection is first}))
+            assert isinstance(wire.read_answer(connection), wire.Welcome)
+        sender, other = (first, second) if commands else (second, first)
+        sender.sendall(pack({"type": "do", "name": "start", "config": config}))
+        (told, more), (nothing, _) = news(sender), news(other)
+        assert told.startswith(why if commands else "another viewer commands this engine")
+        assert len(told) <= 300 and told.isprintable()
+        assert (more, nothing) == (commands, "")
+    assert len(engine.session.milestones(0)) == before
+
+
+def news(connection: socket.socket) -> tuple[str, bool]:
+    """Why this viewer's last command did nothing, and whether it commands."""
+    connection.sendall(pack({"type": "ask", "since": 1 << 40, "trace": 1 << 40, "config": 0}))
+    answer = wire.read_answer(connection)
+    assert isinstance(answer, wire.News)
+    return answer.refused, answer.commands
+
+
+def test_a_start_that_names_little_has_defaults(viewers: Viewers) -> None:
+    first = viewers.start(small_run(steps=0))
+    first._commands.append(wire.Do("start", {"seq_len": 16, "rows": 8, "options": {"lora": "on"}}))
+    until(lambda: kinds(first).count(Kind.RUN_STARTED) == 2)
+    until(lambda: kinds(first)[-1] is Kind.STEP_ENDED)
+    assert first.config() == dataclasses.replace(small_run(steps=0, batch_size=8, lora="on"), trace="auto")
+
+
+def test_a_fault_in_answering_one_viewer_is_that_viewers_alone(
+    serving: tuple[EngineDir, Engine], monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine_dir, engine = serving
+    with raw(engine_dir) as connection, monkeypatch.context() as broken:
+        broken.setattr(engine.session, "gauge", lambda: 1 / 0)
+        connection.sendall(pack(HELLO) + pack({"type": "ask", "since": 0, "trace": 0, "config": 0}))
+        assert isinstance(wire.read_answer(connection), wire.Welcome)
+        assert ends(connection)
+    assert "a viewer could not be answered: division by zero" in caplog.text
+    assert peek(engine_dir) is not None
 
 
 def test_who_commands_never_reads_read_only(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
