@@ -17,6 +17,7 @@ from gpumem_tui.tui.writer import writing
 
 from .app_driver import SIZES, shown, trained
 from .fake_source import FakeSource
+from .vt import Screen
 
 
 def test_the_app_loads_no_torch() -> None:
@@ -83,16 +84,39 @@ async def test_growing_out_of_a_tiny_terminal() -> None:
         assert driver.line("P parameters")
 
 
-async def test_nothing_is_sent_when_nothing_changed() -> None:
-    async with shown(trained()) as driver:
-        version = driver.app.state.version
-        driver.app.tick()
-        assert driver.app.state.version == version
-        before = driver.app.canvas.lines
+async def test_what_differs_is_sent_and_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A terminal that gets only what is sent shows what the app shows; nothing goes out when nothing changed."""
+    sent: list[str] = []
+    monkeypatch.setattr("gpumem_tui.tui.app.send", lambda _app, text: bool(sent.append(text)) or True)
+    source = trained()
+    async with shown(source) as driver:
+        screen = Screen(80, 24)
+        for y, line in enumerate(driver.lines):
+            screen.feed(f"\x1b[{y + 1};1H{line}")
+        refreshed: list[object] = []
+        monkeypatch.setattr(driver.app.canvas, "refresh", lambda *regions: refreshed.extend(regions))
+
+        async def sends() -> int:
+            """How many characters go out; the screen that gets them is then as the app's."""
+            await driver.tick()
+            text = "".join(sent)
+            sent.clear()
+            screen.feed(text)
+            assert screen.lines == [line.rstrip() for line in driver.lines]
+            return len(text)
+
+        assert await sends() == 0
         driver.app.draw()
-        assert driver.app.canvas.show([]) > 0
+        assert await sends() == 0
+        driver.app.state.say("a word")
         driver.app.draw()
-        assert driver.app.canvas.lines == before
+        assert 0 < await sends() < 250, "one row"
+        await driver.press("2")
+        assert await sends() > 1000
+        source.finish_step()
+        assert await sends() > 0
+        assert await sends() == 0
+        assert refreshed == [], "nothing through the compositor"
 
 
 async def test_ascii_means_ascii() -> None:

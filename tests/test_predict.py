@@ -28,6 +28,7 @@ from gpumem_tui.profiles import preset
 from gpumem_tui.tui.__main__ import main
 
 from .conftest import Engine, small_run
+from .terminal import until
 
 GIB = 2**30
 H100 = gpu("H100 80GB")
@@ -455,14 +456,15 @@ def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.UNHURRIED_SHARE", 1e-12)
     monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.LONGEST_REST_S", 3600.0)
     predictor = Predictor(H100)
-    predictor.want([], [small_run(batch_size=1), small_run(batch_size=2)])
-    assert not predictor.wait(0.2)
-    assert begun == [1]
-    predictor.want([small_run(batch_size=4)], [small_run(batch_size=2)])
-    while len(begun) < 2:
-        predictor.wait(0.01)
-    assert begun == [1, 4]
+    unhurried = small_run(batch_size=2)
+    predictor.want([], [small_run(batch_size=1), unhurried])
+    until(lambda: predictor.get(small_run(batch_size=1)))
+    for hurried in (small_run(batch_size=4), small_run(batch_size=5)):
+        predictor.want([hurried], [unhurried])
+        until(lambda wanted=hurried: predictor.get(wanted))
     predictor.close()
+    assert begun == [1, 4, 5], "after each answer it rests, and what somebody waits for ends the rest"
+    assert predictor.get(unhurried) is None
 
 
 def test_layers_that_are_dropped_at_random_are_kept(tmp_path: Path) -> None:
