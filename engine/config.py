@@ -66,8 +66,8 @@ class Option:
             UserError: The value is of the wrong type or not allowed.
         """
         value = self._convert(raw)
-        if value is None or not self._admits(value):
-            raise UserError(f"{where}: {self.name}={_typed(raw)} is not allowed; {self.name} takes {self.allowed}")
+        if value is None or not self.admits(value):
+            raise UserError(f"{where}: {self.name}={excerpt(raw)} is not allowed; {self.name} takes {self.allowed}")
         return value
 
     @property
@@ -109,7 +109,8 @@ class Option:
             return _whole(raw, number)
         return number
 
-    def _admits(self, value: Value) -> bool:
+    def admits(self, value: Value) -> bool:
+        """Whether a value of the option's type is allowed."""
         if isinstance(value, bool):
             return True
         if isinstance(value, str):
@@ -131,7 +132,7 @@ def _whole(raw: float | str, number: float) -> int | None:
         return int(number)
 
 
-def _typed(raw: object) -> str:
+def excerpt(raw: object) -> str:
     """A value that is not allowed, as the line about it shows it."""
     if isinstance(raw, int) and raw.bit_length() > 200:  # Python writes no integer of more than 4,300 digits
         return f"(a number of {raw.bit_length()} bits)"
@@ -147,7 +148,7 @@ def show(value: Value) -> str:
 
 WORKLOAD_OPTIONS: tuple[Option, ...] = (
     Option("batch_size", 8, "rows in one micro-batch", (1, 2, 4, 8, 16, 32, 64), True, 1, 65536),
-    Option("seq_len", 256, "tokens in one row", (64, 128, 256, 512, 1024, 2048, 4096), True, 2, 1 << 20),
+    Option("seq_len", 256, "tokens in one row", (64, 128, 256, 512, 1024, 2048, 4096), True, 1, 1 << 20),
     Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30),
     Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40),
     Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0),
@@ -155,13 +156,17 @@ WORKLOAD_OPTIONS: tuple[Option, ...] = (
 )
 """The settings of the workload itself: same shape as a technique's options."""
 
+TRACES = ("auto", "every")
+"""Which steps are traced: as the governor's time budget allows, or each."""
+
 
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything that decides what a run does. Frozen; change it with `with_`.
 
-    Values are checked where they enter (`engine.techniques.configure`), so a
-    RunConfig in hand is a valid one.
+    Values are checked where they enter: what is typed by
+    `engine.techniques.configure`, what is read by `engine.techniques.parse_config`.
+    A RunConfig in hand is a valid one.
 
     Attributes:
         model: A profile's name, or a hub id or folder if `pretrained`.
@@ -175,7 +180,7 @@ class RunConfig:
         steps: Optimizer steps; 0 runs until stopped.
         learning_rate: The optimizer's learning rate.
         seed: Seeds weights and token ids.
-        trace: `every` step, or `auto`: as the governor's time budget allows.
+        trace: Which steps are traced: one of TRACES.
         options: Value of every technique option, by name.
     """
 
@@ -240,21 +245,9 @@ class RunConfig:
         return dataclasses.replace(self, options=options, **fields)
 
     def as_dict(self) -> dict[str, Any]:
-        """Plain containers, ready for JSON."""
+        """Plain containers, ready for JSON; `engine.techniques.parse_config` reads them back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         return fields | {"options": dict(self.options)}
-
-    @classmethod
-    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
-        """The inverse of `as_dict`.
-
-        Raises:
-            UserError: A key is unknown (a file of another version).
-        """
-        unknown = set(plain) - {f.name for f in dataclasses.fields(cls)}
-        if unknown:
-            raise UserError(f"run configuration has unknown keys: {', '.join(sorted(unknown))}")
-        return cls(**plain)
 
 
 _WORKLOAD_NAMES = frozenset(option.name for option in WORKLOAD_OPTIONS)

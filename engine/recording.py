@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from . import techniques
 from .config import RunConfig, UserError, one_line
 from .events import (
     BLOCK,
@@ -144,7 +145,7 @@ class Replay:
                 count = sum(name.endswith(".json") for name in archive.namelist()) - 1
                 self._traces = [_read_trace(archive, number) for number in range(count)]
             self._environment = Environment(**head["environment"])
-            self._config = RunConfig.from_dict(head["config"])
+            self._config = techniques.parse_config(head["config"], str(path))
             gauge = head["gauge"]
             self._gauge = Gauge(**(gauge | {"phase": Phase(gauge["phase"])})) if gauge else None
             self._milestones = [Milestone(**(m | {"kind": Kind(m["kind"])})) for m in head["milestones"]]

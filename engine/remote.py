@@ -98,10 +98,6 @@ class Remote(Published):
             threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
             return
         role = self.role
-        if isinstance(command, Start):
-            techniques.check(command.config)
-            if self._environment is not None:
-                techniques.check_available(command.config, self._environment)
         if role is ViewerRole.WATCHING:
             raise UserError(advice(command, self))
         if role is ViewerRole.READ_ONLY and not isinstance(command, TakeOver):
@@ -243,7 +239,7 @@ class Remote(Published):
         if news.environment is not None:
             self._environment = news.environment
         if news.config is not None:
-            feed.begin_run(RunConfig.from_dict(news.config))
+            feed.begin_run(techniques.parse_config(news.config, "the engine"))
         self._config_number = news.config_number
         self._commanding = news.commands
         for milestone in news.milestones:

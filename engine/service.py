@@ -19,7 +19,7 @@ from functools import partial
 from importlib import metadata
 from pathlib import Path
 
-from . import wire
+from . import techniques, wire
 from .config import RunConfig, UserError
 from .engine_registry import EngineInfo, EngineLock
 from .events import Kind
@@ -119,7 +119,7 @@ class Log:
 def main() -> int:
     """Run until told to end; returns the exit code."""
     order = json.load(sys.stdin)
-    config = RunConfig.from_dict(order["config"])
+    config = techniques.parse_config(order["config"], "the engine")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _offer_to_the_oom_killer()

@@ -90,9 +90,7 @@ class Session(Published):
             raise UserError(self._refused)
         match command:
             case Start(config):
-                techniques.check(config)
-                if self._feed.environment is not None:
-                    techniques.check_available(config, self._feed.environment)
+                techniques.check(config, self._feed.environment)
                 self._idle.clear()
                 self._interrupt(command)
             case Stop():
@@ -178,8 +176,7 @@ class Session(Published):
     def _run_and_report(self, config: RunConfig) -> None:
         """Run once; whatever happens becomes milestones."""
         try:
-            assert self._feed.environment is not None
-            techniques.check_available(config, self._feed.environment)
+            techniques.check(config, self._feed.environment)  # which may not have been known when it was asked for
         except UserError as error:
             self._feed.milestone(Kind.REFUSED, str(error))
             return

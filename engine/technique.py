@@ -10,7 +10,7 @@ from .config import Option, RunConfig, Value, show
 from .events import Environment
 
 if TYPE_CHECKING:
-    from .workload import Recipe
+    from .workload import Model, Recipe
 
 
 def _nothing(_config: RunConfig, _recipe: Recipe) -> None:
@@ -18,6 +18,10 @@ def _nothing(_config: RunConfig, _recipe: Recipe) -> None:
 
 
 def _never(_config: RunConfig) -> str | None:
+    return None
+
+
+def _any_model(_config: RunConfig, _model: Model) -> str | None:
     return None
 
 
@@ -53,6 +57,8 @@ class Technique:
             set to, and what it is that decides so; None: it is as it is set.
         conflict: Why a configuration cannot be run with this technique as set
             in it (one line), or None.
+        unsuitable: Why a model cannot be run with this technique as set (one line), or
+            None. Sees the model on the meta device, before anything is loaded.
         unavailable: Why a value of the switch cannot be used on a machine (one
             line), or None.
     """
@@ -69,6 +75,7 @@ class Technique:
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     overruled: Callable[[RunConfig], tuple[Value, str] | None] = _as_set
     conflict: Callable[[RunConfig], str | None] = _never
+    unsuitable: Callable[[RunConfig, Model], str | None] = _any_model
     unavailable: Callable[[Value, Environment], str | None] = _always
 
     @property

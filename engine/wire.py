@@ -17,7 +17,7 @@ import msgspec
 import numpy as np
 
 from . import techniques
-from .config import WORKLOAD_OPTIONS, RunConfig, UserError, one_line
+from .config import UserError, one_line
 from .events import Environment, Gauge, Milestone, StepTrace
 from .feed import Command, End, Pause, Start, Stop, TakeOver
 from .recording import COLUMNS
@@ -269,11 +269,11 @@ def unpack_command(message: Do) -> Command:
     """The inverse of `pack_command`.
 
     Raises:
-        UserError: A configuration that cannot run, or of another version.
+        UserError: The configuration has keys or values that it cannot have.
     """
     match message.name:
         case "start":
-            return Start(_parse_config(message.config or {}))
+            return Start(techniques.parse_config(message.config or {}, "start"))
         case "pause":
             return Pause(message.paused)
         case "stop":
@@ -282,26 +282,3 @@ def unpack_command(message: Do) -> Command:
             return End()
         case "take over":
             return TakeOver()
-
-
-_CONFIG_FIELDS = get_type_hints(RunConfig)
-_SETTINGS = {option.name for option in WORKLOAD_OPTIONS}
-
-
-def _parse_config(plain: dict[str, Any]) -> RunConfig:
-    """A configuration that arrived; what it does not name has its default."""
-    if unknown := set(plain) - set(_CONFIG_FIELDS):
-        raise UserError(f"start: run configuration has unknown keys: {', '.join(sorted(unknown))}")
-    options = plain.get("options", {})
-    if not isinstance(options, dict):
-        raise UserError("start: options are a table of settings")
-    settings = options | {name: value for name, value in plain.items() if name in _SETTINGS}
-    try:
-        base = {
-            name: msgspec.convert(value, _CONFIG_FIELDS[name])
-            for name, value in plain.items()
-            if name != "options" and name not in _SETTINGS
-        }
-    except msgspec.ValidationError as error:
-        raise UserError(f"start: {error}") from None
-    return techniques.configure(base, techniques.parse(settings, "start"))

@@ -135,6 +135,9 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     for technique in registry().values():
         technique.apply(config, recipe)
     shell = shell_of(architecture)
+    for technique in registry().values():
+        if problem := technique.unsuitable(config, shell):
+            raise UserError(problem)
     if shapes_only:
         ids = labels = torch.zeros((1, 1), dtype=torch.int64).expand(config.batch_size, config.seq_len)
     else:

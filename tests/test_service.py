@@ -402,8 +402,8 @@ WRONG = [
     ({"options": {"lora": True, "lora.r": -3}}, "start: lora.r=-3 is not allowed"),
     ({"options": {"zoom": 1}}, "start: there is no setting 'zoom'"),
     ({"options": {"quantization": "nf4"}}, "quantization=nf4 freezes the weights: set lora=on"),
-    ({"options": 3}, "start: options are a table of settings"),
-    ({"model": 7}, "start: Expected `str`, got `int`"),
+    ({"options": 3}, "start: options is a mapping, not 3"),
+    ({"model": 7}, "start: model=7 is not allowed"),
     ({"seq_len": "9" * 100_000}, "start: seq_len=999"),
 ]
 

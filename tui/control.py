@@ -116,9 +116,7 @@ class Control:
     def problem(self, config: RunConfig) -> str | None:
         """Why a configuration cannot be run here, or None."""
         try:
-            techniques.check(config)
-            if self.state.environment is not None:
-                techniques.check_available(config, self.state.environment)
+            techniques.check(config, self.state.environment)
         except UserError as error:
             return str(error)
         return None

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from ..engine import techniques
 from ..engine.config import RunConfig, UserError
 from ..engine.events import Kind, Milestone, Recompute
 
@@ -184,6 +185,6 @@ class RunState:
 
 def _config_of(data: dict[str, Any]) -> RunConfig | None:
     try:
-        return RunConfig.from_dict(data["config"])
-    except (KeyError, TypeError, UserError):
+        return techniques.parse_config(data["config"], "the run")
+    except (KeyError, UserError):
         return None

@@ -107,8 +107,7 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         UserError: The configuration cannot run there, or cannot be predicted.
     """
     began = time.perf_counter()
-    techniques.check(config)
-    techniques.check_available(config, environment(gpu))
+    techniques.check(config, environment(gpu))
     done = rehearse(config, gpu, steps)
     document = _document(config, gpu, done)
     peak = document["peak"]

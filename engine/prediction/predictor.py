@@ -22,6 +22,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from .. import techniques
 from ..config import RunConfig, UserError
 from .gpus import Gpu
 from .outcome import Prediction
@@ -172,7 +173,7 @@ def serve(niceness: int) -> None:
         request = json.loads(line)
         card = request["gpu"] | {"capability": tuple(request["gpu"]["capability"])}
         try:
-            prediction = predict(RunConfig.from_dict(request["config"]), Gpu(**card))
+            prediction = predict(techniques.parse_config(request["config"], "the request"), Gpu(**card))
             fields = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
             answer = {name: value for name, value in fields.items() if name != "config"}
             answer["document"] = {name: prediction.document[name] for name in TOLD}

@@ -5,6 +5,7 @@ Adding a technique is adding a file here; nothing else has to be edited.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 import importlib
 import pkgutil
@@ -13,7 +14,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from ..config import WORKLOAD_OPTIONS, Option, RunConfig, UserError, Value
+from ..config import TRACES, WORKLOAD_OPTIONS, Option, RunConfig, UserError, Value, excerpt, show
 from ..events import Environment
 from ..technique import Technique
 
@@ -54,9 +55,9 @@ def parse(settings: Mapping[str, object], where: str) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for name, raw in settings.items():
         if name not in known:
-            close = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
-            raise UserError(f"{where}: there is no setting {name!r}; {hint}")
+            close = difflib.get_close_matches(str(name), known, 1)
+            hint = f"did you mean {close[0]}?" if close else "gpumem-tui techniques lists them"
+            raise UserError(f"{where}: there is no setting {excerpt(name)!r}; {hint}")
         values[name] = known[name].parse(raw, where)
     return values
 
@@ -76,29 +77,69 @@ def configure(base: Mapping[str, Any], settings: Mapping[str, Value]) -> RunConf
     return config
 
 
-def check(config: RunConfig) -> None:
-    """Refuse what cannot be combined.
+def parse_config(plain: object, where: str) -> RunConfig:
+    """Read a configuration that comes from elsewhere: a recording, a viewer, another process, a file.
+
+    What it lacks (an older version has fewer options) is as by default. Whether it
+    can run on a machine is not asked: `check` does that where the machine is known.
+
+    Args:
+        plain: What `RunConfig.as_dict` gave, as read.
+        where: Named in errors.
 
     Raises:
-        UserError: One line that names the settings.
+        UserError: It is no such mapping, or has unknown keys or values that are not allowed. One line.
+    """
+    fields = dict(_mapping(plain, f"{where}: a run configuration"))
+    options = _mapping(fields.pop("options", {}), f"{where}: options")
+    unknown = [excerpt(name) for name in fields if name not in _FIELDS]
+    if unknown:
+        raise UserError(f"{where}: run configuration has unknown keys: {excerpt(', '.join(sorted(unknown)))}")
+    known = all_options()
+    for name, raw in fields.items():
+        if name in known:
+            fields[name] = known[name].parse(raw, where)
+        elif not _is_field(name, raw):
+            raise UserError(f"{where}: {name}={excerpt(raw)} is not allowed")
+    return RunConfig(**fields, options=defaults()).with_(parse(options, where))
+
+
+_FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
+
+
+def _mapping(plain: object, what: str) -> Mapping[str, Any]:
+    if not isinstance(plain, Mapping):
+        raise UserError(f"{what} is a mapping, not {excerpt(plain)}")
+    return plain
+
+
+def _is_field(name: str, raw: object) -> bool:
+    """Whether a RunConfig's field that is no setting can have this value."""
+    if name == "pretrained":
+        return isinstance(raw, bool)
+    if name == "data" and raw is None:
+        return True
+    return isinstance(raw, str) and bool(raw) and raw.isprintable() and (name != "trace" or raw in TRACES)
+
+
+def check(config: RunConfig, environment: Environment | None = None) -> None:
+    """Refuse what cannot be combined, and what a machine cannot run.
+
+    Args:
+        config: Its values are valid, each by itself.
+        environment: Of the machine; None: it is not known yet.
+
+    Raises:
+        UserError: One line that names the settings and the reason.
     """
     for technique in registry().values():
         problem = technique.conflict(config)
         if problem:
             raise UserError(problem)
-
-
-def check_available(config: RunConfig, environment: Environment) -> None:
-    """Refuse what this machine cannot run.
-
-    Raises:
-        UserError: One line that names the setting and the reason.
-    """
-    for technique in registry().values():
         value = config[technique.name]
-        problem = technique.unavailable(value, environment)
+        problem = technique.unavailable(value, environment) if environment else None
         if problem:
-            raise UserError(f"{technique.name}={value} cannot run here: {problem}")
+            raise UserError(f"{technique.name}={show(value)} cannot run here: {problem}")
 
 
 def changed(config: RunConfig) -> Iterable[tuple[str, Value]]:

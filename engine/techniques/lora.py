@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..config import Option, RunConfig, UserError, Value
+from ..config import Option, RunConfig, Value
 from ..events import Environment
 from ..technique import Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..workload import Model, Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
@@ -20,13 +20,9 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
     recipe.trains_all = False
     wanted = config.text("lora.targets")
-    targets: str | list[str] | None
+    targets: str | list[str] | None = wanted if wanted == "all-linear" else _named(wanted)
     if wanted == "profile":
         targets = list(recipe.lora_targets) or None  # None: PEFT's own table by architecture
-    elif wanted == "all-linear":
-        targets = wanted
-    else:
-        targets = [name.strip() for name in wanted.split(",") if name.strip()]
     settings = LoraConfig(
         r=config.integer("lora.r"),
         lora_alpha=config.integer("lora.alpha"),
@@ -37,14 +33,27 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     )
 
     def wrap(model: Any) -> Any:
-        leaves = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-        if isinstance(targets, list) and (missing := [t for t in targets if t.rsplit(".", 1)[-1] not in leaves]):
-            raise UserError(f"lora.targets: no module is called {missing[0]!r}; there are {', '.join(leaves)}")
         # GPT-2's projections are Conv1D, stored transposed; PEFT wants to be told.
         settings.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
         return get_peft_model(model, settings)
 
     recipe.transforms.append(wrap)
+
+
+def _named(wanted: str) -> list[str]:
+    return [name.strip() for name in wanted.split(",") if name.strip()]
+
+
+def unsuitable(config: RunConfig, model: Model) -> str | None:
+    """Module names that are typed have to be names of the model's; also while LoRA is off, so that it can be set on."""
+    wanted = config.text("lora.targets")
+    if wanted in ("profile", "all-linear"):
+        return None
+    leaves = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
+    missing = [name for name in _named(wanted) if name.rsplit(".", 1)[-1] not in leaves]
+    if missing or not _named(wanted):
+        return f"lora.targets: no module is called {(missing or [wanted])[0]!r}; there are {', '.join(leaves)}"
+    return None
 
 
 def unavailable(value: Value, environment: Environment) -> str | None:
@@ -64,7 +73,7 @@ TECHNIQUE = Technique(
     options=(
         Option("lora", False, "train adapters, freeze the rest", (False, True)),
         Option("lora.r", 8, "rank", (4, 8, 16, 32, 64, 128), True, 1, 65536),
-        Option("lora.alpha", 32, "scale: alpha / r", (8, 16, 32, 64), True, 1),
+        Option("lora.alpha", 32, "scale: alpha / r", (8, 16, 32, 64), True, 1, 1 << 20),
         Option("lora.dropout", 0.05, "dropout before the adapter", (0.0, 0.05, 0.1), True, 0.0, 0.99),
         Option(
             "lora.targets",
@@ -75,5 +84,6 @@ TECHNIQUE = Technique(
         ),
     ),
     apply=apply,
+    unsuitable=unsuitable,
     unavailable=unavailable,
 )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -28,21 +27,21 @@ def script_name() -> str:
 
 def config_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.Tensor]) -> RunConfig:
     """The run in our own words, as far as it can be told; what cannot stays as by default."""
-    found = _found(model, optimizer)
-    known = techniques.all_options()
-    options = techniques.defaults() | {
-        name: value
-        for name, value in found.items()
-        if name in known and (not known[name].choices or value in known[name].choices)
-    }
     shape = tuple(batch[0].shape) if batch else ()
-    return dataclasses.replace(
-        RunConfig(model=_model_name(model), device=str(device_of(model)), options=options),
-        batch_size=int(shape[0]) if shape else 1,
-        seq_len=int(shape[1]) if len(shape) > 1 else 1,
-        rows=1,
-        learning_rate=float(optimizer.param_groups[0].get("lr", 0.0)),
-    )
+    found = _found(model, optimizer) | {
+        "batch_size": int(shape[0]) if shape else 1,
+        "seq_len": int(shape[1]) if len(shape) > 1 else 1,
+        "rows": 1,
+        "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)),
+    }
+    config = RunConfig(model=_model_name(model), device=str(device_of(model)), options=techniques.defaults())
+    return config.with_({name: value for name, value in found.items() if _is_ours(name, value)})
+
+
+def _is_ours(name: str, value: Any) -> bool:
+    """Whether a setting of ours can have the value: a script may do what we do not."""
+    option = techniques.all_options().get(name)
+    return option is not None and option.admits(value)
 
 
 def device_of(model: torch.nn.Module) -> torch.device:

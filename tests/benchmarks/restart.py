@@ -48,7 +48,7 @@ def bare(connection: Connection) -> None:
     prepare(techniques.configure({"model": "tiny"}, {}), device)  # imports the libraries
     torch.zeros(1, device=device)
     while (plain := connection.recv()) is not None:
-        config = RunConfig.from_dict(plain)
+        config = techniques.parse_config(plain, "the benchmark")
         began = time.perf_counter()
         workload = build(prepare(config, device))
         loaded = time.perf_counter()
