@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import re
 import shutil
 import signal
 import subprocess
@@ -335,6 +336,31 @@ def test_exceptions_of_the_script_are_the_scripts(seen: Seen) -> None:
     assert "2.00 GiB" in seen.told(Kind.OUT_OF_MEMORY)[0].text
     with pytest.raises(TypeError, match=r"is no torch\.optim\.Optimizer"):
         watch(model, "adamw")
+
+
+# Torch's own frames differ wherever a module has a hook; a caption of a group of errors is no source line.
+TORCH_FRAME = re.compile(r'^[ |]*File "[^"]*/torch/[^"]*", line \d+, in .*\n(?:[ |]* {4}(?!\+)(?!.*File ").*\n)*', re.M)
+
+
+def test_errors_of_a_script_are_printed_and_end_it_as_without_watching() -> None:
+    """Traceback, cause, notes and exit code; KeyboardInterrupt among them."""
+    raising = [sys.executable, str(EXAMPLES / "raising.py")]
+    alone = subprocess.Popen(raising, stderr=subprocess.PIPE, text=True)
+    watched = subprocess.Popen([*raising, "watched"], stderr=subprocess.PIPE, text=True)
+    under_exec = run_under_exec(*raising)
+    expected, *told = (TORCH_FRAME.sub("", script.communicate()[1]) for script in (alone, watched, under_exec))
+    assert "Traceback" in expected and "\ninterrupted -2\n" in expected and "\nexits 3\n" in expected
+    for printed in told:
+        ours, theirs = split_lines(printed)
+        assert theirs == expected
+        assert all("; to see it: gpumem-tui attach raising" in line for line in ours)
+
+
+def split_lines(printed: str) -> tuple[list[str], str]:
+    """The lines that gpumem-tui has said, and the script's own text."""
+    lines = printed.splitlines(keepends=True)
+    ours = [line for line in lines if line.startswith("gpumem-tui: ")]
+    return ours, "".join(line for line in lines if line not in ours)
 
 
 # --- the other terminal -----------------------------------------------------------------

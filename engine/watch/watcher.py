@@ -12,7 +12,7 @@ import atexit
 import time
 import weakref
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import TracebackType
 from typing import Any, Self
@@ -30,6 +30,7 @@ from ..tracing.tracer import Tracer
 from .describe import config_of, device_of, unwrapped
 from .loss import Losses
 from .recorders import GuardedOpTracker, LateAllocatorTrace
+from .tracebacks import hide_our_frames, our_frames_hidden
 from .watched_source import WatchedSource
 
 Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
@@ -84,6 +85,9 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.end(error)
+        if error is not None:
+            with suppress(Exception):
+                hide_our_frames(error)
 
     def begin(self) -> None:
         """From here on."""
@@ -141,6 +145,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         undo.callback(optimizer.register_step_pre_hook(guard(self._optimizer_begins)).remove)
         undo.callback(optimizer.register_step_post_hook(guard(self._optimizer_ends)).remove)
         undo.enter_context(_observed_checkpoints(model))
+        undo.enter_context(our_frames_hidden())
 
     def _removing(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """Once something has failed, remove all hooks, here where nobody is in the middle of going through them."""
@@ -177,10 +182,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             return
         if isinstance(error, torch.OutOfMemoryError):
             phase, step = self._phase, tracer.step_now
-            self._leave_step(error)
+            self._leave_step(_Unfinished())
             self.source.out_of_memory(error, tracer, step, phase)
         else:
-            self._leave_step(error or _Over())
+            self._leave_step(_Unfinished())
         settle = getattr(tracer, "settle", None)
         if settle is not None:
             settle()
@@ -276,11 +281,11 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         context.__enter__()
         self._phase_context, self._phase = context, phase
 
-    def _leave_phase(self, error: BaseException | None) -> None:
+    def _leave_phase(self, error: _Unfinished | None) -> None:
         context, self._phase_context, self._phase = self._phase_context, None, Phase.IDLE
         _leave(context, error)
 
-    def _leave_step(self, error: BaseException | None) -> None:
+    def _leave_step(self, error: _Unfinished | None) -> None:
         self._leave_phase(error)
         self.source.micro_batches[self._step + 1] = self._micro_batch + 1
         context, self._step_context = self._step_context, None
@@ -300,17 +305,21 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self.source.recomputed(event)
 
 
-class _Over(BaseException):
-    """Leaves a step that will not be finished."""
+class _Unfinished(BaseException):
+    """Leaves a step that will not be finished.
+
+    Never the script's own error: a context that an error passes through sets
+    its traceback, and fails if it cannot.
+    """
 
 
-def _leave(context: Any, error: BaseException | None) -> None:
+def _leave(context: Any, error: _Unfinished | None) -> None:
     """Leave a context as if its body had raised, without raising that again."""
     if context is None:
         return
     try:
         context.__exit__(type(error) if error else None, error, None)
-    except BaseException as same:
+    except _Unfinished as same:
         if same is not error:
             raise
 
