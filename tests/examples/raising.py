@@ -79,7 +79,7 @@ def during_another(model: Net) -> None:
     try:
         wrong_shape(model)
     finally:
-        [model][1]
+        {}["missing"]
 
 
 def with_a_note(model: Net) -> None:
