@@ -8,23 +8,13 @@ from .events import Category
 from .feed import Command, Source, Start, peak_bytes
 from .ledger import Bytes, Ledger
 
-HOW: dict[str, tuple[str, tuple[Category, ...]]] = {
-    "checkpointing": ("model.gradient_checkpointing_enable()", (Category.ACTIVATIONS,)),
-    "lora": (
-        "peft.get_peft_model(model, LoraConfig(...))",
-        (Category.GRADIENTS, Category.OPTIMIZER_STATE),
-    ),
-    "quantization": ("from_pretrained(..., quantization_config=BitsAndBytesConfig(...))", (Category.PARAMETERS,)),
-    "dtype": ("from_pretrained(..., dtype=...)", (Category.PARAMETERS, Category.GRADIENTS, Category.ACTIVATIONS)),
-    "optimizer": ("another optimizer's class", (Category.OPTIMIZER_STATE,)),
-    "kv_cache": ("model.config.use_cache", (Category.KV_CACHE,)),
-    "attention": ("from_pretrained(..., attn_implementation=...)", (Category.ACTIVATIONS,)),
-    "accumulation": ("smaller micro-batches, more of them to a step", (Category.ACTIVATIONS, Category.LOGITS_LOSS)),
-    "keep_outputs": ("del outputs after backward", (Category.LOGITS_LOSS, Category.KV_CACHE)),
-    "batch_size": ("the loader's batch size", (Category.ACTIVATIONS, Category.LOGITS_LOSS, Category.KV_CACHE)),
-    "seq_len": ("the rows' length", (Category.ACTIVATIONS, Category.LOGITS_LOSS, Category.KV_CACHE)),
+OF_A_BATCH = (Category.ACTIVATIONS, Category.LOGITS_LOSS, Category.KV_CACHE)
+
+OF_WORKLOAD: dict[str, tuple[str, tuple[Category, ...]]] = {
+    "batch_size": ("the loader's batch size", OF_A_BATCH),
+    "seq_len": ("the rows' length", OF_A_BATCH),
 }
-"""How a setting is changed in a script of one's own, and the categories it acts on."""
+"""How what is no technique is changed in a script of one's own, and the categories it acts on."""
 
 
 def advice(command: Command, source: Source) -> str:
@@ -36,13 +26,13 @@ def advice(command: Command, source: Source) -> str:
     if name is None:
         return "the loop is your own script's: start it again there"
     line = f"{name}={show(command.config[name])} is for your script to set"
-    how, categories = HOW.get(name, ("", ()))
+    technique = techniques.of_option(name)
+    how, categories = (technique.in_script, technique.acts_on) if technique else OF_WORKLOAD.get(name, ("", ()))
     line += f": {how}" if how else ""
     held = _at_the_peak(source)
     if held and categories:
         parts = " + ".join(f"{c.info.title} {held[c] / 2**20:.1f} MiB" for c in categories if held[c])
         line += f"; it acts on {parts or 'nothing that is held'} of {sum(held.values()) / 2**20:.1f} MiB at the peak"
-    technique = techniques.registry().get(name)
     return line + (f"; {technique.summary}" if technique else "")
 
 

@@ -45,6 +45,8 @@ class Option:
         open_ended: Whether values outside `choices` are accepted as well.
         minimum: Smallest number accepted (inclusive), for numeric options.
         maximum: Largest number accepted (inclusive), for numeric options.
+        affects_memory: Whether two runs that differ in it alone may hold
+            different amounts on the device.
     """
 
     name: str
@@ -54,6 +56,7 @@ class Option:
     open_ended: bool = False
     minimum: float | None = None
     maximum: float | None = None
+    affects_memory: bool = True
 
     def parse(self, raw: object, where: str) -> Value:
         """Check a value, whether typed on the command line or read from a file.
@@ -149,10 +152,10 @@ def show(value: Value) -> str:
 WORKLOAD_OPTIONS: tuple[Option, ...] = (
     Option("batch_size", 8, "rows in one micro-batch", (1, 2, 4, 8, 16, 32, 64), True, 1, 65536),
     Option("seq_len", 256, "tokens in one row", (64, 128, 256, 512, 1024, 2048, 4096), True, 1, 1 << 20),
-    Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30),
-    Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40),
-    Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0),
-    Option("seed", 0, "seed of the weights and of the token ids", (), False, 0, (1 << 63) - 1),
+    Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30, affects_memory=False),
+    Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40, affects_memory=False),
+    Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0, affects_memory=False),
+    Option("seed", 0, "seed of the weights and of the token ids", (), False, 0, (1 << 63) - 1, affects_memory=False),
 )
 """The settings of the workload itself: same shape as a technique's options."""
 

@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import enum
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .config import Option, RunConfig, Value, show
-from .events import Environment
+from .events import Category, Environment
 
 if TYPE_CHECKING:
     from .workload import Model, Recipe
+
+
+class Effect(enum.IntEnum):
+    """What a change does to the training, beside its memory; the larger, the less harmless."""
+
+    NONE = 0
+    NUMERICS = 1
+    TRAINING = 2
+
+    @property
+    def title(self) -> str:
+        """For people."""
+        return ("same mathematics", "other rounding", "another training")[self]
+
+
+class Mathematics(NamedTuple):
+    """What a configuration computes, as far as one technique decides it.
+
+    Two configurations that agree in both fields make the same updates, up to the
+    order in which numbers are added.
+
+    Attributes:
+        training: Which parameters are updated, by which rule, from which tokens.
+        numerics: In how many bits.
+    """
+
+    training: str = ""
+    numerics: str = ""
+
+    def effect(self, other: Mathematics) -> Effect:
+        """What going over to another one changes."""
+        if self.training != other.training:
+            return Effect.TRAINING
+        return Effect.NUMERICS if self.numerics != other.numerics else Effect.NONE
+
+
+Recognise = Callable[[Any, Any], Mapping[str, Value]]
+"""Reads a technique's settings off a model and its optimizer."""
 
 
 def _nothing(_config: RunConfig, _recipe: Recipe) -> None:
@@ -33,17 +72,25 @@ def _always(_value: Value, _environment: Environment) -> str | None:
     return None
 
 
+def _the_same(_config: RunConfig) -> Mathematics:
+    return Mathematics()
+
+
+def _not_visible(_model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """For techniques that leave no mark on a model or its optimizer."""
+    return {}
+
+
 @dataclass(frozen=True, slots=True)
 class Technique:
     """One thing that can be done about memory.
 
-    Imports of torch and of what builds on it belong inside `apply`: the app
-    lists techniques without loading them.
+    Imports of torch and of what builds on it belong inside `apply` and
+    `recognise`: the app lists techniques without loading them.
 
     Attributes:
         name: Also the name of its switch, `options[0]`.
         title: For people.
-        key: The key that steps through the switch's values in the app.
         summary: One line: what it does to memory.
         formula: What it saves or costs, in bytes.
         source: Where it is described: paper or library documentation.
@@ -52,6 +99,13 @@ class Technique:
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
         options: The switch first, then its details.
+        in_script: How it is set in a training script of one's own.
+        acts_on: The categories whose bytes it changes.
+        variants: Settings that between them set every value which trains
+            otherwise, each complete in itself: what the tests train, and what
+            they combine with the other techniques'.
+        key: The key that steps through the switch's values in the app; "": none,
+            the techniques screen and the palette reach it.
         apply: Writes what it changes into the recipe of a run.
         overruled: What the switch comes to in a configuration, whatever it is
             set to, and what it is that decides so; None: it is as it is set.
@@ -61,22 +115,31 @@ class Technique:
             None. Sees the model on the meta device, before anything is loaded.
         unavailable: Why a value of the switch cannot be used on a machine (one
             line), or None.
+        mathematics: What a configuration computes, as far as it decides that.
+        recognise: Its settings in a watched script, by name, from the model and
+            the optimizer while the model's forward is entered; without those
+            that cannot be told. It may find values that no option takes.
     """
 
     name: str
     title: str
-    key: str
     summary: str
     formula: str
     source: str
     order: int
     options: tuple[Option, ...]
+    in_script: str
+    acts_on: tuple[Category, ...]
+    variants: tuple[Mapping[str, Value], ...]
+    key: str = ""
     cost: str | Mapping[Value, str] = "nothing measurable"
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     overruled: Callable[[RunConfig], tuple[Value, str] | None] = _as_set
     conflict: Callable[[RunConfig], str | None] = _never
     unsuitable: Callable[[RunConfig, Model], str | None] = _any_model
     unavailable: Callable[[Value, Environment], str | None] = _always
+    mathematics: Callable[[RunConfig], Mathematics] = _the_same
+    recognise: Recognise = _not_visible
 
     @property
     def switch(self) -> Option:

@@ -9,7 +9,7 @@ import pytest
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.tui.run_state import config_key
+from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
 
 from .app_driver import trained
@@ -99,5 +99,5 @@ def test_messages_go_by_the_clock() -> None:
 def test_runs_that_differ_in_steps_only_hold_the_same() -> None:
     one = techniques.configure({"model": "tiny"}, {"steps": 1})
     two = techniques.configure({"model": "tiny"}, {"steps": 2, "seed": 3})
-    assert config_key(one) == config_key(two)
-    assert config_key(one) != config_key(one.with_({"lora": True}))
+    assert memory_key(one) == memory_key(two)
+    assert memory_key(one) != memory_key(one.with_({"lora": True}))

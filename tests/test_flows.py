@@ -15,10 +15,10 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Category, Kind
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay, write
+from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.prediction_client import Background
 from gpumem_tui.tui.recording_set import RecordingSet
-from gpumem_tui.tui.run_state import config_key
 from gpumem_tui.tui.run_summary import of_source
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
 from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
@@ -676,9 +676,9 @@ def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> Non
         source.finish_step()
         write(tmp_path / f"{name}.gpumem", source)
     found = RecordingSet([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
-    assert list(found.measured()) == [config_key(found.runs[0].config)]
+    assert list(found.measured()) == [memory_key(found.runs[0].config)]
     found.look_at(1)
-    assert list(found.measured()) == [config_key(found.runs[1].config)]
+    assert list(found.measured()) == [memory_key(found.runs[1].config)]
 
 
 async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> None:
@@ -687,9 +687,9 @@ async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> N
     async with shown(source) as driver:
         await restarted(driver, "k", steps=1)
         config = driver.source.config()
-        assert config_key(config) not in driver.app.state.measured
+        assert memory_key(config) not in driver.app.state.measured
         await restarted(driver, "K")
-        assert config_key(config) not in driver.app.state.measured
+        assert memory_key(config) not in driver.app.state.measured
         await driver.press("5")
         assert "1 step only" in driver.line("B")
         assert "1 step only" not in driver.line("A")
@@ -697,9 +697,9 @@ async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> N
 
 def test_how_long_a_run_was_and_how_its_device_was_named_makes_no_other_configuration() -> None:
     config = RunConfig()
-    assert config_key(replace(config, steps=9, rows=9, seed=9, device="cuda:0")) == config_key(config)
+    assert memory_key(replace(config, steps=9, rows=9, seed=9, device="cuda:0")) == memory_key(config)
     for other in ({"batch_size": 9}, {"seq_len": 9}, {"model": "tiny-2"}, {"pretrained": True}):
-        assert config_key(replace(config, **other)) != config_key(config)
+        assert memory_key(replace(config, **other)) != memory_key(config)
 
 
 def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Path) -> None:

@@ -4,58 +4,65 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
+import torch
 
 from gpumem_tui.engine import techniques
-from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.techniques.optimizer import PAGED
+from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.device import environment
+from gpumem_tui.engine.events import Environment
+from gpumem_tui.engine.technique import Effect
+from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import LAYERS, TINY, Engine, small_run
 
-QLORA = {"lora": "on"}  # quantized weights are frozen: something else has to be trained
+VARIANTS = {name: [dict(v) for v in t.variants] for name, t in techniques.registry().items()}
+CPU = environment(torch.device("cpu"))
 
-VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "dtype": [{"dtype": d} for d in ("float16", "bfloat16", "mixed")],
-    "attention": [{"attention": "eager"}, {"attention": "sdpa"}],
-    "kv_cache": [{"kv_cache": "off"}],
-    "quantization": [
-        QLORA | {"quantization": "nf4"},
-        QLORA | {"quantization": "fp4", "quantization.double": "off", "quantization.compute": "bfloat16"},
-        QLORA | {"quantization": "int8"},
-    ],
-    "lora": [{"lora": "on", "lora.r": 4, "lora.targets": "all-linear"}],
-    "checkpointing": [
-        {"checkpointing": "layers"},
-        {"checkpointing": "segments", "checkpointing.every": 3},
-        {"checkpointing": "input"},
-        {"checkpointing": "layers", "checkpointing.reentrant": "on"},
-    ],
-    "optimizer": [
-        {"optimizer": o} for o in ("adamw-fused", "adamw-single", "adamw-8bit", "adafactor", "sgd", "sgd-momentum")
-    ],
-    "accumulation": [{"accumulation": 3}],
-    "keep_outputs": [{"keep_outputs": "off"}],
-}
-GPU_VARIANTS = [{"optimizer": o} for o in PAGED]
+
+def runs_on(settings: dict[str, Any], machine: Environment) -> bool:
+    try:
+        techniques.check(configured(settings), machine)
+    except UserError:
+        return False
+    return True
+
+
+def configured(settings: dict[str, Any]) -> RunConfig:
+    return small_run(**{name.replace(".", "__"): value for name, value in settings.items()})
 
 
 def _label(settings: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in settings.items()) or "defaults"
 
 
-SINGLES = [{}, *itertools.chain(*VARIANTS.values())]
-PAIRS = [
-    a | b
-    for (first, left), (second, right) in itertools.combinations(VARIANTS.items(), 2)
+def combined(a: dict[str, Any], b: dict[str, Any]) -> dict[str, Any] | None:
+    """Two variants at once; None: they want contrary things, or cannot be had together."""
+    if any(a[name] != b[name] for name in a.keys() & b.keys()):
+        return None
+    try:
+        configured(a | b)
+    except UserError:
+        return None
+    return a | b
+
+
+ALL = [{}, *itertools.chain(*VARIANTS.values())]
+ALL_PAIRS = [
+    pair
+    for left, right in itertools.combinations(VARIANTS.values(), 2)
     for a, b in itertools.product(left, right)
-    if {first, second} != {"lora", "quantization"}  # each quantization comes with LoRA already
+    if (pair := combined(a, b)) is not None
 ]
+SINGLES, PAIRS = ([s for s in some if runs_on(s, CPU)] for some in (ALL, ALL_PAIRS))
+GPU_SINGLES, GPU_PAIRS = ([s for s in some if not runs_on(s, CPU)] for some in (ALL, ALL_PAIRS))
 
 
 def check(engine: Engine, settings: dict[str, Any]) -> None:
-    config = small_run(**{k.replace(".", "__"): v for k, v in settings.items()})
+    config = configured(settings)
     document = engine.run(config)
     assert document["failure"] is None
     steps, peak = document["steps"], document["peak"]
@@ -89,15 +96,95 @@ def test_each_pair_of_techniques(engine: Engine, settings: dict[str, Any]) -> No
     check(engine, settings)
 
 
-def test_the_variants_cover_every_technique_and_choice() -> None:
-    assert VARIANTS.keys() == techniques.registry().keys()
+def test_the_variants_are_valid_and_set_every_value() -> None:
     for name, technique in techniques.registry().items():
-        tried = {str(v.get(name)) for v in [*VARIANTS[name], *GPU_VARIANTS]} | {str(technique.switch.default)}
-        tried |= {"True" if "on" in tried else "", "False" if "off" in tried else ""}
-        missing = {str(c) for c in technique.switch.choices} - tried
-        if name == "accumulation":
-            continue  # a number: 3 stands for all
-        assert missing <= {"flash_attention_2", "float32"}, (name, missing)
+        for settings in VARIANTS[name]:
+            assert techniques.parse(settings, name) == settings
+        tried = {v[name] for v in VARIANTS[name]} | {technique.switch.default}
+        if not technique.switch.open_ended:  # any number; one stands for all
+            # A dtype that is the profile's own, or wider, is what every other test trains in.
+            assert set(technique.switch.choices) - tried <= {"float32"}, name
+
+
+def test_a_technique_says_all_of_itself() -> None:
+    for name, technique in techniques.registry().items():
+        assert technique.switch.name == name
+        assert all(option.name.startswith(f"{name}.") for option in technique.options[1:])
+        assert technique.in_script and technique.acts_on and technique.variants
+        assert all(technique.cost_of(value) for value in technique.switch.choices)
+        assert techniques.of_option(technique.options[-1].name) is technique
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "effect"),
+    [
+        ({}, {"checkpointing": "layers", "kv_cache": "off", "keep_outputs": "off", "attention": "sdpa"}, Effect.NONE),
+        ({}, {"optimizer": "paged-adamw"}, Effect.NONE),
+        ({}, {"optimizer": "adamw-8bit"}, Effect.NUMERICS),
+        ({}, {"optimizer": "sgd"}, Effect.TRAINING),
+        ({"optimizer": "sgd"}, {"optimizer": "sgd-momentum"}, Effect.TRAINING),
+        ({}, {"dtype": "bfloat16"}, Effect.NUMERICS),
+        ({}, {"dtype": "mixed"}, Effect.NUMERICS),
+        ({}, {"dtype": "float16"}, Effect.TRAINING),  # the loss becomes nan
+        ({"lora": "on"}, {"quantization": "nf4"}, Effect.NUMERICS),
+        ({}, {"lora": "on"}, Effect.TRAINING),
+        ({"lora": "on"}, {"lora.r": 4}, Effect.TRAINING),
+        ({"batch_size": 8}, {"batch_size": 2, "accumulation": 4}, Effect.NONE),
+        ({}, {"accumulation": 4}, Effect.TRAINING),
+        ({}, {"seq_len": 32}, Effect.TRAINING),
+    ],
+)
+def test_whether_a_change_keeps_the_mathematics_is_known(
+    before: dict[str, Any], after: dict[str, Any], effect: Effect
+) -> None:
+    old, new = configured(before), configured(before | after)
+    assert techniques.effect(old, new) is techniques.effect(new, old) is effect
+    assert techniques.effect(new, new) is Effect.NONE
+
+
+@pytest.mark.parametrize("settings", [s for s in SINGLES if s.get("checkpointing", "off") == "off"], ids=_label)
+def test_a_technique_is_recognised_by_what_it_leaves(settings: dict[str, Any]) -> None:
+    config = configured(settings)
+    made = build(prepare(config, torch.device("cpu")))
+    found = techniques.recognise(made.model, made.optimizer)
+    said = {
+        "dtype": "float32",
+        "attention": "sdpa",
+        "lora.targets": "query_key_value",
+        "quantization.compute": "float32",
+    }
+    expected = {
+        name: said[name] if value in ("auto", "profile", "mixed", "dtype") else value
+        for name, value in config.options.items()
+        if name in found
+    }
+    if config["lora"] and config["lora.targets"] == "all-linear":  # PEFT has put in their names
+        assert str(found.pop("lora.targets")).split(",") == [
+            "dense",
+            "dense_4h_to_h",
+            "dense_h_to_4h",
+            "query_key_value",
+        ]
+        del expected["lora.targets"]
+    assert found == expected
+    assert {"dtype", "attention", "kv_cache", "quantization", "lora", "checkpointing", "optimizer"} <= found.keys()
+
+
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_checkpointing_is_recognised_in_a_script(reentrant: bool) -> None:
+    made = build(prepare(small_run(), torch.device("cpu")))
+    made.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = techniques.recognise(made.model, made.optimizer)
+    assert (found["checkpointing"], found["checkpointing.reentrant"]) == ("layers", reentrant)
+
+
+def test_two_runs_of_equal_memory_have_equal_keys() -> None:
+    config = small_run()
+    same = replace(config, steps=9, rows=9, seed=9, learning_rate=0.5, device="cuda:0", trace="auto")
+    assert techniques.memory_key(same) == techniques.memory_key(config)
+    assert techniques.memory_key(config.with_({"lora.alpha": 64})) == techniques.memory_key(config)
+    for other in ({"batch_size": 9}, {"seq_len": 9}, {"lora": True}, {"checkpointing": "layers"}):
+        assert techniques.memory_key(config.with_(other)) != techniques.memory_key(config)
 
 
 @pytest.mark.parametrize(
@@ -111,10 +198,10 @@ def test_a_kv_cache_is_said_to_be_on_where_there_is_one(engine: Engine, settings
     assert (held > 0) == (said == "on")
 
 
-@pytest.mark.parametrize("settings", GPU_VARIANTS, ids=_label)
+@pytest.mark.parametrize("settings", GPU_SINGLES, ids=_label)
 def test_what_needs_a_gpu_is_refused_without_one(engine: Engine, settings: dict[str, Any]) -> None:
     engine.run(small_run())  # the environment is known once the engine has run
-    with pytest.raises(UserError, match=r"cannot run here: .*no GPU"):
+    with pytest.raises(UserError, match=r"cannot run here: .*GPU"):
         engine.run(small_run(**settings))
 
 

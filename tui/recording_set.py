@@ -9,7 +9,8 @@ from ..engine.config import RunConfig
 from ..engine.events import Environment, Gauge, Milestone, StepTrace
 from ..engine.feed import Command, ViewerRole
 from ..engine.recording import Replay
-from .run_state import STEADY_STEPS, ConfigKey, config_key
+from ..engine.techniques import memory_key
+from .run_state import STEADY_STEPS
 from .run_summary import RunSummary, of_source
 
 
@@ -65,16 +66,16 @@ class RecordingSet:
             del kept[index]
         self.at -= self.at > index
 
-    def measured(self) -> dict[ConfigKey, int]:
+    def measured(self) -> dict[str, int]:
         """Peaks by configuration, of those that ran where the one looked at did.
 
         The same device and the same libraries: with others, a difference would
         not be the technique's.
         """
-        found: dict[ConfigKey, int] = {}
+        found: dict[str, int] = {}
         for run, environment in zip(self.runs, self._environments, strict=True):
             if run.steps >= STEADY_STEPS and _place(environment) == _place(self.environment()):
-                key = config_key(run.config)
+                key = memory_key(run.config)
                 found[key] = max(found.get(key, 0), run.highest_bytes or run.peak_bytes)
         return found
 

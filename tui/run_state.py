@@ -9,19 +9,8 @@ from ..engine import techniques
 from ..engine.config import RunConfig, UserError
 from ..engine.events import Kind, Milestone, Recompute
 
-ConfigKey = tuple[tuple[str, Any], ...]
-
 STEADY_STEPS = 2
 """From this step on a run holds all it will hold."""
-
-
-def config_key(config: RunConfig) -> ConfigKey:
-    """What decides a run's memory on a device, comparable: two runs with equal keys hold the same on it."""
-    plain = config.as_dict()
-    options = plain.pop("options")
-    for irrelevant in ("steps", "seed", "rows", "learning_rate", "trace", "device"):
-        plain.pop(irrelevant)
-    return tuple(sorted((plain | options).items()))
 
 
 @dataclass

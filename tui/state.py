@@ -15,7 +15,8 @@ from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
 from ..engine.feed import Source, ViewerRole, peak_bytes
 from ..engine.ledger import Bytes, Ledger
-from .run_state import STEADY_STEPS, ConfigKey, RunState, config_key
+from ..engine.techniques import memory_key
+from .run_state import STEADY_STEPS, RunState
 from .run_summary import RunSummary, of_ended, summarize
 from .units import MIB, Unit, unit_for
 
@@ -64,7 +65,7 @@ def is_problem(milestone: Milestone) -> bool:
 def _with(runs: list[RunSummary], latest: RunSummary) -> list[RunSummary]:
     """Runs and one more; one that ran before counts again, with the latest figures unless it was cut short."""
     for i, run in enumerate(runs):
-        if config_key(run.config) == config_key(latest.config):
+        if memory_key(run.config) == memory_key(latest.config):
             stays = latest if latest.steps >= min(run.steps, STEADY_STEPS) else run
             return [*runs[:i], stays._replace(origin=run.origin, times=run.times + 1), *runs[i + 1 :]]
     return [*runs, latest]
@@ -129,8 +130,8 @@ class ViewState:
         self.kept: tuple[StepTrace, ...] = ()
         self.logs: dict[Filter, deque[Milestone]] = {f: deque(maxlen=KEPT_MILESTONES) for f in Filter}
         self.finished: list[RunSummary] = []
-        self.measured: dict[ConfigKey, int] = self.opened.measured() if self.opened is not None else {}
-        self.loaded: dict[ConfigKey, int] = {}
+        self.measured: dict[str, int] = self.opened.measured() if self.opened is not None else {}
+        self.loaded: dict[str, int] = {}
         self.leaked_bytes: int | None = None
         self.version += 1
         self._summary: tuple[object, RunSummary] | None = None
@@ -189,9 +190,9 @@ class ViewState:
         if milestone.kind is Kind.RUN_ENDED:
             self.leaked_bytes = milestone.data.get("leaked_bytes")
         if milestone.kind is Kind.LOADED and self.run.config and "allocated_bytes" in milestone.data:
-            self.loaded[config_key(self.run.config)] = milestone.data["allocated_bytes"]
+            self.loaded[memory_key(self.run.config)] = milestone.data["allocated_bytes"]
         if milestone.kind is Kind.STEP_ENDED and self.run.config and self.run.steady and self.run.peak_bytes:
-            key = config_key(self.run.config)
+            key = memory_key(self.run.config)
             self.measured[key] = max(self.measured.get(key, 0), self.run.peak_bytes)
         if not self.live:
             return

@@ -24,6 +24,7 @@ from typing import Any
 
 from .. import techniques
 from ..config import RunConfig, UserError
+from ..techniques import memory_key
 from .gpus import Gpu
 from .outcome import Prediction
 
@@ -67,7 +68,7 @@ class Predictor:
         """
         with self._changed:
             wanted = [(config, True) for config in configs] + [(config, False) for config in unhurried]
-            self._wanted = [(config, hurry) for config, hurry in wanted if _key(config) not in self._known]
+            self._wanted = [(config, hurry) for config, hurry in wanted if memory_key(config) not in self._known]
             if self._wanted and self._thread is None:
                 self._thread = threading.Thread(target=self._ask_forever, name="predictor", daemon=True)
                 self._thread.start()
@@ -75,7 +76,7 @@ class Predictor:
 
     def get(self, config: RunConfig) -> Answer | None:
         """The prediction, or why there can be none; None while it is not known."""
-        return self._known.get(_key(config))
+        return self._known.get(memory_key(config))
 
     def answers(self) -> int:
         """How many configurations are known."""
@@ -113,8 +114,8 @@ class Predictor:
             answer = self._ask(config)
             rest_s = min(LONGEST_REST_S, (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1))
             with self._changed:
-                self._known[_key(config)] = answer
-                self._wanted = [other for other in self._wanted if _key(other[0]) not in self._known]
+                self._known[memory_key(config)] = answer
+                self._wanted = [other for other in self._wanted if memory_key(other[0]) not in self._known]
                 self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
 
@@ -191,11 +192,3 @@ def _give_way(niceness: int) -> None:
     os.nice(niceness)
     with contextlib.suppress(OSError):
         Path("/proc/self/autogroup").write_text(str(niceness))
-
-
-def _key(config: RunConfig) -> str:
-    """What decides a prediction: everything but how long, on what and on which device it runs."""
-    plain = config.as_dict()
-    for name in ("device", "data", "rows", "steps", "learning_rate", "seed", "trace"):
-        del plain[name]
-    return json.dumps(plain, sort_keys=True)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import importlib
+import json
 import pkgutil
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -16,7 +17,7 @@ from typing import Any
 
 from ..config import TRACES, WORKLOAD_OPTIONS, Option, RunConfig, UserError, Value, excerpt, show
 from ..events import Environment
-from ..technique import Technique
+from ..technique import Effect, Technique
 
 
 @cache
@@ -34,6 +35,11 @@ def all_options() -> Mapping[str, Option]:
     for technique in registry().values():
         options |= {option.name: option for option in technique.options}
     return MappingProxyType(options)
+
+
+def of_option(name: str) -> Technique | None:
+    """The technique whose switch or detail an option is; None: a workload setting."""
+    return next((t for t in registry().values() if any(option.name == name for option in t.options)), None)
 
 
 def defaults() -> dict[str, Value]:
@@ -140,6 +146,29 @@ def check(config: RunConfig, environment: Environment | None = None) -> None:
         problem = technique.unavailable(value, environment) if environment else None
         if problem:
             raise UserError(f"{technique.name}={show(value)} cannot run here: {problem}")
+
+
+def memory_key(config: RunConfig) -> str:
+    """What decides a run's memory on a device: two runs with equal keys hold the same on it."""
+    plain = config.as_dict()
+    everything = plain | plain.pop("options")
+    without = {"device", "trace"} | {option.name for option in all_options().values() if not option.affects_memory}
+    return json.dumps({name: value for name, value in everything.items() if name not in without}, sort_keys=True)
+
+
+def effect(old: RunConfig, new: RunConfig) -> Effect:
+    """What a change of the configuration does to the training, beside its memory."""
+    if old.seq_len != new.seq_len or old.learning_rate != new.learning_rate:
+        return Effect.TRAINING
+    return max(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values())
+
+
+def recognise(model: Any, optimizer: Any) -> dict[str, Value]:
+    """The settings that a model and its optimizer show, by name, as found: no option need take them."""
+    found: dict[str, Value] = {}
+    for technique in registry().values():
+        found |= technique.recognise(model, optimizer)
+    return found
 
 
 def changed(config: RunConfig) -> Iterable[tuple[str, Value]]:

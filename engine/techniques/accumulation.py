@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig
-from ..technique import Technique
+from ..events import Category
+from ..technique import Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -16,15 +17,24 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     recipe.accumulation = config.integer("accumulation")
 
 
+def mathematics(config: RunConfig) -> Mathematics:
+    """A step is of so many rows, however many at a time."""
+    return Mathematics(f"{config.batch_size * config.integer('accumulation')} rows a step")
+
+
 TECHNIQUE = Technique(
     name="accumulation",
     title="accumulation",
-    key="a",
     summary="adds up the gradients of several micro-batches before a step: a larger batch for the memory of one",
     formula="effective batch = batch_size · accumulation; activations and logits of one micro-batch at a time",
     source="https://arxiv.org/abs/1806.00187",
     cost="as many passes as micro-batches, each less well filled",
     order=80,
     options=(Option("accumulation", 1, "micro-batches per optimizer step", (1, 2, 4, 8, 16), True, 1, 65536),),
+    in_script="smaller micro-batches, more of them to a step",
+    acts_on=(Category.ACTIVATIONS, Category.LOGITS_LOSS),
+    variants=({"accumulation": 3},),
+    key="a",
     apply=apply,
+    mathematics=mathematics,
 )

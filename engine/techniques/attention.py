@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
-from ..events import Environment
+from ..events import Category, Environment
 from ..technique import Technique
 
 if TYPE_CHECKING:
@@ -34,10 +35,15 @@ def conflict(config: RunConfig) -> str | None:
     return None
 
 
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """What transformers has chosen for the model."""
+    chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
+    return {"attention": chosen} if chosen else {}
+
+
 TECHNIQUE = Technique(
     name="attention",
     title="attention",
-    key="t",
     summary="eager keeps the whole seq x seq score matrix of every head; sdpa and flash never build it",
     formula="eager saves about 5·heads·batch·seq² bytes a layer at 16 bit; sdpa and flash 4·heads·batch·seq",
     source="https://arxiv.org/abs/2205.14135",
@@ -51,7 +57,12 @@ TECHNIQUE = Technique(
             ("auto", "sdpa", "eager", "flash_attention_2"),
         ),
     ),
+    in_script="from_pretrained(..., attn_implementation=...)",
+    acts_on=(Category.ACTIVATIONS,),
+    variants=({"attention": "eager"}, {"attention": "sdpa"}, {"attention": "flash_attention_2", "dtype": "bfloat16"}),
+    key="t",
     apply=apply,
+    recognise=recognise,
     conflict=conflict,
     unavailable=unavailable,
 )

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import recompute
-from ..config import Option, RunConfig, UserError
+from ..config import Option, RunConfig, UserError, Value
+from ..events import Category
 from ..ledger import layer_of
 from ..technique import Technique
 
@@ -95,10 +96,19 @@ class _Segment:
         return self.checkpoint(recompute.observed(run, self.names), hidden_states)
 
 
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """Layers that checkpoint themselves through transformers' function, and which implementation that calls."""
+    layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
+    if not layers:
+        return {"checkpointing": "off"}
+    functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+    keywords = next((f.keywords for f in functions if isinstance(f, partial)), {})
+    return {"checkpointing": "layers", "checkpointing.reentrant": bool(keywords.get("use_reentrant", False))}
+
+
 TECHNIQUE = Technique(
     name="checkpointing",
     title="checkpointing",
-    key="k",
     summary="keeps only the input of a segment of layers and computes the rest again in backward",
     formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; costs one more forward, about a third",
     source="https://arxiv.org/abs/1604.06174",
@@ -114,5 +124,15 @@ TECHNIQUE = Technique(
         Option("checkpointing.every", 2, "layers in a segment", (2, 3, 4, 6, 8), True, 1, 10_000),
         Option("checkpointing.reentrant", False, "the older implementation of torch.utils.checkpoint", (False, True)),
     ),
+    in_script="model.gradient_checkpointing_enable()",
+    acts_on=(Category.ACTIVATIONS,),
+    variants=(
+        {"checkpointing": "layers"},
+        {"checkpointing": "segments", "checkpointing.every": 3},
+        {"checkpointing": "input"},
+        {"checkpointing": "layers", "checkpointing.reentrant": True},
+    ),
+    key="k",
     apply=apply,
+    recognise=recognise,
 )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig
+from ..events import Category
 from ..technique import Technique
 
 if TYPE_CHECKING:
@@ -19,12 +20,15 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 TECHNIQUE = Technique(
     name="keep_outputs",
     title="keep outputs",
-    key="e",
     summary="a loop that does not delete its outputs holds logits and KV cache while the next forward runs",
     formula="batch·seq·vocab·bytes of logits and the KV cache, a second time, from the second step on",
     source="https://docs.pytorch.org/docs/stable/notes/faq.html#my-model-reports-cuda-runtime-error-2-out-of-memory",
     cost="none",
     order=90,
     options=(Option("keep_outputs", True, "keep the outputs until the next forward has returned", (True, False)),),
+    in_script="del outputs after backward",
+    acts_on=(Category.LOGITS_LOSS, Category.KV_CACHE),
+    variants=({"keep_outputs": False},),
+    key="e",
     apply=apply,
 )

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
+from ..events import Category
 from ..technique import Technique
 
 if TYPE_CHECKING:
@@ -27,16 +29,25 @@ def overruled(config: RunConfig) -> tuple[Value, str] | None:
     return (False, "checkpointing") if config.flag("kv_cache") and config.text("checkpointing") != "off" else None
 
 
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """`use_cache` of the model's configuration; a model without one builds none."""
+    return {"kv_cache": bool(getattr(getattr(model, "config", None), "use_cache", False))}
+
+
 TECHNIQUE = Technique(
     name="kv_cache",
     title="KV cache",
-    key="c",
     summary="transformers keeps keys and values for generation by default, also in training, where nobody reads them",
     formula="2·layers·batch·seq·kv_heads·head_dim·bytes, alive as long as the outputs are",
     source="https://huggingface.co/docs/transformers/kv_cache",
     cost="none: nobody reads it while training",
     order=30,
     options=(Option("kv_cache", True, "use_cache of the model's configuration", (True, False)),),
+    in_script="model.config.use_cache",
+    acts_on=(Category.KV_CACHE,),
+    variants=({"kv_cache": False},),
+    key="c",
     apply=apply,
+    recognise=recognise,
     overruled=overruled,
 )

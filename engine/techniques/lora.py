@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
-from ..events import Environment
-from ..technique import Technique
+from ..events import Category, Environment
+from ..technique import Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Model, Recipe
@@ -61,10 +62,32 @@ def unavailable(value: Value, environment: Environment) -> str | None:
     return None if not value or "peft" in environment.packages else "the package peft is not installed"
 
 
+def mathematics(config: RunConfig) -> Mathematics:
+    """Other parameters are trained, as its details say."""
+    if not config.flag("lora"):
+        return Mathematics()
+    return Mathematics(" ".join(f"{o.name}={config[o.name]}" for o in TECHNIQUE.options))
+
+
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """The settings of PEFT's active adapter, if it is one of LoRA's."""
+    adapters = getattr(model, "peft_config", None)
+    if not isinstance(adapters, Mapping) or not adapters:
+        return {"lora": False}
+    active = next(iter(adapters.values()))
+    found: dict[str, Value] = {"lora": True}
+    for option, name in (("lora.r", "r"), ("lora.alpha", "lora_alpha"), ("lora.dropout", "lora_dropout")):
+        if isinstance(value := getattr(active, name, None), int | float):
+            found[option] = value
+    targets = getattr(active, "target_modules", None)
+    if targets:
+        found["lora.targets"] = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    return found
+
+
 TECHNIQUE = Technique(
     name="lora",
     title="LoRA",
-    key="l",
     summary="trains two small matrices beside each chosen weight: gradients and optimizer state all but vanish",
     formula="r·(d_in + d_out) trainable parameters a target; activations stay, and so do the frozen weights",
     source="https://arxiv.org/abs/2106.09685",
@@ -73,7 +96,7 @@ TECHNIQUE = Technique(
     options=(
         Option("lora", False, "train adapters, freeze the rest", (False, True)),
         Option("lora.r", 8, "rank", (4, 8, 16, 32, 64, 128), True, 1, 65536),
-        Option("lora.alpha", 32, "scale: alpha / r", (8, 16, 32, 64), True, 1, 1 << 20),
+        Option("lora.alpha", 32, "scale: alpha / r", (8, 16, 32, 64), True, 1, 1 << 20, affects_memory=False),
         Option("lora.dropout", 0.05, "dropout before the adapter", (0.0, 0.05, 0.1), True, 0.0, 0.99),
         Option(
             "lora.targets",
@@ -83,7 +106,13 @@ TECHNIQUE = Technique(
             True,
         ),
     ),
+    in_script="peft.get_peft_model(model, LoraConfig(...))",
+    acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE),
+    variants=({"lora": True, "lora.r": 4, "lora.targets": "all-linear"},),
+    key="l",
     apply=apply,
+    mathematics=mathematics,
+    recognise=recognise,
     unsuitable=unsuitable,
     unavailable=unavailable,
 )

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
-from ..events import Environment
-from ..technique import Technique
+from ..events import Category, Environment
+from ..technique import Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -14,6 +15,16 @@ if TYPE_CHECKING:
 PAGED = ("paged-adamw", "paged-adamw-8bit")
 ADAMW = ("adamw", "adamw-fused", "adamw-single")
 BITSANDBYTES = ("adamw-8bit", *PAGED)
+CLASSES = {
+    "AdamW": "adamw",
+    "SGD": "sgd",
+    "AdamW8bit": "adamw-8bit",
+    "PagedAdamW": "paged-adamw",
+    "PagedAdamW32bit": "paged-adamw",
+    "PagedAdamW8bit": "paged-adamw-8bit",
+    "Adafactor": "adafactor",
+}
+"""What an optimizer is, by the name of its class."""
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
@@ -55,10 +66,29 @@ def unavailable(value: Value, environment: Environment) -> str | None:
     return None
 
 
+def mathematics(config: RunConfig) -> Mathematics:
+    """All of AdamW are one rule; in 8 bit it reads its states rounded."""
+    kind = config.text("optimizer")
+    rule = "AdamW" if kind in ADAMW or kind in BITSANDBYTES else kind
+    return Mathematics(rule, "8-bit states" if kind.endswith("8bit") else "")
+
+
+def recognise(_model: Any, optimizer: Any) -> Mapping[str, Value]:
+    """Its class, and how torch's own loops over parameters."""
+    kind = CLASSES.get(type(optimizer).__name__)
+    if kind is None:
+        return {}
+    group = optimizer.param_groups[0]
+    if kind == "adamw":
+        kind += "-fused" if group.get("fused") else "-single" if group.get("foreach") is False else ""
+    if kind == "sgd" and group.get("momentum"):
+        kind += "-momentum"
+    return {"optimizer": kind}
+
+
 TECHNIQUE = Technique(
     name="optimizer",
     title="optimizer",
-    key="o",
     summary="AdamW keeps two moments per trainable parameter; foreach AdamW makes one more copy while it steps",
     formula="a parameter: AdamW 2 numbers, 8-bit 2 bytes and scales, Adafactor a row and a column, SGD none",
     source="https://arxiv.org/abs/2110.02861",
@@ -92,6 +122,12 @@ TECHNIQUE = Technique(
             ),
         ),
     ),
+    in_script="another optimizer's class",
+    acts_on=(Category.OPTIMIZER_STATE,),
+    variants=tuple({"optimizer": kind} for kind in (*ADAMW[1:], *BITSANDBYTES, "adafactor", "sgd", "sgd-momentum")),
+    key="o",
     apply=apply,
+    mathematics=mathematics,
+    recognise=recognise,
     unavailable=unavailable,
 )

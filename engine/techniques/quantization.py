@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
-from ..events import Environment
-from ..technique import Technique
+from ..events import Category, Environment
+from ..technique import Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -55,10 +56,32 @@ def conflict(config: RunConfig) -> str | None:
     return None
 
 
+def mathematics(config: RunConfig) -> Mathematics:
+    """Frozen weights are rounded when they are stored."""
+    if config.text("quantization") == "none":
+        return Mathematics()
+    return Mathematics(numerics=" ".join(f"{o.name}={config[o.name]}" for o in TECHNIQUE.options))
+
+
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """bitsandbytes' linear layers, and how their weights are packed."""
+    for module in model.modules():
+        kind = type(module).__name__
+        if kind == "Linear8bitLt":
+            return {"quantization": "int8"}
+        if kind == "Linear4bit" and not hasattr(module, "base_layer"):  # PEFT's wrapper has the same name
+            state = getattr(module.weight, "quant_state", None)
+            return {
+                "quantization": str(getattr(module.weight, "quant_type", "nf4")),
+                "quantization.double": bool(getattr(state, "nested", True)),
+                "quantization.compute": str(getattr(module, "compute_dtype", "")).removeprefix("torch.") or "dtype",
+            }
+    return {"quantization": "none"}
+
+
 TECHNIQUE = Technique(
     name="quantization",
     title="quantization",
-    key="u",
     summary="stores the frozen weights of linear layers in 4 or 8 bit and dequantizes them where they are used",
     formula="nf4, fp4: 4.5 bit a weight, 4.127 with double quantization; int8: 8 bit and a scale per row",
     source="https://arxiv.org/abs/2305.14314",
@@ -74,7 +97,17 @@ TECHNIQUE = Technique(
             ("dtype", "float16", "bfloat16", "float32"),
         ),
     ),
+    in_script="from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
+    acts_on=(Category.PARAMETERS,),
+    variants=(  # what is quantized is frozen: something beside it has to be trained
+        {"lora": True, "quantization": "nf4"},
+        {"lora": True, "quantization": "fp4", "quantization.double": False, "quantization.compute": "bfloat16"},
+        {"lora": True, "quantization": "int8"},
+    ),
+    key="u",
     apply=apply,
+    mathematics=mathematics,
+    recognise=recognise,
     conflict=conflict,
     unavailable=unavailable,
 )

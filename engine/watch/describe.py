@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from .. import techniques
-from ..config import RunConfig
-
-OPTIMIZERS = {"AdamW": "adamw", "SGD": "sgd", "AdamW8bit": "adamw-8bit", "PagedAdamW": "paged-adamw",
-              "PagedAdamW8bit": "paged-adamw-8bit", "Adafactor": "adafactor"}  # fmt: skip
-DTYPES = {torch.float32: "float32", torch.float16: "float16", torch.bfloat16: "bfloat16"}
+from ..config import RunConfig, UserError, Value
 
 
 def script_name() -> str:
@@ -28,20 +26,22 @@ def script_name() -> str:
 def config_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.Tensor]) -> RunConfig:
     """The run in our own words, as far as it can be told; what cannot stays as by default."""
     shape = tuple(batch[0].shape) if batch else ()
-    found = _found(model, optimizer) | {
+    found = techniques.recognise(model, optimizer) | {
         "batch_size": int(shape[0]) if shape else 1,
         "seq_len": int(shape[1]) if len(shape) > 1 else 1,
         "rows": 1,
         "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)),
     }
     config = RunConfig(model=_model_name(model), device=str(device_of(model)), options=techniques.defaults())
-    return config.with_({name: value for name, value in found.items() if _is_ours(name, value)})
+    return config.with_(dict(_admitted(found)))
 
 
-def _is_ours(name: str, value: Any) -> bool:
-    """Whether a setting of ours can have the value: a script may do what we do not."""
-    option = techniques.all_options().get(name)
-    return option is not None and option.admits(value)
+def _admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+    """Those that a setting of ours can have: a script may do what we do not."""
+    known = techniques.all_options()
+    for name, value in found.items():
+        with contextlib.suppress(UserError):
+            yield name, known[name].parse(value, "watched")
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
@@ -62,25 +62,3 @@ def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 def _model_name(model: torch.nn.Module) -> str:
     config = getattr(model, "config", None)
     return str(getattr(config, "_name_or_path", "") or type(model).__name__)
-
-
-def _found(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
-    kinds = {type(module).__name__ for module in model.modules()}
-    sizes: dict[torch.dtype, int] = {}
-    for parameter in model.parameters():
-        sizes[parameter.dtype] = sizes.get(parameter.dtype, 0) + parameter.numel()
-    config = getattr(model, "config", None)
-    found: dict[str, Any] = {
-        "lora": bool(getattr(model, "peft_config", None)),
-        "quantization": "nf4" if "Linear4bit" in kinds else "int8" if "Linear8bitLt" in kinds else "none",
-        "dtype": DTYPES.get(max(sizes, key=lambda dtype: sizes[dtype])) if sizes else None,
-        "optimizer": OPTIMIZERS.get(type(optimizer).__name__),
-        "checkpointing": "layers"
-        if any(getattr(m, "gradient_checkpointing", False) for m in model.modules())
-        else "off",
-        "kv_cache": bool(getattr(config, "use_cache", False)),
-        "attention": getattr(config, "_attn_implementation", None),
-    }
-    if found["optimizer"] == "adamw" and optimizer.param_groups[0].get("fused"):
-        found["optimizer"] = "adamw-fused"
-    return {name: value for name, value in found.items() if value is not None}

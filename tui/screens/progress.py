@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from ...engine.events import Phase
+from ...engine.techniques import memory_key
 from ..draw import Row
 from ..palette import Palette
-from ..run_state import config_key
 from ..state import ViewState
 from ..units import UNKNOWN
 
@@ -62,7 +62,7 @@ def _doing(name: str, state: ViewState) -> str:
         return f"freeing {held} {unit.name}"
     if name == "loading":
         config = state.run.config
-        known = state.loaded.get(config_key(config)) if config is not None else None
+        known = state.loaded.get(memory_key(config)) if config is not None else None
         seconds = max(0.0, gauge.time_s - state.run.began_s)
         of = f" of {unit.show(known)}" if known else ""
         return f"loading {held}{of} {unit.name}, {seconds:.0f} s"

@@ -6,10 +6,10 @@ from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
 from ...engine.technique import Technique
+from ...engine.techniques import memory_key
 from ..actions import Action, changes, moves
 from ..control import choices, offered
 from ..draw import Row, wrap
-from ..run_state import config_key
 from ..state import Message
 from ..units import UNKNOWN, difference, shorten
 from .best_change import best_change
@@ -155,13 +155,13 @@ class TechniquesPage(Page):
 
     def measured_change(self, config: RunConfig, base: RunConfig) -> str:
         """Between two configurations that have both run in this session."""
-        if config_key(config) == config_key(base):  # it makes no difference to memory
+        if memory_key(config) == memory_key(base):  # it makes no difference to memory
             return UNKNOWN
         return difference(self.measured(config), self.measured(base), self.state.unit)
 
     def measured(self, config: RunConfig) -> int | None:
         """Peak of a configuration that has run in this session."""
-        return self.state.measured.get(config_key(config))
+        return self.state.measured.get(memory_key(config))
 
     def table(self) -> Table | None:
         """Every setting with what is known of changing it."""
@@ -309,7 +309,7 @@ class TechniquesPage(Page):
         """Peaks measured in this session with other values of the selected setting, all else as wanted."""
         name, unit = line.option.name, self.state.unit
         known = {v: self.measured(wanted.with_({name: v})) for v in choices(line.option, wanted[name])}
-        if len({config_key(wanted.with_({name: value})) for value in known}) < len(known):
+        if len({memory_key(wanted.with_({name: value})) for value in known}) < len(known):
             return []  # it makes no difference to memory, and the others have not run
         texts = [f"{show(value)}: {unit.show(peak)}" for value, peak in known.items() if peak is not None]
         if not texts:
