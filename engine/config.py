@@ -18,7 +18,10 @@ Value = bool | int | float | str
 
 
 class UserError(Exception):
-    """Something the user can put right. The message is one complete line."""
+    """Something the user can put right. The message is one complete line, whatever it quotes."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(printable(message, 2000))
 
 
 def one_line(error: BaseException) -> str:

@@ -14,6 +14,7 @@ from typing import NoReturn
 
 from ..engine.config import UserError
 from .commands import app
+from .standard_streams import complain, standard_streams
 
 EXIT_CODES = "exit codes: 0 done, 2 something you can put right (one line says what), 3 the run failed, 130 interrupted"
 USAGE_ERROR = 2
@@ -74,16 +75,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # On a CPU, OpenMP's threads would otherwise spin beside the one that draws.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
-        words = sys.argv[1:] if arguments is None else arguments
-        flags = parser(set(words)).parse_args(words)
-        return int(flags.command(flags))
+        with standard_streams():
+            words = sys.argv[1:] if arguments is None else arguments
+            flags = parser(set(words)).parse_args(words)
+            return int(flags.command(flags))
     except UserError as error:
-        sys.stderr.write(f"gpumem-tui: {error}\n")
+        complain(str(error))
         return USAGE_ERROR
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: gpumem-tui ... | head
-        sys.stderr.close()
         return 0
 
 

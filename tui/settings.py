@@ -16,13 +16,13 @@ import difflib
 import json
 import os
 import re
-import tempfile
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from ..engine.atomic_file import replacing
 from ..engine.config import Option, UserError, Value
 
 OPTIONS: tuple[Option, ...] = (
@@ -129,10 +129,8 @@ class Settings:
         _parse(text, self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            handle, temporary = tempfile.mkstemp(dir=self.path.parent, prefix=".config.")
-            with os.fdopen(handle, "w", encoding="utf-8") as file:
-                file.write(text)
-            Path(temporary).replace(self.path)
+            with replacing(self.path) as file:
+                file.write(text.encode())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None
 

@@ -6,6 +6,7 @@ import argparse
 import shutil
 import sys
 import textwrap
+from contextlib import ExitStack
 from typing import Any
 
 from ...engine.config import RunConfig
@@ -37,19 +38,20 @@ def main(flags: argparse.Namespace) -> int:
 
     now, alone, combined = advise(config, telling(predict, card))
     end_progress()
-    if flags.json:
-        document = {
-            "schema": "gpumem-advice/1",
-            "predicted": True,
-            "gpu": card.name,
-            "config": config.as_dict(),
-            "now": _figures(now),
-            "single": [_entry(advice) for advice in alone],
-            "combinations": [_entry(advice) for advice in combined],
-        }
-        write_document(document, flags.json)
-    if flags.json != "-":
-        sys.stdout.write(_text(config, now, alone, combined))
+    with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
+        if flags.json:
+            document = {
+                "schema": "gpumem-advice/1",
+                "predicted": True,
+                "gpu": card.name,
+                "config": config.as_dict(),
+                "now": _figures(now),
+                "single": [_entry(advice) for advice in alone],
+                "combinations": [_entry(advice) for advice in combined],
+            }
+            results.callback(write_document, document, flags.json)
+        if flags.json != "-":
+            sys.stdout.write(_text(config, now, alone, combined))
     return 0
 
 

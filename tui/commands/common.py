@@ -8,10 +8,12 @@ import math
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ...engine.atomic_file import replacing
 from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
 
 if TYPE_CHECKING:
@@ -218,9 +220,45 @@ def refuse_unwritable(name: str, target: str | None) -> None:
 
 
 def write_document(document: dict[str, Any], target: str) -> None:
-    """A document as JSON, to a file or, for `-`, to standard output."""
+    """A document as JSON, to a file or, for `-`, to standard output.
+
+    Raises:
+        UserError: It cannot be written; no part of it is there.
+    """
     text = json.dumps(document, indent=1) + "\n"
     if target == "-":
         sys.stdout.write(text)
     else:
-        Path(target).write_text(text, encoding="utf-8")
+        write_text(Path(target), text)
+
+
+def write_text(path: Path, text: str) -> None:
+    """A file, whole or not at all.
+
+    Raises:
+        UserError: It cannot be written.
+    """
+    if path.exists() and not path.is_file():  # /dev/stderr, a pipe: nothing could take its place
+        with _named(path):
+            path.write_text(text, encoding="utf-8")
+        return
+    with _named(path), replacing(path) as file:
+        file.write(text.encode())
+
+
+def save_recording(session: Session, path: Path) -> None:
+    """The run of a session as a recording.
+
+    Raises:
+        UserError: It cannot be written; no part of it is there.
+    """
+    with _named(path):
+        session.save(path)
+
+
+@contextmanager
+def _named(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error.strerror or error}") from None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from contextlib import ExitStack
 from typing import Any
 
 from ...engine.config import RunConfig
@@ -64,10 +65,11 @@ def main(flags: argparse.Namespace) -> int:
     prediction = predicted(config)
     document = prediction.as_document() | largest_that_fit(prediction, predicted)
     end_progress()
-    if flags.json:
-        write_document(document, flags.json)
-    if flags.json != "-":
-        sys.stdout.write(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
+    with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
+        if flags.json:
+            results.callback(write_document, document, flags.json)
+        if flags.json != "-":
+            sys.stdout.write(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
     return 0
 
 
@@ -108,9 +110,12 @@ def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
     from ...engine.prediction.predict import calculator
 
     rows = calculator(config, card)
-    if target:
-        write_document({"model": config.model, "gpu": card.name, "predicted": True, "rows": rows}, target)
-    if target != "-":
+    with ExitStack() as results:
+        if target:
+            document = {"model": config.model, "gpu": card.name, "predicted": True, "rows": rows}
+            results.callback(write_document, document, target)
+        if target == "-":
+            return 0
         columns = [name for name in rows[0] if name != "dtype"]
         show = Unit("GiB", GIB, 2).show
         heads = [name.removesuffix("_bytes").replace("_", " ") for name in columns]

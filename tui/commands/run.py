@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.session import Session, describe
+from ..standard_streams import complain
 from ..units import GIB, MIB, Unit
 from . import predicted_vs_measured
 from .common import (
@@ -21,6 +23,7 @@ from .common import (
     progress,
     refuse_unwritable,
     reported_run,
+    save_recording,
     write_document,
 )
 
@@ -48,20 +51,21 @@ def main(flags: argparse.Namespace) -> int:
         refuse_unwritable(name, getattr(flags, name))
     document, session = reported_run(lambda add: Session(flags.device, add), config, progress)
     end_progress()
-    if flags.save:
-        session.save(Path(flags.save))
-    environment = session.environment()
-    session.close()
-    if flags.predict is not None and environment is not None and not document["failure"]:
-        document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
-    if flags.json:
-        write_document(document, flags.json)
-    if flags.json != "-" and not document["failure"]:
-        sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
-        if flags.predict is not None:
-            sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
+    with ExitStack() as results:  # each is tried, whatever becomes of the others
+        if flags.save:
+            results.callback(save_recording, session, Path(flags.save))
+        results.callback(session.close)
+        environment = session.environment()
+        if flags.predict is not None and environment is not None and not document["failure"]:
+            document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
+        if flags.json:
+            results.callback(write_document, document, flags.json)
+        if flags.json != "-" and not document["failure"]:
+            sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
+            if flags.predict is not None:
+                sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
     if document["failure"]:
-        sys.stderr.write(f"gpumem-tui: {document['failure']}\n")
+        complain(document["failure"])
         return FAILED
     return 0
 
