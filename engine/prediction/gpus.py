@@ -54,24 +54,9 @@ THREADS = {75: 1024, 86: 1536, 89: 1536, 120: 1536}
 """Threads a multiprocessor holds, where they are not 2048 (CUDA C programming guide, table of capabilities)."""
 
 NOISE = frozenset(
-    [
-        "nvidia",
-        "geforce",
-        "tesla",
-        "quadro",
-        "generation",
-        "gpu",
-        "pcie",
-        "hbm2",
-        "hbm2e",
-        "hbm3",
-        "hbm3e",
-        "sxm",
-        "sxm2",
-        "sxm4",
-        "sxm5",
-    ]
-)
+    ("nvidia", "geforce", "tesla", "quadro", "generation", "gpu", "pcie", "sxm", "sxm2", "sxm4", "sxm5",
+     "hbm2", "hbm2e", "hbm3", "hbm3e")
+)  # fmt: skip
 """Words of a driver's names that tell no two of the table apart."""
 
 _WORD = re.compile(r"(?P<size>\d+(?:\.\d+)?)\s*gi?b?\b|(?P<word>[a-z0-9]+)")
