@@ -207,13 +207,19 @@ class Ledger:
         )  # fmt: skip
 
     @cached_property
+    def fullest_by_phase(self) -> dict[Phase, Bytes]:
+        """Composition at the first instant of each phase with most bytes allocated, in the order they began."""
+        columns: dict[Phase, int] = {}
+        for span in self.trace.phases:
+            column = span.begin + int(np.argmax(self.total[span.begin : span.end + 1]))
+            if span.phase not in columns or self.total[column] > self.total[columns[span.phase]]:
+                columns[span.phase] = column
+        return {phase: self.at(column - 1) for phase, column in columns.items()}
+
+    @cached_property
     def highest_by_phase(self) -> dict[Phase, int]:
         """The most allocated while each phase went on, in the order they began."""
-        highest: dict[Phase, int] = {}
-        for span in self.trace.phases:
-            most = int(self.total[span.begin : span.end + 1].max(initial=0))
-            highest[span.phase] = max(highest.get(span.phase, 0), most)
-        return highest
+        return {phase: sum(sizes.values()) for phase, sizes in self.fullest_by_phase.items()}
 
     @cached_property
     def saved_by_layer(self) -> dict[str, int] | None:

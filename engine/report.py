@@ -23,7 +23,7 @@ class Report:
         self._loaded: dict[str, Any] | None = None
         self._after_first_step: dict[str, Any] | None = None
         self._highest: Ledger | None = None
-        self._by_phase: dict[Phase, int] = {}
+        self._by_phase: dict[Phase, Bytes] = {}
         self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
     def add(self, trace: StepTrace) -> None:
@@ -38,8 +38,9 @@ class Report:
         after_step = ledger.after(Phase.OPTIMIZER)
         if trace.step == 1 and after_step is not None:
             self._after_first_step = composition(after_step)
-        for phase, size in ledger.highest_by_phase.items():
-            self._by_phase[phase] = max(self._by_phase.get(phase, 0), size)
+        for phase, sizes in ledger.fullest_by_phase.items():
+            if phase not in self._by_phase or sum(sizes.values()) > sum(self._by_phase[phase].values()):
+                self._by_phase[phase] = sizes
         if self._highest is None or ledger.peak.bytes > self._highest.peak.bytes:
             self._highest = ledger
 
@@ -49,8 +50,15 @@ class Report:
             "loaded": self._loaded,
             "after_first_step": self._after_first_step,
             "peak": None if self._highest is None else peak_of(self._highest),
-            "highest_by_phase": {phase.name.lower(): size for phase, size in self._by_phase.items()},
+            "highest_by_phase": {phase.name.lower(): sum(sizes.values()) for phase, sizes in self._by_phase.items()},
             "saved_by_layer": None if self._highest is None else self._highest.saved_by_layer,
+        }
+
+    def by_phase(self) -> dict[str, dict[str, int]]:
+        """Composition at the highest moment of each phase over all steps, by the phases' and categories' keys."""
+        return {
+            phase.name.lower(): {category.key: size for category, size in sizes.items()}
+            for phase, sizes in self._by_phase.items()
         }
 
     def document(self, environment: Environment, config: RunConfig, milestones: list[Milestone]) -> dict[str, Any]:

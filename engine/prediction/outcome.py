@@ -32,6 +32,8 @@ class Prediction:
         after_step_bytes: Allocated after the first optimizer step.
         peak_bytes: The most allocated at any event.
         by_category: Composition of the peak, by the categories' keys; sums to it.
+        by_phase: Composition at the highest moment of each phase, by the phases' and the
+            categories' keys.
         peak_phase: What the loop is doing then.
         reserved_bytes: The most the caching allocator holds.
         managed_bytes: Of paged optimizers, outside the allocator.
@@ -49,6 +51,7 @@ class Prediction:
     after_step_bytes: int
     peak_bytes: int
     by_category: dict[str, int]
+    by_phase: dict[str, dict[str, int]]
     peak_phase: str
     reserved_bytes: int
     managed_bytes: int

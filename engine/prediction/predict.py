@@ -109,7 +109,7 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
     began = time.perf_counter()
     techniques.check(config, environment(gpu))
     done = rehearse(config, gpu, steps)
-    document = _document(config, gpu, done)
+    document, by_phase = _document(config, gpu, done)
     peak = document["peak"]
     return Prediction(
         config=config,
@@ -118,6 +118,7 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         after_step_bytes=document["after_first_step"]["allocated_bytes"],
         peak_bytes=peak["allocated_bytes"],
         by_category=peak["by_category"],
+        by_phase=by_phase,
         peak_phase=peak["phase"],
         reserved_bytes=done.reserved_bytes,
         managed_bytes=done.managed_bytes,
@@ -295,8 +296,8 @@ def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replay
     )
 
 
-def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
-    """The document of `run`, from the traces and the milestones that a session would have told."""
+def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
+    """The document of `run`, from the traces and the milestones that a session would have told; and by phase."""
     report = Report()
     for trace in done.traces:
         report.add(trace)
@@ -310,7 +311,7 @@ def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> dict[str, Any]:
         ),
     ]
     milestones = [Milestone(i, 0.0, kind, 1, "", data) for i, (kind, data) in enumerate(said)]
-    return report.document(environment(gpu), config, milestones)
+    return report.document(environment(gpu), config, milestones), report.by_phase()
 
 
 def _expandable_segments() -> bool:
