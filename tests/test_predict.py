@@ -135,8 +135,25 @@ def test_every_technique_is_predictable(settings: dict[str, Any]) -> None:
     predicted = predict(small_run(**settings), gpu("RTX 4090"))
     assert predicted.fits
     assert sum(predicted.by_category.values()) == predicted.peak_bytes < predicted.safe_bound_bytes
+    assert predicted.by_category in predicted.by_phase.values()
     assert predicted.reserved_bytes >= predicted.peak_bytes
     assert predicted.document["unknown_bytes_max"] == 0
+
+
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "layers"}, {"dtype": "mixed", "batch_size": 1}], ids=str)
+def test_flash_attention_is_predicted_without_its_package(settings: dict[str, Any]) -> None:
+    """PyTorch has the same kernel built in, and takes it where it can."""
+    half = {"dtype": "bfloat16", **settings}
+    own, built_in = (
+        predict(small_run(attention=kind, **half), gpu("RTX 4090")) for kind in ("flash_attention_2", "sdpa")
+    )
+    assert own.peak_bytes == built_in.peak_bytes < predict(small_run(attention="eager", **half), H100).peak_bytes
+    assert own.document["unknown_bytes_max"] == 0
+
+
+def test_flash_attention_is_for_gpus_that_have_it() -> None:
+    with pytest.raises(UserError, match=r"compute capability 8\.0: T4 16GB has not"):
+        predict(small_run(attention="flash_attention_2", dtype="float16"), gpu("T4"))
 
 
 def test_paged_state_is_outside_of_the_allocator() -> None:
@@ -332,7 +349,7 @@ def predict_template() -> Any:
     from gpumem_tui.engine.prediction.outcome import Prediction
 
     return Prediction(
-        small_run(), "H100 80GB", 0, 0, 0, {}, "backward", 0, 0, 0, 78 * GIB, 2048, 0.0,
+        small_run(), "H100 80GB", 0, 0, 0, {}, {}, "backward", 0, 0, 0, 78 * GIB, 2048, 0.0,
         {"recomputes": [], "parameters": 1},
     )  # fmt: skip
 

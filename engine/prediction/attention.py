@@ -104,6 +104,32 @@ def sdpa(
     return _math(query, key, value, attn_mask, dropout_p, is_causal, scale, enable_gqa)
 
 
+def flash_attn(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    deterministic: bool = False,
+) -> Tensor:
+    """`flash_attn.flash_attn_func`: the kernel that PyTorch has from there, whatever it is built with.
+
+    Queries, keys and values are [batch, tokens, heads, head size] in 16 bit; the rest decides what is computed
+    and not what is allocated.
+    """
+    del window_size, softcap, deterministic
+    size = query.shape[-1]
+    q, k, v = (torch.nn.functional.pad(t, (0, -size % 8)) if size % 8 else t for t in (query, key, value))
+    scale = softmax_scale if softmax_scale is not None else 1 / math.sqrt(size)
+    out: Tensor = aten._scaled_dot_product_flash_attention(
+        q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2), dropout_p, causal, False, scale=scale
+    )[0]
+    return out[..., :size].transpose(1, 2)
+
+
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
     """`convert_boolean_attn_mask`."""
     if mask is None or mask.dtype is not torch.bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
@@ -10,10 +11,23 @@ from typing import Any
 import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..config import UserError
 from . import autocast, bitsandbytes_cuda
-from .attention import sdpa
+from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
 from .gpus import Gpu
+
+LOADED_BY_FLASH_ATTENTION = (
+    "_loaded_implementation",
+    "_flash_fn",
+    "_flash_varlen_fn",
+    "_flash_with_kvcache_fn",
+    "_pad_fn",
+    "_unpad_fn",
+    "_process_flash_kwargs_fn",
+    "_process_with_kvcache_kwargs_fn",
+)
+"""What transformers remembers of the flash attention that it loaded."""
 
 _DATA: Any = torch.Tensor.data
 
@@ -40,9 +54,10 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda
         autocast.register(library)
         _replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         import transformers.modeling_utils
-        from transformers import masking_utils
+        from transformers import masking_utils, modeling_flash_attention_utils
 
         _replace(undo, masking_utils, "is_tracing", lambda *_: False)
+        _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         if bitsandbytes_cuda.installed():
@@ -52,6 +67,32 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda
         for name in ("tensor", "as_tensor"):
             _replace(undo, torch, name, _moved(getattr(torch, name)))
         yield
+
+
+def _without_flash_attn(undo: ExitStack, gpu: Gpu, functions: Any, model_class: Any) -> None:
+    """What transformers takes from the package flash-attn, which needs a GPU to be installed."""
+
+    def can_dispatch(model: Any, flash_attn_version: int, is_init_check: bool = False) -> bool:
+        if not model._supports_flash_attn:
+            raise UserError(f"{type(model).__name__} does not support flash attention")
+        if flash_attn_version != 2 or gpu.capability < (8, 0):
+            raise UserError(f"flash attention needs a GPU of compute capability 8.0: {gpu.name} has not")
+        return True
+
+    def not_padded(*_args: Any, **_kwargs: Any) -> Any:
+        raise UserError("flash attention over rows of several lengths cannot be predicted")
+
+    def unpacked(position_ids: Any, batch_size: int) -> bool:
+        is_packed(position_ids, batch_size)  # it compares them on the GPU, in every layer
+        return False
+
+    not_padded.__signature__ = inspect.signature(flash_attn)  # type: ignore[attr-defined]  # read for what it takes
+    is_packed = functions._is_packed_sequence
+    _replace(undo, model_class, "_flash_attn_can_dispatch", can_dispatch)
+    _replace(undo, functions, "_is_packed_sequence", unpacked)
+    _replace(undo, functions, "_lazy_imports", lambda *_, **__: (flash_attn, not_padded, None, not_padded, not_padded))
+    for name in LOADED_BY_FLASH_ATTENTION:
+        _replace(undo, functions, name, None)
 
 
 def _warm_up(
