@@ -6,8 +6,8 @@
             outputs = model(batch)    activations, logits, KV cache; and from the
                                       second time on the previous outputs, which
                                       live until this line has returned
-            loss.backward()           gradients; activations go
-        optimizer.step()              optimizer state; temporaries
+            scaler.scale(loss).backward()   gradients; activations go
+        scaler.step(optimizer)        optimizer state; temporaries
         optimizer.zero_grad()         gradients go
 
 `tracer` is told what is being done; with a tracer that does nothing this is an
@@ -60,7 +60,8 @@ class StepResult:
 class Held:
     """The loop's own variables, so that a tracer can name what they hold alive."""
 
-    def __init__(self) -> None:
+    def __init__(self, scaler: torch.amp.GradScaler) -> None:
+        self.scaler = scaler
         self.batch: dict[str, torch.Tensor] = {}
         self.outputs: Any = None
         self.losses: list[torch.Tensor] = []
@@ -69,6 +70,7 @@ class Held:
         """Everything held, by category."""
         yield from owners.of_tensors(Category.INPUTS, self.batch.items())
         yield from owners.of_outputs(self.outputs)
+        yield from owners.of_scaler(self.scaler)
         yield from owners.of_tensors(Category.LOGITS_LOSS, [(LOSS, loss) for loss in self.losses])
 
 
@@ -91,9 +93,9 @@ def train(
             paused, raises to end it.
         on_step: Called after every step.
     """
-    model, optimizer, recipe = workload.model, workload.optimizer, workload.recipe
+    model, optimizer, scaler, recipe = workload.model, workload.optimizer, workload.scaler, workload.recipe
     recorder = tracer.recorder
-    held = Held()
+    held = Held(scaler)
     for step in itertools.count(1) if not config.steps else range(1, config.steps + 1):
         recorder.reset_peak()
         with tracer.step(step, recipe.accumulation, want_trace(step), held.owned):
@@ -109,14 +111,16 @@ def train(
                     loss = held.outputs.loss / recipe.accumulation
                     tracer.own_outputs(held.outputs, loss)
                 with tracer.phase(Phase.BACKWARD, micro_batch):
+                    held.losses.append(loss.detach())
+                    loss = scaler.scale(loss)
                     tracer.backward_of(loss)
                     loss.backward()
-                held.losses.append(loss.detach())
                 if not recipe.keep_outputs:
                     held.outputs = None
                 del loss
             with tracer.phase(Phase.OPTIMIZER):
-                optimizer.step()
+                scaler.step(optimizer)
+                scaler.update()
             allocated, reserved = recorder.allocated_bytes(), recorder.reserved_bytes()
             with tracer.phase(Phase.ZERO_GRAD):
                 optimizer.zero_grad()

@@ -33,6 +33,7 @@ class Recipe:
         load_arguments: Passed to `from_pretrained`.
         transforms: Applied to the loaded model, in order.
         make_optimizer: From trainable parameters and learning rate.
+        loss_scaling: Whether the loop scales the loss.
         autocast: Arithmetic dtype of the forward pass, if not the weights'.
         accumulation: Micro-batches per optimizer step.
         keep_outputs: Whether the loop's outputs live until the next forward returns.
@@ -48,6 +49,7 @@ class Recipe:
     transforms: list[Callable[[Model], Model]] = field(default_factory=list)
     make_optimizer: Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer] = torch.optim.AdamW
     autocast: torch.dtype | None = None
+    loss_scaling: bool = False
     accumulation: int = 1
     keep_outputs: bool = True
     trains_all: bool = True
@@ -80,13 +82,18 @@ class Batches:
 
 @dataclass
 class Workload:
-    """A model ready to train."""
+    """A model ready to train.
+
+    Attributes:
+        scaler: Passes everything through unless the recipe scales the loss.
+    """
 
     model: Model
     optimizer: torch.optim.Optimizer
     batches: Batches
     recipe: Recipe
     device: torch.device
+    scaler: torch.amp.GradScaler
 
     @property
     def parameters(self) -> int:
@@ -166,7 +173,8 @@ def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Worklo
     model.train()
     trainable = [p for p in model.parameters() if p.requires_grad]
     optimizer = plan.recipe.make_optimizer(trainable, plan.config.learning_rate)
-    return Workload(model, optimizer, plan.batches, plan.recipe, plan.device)
+    scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.recipe.loss_scaling)
+    return Workload(model, optimizer, plan.batches, plan.recipe, plan.device, scaler)
 
 
 def quiet_libraries() -> None:

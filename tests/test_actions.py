@@ -43,7 +43,8 @@ def actions_of(screen: str) -> list[Action]:
 @pytest.mark.parametrize("screen", SCREENS)
 def test_an_action_has_a_key_a_palette_entry_and_a_help_line(screen: str) -> None:
     for action in actions_of(screen):
-        assert action.name and action.keys and action.title and action.text
+        assert action.name and action.title and action.text
+        assert action.keys or action.name.startswith("change."), "letters run out"
         assert action.title[0].isupper() or not action.title[0].isalpha() or "." in action.name
 
 
@@ -70,8 +71,8 @@ async def test_help_lists_every_action_of_the_screen_it_is_called_from(screen: s
         offered = offered_here(actions, not recordings, recordings)
         assert offered != actions
         for action in actions:
-            assert (wrap(action.text, 60)[0] in text) == (action in offered)
-            if action in offered:
+            assert (wrap(action.text, 60)[0] in text) == (action in offered and bool(action.keys))
+            if action in offered and action.keys:
                 assert shown_keys([action]).split()[0] in text
 
 
@@ -131,7 +132,7 @@ async def test_every_key_of_every_screen_can_be_pressed(tmp_path: Path) -> None:
     async with shown(source, save_dir=tmp_path) as driver:
         for screen in SCREENS:
             for action in actions_of(screen):
-                if action.name in ("quit", "palette", "pause"):
+                if action.name in ("quit", "palette", "pause") or not action.keys:
                     continue
                 driver.app.board.page = driver.app.board.pages[SCREENS.index(screen)]
                 driver.app.action_press(action.keys[0])

@@ -13,6 +13,7 @@ import html
 import os
 import re
 import string
+from dataclasses import replace
 from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
@@ -20,6 +21,7 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.techniques import parse_config
 from gpumem_tui.tui.board import KINDS, Board
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.recording_set import RecordingSet
@@ -170,4 +172,12 @@ def test_the_recordings_are_what_their_script_makes(tmp_path: Path) -> None:
         make(tmp_path / f"{name}.gpumem", settings)
         made, committed = (Replay(folder / f"{name}.gpumem") for folder in (tmp_path, RECORDINGS))
         assert of_source(made, name) == of_source(committed, name)
-        assert made.milestones(0) == committed.milestones(0)
+        assert said(made) == said(committed)
+
+
+def said(source: Replay) -> list[Any]:
+    """What a recording tells; techniques that are newer than it are as by default."""
+    return [
+        replace(m, data=m.data | {"config": parse_config(m.data["config"], "")}) if "config" in m.data else m
+        for m in source.milestones(0)
+    ]

@@ -14,6 +14,8 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.device import environment
 from gpumem_tui.engine.events import Environment
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.technique import Effect
 from gpumem_tui.engine.workload import build, prepare
 
@@ -146,7 +148,8 @@ def test_whether_a_change_keeps_the_mathematics_is_known(
 def test_a_technique_is_recognised_by_what_it_leaves(settings: dict[str, Any]) -> None:
     config = configured(settings)
     made = build(prepare(config, torch.device("cpu")))
-    found = techniques.recognise(made.model, made.optimizer)
+    with torch.autocast("cpu", made.recipe.autocast, enabled=made.recipe.autocast is not None):
+        found = techniques.recognise(made.model, made.optimizer)
     said = {
         "dtype": "float32",
         "attention": "sdpa",
@@ -154,7 +157,7 @@ def test_a_technique_is_recognised_by_what_it_leaves(settings: dict[str, Any]) -
         "quantization.compute": "float32",
     }
     expected = {
-        name: said[name] if value in ("auto", "profile", "mixed", "dtype") else value
+        name: said[name] if value in ("auto", "profile", "dtype") else value
         for name, value in config.options.items()
         if name in found
     }
@@ -305,3 +308,39 @@ def test_what_no_setting_can_be_is_refused_in_a_line(name: str, typed: object, s
 def test_whole_numbers_are_exact() -> None:
     typed = {"seed": str(2**53 + 1), "steps": "1e3", "rows": 8.0}
     assert techniques.parse(typed, "--set") == {"seed": 2**53 + 1, "steps": 1000, "rows": 8}
+
+
+@pytest.mark.parametrize("settings", SINGLES, ids=_label)
+def test_what_a_value_holds_is_predicted(engine: Engine, settings: dict[str, Any]) -> None:
+    """Category by category, where a CPU's kernels do as CUDA's: its dropout keeps a mask of another size."""
+    config = configured(settings).with_({"lora.dropout": 0.0})
+    measured, predicted = engine.run(config), predict(config, gpu("H100 80GB")).document
+    assert predicted["unknown_bytes_max"] == 0
+    for moment in ("after_first_step", "peak"):
+        real, guess = measured[moment]["by_category"], predicted[moment]["by_category"]
+        # AdamW counts its steps in tensors of 4 bytes on the host, which on a CPU is the device.
+        steps = real["optimizer_state"] - guess["optimizer_state"]
+        assert steps % 4 == 0 and 0 <= steps <= 4 * 4 * measured["trainable_parameters"] / TINY["hidden_size"]
+        only_there = {"optimizer_state", "workspace", "slack"}
+        for category in guess.keys() - only_there:
+            rel = 0.1 if category == "activations" else 0  # a CPU keeps other statistics of norms and attention
+            assert guess[category] == pytest.approx(real[category], rel=rel, abs=0), (moment, category)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"loss_scaling": "on"}, "loss_scaling=on is for float16"),  # the profile's dtype is known once it is loaded
+        ({"loss_scaling": "on", "dtype": "mixed"}, "loss_scaling=on is for float16"),
+        ({"loss_scaling": "on", "dtype": "float16"}, "GradScaler unscales no float16 gradients"),
+    ],
+)
+def test_what_a_loss_scaler_cannot_scale_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        prepare(configured(settings), torch.device("cpu"))
+
+
+def test_a_scaled_loss_is_told_as_the_model_has_it(engine: Engine) -> None:
+    scaled = engine.run(configured({"dtype": "mixed-float16", "loss_scaling": "on"}))["steps"]
+    plain = engine.run(configured({"dtype": "mixed"}))["steps"]
+    assert scaled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.01)

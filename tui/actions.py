@@ -25,7 +25,7 @@ class Action(NamedTuple):
 
     Attributes:
         name: In the config file's `[keys]`: `save`, `step.zoom-in`.
-        keys: As typed (`B`, `<`), or Textual's name (`pageup`, `ctrl+t`).
+        keys: As typed (`B`, `<`), or Textual's name (`pageup`, `ctrl+t`); none: it is in the palette alone.
         title: In the command palette.
         text: In the help; neighbours with the same text share a line.
         run: Gets the app, or the screen whose action it is.
@@ -144,7 +144,7 @@ def changes(
     run: Callable[[Any, Option, int, bool], None],
     acts: bool,
 ) -> tuple[Action, ...]:
-    """A letter for every technique, and in capitals the way back.
+    """A letter for every technique, and in capitals the way back; without a letter it is in the palette alone.
 
     Args:
         offered: Key, title, option, technique.
@@ -153,12 +153,11 @@ def changes(
     """
     found = []
     for key, title, option, technique in offered:
-        if not key:
-            continue
         for letter, by, which in ((key, 1, "next value"), (key.upper(), -1, "value before")):
+            keys = (letter,) if letter else ()
             found.append(
                 Action(
-                    f"change.{option.name}{'' if by > 0 else '-back'}", (letter,), f"{title}: {which}",
+                    f"change.{option.name}{'' if by > 0 else '-back'}", keys, f"{title}: {which}",
                     f"{title}: next value, value before",
                     _changing(run, option, by, technique is not None), acts=acts,
                 )
@@ -208,9 +207,9 @@ def shown_keys(actions: Iterable[Action]) -> str:
 
 
 def help_lines(actions: Iterable[Action]) -> list[tuple[str, str]]:
-    """Keys and text; neighbours that say the same share a line."""
+    """Keys and text; neighbours that say the same share a line. What has no key is in the palette."""
     found = []
-    for text, group in _grouped(actions, lambda action: action.text):
+    for text, group in _grouped((action for action in actions if action.keys), lambda action: action.text):
         keys = wrap(shown_keys(group), KEYS_WIDTH - 1)
         found += [(line, text if not i else "") for i, line in enumerate(keys)]
     return found

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
@@ -14,6 +15,9 @@ if TYPE_CHECKING:
     from ..workload import Recipe
 
 
+AUTOCAST = {"mixed": "bfloat16", "mixed-float16": "float16"}
+"""The dtype of the arithmetic where weights are float32."""
+
 _BFLOAT16 = "none, and faster, from compute capability 8.0 on; older GPUs have no bfloat16 tensor cores"
 
 
@@ -22,8 +26,8 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     import torch
 
     value = config.text("dtype")
-    if value == "mixed":
-        recipe.dtype, recipe.autocast = torch.float32, torch.bfloat16
+    if value in AUTOCAST:
+        recipe.dtype, recipe.autocast = torch.float32, getattr(torch, AUTOCAST[value])
     elif value != "profile":
         recipe.dtype = getattr(torch, value)
 
@@ -31,23 +35,42 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 def mathematics(config: RunConfig) -> Mathematics:
     """The range of float16 is too small for gradients: they vanish, and sums overflow to inf and nan."""
     value = config.text("dtype")
-    return Mathematics("gradients in float16 without loss scaling" if value == "float16" else "", value)
+    unscaled = AUTOCAST.get(value, value) == "float16" and not config.flag("loss_scaling")
+    return Mathematics("float16 without loss scaling" if unscaled else "", value)
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
-    """The floating-point type of most of the weights."""
+    """The floating-point type of most of the weights, and the autocast that the forward is under."""
     sizes: Counter[str] = Counter()
     for parameter in model.parameters():
         if parameter.is_floating_point():
             sizes[str(parameter.dtype).removeprefix("torch.")] += parameter.numel()
-    return {"dtype": sizes.most_common(1)[0][0]} if sizes else {}
+    if not sizes:
+        return {}
+    weights = sizes.most_common(1)[0][0]
+    arithmetic = _autocast(model)
+    mixed = [value for value, dtype in AUTOCAST.items() if weights == "float32" and dtype == arithmetic]
+    return {"dtype": mixed[0] if mixed else weights}
+
+
+def _autocast(model: Any) -> str | None:
+    """The script's own autocast around the model, or accelerate's inside the forward that it has wrapped."""
+    import torch
+
+    device = next(model.parameters()).device.type
+    if torch.is_autocast_enabled(device):
+        return str(torch.get_autocast_dtype(device)).removeprefix("torch.")
+    state = getattr(sys.modules.get("accelerate.state"), "AcceleratorState", None)
+    if state is None or not hasattr(model, "_original_forward"):
+        return None
+    return {"bf16": "bfloat16", "fp16": "float16"}.get(str(state._shared_state.get("_mixed_precision")))
 
 
 TECHNIQUE = Technique(
     name="dtype",
     title="data type",
     summary="bytes per number: weights, gradients, optimizer state and activations all follow it",
-    formula="float32 4 B, float16 and bfloat16 2 B; mixed: float32 weights, bfloat16 arithmetic under autocast",
+    formula="float32 4 B, float16 and bfloat16 2 B; mixed: float32 weights, 16-bit arithmetic under autocast",
     source="https://arxiv.org/abs/1710.03740",
     cost={
         "profile": "none",
@@ -55,19 +78,20 @@ TECHNIQUE = Technique(
         "float16": "none in time, but without loss scaling gradients vanish and the loss can become nan",
         "bfloat16": _BFLOAT16,
         "mixed": f"{_BFLOAT16}; weights are converted in every pass",
+        "mixed-float16": "none in time with tensor cores, but without loss scaling gradients vanish",
     },
     order=10,
     options=(
         Option(
             "dtype",
             "profile",
-            "dtype of the weights; profile: as published; mixed: float32 under bfloat16 autocast",
-            ("profile", "float32", "float16", "bfloat16", "mixed"),
+            "dtype of the weights; profile: as published; mixed: float32 under autocast, to bfloat16 or float16",
+            ("profile", "float32", "float16", "bfloat16", "mixed", "mixed-float16"),
         ),
     ),
     in_script="from_pretrained(..., dtype=...)",
     acts_on=(Category.PARAMETERS, Category.GRADIENTS, Category.ACTIVATIONS),
-    variants=({"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "mixed"}),
+    variants=({"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "mixed"}, {"dtype": "mixed-float16"}),
     key="d",
     apply=apply,
     mathematics=mathematics,

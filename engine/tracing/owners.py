@@ -83,6 +83,14 @@ def of_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> It
             yield Category.OPTIMIZER_STATE, f"{type(optimizer).__name__}.{part}", tensor
 
 
+def of_scaler(scaler: torch.amp.GradScaler) -> Iterator[Owned]:
+    """The loss's scale, and how many steps it has fitted."""
+    for name in ("_scale", "_growth_tracker"):
+        tensor = getattr(scaler, name, None)
+        if tensor is not None:
+            yield Category.OPTIMIZER_STATE, f"GradScaler.{name.removeprefix('_')}", tensor
+
+
 def of_outputs(outputs: Any) -> Iterator[Owned]:
     """Logits, loss and KV cache of a transformers output."""
     if outputs is None:
