@@ -6,6 +6,7 @@ configuration before the engine has imported anything heavy.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Mapping
@@ -166,6 +167,93 @@ TRACES = ("auto", "every")
 """Which steps are traced: as the governor's time budget allows, or each."""
 
 
+DTYPES = ("float32", "float16", "bfloat16")
+"""Those that a model's weights are published in."""
+
+
+@dataclass(frozen=True, slots=True)
+class Architecture:
+    """A model's architecture, enough to build it with random weights. Immutable: copies go in and out.
+
+    Args:
+        config: The fields of its config.json, `model_type` among them. Plain
+            values, lists and tables; private fields (`_name_or_path`), code
+            (`auto_map`) and kernels (`attn_implementation`) are no architecture.
+        dtype: In which its weights are published: one of DTYPES.
+        lora_targets: The modules LoRA adapts by default, without their path; empty: PEFT's own.
+        tokenizer: Hub id of its tokenizer; "": none is known.
+
+    Raises:
+        UserError: It is no such thing.
+    """
+
+    config: Mapping[str, Any]
+    dtype: str
+    lora_targets: tuple[str, ...] = ()
+    tokenizer: str = ""
+
+    def __post_init__(self) -> None:
+        wrong = next((name for name, fits in self._fits().items() if not fits), None)
+        if wrong:
+            raise UserError(f"architecture.{wrong}={excerpt(getattr(self, wrong))} is not allowed")
+        object.__setattr__(self, "config", MappingProxyType(copy.deepcopy(dict(self.config))))
+        object.__setattr__(self, "lora_targets", tuple(self.lora_targets))
+
+    def _fits(self) -> dict[str, bool]:
+        return {
+            "config": isinstance(self.config, Mapping)
+            and isinstance(self.config.get("model_type"), str)
+            and all(map(_describes_a_model, self.config))
+            and _is_plain(dict(self.config)),
+            "dtype": self.dtype in DTYPES,
+            "lora_targets": isinstance(self.lora_targets, list | tuple) and all(map(_is_line, self.lora_targets)),
+            "tokenizer": self.tokenizer == "" or _is_line(self.tokenizer),
+        }
+
+    def fields(self) -> dict[str, Any]:
+        """A copy of `config`: transformers completes the tables in it in place."""
+        return copy.deepcopy(dict(self.config))
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        return {
+            "config": self.fields(),
+            "dtype": self.dtype,
+            "lora_targets": list(self.lora_targets),
+            "tokenizer": self.tokenizer,
+        }
+
+    @classmethod
+    def from_dict(cls, plain: Mapping[str, Any]) -> Self:
+        """The inverse of `as_dict`.
+
+        Raises:
+            UserError: It is no such thing.
+        """
+        names = [field.name for field in dataclasses.fields(cls)]
+        if unknown := [excerpt(name) for name in plain if name not in names]:
+            raise UserError(f"architecture has unknown keys: {excerpt(', '.join(unknown))}")
+        if missing := [name for name in ("config", "dtype") if name not in plain]:
+            raise UserError(f"architecture.{missing[0]} is missing")
+        return cls(**plain)
+
+
+def _is_line(value: object) -> bool:
+    return isinstance(value, str) and bool(value) and value.isprintable()
+
+
+def _describes_a_model(key: object) -> bool:
+    return _is_line(key) and not str(key).startswith("_") and key not in ("auto_map", "attn_implementation")
+
+
+def _is_plain(value: object) -> bool:
+    if isinstance(value, dict):
+        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
+    if isinstance(value, list):
+        return all(map(_is_plain, value))
+    return value is None or isinstance(value, bool | int | float | str)
+
+
 @dataclass(frozen=True, slots=True)
 class RunConfig:
     """Everything that decides what a run does. Frozen; change it with `with_`.
@@ -175,9 +263,9 @@ class RunConfig:
     A RunConfig in hand is a valid one.
 
     Attributes:
-        model: A profile's name, or a hub id or folder if `pretrained`.
+        model: Name of the model, or a hub id or folder if `pretrained`.
         pretrained: Load real weights with `from_pretrained` instead of
-            building the profile's architecture with random ones.
+            building `architecture` with random ones.
         device: `auto`, `cpu`, `cuda` or `cuda:<i>`.
         data: Text or JSONL file to train on; None: random token ids.
         batch_size: Rows per micro-batch.
@@ -187,6 +275,9 @@ class RunConfig:
         learning_rate: The optimizer's learning rate.
         seed: Seeds weights and token ids.
         trace: Which steps are traced: one of TRACES.
+        architecture: Of the model; None: `pretrained` says where it is read,
+            or it is not known (somebody's own model, a recording of an older
+            version), and the model cannot be built.
         options: Value of every technique option, by name.
     """
 
@@ -201,6 +292,7 @@ class RunConfig:
     learning_rate: float = 1e-3
     seed: int = 0
     trace: str = "auto"
+    architecture: Architecture | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -253,7 +345,8 @@ class RunConfig:
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON; `engine.techniques.parse_config` reads them back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
-        return fields | {"options": dict(self.options)}
+        architecture = self.architecture.as_dict() if self.architecture is not None else None
+        return fields | {"architecture": architecture, "options": dict(self.options)}
 
 
 _WORKLOAD_NAMES = frozenset(option.name for option in WORKLOAD_OPTIONS)

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from ..profiles import ModelProfile, model_profile
-from .config import RunConfig, UserError
+from .config import RunConfig, UserError, one_line
 from .techniques import registry
 
 Model = Any
@@ -29,7 +28,7 @@ class Recipe:
 
     Attributes:
         dtype: Of the weights.
-        lora_targets: The profile's default; empty: PEFT's own.
+        lora_targets: The architecture's default; empty: PEFT's own.
         load_arguments: Passed to `from_pretrained`.
         transforms: Applied to the loaded model, in order.
         make_optimizer: From trainable parameters and learning rate.
@@ -111,7 +110,6 @@ class Plan:
     """A run with everything decided and nothing loaded."""
 
     config: RunConfig
-    profile: ModelProfile | None
     architecture: Any
     shell: Model  # on the meta device: shapes without storage
     recipe: Recipe
@@ -133,11 +131,10 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
         UserError: No such model or data, or it cannot fit.
     """
     quiet_libraries()
-    profile = None if config.pretrained else model_profile(config.model)
-    architecture = _architecture(config, profile)
+    given, architecture = config.architecture, _architecture(config)
     recipe = Recipe(
-        dtype=getattr(torch, profile.dtype) if profile else (getattr(architecture, "dtype", None) or torch.float32),
-        lora_targets=profile.lora_targets if profile else (),
+        dtype=getattr(torch, given.dtype) if given else (getattr(architecture, "dtype", None) or torch.float32),
+        lora_targets=given.lora_targets if given else (),
     )
     for technique in registry().values():
         technique.apply(config, recipe)
@@ -151,7 +148,7 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
         _refuse_too_large(config.model, shell, recipe, device)
         ids, labels = _file_rows(config) if config.data else _random_rows(config, int(architecture.vocab_size))
     batches = Batches(ids, labels, config.batch_size, device)
-    return Plan(config, profile, architecture, shell, recipe, batches, device, shapes_only)
+    return Plan(config, architecture, shell, recipe, batches, device, shapes_only)
 
 
 def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Workload:
@@ -188,11 +185,16 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
-def _architecture(config: RunConfig, profile: ModelProfile | None) -> Any:
+def _architecture(config: RunConfig) -> Any:
     from transformers import AutoConfig
 
-    if profile:
-        return AutoConfig.for_model(**profile.config)
+    if config.architecture is not None:
+        try:
+            return AutoConfig.for_model(**config.architecture.fields())
+        except Exception as error:  # whatever transformers says to these fields
+            raise UserError(f"{config.model}: {one_line(error)}") from None
+    if not config.pretrained:
+        raise UserError(f"{config.model}: this model's architecture is not known here")
     try:
         return AutoConfig.from_pretrained(config.model)
     except (OSError, ValueError) as error:
@@ -256,7 +258,7 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
         **plan.recipe.load_arguments,
     }
     with _loading_on_this_thread():
-        if plan.profile is None and not plan.shapes_only:
+        if config.pretrained and not plan.shapes_only:
             try:
                 with _told_of_weights(reading):
                     return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
@@ -366,8 +368,8 @@ def _file_rows(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     texts = list(_texts(path))
     name = config.model
     if not config.pretrained:
-        _, _, name = model_profile(config.model).source.partition("https://huggingface.co/")
-        if name.count("/") != 1:
+        name = config.architecture.tokenizer if config.architecture else ""
+        if not name:
             raise UserError(f"--data needs a tokenizer, and the profile {config.model} has none; use --model")
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)

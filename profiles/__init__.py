@@ -6,6 +6,7 @@ nothing else has to be edited. Loads no torch, so that the app can list them.
 
 from __future__ import annotations
 
+import dataclasses
 import difflib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,12 +14,11 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..engine.config import UserError
+from ..engine.config import DTYPES, Architecture, RunConfig, UserError
 from .table import Table
 
 MODELS = Path(__file__).parent / "models"
 PRESETS = Path(__file__).parent / "presets"
-DTYPES = ("float32", "float16", "bfloat16")
 MEASURES = ("leftover", "loaded", "after_step", "peak_first_step", "peak_all_steps", "reserved_after_first_step",
             "gradients", "optimizer", "logits")  # fmt: skip
 """What a preset's rows may say about a run: sizes in GiB, 1024**3 bytes.
@@ -51,6 +51,12 @@ class ModelProfile:
     parameters: int
     lora_targets: tuple[str, ...]
     config: Mapping[str, Any]
+
+    @property
+    def architecture(self) -> Architecture:
+        """What a run of it carries."""
+        _, _, hub_id = self.source.partition("https://huggingface.co/")
+        return Architecture(self.config, self.dtype, self.lora_targets, hub_id if hub_id.count("/") == 1 else "")
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +118,25 @@ def presets() -> Mapping[str, Preset]:
 def model_profile(name: str) -> ModelProfile:
     """One model profile. Raises UserError if there is none of this name, or as `read_model` does."""
     return read_model(_find("model profile", name, MODELS))
+
+
+def run_fields(name: str) -> dict[str, Any]:
+    """The fields of a RunConfig that a profile decides, for `engine.techniques.configure`.
+
+    Raises:
+        UserError: As `model_profile`.
+    """
+    return {"model": name, "architecture": model_profile(name).architecture}
+
+
+def resolved(config: RunConfig) -> RunConfig:
+    """A configuration with its profile's architecture, if it was written before runs carried theirs."""
+    if config.pretrained or config.architecture is not None:
+        return config
+    try:
+        return dataclasses.replace(config, architecture=model_profile(config.model).architecture)
+    except UserError:  # no profile of ours, or one that no longer is
+        return config
 
 
 def preset(name: str) -> Preset:

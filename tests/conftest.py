@@ -22,7 +22,7 @@ from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.prediction import predictor
 from gpumem_tui.engine.report import Report
 from gpumem_tui.engine.session import Session
-from gpumem_tui.profiles import model_profile
+from gpumem_tui.profiles import model_profile, run_fields
 
 predictor.NICENESS = 0  # two workers on two cores would leave it nothing
 
@@ -41,7 +41,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def small_run(base: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
     """A configuration of two quick steps with every step traced."""
     named = {name.replace("__", "."): value for name, value in settings.items()}
-    config = techniques.configure(base or {"model": "tiny"}, techniques.parse(SMALL | named, "test"))
+    config = techniques.configure(base or run_fields("tiny"), techniques.parse(SMALL | named, "test"))
     return replace(config, trace="every")
 
 

@@ -30,6 +30,7 @@ from gpumem_tui.engine.events import (
     StepTrace,
 )
 from gpumem_tui.engine.feed import Command, Feed, Pause, Save, Start, Stop, ViewerRole
+from gpumem_tui.profiles import run_fields
 
 MIB = 1 << 20
 GPU = Environment("cuda:0", "NVIDIA H100 80GB HBM3", 80 << 30, "9.0", "570.1", {"peft": "0.18", "bitsandbytes": "0.49"})
@@ -306,7 +307,7 @@ class FakeSource:
 
     def start(self, config: RunConfig | None = None, **settings: Any) -> None:
         """Begin a run: loaded, before its first step."""
-        config = config or techniques.configure({"model": "polyglot-ko-1.3b"}, settings)
+        config = config or techniques.configure(run_fields("polyglot-ko-1.3b"), settings)
         self.model = Model(config, self.layers, self.unit)
         self._work, self._step = iter(()), 0
         self.feed.begin_run(config)

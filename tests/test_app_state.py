@@ -10,6 +10,7 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.techniques import memory_key
+from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
 
 from .app_driver import trained
@@ -97,7 +98,7 @@ def test_messages_go_by_the_clock() -> None:
 
 
 def test_runs_that_differ_in_steps_only_hold_the_same() -> None:
-    one = techniques.configure({"model": "tiny"}, {"steps": 1})
-    two = techniques.configure({"model": "tiny"}, {"steps": 2, "seed": 3})
+    one = techniques.configure(run_fields("tiny"), {"steps": 1})
+    two = techniques.configure(run_fields("tiny"), {"steps": 2, "seed": 3})
     assert memory_key(one) == memory_key(two)
     assert memory_key(one) != memory_key(one.with_({"lora": True}))

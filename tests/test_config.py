@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import zipfile
 from pathlib import Path
@@ -10,11 +11,13 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine import techniques, wire
-from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.config import Architecture, RunConfig, UserError
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.recording import Replay
+from gpumem_tui.profiles import model_profile, resolved
+from gpumem_tui.tui.recording_set import RecordingSet
 
 from .conftest import small_run
 
@@ -22,7 +25,7 @@ CONFIG = small_run(checkpointing="layers", lora="on", lora__r=4, learning_rate=1
 PLAIN = CONFIG.as_dict()
 DEFAULT = techniques.configure({}, {})
 SETTINGS = techniques.all_options()
-RECORDING = Path(__file__).parent / "recordings" / "lora.gpumem"
+RECORDING = Path(__file__).parent / "recordings" / "h100-tiny-lora.gpumem"
 
 NOT_NUMBERS: list[Any] = [None, [], {}, "", "three", "nan", "inf", "-inf", float("nan"), float("inf"), True, "9" * 5000]
 WRONG: dict[type, list[Any]] = {
@@ -74,7 +77,7 @@ def test_a_setting_that_cannot_be_is_refused_in_a_line(name: str) -> None:
         assert f"{name}=" in refusal_of(set_in(name, value)), value
 
 
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(SETTINGS) - {"options"}))
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(SETTINGS) - {"options", "architecture"}))
 def test_a_field_that_cannot_be_is_refused_in_a_line(name: str) -> None:
     for value in [3, 2.5, [], {}, "", "two\nlines", *([] if name == "data" else [None])]:
         assert f"{name}=" in refusal_of(PLAIN | {name: value}), value
@@ -98,6 +101,66 @@ def test_whole_numbers_are_exact(name: str) -> None:
     exact = (1 << 40) - 1 if name == "steps" else (1 << 63) - 1
     assert techniques.parse({name: str(exact)}, "--set") == {name: exact}
     assert techniques.parse({name: "1e6"}, "--set") == {name: 1_000_000}
+
+
+# --- the model's architecture ---------------------------------------------------
+
+
+SPOILED: list[tuple[str, list[Any]]] = [
+    ("config", [None, 3, [], {}, {"model_type": 3}, {"model_type": "gpt2", 3: 4}, {"model_type": "gpt2", "x": {1, 2}}]),
+    ("config", [{"model_type": "gpt2", key: "somebody/code"} for key in ("auto_map", "attn_implementation", "_x")]),
+    ("dtype", [None, 3, [], "", "int8"]),
+    ("lora_targets", [None, 3, "q_proj", {}, [3], [""]]),
+    ("tokenizer", [None, 3, [], "two\nlines"]),
+]
+
+
+@pytest.mark.parametrize(("name", "values"), SPOILED)
+def test_an_architecture_that_cannot_be_is_refused_in_a_line(name: str, values: list[Any]) -> None:
+    for value in values:
+        spoiled = PLAIN | {"architecture": PLAIN["architecture"] | {name: value}}
+        assert f"architecture.{name}=" in refusal_of(spoiled), value
+
+
+@pytest.mark.parametrize("plain", [3, "tiny", [], {"config": {"model_type": "gpt2"}}, {"dtype": "float32"}, {"new": 1}])
+def test_what_is_no_architecture_is_refused_in_a_line(plain: object) -> None:
+    assert "architecture" in refusal_of(PLAIN | {"architecture": plain})
+
+
+def test_fields_that_transformers_refuses_are_told_in_a_line() -> None:
+    spoiled = PLAIN["architecture"] | {"config": {"model_type": "gpt_neox", "hidden_size": "wide"}}
+    with pytest.raises(UserError, match=r"tiny: .*hidden_size") as refused:
+        predict(techniques.parse_config(PLAIN | {"architecture": spoiled}, "there"), gpu("H100 80GB"))
+    assert "\n" not in str(refused.value)
+
+
+def test_a_run_means_the_same_whatever_becomes_of_its_profile(tmp_path: Path) -> None:
+    """A recording of today has its architecture; one of an older version has its profile's, while there is one."""
+    mine = Architecture(dict(model_profile("tiny").config) | {"hidden_size": 64}, "bfloat16")
+    config = dataclasses.replace(CONFIG, architecture=mine)
+    assert resolved(techniques.parse_config(config.as_dict(), "there")).architecture == mine
+    old = {name: value for name, value in PLAIN.items() if name != "architecture"}
+    assert resolved(techniques.parse_config(old, "there")) == CONFIG
+    gone = techniques.parse_config(old | {"model": "no-such-profile"}, "there")
+    assert resolved(gone).architecture is None
+    with pytest.raises(UserError, match="no-such-profile: this model's architecture is not known here"):
+        predict(gone, gpu("H100 80GB"))
+
+
+def test_recordings_of_an_older_version_open_with_their_profiles_architecture() -> None:
+    config = RecordingSet([RECORDING]).config()
+    assert config is not None and config.architecture == model_profile("tiny").architecture
+
+
+def test_an_architecture_cannot_be_changed_through_what_it_was_made_of_or_gives() -> None:
+    fields = dict(model_profile("tiny").config)
+    mine = Architecture(fields, "float32")
+    for copied in (fields, mine.fields(), mine.as_dict()["config"]):
+        copied["rope_parameters"]["rope_theta"] = 1.0
+    assert mine.fields()["rope_parameters"]["rope_theta"] == 10_000.0
+
+
+# --- where configurations arrive --------------------------------------------------
 
 
 def test_the_wire_passes_only_what_can_be() -> None:

@@ -16,7 +16,7 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.device import environment
 from gpumem_tui.engine.events import Category, Kind, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.profiles import PresetRow, preset
+from gpumem_tui.profiles import PresetRow, preset, run_fields
 
 from .conftest import Engine, small_run, wait_until
 from .test_techniques import GPU_PAIRS, GPU_SINGLES, check, runs_on
@@ -36,7 +36,7 @@ def engine() -> Iterator[Engine]:
 
 def row_config(row: PresetRow) -> RunConfig:
     settings = techniques.parse(REFERENCE.settings, REFERENCE.where) | techniques.parse(row.settings, REFERENCE.where)
-    return replace(techniques.configure({"model": REFERENCE.model, "device": "cuda"}, settings), trace="every")
+    return replace(techniques.configure(run_fields(str(REFERENCE.model)) | {"device": "cuda"}, settings), trace="every")
 
 
 @pytest.fixture(scope="module", params=REFERENCE.rows, ids=lambda row: row.name)
@@ -94,7 +94,7 @@ def test_what_needs_a_gpu_runs_on_one(engine: Engine, settings: dict[str, Any]) 
 def test_paged_state_has_a_ledger_of_its_own(engine: Engine) -> None:
     """Managed memory is in no counter of torch's; small tensors are not paged, and that is said."""
     config = techniques.parse({"optimizer": "paged-adamw", "batch_size": 2, "steps": 2, "dtype": "float16"}, "test")
-    large = engine.run(techniques.configure({"model": "polyglot-ko-1.3b"}, config))
+    large = engine.run(techniques.configure(run_fields("polyglot-ko-1.3b"), config))
     assert large["managed_bytes"] == 10_649_337_856
     small = engine.run_milestones(small_run(optimizer="paged-adamw", lora="on"))
     assert any("nothing was paged" in m.text for m in small if m.kind is Kind.NOTE)
@@ -131,7 +131,7 @@ def test_the_blocks_are_the_allocators_own_when_a_step_ends(engine: Engine, monk
 
 def test_out_of_memory_ends_the_run_and_says_what_filled_the_gpu(engine: Engine) -> None:
     """Batch and sequence far beyond any info; the run before is started again."""
-    huge = {"model": "polyglot-ko-1.3b"}
+    huge = run_fields("polyglot-ko-1.3b")
     settings = {"batch_size": 512, "seq_len": 2048, "rows": 512, "steps": 1}
     milestones = engine.run_milestones(techniques.configure(huge, techniques.parse(settings, "test")))
     assert Kind.OUT_OF_MEMORY in [m.kind for m in milestones], [m.text for m in milestones if m.kind is Kind.RUN_FAILED]
@@ -148,7 +148,7 @@ def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
     Managed memory is counted to the device and to no process, and it is given back when the run ends.
     """
     settings = {"steps": 40, "batch_size": 4, "seq_len": 256, "dtype": "float16", "optimizer": "paged-adamw-8bit"}
-    engine.run(techniques.configure({"model": "polyglot-ko-1.3b"}, techniques.parse(settings, "test")))
+    engine.run(techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test")))
     gauge = engine.session._feed.training_gauge
     assert gauge is not None and gauge.step > 3
     if gauge.process_bytes is None:
@@ -168,7 +168,7 @@ def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
 def test_a_long_step_is_shown_while_it_goes_on(engine: Engine) -> None:
     """A step of more than a second is read inside: the bars move, and nothing is lost by it."""
     settings = {"steps": 3, "batch_size": 8, "seq_len": 256, "dtype": "float16", "accumulation": 40}
-    config = techniques.configure({"model": "polyglot-ko-1.3b"}, techniques.parse(settings, "test"))
+    config = techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test"))
     partial: list[StepTrace] = []
     feed = engine.session._feed
     feed._on_trace = lambda trace: partial.append(trace) if trace.partial else engine._seen(trace)
@@ -187,7 +187,7 @@ def test_a_long_step_is_shown_while_it_goes_on(engine: Engine) -> None:
 
 def test_activations_under_checkpointing_are_one_input_a_layer(engine: Engine) -> None:
     settings = {"batch_size": 4, "seq_len": 256, "steps": 1, "checkpointing": "layers", "kv_cache": "off"}
-    config = techniques.configure({"model": "polyglot-ko-1.3b"}, techniques.parse(settings, "test"))
+    config = techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test"))
     engine.run(replace(config, trace="every"))
     ledger = Ledger(engine.traces[-1])
     end_of_forward = next(s.end for s in ledger.trace.phases if s.phase.name == "FORWARD") - 1
@@ -205,7 +205,7 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
     session = Session("cuda")
     app = GpumemApp(session, refresh_hz=0)
     settings = {"batch_size": 8, "rows": 64}
-    session.command(Start(techniques.configure({"model": "polyglot-ko-1.3b"}, techniques.parse(settings, "test"))))
+    session.command(Start(techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test"))))
 
     def trained(run: int) -> bool:
         return any(m.kind is Kind.STEP_ENDED and m.run == run and m.data["step"] >= 3 for m in session.milestones(0))

@@ -16,16 +16,15 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.layers import Layers
 from gpumem_tui.engine.prediction.predict import Rehearsal, rehearse
-from gpumem_tui.profiles import model_profile
+from gpumem_tui.profiles import model_profile, run_fields
 
 H100 = gpu("H100 80GB")
 
 
 def run_of(model: str, pretrained: bool = False, **settings: Any) -> RunConfig:
     quick = {"batch_size": 2, "seq_len": 64}
-    return techniques.configure(
-        {"model": model, "pretrained": pretrained}, techniques.parse(quick | settings, "test")
-    )  # fmt: skip
+    base = {"model": model, "pretrained": True} if pretrained else run_fields(model)
+    return techniques.configure(base, techniques.parse(quick | settings, "test"))
 
 
 def events_of(trace: StepTrace) -> list[list[Any]]:

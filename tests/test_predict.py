@@ -24,7 +24,7 @@ from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
-from gpumem_tui.profiles import preset
+from gpumem_tui.profiles import preset, run_fields
 from gpumem_tui.tui.__main__ import main
 
 from .conftest import Engine, small_run
@@ -43,7 +43,7 @@ EXACT = 0.01
 @pytest.mark.parametrize("row", REFERENCE.rows, ids=lambda row: row.name)
 def test_the_reference_experiment_is_predicted(row: Any) -> None:
     settings = techniques.parse(REFERENCE.settings, REFERENCE.where) | techniques.parse(row.settings, REFERENCE.where)
-    predicted = predict(techniques.configure({"model": REFERENCE.model}, settings), H100)
+    predicted = predict(techniques.configure(run_fields(str(REFERENCE.model)), settings), H100)
     bare = row.bare_h100
     # The first row's process had no workspaces yet when its model was loaded.
     workspace = 0.064 if not bare["leftover"] else 0.0

@@ -15,7 +15,6 @@ import pytest
 
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Category, Environment, Kind
-from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.report import Report
 from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.prediction_client import WORKING, Background
@@ -229,7 +228,7 @@ async def test_a_script_of_ones_own_is_not_predicted() -> None:
 
 
 async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() -> None:
-    replay = Replay(RECORDINGS / "h100-tiny-lora.gpumem")
+    replay = RecordingSet([RECORDINGS / "h100-tiny-lora.gpumem"])
     with closing(Background(replay)) as predictions:
         async with shown(replay, predictions=predictions) as driver:
             predictor = predictions._predictor
@@ -299,7 +298,7 @@ def test_what_is_dropped_is_not_worked_out() -> None:
 def test_what_cannot_be_predicted_says_why() -> None:
     source = FakeSource(GPU)
     source.start()
-    config = dataclasses.replace(source.config() or RunConfig(), model="no-such-model")
+    config = dataclasses.replace(source.config() or RunConfig(), model="no-such-model", architecture=None)
     with closing(Background(source)) as predictions:
         assert predictions.of_run(config) == WORKING
         assert predictions.waiting() == 1

@@ -23,6 +23,7 @@ from gpumem_tui.profiles import (
     presets,
     read_model,
     read_preset,
+    run_fields,
 )
 
 GIB = 2**30
@@ -88,7 +89,7 @@ def test_a_profile_is_read_afresh_each_time() -> None:
 def runs_of(chosen: Preset) -> dict[str, RunConfig]:
     """What a preset comes to: one run, or one for each of its rows."""
     settings = techniques.parse(chosen.settings, chosen.where)
-    base = techniques.configure({"model": chosen.model or "tiny"}, settings)
+    base = techniques.configure(run_fields(chosen.model or "tiny"), settings)
     return {row.name: base.with_(techniques.parse(row.settings, chosen.where)) for row in chosen.rows} or {"": base}
 
 

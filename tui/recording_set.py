@@ -10,6 +10,7 @@ from ..engine.events import Environment, Gauge, Milestone, StepTrace
 from ..engine.feed import Command, ViewerRole
 from ..engine.recording import Replay
 from ..engine.techniques import memory_key
+from ..profiles import resolved
 from .run_state import STEADY_STEPS
 from .run_summary import RunSummary, of_source
 
@@ -87,7 +88,8 @@ class RecordingSet:
 
     def config(self) -> RunConfig | None:
         """The recorded run's."""
-        return self._replay.config()
+        config = self._replay.config()
+        return resolved(config) if config is not None else None
 
     def gauge(self) -> Gauge | None:
         """The last reading before it was saved."""

@@ -8,6 +8,7 @@ from typing import Any
 from ..engine import techniques
 from ..engine.config import RunConfig, UserError
 from ..engine.events import Kind, Milestone, Recompute
+from ..profiles import resolved
 
 STEADY_STEPS = 2
 """From this step on a run holds all it will hold."""
@@ -174,6 +175,6 @@ class RunState:
 
 def _config_of(data: dict[str, Any]) -> RunConfig | None:
     try:
-        return techniques.parse_config(data["config"], "the run")
+        return resolved(techniques.parse_config(data["config"], "the run"))
     except (KeyError, UserError):
         return None

@@ -15,7 +15,7 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from ..config import TRACES, WORKLOAD_OPTIONS, Option, RunConfig, UserError, Value, excerpt, show
+from ..config import TRACES, WORKLOAD_OPTIONS, Architecture, Option, RunConfig, UserError, Value, excerpt, show
 from ..events import Environment
 from ..technique import Effect, Technique
 
@@ -98,6 +98,7 @@ def parse_config(plain: object, where: str) -> RunConfig:
     """
     fields = dict(_mapping(plain, f"{where}: a run configuration"))
     options = _mapping(fields.pop("options", {}), f"{where}: options")
+    architecture = fields.pop("architecture", None)
     unknown = [excerpt(name) for name in fields if name not in _FIELDS]
     if unknown:
         raise UserError(f"{where}: run configuration has unknown keys: {excerpt(', '.join(sorted(unknown)))}")
@@ -107,10 +108,18 @@ def parse_config(plain: object, where: str) -> RunConfig:
             fields[name] = known[name].parse(raw, where)
         elif not _is_field(name, raw):
             raise UserError(f"{where}: {name}={excerpt(raw)} is not allowed")
+    fields["architecture"] = None if architecture is None else _architecture(architecture, where)
     return RunConfig(**fields, options=defaults()).with_(parse(options, where))
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
+
+
+def _architecture(plain: object, where: str) -> Architecture:
+    try:
+        return Architecture.from_dict(_mapping(plain, "architecture"))
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from None
 
 
 def _mapping(plain: object, what: str) -> Mapping[str, Any]:

@@ -29,6 +29,7 @@ from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import End
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.commands.app import LOCAL_HZ
 
 from ..terminal import Terminal, until
@@ -83,7 +84,7 @@ def main() -> int:
     environment = {"XDG_RUNTIME_DIR": str(home / "run")}
     os.environ |= environment
     typed = dict(item.split("=", 1) for item in chosen.set)
-    engine = Engine(techniques.configure({"model": chosen.profile}, techniques.parse(typed, "--set")))
+    engine = Engine(techniques.configure(run_fields(chosen.profile), techniques.parse(typed, "--set")))
     pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
     try:
         until(lambda: len(engine.steps()) > 10, lambda: engine.viewer.milestones(0), seconds=600)

@@ -31,6 +31,7 @@ from gpumem_tui.engine.session import TRACE_SHARE
 from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
+from gpumem_tui.profiles import run_fields
 
 STEPS = 9
 WARM_UP = 3
@@ -50,7 +51,7 @@ class Bench:
     def __init__(self, profile: str, batch_size: int) -> None:
         self.device = devices.select("auto")
         settings = {"batch_size": batch_size, "steps": STEPS, "learning_rate": 0}
-        self.config = techniques.configure({"model": profile}, techniques.parse(settings, "benchmark"))
+        self.config = techniques.configure(run_fields(profile), techniques.parse(settings, "benchmark"))
         if self.device.type == "cuda":
             from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace
 

@@ -25,7 +25,7 @@ from gpumem_tui.engine.events import Category, Kind, StepTrace
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.session import Session
-from gpumem_tui.profiles import model_profile
+from gpumem_tui.profiles import model_profile, run_fields
 
 METHODS: dict[str, dict[str, Any]] = {
     "full": {},
@@ -96,7 +96,7 @@ def main(arguments: list[str] | None = None) -> int:
     print(f"{'configuration':<74}{'events':>8}{'unknown':>9}{'off':>9}{'peak GiB':>10}{'recomputes':>12}{'leaked':>7}")
     for model, settings in matrix(models, on_gpu)[:: 4 if quick else 1]:
         parsed = techniques.parse(settings | small | {"steps": 3}, "matrix")
-        config = replace(techniques.configure({"model": model}, parsed), trace="every")
+        config = replace(techniques.configure(run_fields(model), parsed), trace="every")
         check = Check()
         before = len(session.milestones(0))
         session.command(Start(config))

@@ -16,11 +16,10 @@ import tomllib
 from pathlib import Path
 from typing import Any
 
-from gpumem_tui.engine import techniques, workload
-from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import Architecture, RunConfig, UserError
 from gpumem_tui.engine.prediction.predict import gpu_here, predict
 from gpumem_tui.engine.session import Session
-from gpumem_tui.profiles import ModelProfile
 
 from .prediction import STEPS, compare, heading, measure, show, summary
 
@@ -32,9 +31,10 @@ RUNS: list[dict[str, Any]] = [
 ]
 
 
-def profile(name: str) -> ModelProfile:
-    """What `profiles/models/` would say of one."""
-    return ModelProfile(name, name, "", "", "bfloat16", 0, (), MODELS[name])
+def config_of(name: str, settings: dict[str, Any]) -> RunConfig:
+    """A run of one of the models."""
+    base = {"model": name, "architecture": Architecture(MODELS[name], "bfloat16")}
+    return techniques.configure(base, techniques.parse({"steps": STEPS} | settings, "runs"))
 
 
 def main() -> None:
@@ -44,13 +44,12 @@ def main() -> None:
     info = gpu_here()
     if info is None:
         sys.exit("this needs a GPU: it measures what it predicts")
-    workload.model_profile = profile  # type: ignore[assignment]
     session = Session("cuda")
     rows = []
     print(heading())
     for name in MODELS:
         for settings in RUNS:
-            config = techniques.configure({"model": name}, techniques.parse({"steps": STEPS} | settings, "runs"))
+            config = config_of(name, settings)
             try:
                 predicted = predict(config, info)
             except UserError as error:

@@ -23,6 +23,7 @@ from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.prediction.predict import gpu_here
 from gpumem_tui.engine.prediction.predictor import Answer, Predictor
 from gpumem_tui.engine.session import Session, describe
+from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.commands.common import run_to_end
 
 GIB = 2**30
@@ -109,7 +110,7 @@ def configs() -> list[tuple[RunConfig, bool]]:
     for model, rows in MATRIX.items():
         for index, row in enumerate(rows):
             settings = techniques.parse({"steps": STEPS} | row, "matrix")
-            made.append((techniques.configure({"model": model}, settings), index >= SEEN[model]))
+            made.append((techniques.configure(run_fields(model), settings), index >= SEEN[model]))
     return made
 
 

@@ -32,6 +32,7 @@ from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import Start, Stop
 from gpumem_tui.engine.session import Session
 from gpumem_tui.engine.workload import build, prepare
+from gpumem_tui.profiles import run_fields
 
 GOAL = 1.2
 SETTLED = 3
@@ -45,7 +46,7 @@ SCRIPTS = 3
 def bare(connection: Connection) -> None:
     """The script: for every configuration that comes, load, do a step, answer the seconds of both, free everything."""
     device = devices.select("auto")
-    prepare(techniques.configure({"model": "tiny"}, {}), device)  # imports the libraries
+    prepare(techniques.configure(run_fields("tiny"), {}), device)  # imports the libraries
     torch.zeros(1, device=device)
     while (plain := connection.recv()) is not None:
         config = techniques.parse_config(plain, "the benchmark")
@@ -116,7 +117,7 @@ def main() -> int:
     flags.add_argument("--set", default="checkpointing=layers", help="the setting that is toggled: key=value")
     flags.add_argument("--rounds", type=int, default=10)
     chosen = flags.parse_args()
-    base = techniques.configure({"model": chosen.profile}, {"batch_size": chosen.batch_size})
+    base = techniques.configure(run_fields(chosen.profile), {"batch_size": chosen.batch_size})
     other = base.with_(techniques.parse(dict([chosen.set.split("=", 1)]), "--set"))
     anew = []
     for _ in range(SCRIPTS):

@@ -54,7 +54,7 @@ def config_from(
         UserError: Whatever in them cannot be.
     """
     from ...engine import techniques
-    from ...profiles import model_profile, preset
+    from ...profiles import preset, run_fields
 
     settings: dict[str, Value] = dict(first or {})
     model = flags.model or flags.profile
@@ -71,7 +71,7 @@ def config_from(
     }
     # What is plainly wrong is refused before anything is started.
     if not base["pretrained"]:
-        model_profile(base["model"])
+        base |= run_fields(base["model"])
     elif base["model"].startswith(("/", ".", "~")) and not Path(base["model"]).is_dir():
         raise UserError(f"--model {base['model']}: no such folder")
     if flags.data is not None and not Path(flags.data).is_file():
