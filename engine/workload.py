@@ -39,6 +39,7 @@ class Recipe:
         trains_all: Whether every weight is trained, and not adapters beside them.
         state_bytes: Of optimizer state per trained parameter, at the least.
         weight_bits: Of a stored weight, at the least; 0: as many as the dtype has.
+        libraries: Packages whose own kernels run beside PyTorch's.
         layer_period: After how many layers what is done to them repeats.
     """
 
@@ -54,6 +55,7 @@ class Recipe:
     trains_all: bool = True
     state_bytes: int = 0
     weight_bits: int = 0
+    libraries: set[str] = field(default_factory=set)
     layer_period: int = 1
 
 

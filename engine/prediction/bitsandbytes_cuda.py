@@ -11,22 +11,37 @@ import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from functools import cache
+from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from ..config import UserError
 from .gpus import Gpu
 
 if TYPE_CHECKING:
     from .fake_cuda import FakeCuda
 
 BACKENDS = ("default", "cuda")  # the later one wins
+KNOWN = ("0.50.",)
+"""Versions whose backend is what is modelled here, by how they begin: its functions are taken by their names."""
 
 
-def installed() -> bool:
-    """Whether there is anything to model."""
-    return importlib.util.find_spec("bitsandbytes") is not None
+def known() -> bool:
+    """Whether it is installed in a version that is modelled."""
+    return importlib.util.find_spec("bitsandbytes") is not None and metadata.version("bitsandbytes").startswith(KNOWN)
+
+
+def refuse_unknown() -> None:
+    """Say of another version that it cannot be predicted.
+
+    Raises:
+        UserError: It is one.
+    """
+    if not known():
+        version, modelled = metadata.version("bitsandbytes"), " and ".join(f"{start}x" for start in KNOWN)
+        raise UserError(f"what bitsandbytes {version} allocates on a GPU cannot be predicted; that of {modelled} can")
 
 
 @contextmanager

@@ -6,7 +6,6 @@ on the device, the formula is the kernel's own.
 
 from __future__ import annotations
 
-import sys
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -109,28 +108,11 @@ def _add(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     mine, other = args[:2]
     if torch._C._current_graph_task_id() == -1 or torch.is_grad_enabled() or not isinstance(other, Tensor):
         return func(*args, **kwargs)
-    if not _called_by_the_engine():
+    if not tracker.called_by_autograd():
         return func(*args, **kwargs)
     if tracker.sole_owner(mine) and mine.shape == other.shape and mine.dtype == torch.result_type(mine, other):
         return mine.add_(other)
     return func(*args, **kwargs)
-
-
-def _called_by_the_engine() -> bool:
-    """Whether no Python is between autograd's engine and here: a custom function's backward also adds."""
-    frame = sys._getframe(2)
-    while frame.f_back is not None:
-        if frame.f_code is _RUN_BACKWARD:
-            return True
-        path = frame.f_code.co_filename
-        if not path.endswith(_BETWEEN):
-            return False
-        frame = frame.f_back
-    return False
-
-
-_RUN_BACKWARD = torch.autograd.graph._engine_run_backward.__code__
-_BETWEEN = ("fake_cuda.py", "_compile.py", "eval_frame.py", "_stats.py", "_python_dispatch.py")
 
 
 def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

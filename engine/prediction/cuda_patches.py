@@ -6,6 +6,8 @@ import inspect
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from importlib import metadata
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -60,7 +62,7 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda
         _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
-        if bitsandbytes_cuda.installed():
+        if bitsandbytes_cuda.known():
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
         _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
         _replace(undo, torch.utils, "swap_tensors", _set_data)
@@ -150,6 +152,14 @@ def _fused_with_cast(operator: Any) -> Any:
 
 
 def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+    """Put something in another's place, until undone.
+
+    Raises:
+        UserError: There is no such thing: these libraries are of a version that is not known here.
+    """
+    if not hasattr(owner, name):
+        package = (owner.__name__ if isinstance(owner, ModuleType) else owner.__module__).partition(".")[0]
+        raise UserError(f"{package} {metadata.version(package)} cannot be predicted: it has no {owner.__name__}.{name}")
     if name in vars(owner):
         undo.callback(setattr, owner, name, vars(owner)[name])
     else:

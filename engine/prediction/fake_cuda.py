@@ -6,15 +6,18 @@ yet another device than `cpu`, so that what stays on the host is told apart.
 
 from __future__ import annotations
 
+import sys
 from array import array
 from collections.abc import Callable
 from functools import cache
+from types import CodeType, FrameType
 from typing import Any
 from weakref import ref as _weakref
 
 import numpy.typing as npt
 import torch
 
+from ..config import UserError
 from ..events import EVENT
 from ..tracing.op_tracker import OpTracker
 from .alloc_requests import InputBlocks
@@ -59,6 +62,7 @@ class FakeCuda(OpTracker):
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
         self._sole = (0, 0)
+        self._engine_calls: tuple[CodeType, ...] = ()
         self._calibrating = False
         self._closed = False
 
@@ -170,6 +174,20 @@ class FakeCuda(OpTracker):
         for address in [self.allocate(size) for size in sizes if size][::-1]:
             self.release(address)
 
+    def called_by_autograd(self) -> bool:
+        """Whether autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.
+
+        Between its engine and a kernel PyTorch has always the same functions; `calibrate` sees which.
+        """
+        frame: FrameType | None = sys._getframe(1)
+        if self._calibrating:
+            self._engine_calls = _callers(frame, _RUN_BACKWARD)
+        for code in self._engine_calls:
+            if frame is None or frame.f_code is not code:
+                return False
+            frame = frame.f_back
+        return True
+
     def sole_owner(self, tensor: torch.Tensor) -> bool:
         """Whether autograd's buffer alone holds a gradient that it is about to add to.
 
@@ -186,13 +204,19 @@ class FakeCuda(OpTracker):
         return dense and count[0] <= self._sole[0] and count[1] <= self._sole[1]
 
     def calibrate(self) -> None:
-        """Add up two gradients that nobody else holds."""
+        """Add up two gradients that nobody else holds.
+
+        Raises:
+            UserError: This version of PyTorch does not do so in a way that is seen here.
+        """
         self._calibrating = True
         for _ in range(2):  # the second time from the cache, as almost always
             x = torch.empty(2, device=DEVICE, requires_grad=True)
             h = x.sin()
             (h.cos() + h.exp()).sum().backward()
         self._calibrating = False
+        if not (self._engine_calls and all(self._sole)):
+            raise UserError(f"torch {torch.__version__} cannot be predicted: how it adds up gradients is not seen")
 
     def close(self) -> None:
         """See no further deaths: what happens from now on is no run's."""
@@ -228,10 +252,22 @@ class FakeCuda(OpTracker):
         return known[0] if known else 0
 
 
+def _callers(frame: FrameType | None, outermost: CodeType | None) -> tuple[CodeType, ...]:
+    """The code of a frame and of those that called it, up to `outermost`; none if that did not call it."""
+    codes = []
+    while frame is not None:
+        codes.append(frame.f_code)
+        if frame.f_code is outermost:
+            return tuple(codes)
+        frame = frame.f_back
+    return ()
+
+
 @cache
 def _is_composite(func: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
 
 
 _DEVICE_OF = torch.ops.prim.device.default
+_RUN_BACKWARD: CodeType | None = getattr(getattr(torch.autograd.graph, "_engine_run_backward", None), "__code__", None)
 _WIDTH = len(EVENT.names or ())

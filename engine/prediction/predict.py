@@ -32,6 +32,7 @@ from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, train
 from ..workload import Plan, build, numel, prepare
+from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play
 from .caching_allocator import CachingAllocator
@@ -177,7 +178,7 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
             has no shape without data.
     """
     config = dataclasses.replace(config, steps=steps)
-    plan = prepare(config, DEVICE, shapes_only=True)
+    plan = _planned(config)
     short, layers = (plan, None) if every_layer else shortened(plan)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
@@ -191,6 +192,14 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def _planned(config: RunConfig) -> Plan:
+    """A run of shapes only, whose every kernel is known."""
+    plan = prepare(config, DEVICE, shapes_only=True)
+    if "bitsandbytes" in plan.recipe.libraries:
+        bitsandbytes_cuda.refuse_unknown()
+    return plan
 
 
 class _Rehearsing:
@@ -362,7 +371,7 @@ def calculator(config: RunConfig, gpu: Gpu) -> list[dict[str, Any]]:
 
 def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     """Bytes loaded, and the peak of a forward pass over one batch without gradients."""
-    plan = prepare(config, DEVICE, shapes_only=True)
+    plan = _planned(config)
     plan.recipe.transforms.clear()  # what prepares for training
     recorder = FakeCuda(kernels(gpu))
     with cuda_paths(gpu, recorder), op_cache().mode, recorder:

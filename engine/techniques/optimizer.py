@@ -37,6 +37,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     if kind in BITSANDBYTES:
         import bitsandbytes.optim as bnb
 
+        recipe.libraries.add("bitsandbytes")
         recipe.make_optimizer = {
             "adamw-8bit": bnb.AdamW8bit,
             "paged-adamw": bnb.PagedAdamW32bit,

@@ -22,6 +22,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     from peft import prepare_model_for_kbit_training
     from transformers import BitsAndBytesConfig
 
+    recipe.libraries.add("bitsandbytes")
     recipe.weight_bits = 8 if kind == "int8" else 4
     compute = config.text("quantization.compute")
     recipe.load_arguments["quantization_config"] = (

@@ -1,0 +1,130 @@
+"""PyTorch on a modelled GPU: what its own code does there, and what is said of versions that are not known."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from importlib import metadata
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.prediction import bitsandbytes_cuda
+from gpumem_tui.engine.prediction.cuda_kernels import kernels
+from gpumem_tui.engine.prediction.cuda_patches import cuda_paths
+from gpumem_tui.engine.prediction.fake_cuda import DEVICE, FakeCuda
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.op_cache import op_cache
+from gpumem_tui.engine.prediction.predict import predict
+
+from .conftest import small_run
+
+H100 = gpu("H100 80GB")
+Tensor = torch.Tensor
+
+
+@contextmanager
+def modelled() -> Iterator[FakeCuda]:
+    recorder = FakeCuda(kernels(H100))
+    with cuda_paths(H100, recorder), op_cache().mode, recorder:
+        recorder.calibrate()
+        yield recorder
+
+
+def allocations(loss_of: Callable[[Tensor], Tensor]) -> int:
+    """How many blocks of the input's size a forward and a backward pass take."""
+    with modelled() as recorder:
+        x = torch.empty(1000, device=DEVICE, requires_grad=True)
+        before = len(recorder.rows())
+        loss_of(x.sin()).sum().backward()
+        return int((recorder.rows()[before:]["bytes"] == x.nbytes).sum())
+
+
+# --- gradients are added up in place where autograd does so ------------------------------------
+
+
+def test_gradients_of_several_uses_are_added_up_in_place() -> None:
+    """One use more: what it returns, the sum of it, its gradient; and no block for the sum of the gradients."""
+    two = allocations(lambda h: h.cos() + h.exp())
+    three = allocations(lambda h: h.cos() + h.exp() + h.exp())
+    assert three - two == 3
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_also_where_a_backward_pass_runs_within_another(reentrant: bool) -> None:
+    def checkpointed(uses: int) -> int:
+        def run(h: Tensor) -> Tensor:
+            return sum((h.exp() for _ in range(uses)), h.cos())
+
+        return allocations(lambda h: checkpoint(run, h, use_reentrant=reentrant))
+
+    assert checkpointed(3) - checkpointed(2) == 3 + 2, "what is computed again, and no block for the sum"
+
+
+def test_what_a_custom_functions_backward_adds_is_new() -> None:
+    def of(double: Callable[[Tensor], Tensor]) -> int:
+        class Doubling(torch.autograd.Function):
+            @staticmethod
+            def forward(_context: Any, tensor: Tensor) -> Tensor:
+                return tensor.clone()
+
+            @staticmethod
+            def backward(_context: Any, grad: Tensor) -> Tensor:
+                return double(grad * 3)
+
+        return allocations(Doubling.apply)
+
+    assert of(lambda grad: grad + grad) == of(lambda grad: grad * 2)
+
+
+def test_what_a_hook_adds_is_new() -> None:
+    def of(double: Callable[[Tensor], Tensor]) -> int:
+        def loss(h: Tensor) -> Tensor:
+            h.register_hook(double)
+            return h.exp()
+
+        return allocations(loss)
+
+    assert of(lambda grad: grad + grad) == of(lambda grad: grad * 2)
+
+
+# --- versions that are not known ----------------------------------------------------------------
+
+
+def test_the_installed_bitsandbytes_is_one_that_is_known() -> None:
+    assert bitsandbytes_cuda.known()
+
+
+@pytest.mark.parametrize("settings", [{"quantization": "nf4", "lora": "on"}, {"optimizer": "adamw-8bit"}])
+def test_another_bitsandbytes_is_said_not_to_be_predicted(
+    monkeypatch: pytest.MonkeyPatch, settings: dict[str, str]
+) -> None:
+    version = metadata.version
+    monkeypatch.setattr(metadata, "version", lambda name: "0.77.1" if name == "bitsandbytes" else version(name))
+    with pytest.raises(UserError, match=r"^what bitsandbytes 0\.77\.1 allocates on a GPU cannot be predicted"):
+        predict(small_run(**settings), H100)
+    assert predict(small_run(), H100).peak_bytes > 0, "what does not use it can"
+
+
+def test_a_library_without_what_is_replaced_is_said_not_to_be_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import masking_utils
+
+    monkeypatch.delattr(masking_utils, "is_tracing")
+    with pytest.raises(UserError, match=r"^transformers [\d.]+ cannot be predicted: it has no .*is_tracing$"):
+        predict(small_run(), H100)
+
+
+def test_a_pytorch_whose_sums_of_gradients_are_not_seen_is_said_not_to_be_predicted() -> None:
+    blind = kernels(H100)
+    del blind[torch.ops.aten.add.Tensor]
+    recorder = FakeCuda(blind)
+    with (
+        cuda_paths(H100, recorder),
+        op_cache().mode,
+        recorder,
+        pytest.raises(UserError, match=r"^torch .* cannot be predicted: how it adds up gradients is not seen$"),
+    ):
+        recorder.calibrate()
