@@ -12,9 +12,10 @@ starts an engine next removes it.
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
-import json
 import os
+import pwd
 import re
 import shutil
 import stat
@@ -22,12 +23,14 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
 import msgspec
 
 from .config import UserError
+from .forks import in_child
 
 SOCKET_PATH_MAX = 107
 """Bytes in the path of a Unix socket on Linux (sun_path, without its zero)."""
@@ -48,7 +51,7 @@ class EngineInfo:
     """
 
     name: str
-    pid: int
+    pid: Annotated[int, msgspec.Meta(ge=1)]
     kind: str
     protocol: int
     version: str
@@ -122,15 +125,28 @@ class EngineLock:
             self.engine_dir = EngineDir(_free_folder(root, wanted))
             self._handle = os.open(self.engine_dir.lock, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             fcntl.flock(self._handle, fcntl.LOCK_EX)
-        info = EngineInfo(self.engine_dir.name, os.getpid(), kind, protocol, version, time.time())
-        (self.engine_dir.folder / "card.json").write_text(json.dumps(asdict(info)), encoding="utf-8")
         self.pid = os.getpid()
+        in_child(self._forget_in_child)
+        info = EngineInfo(self.engine_dir.name, self.pid, kind, protocol, version, time.time())
+        try:
+            (self.engine_dir.folder / "card.json").write_bytes(msgspec.json.encode(info))
+        except OSError:
+            self.release()
+            raise
 
     def release(self) -> None:
         """Remove the folder with all that is in it."""
         if self._handle < 0 or self.pid != os.getpid():  # a fork of the engine owns nothing
             return
         shutil.rmtree(self.engine_dir.folder, ignore_errors=True)
+        self._let_go()
+
+    def _forget_in_child(self) -> None:
+        """A fork that outlives the engine does not keep it looking alive."""
+        if self._handle >= 0:
+            self._let_go()
+
+    def _let_go(self) -> None:
         os.close(self._handle)
         self._handle = -1
 
@@ -139,23 +155,45 @@ def runtime_folder() -> Path:
     """The folder of all engines of this user, made if it is not there.
 
     Raises:
-        UserError: Somebody else owns it or could read it.
+        UserError: It belongs to somebody else, or there is nowhere to have one.
     """
-    base = os.environ.get("XDG_RUNTIME_DIR")
-    private = Path(tempfile.gettempdir()) / f"gpumem-tui-{os.getuid()}"
-    folder = Path(base) / "gpumem-tui" if base and Path(base).is_dir() else private
-    if len(os.fsencode(folder)) + LONGEST_NAME + len("/-99/socket") > SOCKET_PATH_MAX:
-        folder = private
+    for folder in _candidates():
+        if len(os.fsencode(folder)) + LONGEST_NAME + len("/-99/socket") > SOCKET_PATH_MAX:
+            continue
+        with contextlib.suppress(OSError):  # a folder that cannot be written: the next one
+            folder.mkdir(mode=0o700, exist_ok=True)
+        try:
+            found = folder.lstat()
+        except OSError:
+            continue
+        if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
+            raise _of_another(folder, found.st_uid)
+        if os.access(folder, os.W_OK | os.X_OK):
+            if stat.S_IMODE(found.st_mode) != 0o700:
+                folder.chmod(0o700)
+            return folder
+    raise UserError("the engine's socket needs a folder that can be written; XDG_RUNTIME_DIR or TMPDIR may name one")
+
+
+def _candidates() -> Iterator[Path]:
+    base = os.environ.get("XDG_RUNTIME_DIR", "")
+    if base and Path(base).is_dir():
+        owner = Path(base).stat().st_uid
+        if os.getuid() == 0 and owner != 0:  # sudo -E: a folder of root's would lock its owner out
+            raise _of_another(Path(base), owner)
+        yield Path(base) / "gpumem-tui"
+    private = f"gpumem-tui-{os.getuid()}"
+    with contextlib.suppress(OSError):  # no folder for temporary files
+        yield Path(tempfile.gettempdir()) / private
+    yield Path("/tmp") / private
+
+
+def _of_another(folder: Path, uid: int) -> UserError:
     try:
-        folder.mkdir(mode=0o700, exist_ok=True)
-        found = folder.lstat()
-    except OSError as error:
-        raise UserError(f"{folder}: {error.strerror}; the engine's socket needs a private folder") from None
-    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.getuid():
-        raise UserError(f"{folder} belongs to somebody else; set XDG_RUNTIME_DIR to a folder of yours")
-    if stat.S_IMODE(found.st_mode) != 0o700:
-        folder.chmod(0o700)
-    return folder
+        owner = pwd.getpwuid(uid).pw_name
+    except KeyError:
+        owner = f"user {uid}"
+    return UserError(f"{folder} belongs to {owner}; set XDG_RUNTIME_DIR to a folder of yours, or unset it")
 
 
 def clean() -> None:
@@ -166,12 +204,9 @@ def clean() -> None:
 
 def engines() -> list[EngineDir]:
     """Those that are alive, oldest first."""
-    found = [
-        (info.started_s, engine_dir)
-        for engine_dir in _engine_dirs(runtime_folder())
-        if (info := engine_dir.info()) and engine_dir.alive()
-    ]
-    return [engine_dir for _, engine_dir in sorted(found, key=lambda pair: pair[0])]
+    alive = [engine_dir for engine_dir in _engine_dirs(runtime_folder()) if engine_dir.alive()]
+    started_s = {engine_dir: info.started_s for engine_dir in alive if (info := engine_dir.info())}
+    return sorted(alive, key=lambda engine_dir: started_s.get(engine_dir, 0.0))
 
 
 def find(wanted: str | None) -> EngineDir:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
 from typing import TYPE_CHECKING
 
 import psutil
@@ -28,6 +29,7 @@ class Meter:
     def __init__(self, nvml: Nvml | None, total_bytes: int) -> None:
         self._nvml, self._total_bytes = nvml, total_bytes
         self._context_bytes: int | None = None
+        self._host: tuple[int | None, int] = (None, 0)
 
     def read(self, time_s: float, recorder: Recorder | None, tracer: Tracer | None, managed_bytes: int) -> Gauge:
         """One reading; NVML's and the allocator's counters are taken at one moment, or taken again."""
@@ -62,5 +64,7 @@ class Meter:
     def _process_and_used(self) -> tuple[int | None, int]:
         if self._nvml is not None:
             return self._nvml.process_bytes(), self._nvml.used_bytes()
-        memory = psutil.virtual_memory()
-        return psutil.Process().memory_info().rss, memory.total - memory.available
+        with suppress(OSError):  # /proc cannot be opened when all descriptors are in use: it is as it last was
+            memory = psutil.virtual_memory()
+            self._host = psutil.Process().memory_info().rss, memory.total - memory.available
+        return self._host

@@ -181,7 +181,7 @@ class Remote(Published):
         except UserError as error:
             self._lose(str(error))
         except (OSError, EOFError, wire.MalformedError) as error:
-            self._lose(f"the connection to the engine broke: {error or 'it was closed'}")
+            self._lose(f"the connection to the engine broke: {str(error) or 'it was closed'}")
         except Exception as error:  # an answer that decodes and still says what cannot be
             self._lose(f"the engine's answer makes no sense: {one_line(error)}")
         finally:
@@ -195,12 +195,13 @@ class Remote(Published):
         try:
             connection.connect(os.fspath(engine_dir.socket))
             if not wire.is_ours(connection):
+                connection.close()
                 raise UserError(f"{engine_dir.name}: its socket belongs to somebody else")
             connection.sendall(wire.frame(wire.Hello(wire.PROTOCOL, self._version, self._take)))
-            answer = wire.read_answer(connection)
+            answer = wire.read_answer(connection, wire.LARGEST_ASK)
         except (OSError, EOFError, wire.MalformedError) as error:
             connection.close()
-            raise UserError(f"{engine_dir.name} does not answer: {error or 'it closed the connection'}") from None
+            raise UserError(f"{engine_dir.name} does not answer: {str(error) or 'it closed the connection'}") from None
         if isinstance(answer, wire.Refused):
             connection.close()
             raise UserError(answer.text)
@@ -304,7 +305,7 @@ def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:
         try:
             connection.connect(os.fspath(engine_dir.socket))
             connection.sendall(wire.frame(wire.Peek(wire.PROTOCOL)))
-            answer = wire.read_answer(connection)
+            answer = wire.read_answer(connection, wire.LARGEST_ASK)
         except (OSError, EOFError, wire.MalformedError):
             return None
     return answer if isinstance(answer, wire.Status) else None

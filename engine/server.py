@@ -8,6 +8,7 @@ thread never waits for any.
 from __future__ import annotations
 
 import contextlib
+import errno
 import logging
 import os
 import selectors
@@ -33,6 +34,8 @@ SAY_HELLO_WITHIN_S = 10.0
 FIRST_VIEWER_WITHIN_S = 60.0
 """Whoever started an engine is on the way; until then it is not alone."""
 ANSWER_A_TIME = 1 << 16
+OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
+ACCEPT_AGAIN_S = 1.0
 
 
 @dataclass(eq=False)
@@ -45,6 +48,7 @@ class _Viewer:
         answer: What has not been sent yet of the answer on its way.
         closing: It ends when that is sent.
         refused: Why its last command did nothing; told once.
+        heard_s: On the monotonic clock, when it last sent anything.
     """
 
     connection: socket.socket
@@ -54,6 +58,7 @@ class _Viewer:
     answer: memoryview = field(default_factory=lambda: memoryview(b""))
     closing: bool = False
     refused: str = ""
+    heard_s: float = 0.0
 
 
 class Server:
@@ -79,6 +84,7 @@ class Server:
         self._viewers: list[_Viewer] = []
         self._commander: _Viewer | None = None
         self._parting = False
+        self._accept_again_s: float | None = None
         self._traces = _Numbered()
         self._config: tuple[int, RunConfig | None] = (0, None)
         self._wake_read, self._wake_write = socket.socketpair()
@@ -117,9 +123,12 @@ class Server:
             elif key.fileobj is self._wake_read:
                 with contextlib.suppress(BlockingIOError):
                     self._wake_read.recv(4096)
-            else:
+            elif key.data in self._viewers:  # it has not made room for another
                 self._attend(key.data, events)
         self._drop_silent()
+        if self._accept_again_s is not None and time.monotonic() >= self._accept_again_s:
+            self._selector.register(self._listener, selectors.EVENT_READ, None)
+            self._accept_again_s = None
 
     def part(self, within_s: float) -> None:
         """Tell every viewer what it has not heard yet, and end its connection with that."""
@@ -146,13 +155,19 @@ class Server:
     def _accept(self) -> None:
         try:
             connection, _ = self._listener.accept()
-        except OSError:  # it has gone again, or there are no descriptors left
+        except OSError as error:
+            if error.errno in OUT_OF_DESCRIPTORS:  # it would be there again at once, and for as long as that lasts
+                self._selector.unregister(self._listener)
+                self._accept_again_s = time.monotonic() + ACCEPT_AGAIN_S
             return
-        if not wire.is_ours(connection) or len(self._viewers) >= VIEWERS_MAX:
+        if not wire.is_ours(connection):
             connection.close()
             return
+        if len(self._viewers) >= VIEWERS_MAX:  # whoever is silent makes room
+            self._drop(min(self._viewers, key=lambda v: (v.attached, v.heard_s)))
         connection.setblocking(False)
-        viewer = _Viewer(connection, time.monotonic())
+        now_s = time.monotonic()
+        viewer = _Viewer(connection, now_s, heard_s=now_s)
         self._viewers.append(viewer)
         self._selector.register(connection, selectors.EVENT_READ, viewer)
 
@@ -163,6 +178,7 @@ class Server:
                 if not data:
                     raise EOFError
                 viewer.inbox.add(data)
+                viewer.heard_s = time.monotonic()
             self._answer(viewer)
         except BlockingIOError:
             pass

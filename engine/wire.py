@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+from pathlib import Path
 from typing import Any, Final, Literal, TypeVar, get_type_hints
 
 import msgspec
@@ -179,8 +180,12 @@ class Inbox:
         return _decoded(_requests, body)
 
 
-def read_answer(connection: socket.socket) -> Answer:
+def read_answer(connection: socket.socket, largest: int = LARGEST_ANSWER) -> Answer:
     """Wait for one answer.
+
+    Args:
+        connection: To an engine, or to whatever listens there.
+        largest: Bytes it may have.
 
     Raises:
         OSError: The connection broke.
@@ -188,7 +193,7 @@ def read_answer(connection: socket.socket) -> Answer:
         MalformedError: It is none of ours.
     """
     (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
-    if length > LARGEST_ANSWER:
+    if length > largest:
         raise MalformedError(f"an answer of {length} bytes")
     return _decoded(_answers, _read(connection, length))
 
@@ -212,10 +217,27 @@ def _read(connection: socket.socket, size: int) -> bytes:
     return bytes(data)
 
 
-def peer_uid(connection: socket.socket) -> int:
-    """The user at the other end of a Unix socket, by the kernel's word (SO_PEERCRED)."""
+def _peer(connection: socket.socket) -> tuple[int, int, int]:
+    """Process, user and group at the other end of a Unix socket, by the kernel's word."""
     credentials = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
-    return int(struct.unpack("3i", credentials)[1])
+    pid, uid, gid = struct.unpack("3i", credentials)
+    return pid, uid, gid
+
+
+def peer_uid(connection: socket.socket) -> int:
+    """The user at the other end of a Unix socket."""
+    return _peer(connection)[1]
+
+
+def listener_pid(path: Path) -> int | None:
+    """The process that listens on a Unix socket; None if none does."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(1.0)
+        try:
+            connection.connect(os.fspath(path))
+            return _peer(connection)[0]
+        except OSError:
+            return None
 
 
 def is_ours(connection: socket.socket) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import re
+import resource
 import shutil
 import signal
 import socket
@@ -12,7 +13,10 @@ import struct
 import subprocess
 import sys
 import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import msgspec
@@ -29,8 +33,10 @@ from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay
 from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.server import VIEWERS_MAX
 from gpumem_tui.engine.service import BROKEN_DEVICE, LINGER_S, Linger, Log
 from gpumem_tui.engine.service import _Engine as Served
+from gpumem_tui.tui.__main__ import main
 
 from .conftest import Engine, small_run
 from .serving import an_engine_served
@@ -515,8 +521,159 @@ def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: E
     slow.close()
 
 
+def test_idle_viewers_keep_nobody_out(served: EngineDir) -> None:
+    """Whoever has said nothing for longest makes room, and before those who have said hello those who have not."""
+    idle = [raw(served) for _ in range(VIEWERS_MAX)]
+    for connection in idle[1:]:
+        connection.sendall(pack(HELLO))
+        assert isinstance(wire.read_answer(connection), wire.Welcome)
+    for gone_first in idle[:2]:
+        viewer = Remote(served)
+        viewer.attach()
+        until(lambda v=viewer: len(v.traces()) == 4)  # type: ignore[misc]
+        assert ends(gone_first)
+        idle.append(viewer)  # type: ignore[arg-type]
+    for each in idle:
+        each.close()
+
+
+def test_waiting_connections_burn_no_core_while_there_are_no_descriptors(served: EngineDir) -> None:
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with socket.socket(socket.AF_UNIX) as connection:
+        connection.settimeout(30)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, hard))
+        try:
+            connection.connect(str(served.socket))
+            began_s = time.process_time()
+            threading.Event().wait(1.0)
+            assert time.process_time() - began_s < 0.25
+        finally:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+        connection.sendall(pack(HELLO))
+        assert isinstance(wire.read_answer(connection), wire.Welcome)
+
+
 def test_no_port_is_opened(served: EngineDir) -> None:
     assert psutil.Process().net_connections(kind="inet") == []
+
+
+# --- what is in a folder ------------------------------------------------------------------
+
+
+def test_a_fork_that_outlives_its_engine_does_not_keep_it_alive(home: Path) -> None:
+    code = """
+import os, time
+from gpumem_tui.engine.engine_registry import EngineLock
+lock = EngineLock("forked", "run", 1, "0")
+if os.fork() == 0:
+    print(os.getpid(), flush=True)
+    time.sleep(60)
+os.read(0, 1)
+os._exit(0)
+"""
+    engine = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert engine.stdout is not None
+    child = int(engine.stdout.readline())
+    (engine_dir,) = engine_registry.engines()
+    engine.communicate(b"!")
+    assert not gone(child)
+    assert not engine_dir.alive()
+    os.kill(child, signal.SIGKILL)
+
+
+DAMAGED = ["", "{", "[" * 5000, "[]", "{}", '{"name": 1}', '{"name": "x", "pid": -1}', "\xff\xfe"]
+
+
+@contextmanager
+def a_folder_of(name: str) -> Iterator[EngineDir]:
+    """An engine's folder, held by this process."""
+    lock = EngineLock(name, "run", wire.PROTOCOL, "0")
+    try:
+        yield lock.engine_dir
+    finally:
+        lock.release()
+
+
+@pytest.mark.parametrize("card", DAMAGED, ids=lambda card: card[:20])
+def test_a_damaged_card_is_one_line(home: Path, card: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with a_folder_of("broken") as broken:
+        (broken.folder / "card.json").write_bytes(card.encode("latin-1"))
+        assert main(["ps"]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split() == ["broken", "does", "not", "answer"]
+        assert main(["stop", "broken"]) == 2
+        assert capsys.readouterr().err == "gpumem-tui: broken does not say what its process is\n"
+
+
+def test_nobody_is_ended_because_a_card_names_them(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    bystander = subprocess.Popen(["sleep", "60"])
+    with a_folder_of("tiny") as tiny, socket.socket(socket.AF_UNIX) as listener:
+        card = tiny.folder / "card.json"
+        card.write_bytes(card.read_bytes().replace(str(os.getpid()).encode(), str(bystander.pid).encode()))
+        listener.bind(str(tiny.socket))
+        listener.listen()
+        assert main(["stop", "tiny"]) == 2
+    assert f"tiny is not process {bystander.pid}" in capsys.readouterr().err
+    assert bystander.poll() is None
+    bystander.kill()
+    bystander.wait()
+
+
+@pytest.mark.parametrize(
+    "says",
+    [b"HTTP/1.1 400 Bad Request\r\n", b"", pack([1]), pack({"type": "refused"}), pack({"type": "status"}), pack(HELLO),
+     struct.pack("!I", 8) + b"\x81\xa4type\xa1\xff", struct.pack("!I", wire.LARGEST_ASK + 1)],
+    ids=lambda says: repr(says[:24]),
+)  # fmt: skip
+def test_whatever_answers_in_an_engines_place_is_one_line(
+    home: Path, says: bytes, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with a_folder_of("odd") as odd, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(odd.socket))
+        listener.listen()
+
+        def answer() -> None:
+            for _ in range(2):
+                connection, _ = listener.accept()
+                with connection:
+                    connection.recv(1 << 16)
+                    connection.sendall(says)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        viewer = Remote(odd)
+        with pytest.raises(UserError, match="odd does not answer: ") as refused:
+            viewer.attach()
+        viewer.close()
+        assert len(str(refused.value)) < 300
+        assert main(["ps"]) == 0
+        assert "does not answer" in capsys.readouterr().out
+        thread.join()
+
+
+def test_a_folder_is_found_where_it_can_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    private = home / "tmp" / f"gpumem-tui-{os.getuid()}"
+    assert engine_registry.runtime_folder() == home / "run" / "gpumem-tui"
+    monkeypatch.setenv("XDG_RUNTIME_DIR", "/proc/self")  # nothing can be made there
+    assert engine_registry.runtime_folder() == private
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(home / "run"))
+    too_long = home / ("x" * 80)
+    too_long.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(too_long))
+    assert engine_registry.runtime_folder() == private
+    monkeypatch.setattr(tempfile, "tempdir", str(too_long))
+    assert engine_registry.runtime_folder() == Path("/tmp") / private.name
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="gives a folder away")
+def test_a_folder_of_somebody_else_is_said_to_be_theirs(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    os.chown(home / "run", 54321, -1)  # what sudo -E leaves in the environment
+    with pytest.raises(UserError, match=f"^{home}/run belongs to user 54321; set XDG_RUNTIME_DIR"):
+        engine_registry.runtime_folder()
+    os.chown(home / "run", 0, -1)
+    os.chown(engine_registry.runtime_folder(), 65534, -1)
+    with pytest.raises(UserError, match=f"^{home}/run/gpumem-tui belongs to nobody; "):
+        engine_registry.runtime_folder()
+    os.chown(home / "run" / "gpumem-tui", 0, -1)
 
 
 # --- how long it stays ----------------------------------------------------------------

@@ -6,6 +6,7 @@ import argparse
 import sys
 
 from ...engine import engine_registry
+from ...engine.config import printable
 from ...engine.remote import peek
 from ..units import IN_MIB, clock
 
@@ -17,7 +18,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(_flags: argparse.Namespace) -> int:
     """Print a line an engine."""
-    rows = [("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")]
+    rows: list[tuple[str, ...]] = [
+        ("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")
+    ]
     for engine_dir in engine_registry.engines():
         status, info = peek(engine_dir), engine_dir.info()
         if status is None:
@@ -28,6 +31,7 @@ def main(_flags: argparse.Namespace) -> int:
             status.name, str(status.pid), status.model, status.techniques or "as by default", status.device, state,
             str(status.step), IN_MIB.show(status.allocated_bytes), clock(status.age_s), str(status.viewers),
         ))  # fmt: skip
+    rows = [tuple(printable(cell) for cell in row) for row in rows]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if len(rows) == 1:
         sys.stdout.write("no engine is running\n")

@@ -13,6 +13,7 @@ from ...engine import engine_registry
 from ...engine.config import UserError
 from ...engine.engine_registry import EngineDir
 from ...engine.service import END_WITHIN_S
+from ...engine.wire import listener_pid
 
 LOOK_EVERY_S = 0.02
 
@@ -31,11 +32,18 @@ def main(flags: argparse.Namespace) -> int:
         raise UserError(f"{engine_dir.name} does not say what its process is")
     if info.kind == "watch":
         raise UserError(f"{engine_dir.name} is a script of your own, process {info.pid}: end it as you started it")
-    os.kill(info.pid, signal.SIGTERM)
-    if not _gone(engine_dir, 2 * END_WITHIN_S):
-        os.kill(info.pid, signal.SIGKILL)  # stopped, or deep in a driver
-        if not _gone(engine_dir, END_WITHIN_S):
-            raise UserError(f"process {info.pid} does not end, not even killed")
+    if listener_pid(engine_dir.socket) not in (None, info.pid):  # whoever is named there has nothing to do with it
+        raise UserError(f"{engine_dir.name} is not process {info.pid}, as {engine_dir.folder}/card.json says")
+    try:
+        os.kill(info.pid, signal.SIGTERM)
+        if not _gone(engine_dir, 2 * END_WITHIN_S):
+            os.kill(info.pid, signal.SIGKILL)  # stopped, or deep in a driver
+            if not _gone(engine_dir, END_WITHIN_S):
+                raise UserError(f"process {info.pid} does not end, not even killed")
+    except ProcessLookupError:
+        pass  # it has just ended
+    except OSError as error:
+        raise UserError(f"{engine_dir.name}: process {info.pid} cannot be ended: {error.strerror}") from None
     engine_registry.clean()
     sys.stdout.write(f"{engine_dir.name} has ended\n")
     return 0
