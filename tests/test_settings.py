@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pwd
 import shutil
 import subprocess
 import sys
@@ -13,7 +14,7 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.tui.__main__ import COMMANDS, main, parser
 from gpumem_tui.tui.app import tour_unseen
 from gpumem_tui.tui.commands.completion import SHELLS, commands
-from gpumem_tui.tui.settings import OPTIONS, Settings, config_path, with_key
+from gpumem_tui.tui.settings import NO_HOME, OPTIONS, Settings, config_path, with_key, without_key
 
 from .app_driver import Oracle, shown, trained
 
@@ -200,7 +201,83 @@ def test_the_tour_takes_half_a_minute_at_most() -> None:
     assert clock_s <= 131
 
 
+def test_a_key_is_taken_out_and_the_rest_stays() -> None:
+    text = '# mine\na = 1\n\n[keys]\n"b" = 2\nc = 3\n'
+    assert without_key(text, "", "a") == '# mine\n\n[keys]\n"b" = 2\nc = 3\n'
+    assert without_key(text, "keys", '"b"') == "# mine\na = 1\n\n[keys]\nc = 3\n"
+    for table, key in (("", "c"), ("keys", "a"), ("other", "a")):
+        assert without_key(text, table, key) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "refresh = " + "9" * 5000, "refresh = 0x" + "f" * 5000, "refresh = inf", "theme = " + "[" * 2000 + "]" * 2000,
+        "mouse = 0x" + "f" * 5000, 'gpu = "A100\\nH100"', 'profile = "\\u001b[2J"', "keys = 0x" + "f" * 5000,
+        "[keys]\n" + "a." * 20_000 + 'b = 1', '[keys]\n"x\\ny" = 1', "\"x\\ny\" = 1", "x = 1\nx = 1",
+    ],
+    ids=lambda text: text[:20],
+)  # fmt: skip
+def test_whatever_is_in_the_file_is_one_line(home: Path, text: str) -> None:
+    written(home, text)
+    with pytest.raises(UserError) as refused:
+        Settings.load()
+    line = str(refused.value)
+    assert line.startswith(str(home)) and line.isprintable() and len(line) <= 2000
+
+
+# --- without a home ---------------------------------------------------------------
+
+
+@pytest.fixture
+def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A container run as a user that passwd does not know."""
+    for name in ("HOME", "XDG_CONFIG_HOME", "XDG_STATE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", lambda uid: {}[uid])
+
+
+def test_without_a_home_settings_hold_for_the_session(homeless: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert config_path() is None
+    assert not tour_unseen()
+    settings = Settings.load()
+    with pytest.raises(UserError, match="there is no home folder"):
+        settings.set("units", "GB")
+    assert settings["units"] == "GB"
+    assert main(["config"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == f"# {NO_HOME}; what is set holds for one session only"
+    for words in (["path"], ["edit"], ["set", "units=GB"], ["unset", "units"]):
+        assert main(["config", *words]) == 2
+        assert capsys.readouterr().err == f"gpumem-tui: {NO_HOME}\n"
+
+
+async def test_without_a_home_the_app_says_that_what_is_set_does_not_last(homeless: None) -> None:
+    async with shown(trained(), settings=Settings.load()) as driver:
+        await driver.press("g")
+        assert "for this session only: there is no home folder" in driver.text
+
+
 # --- the command ------------------------------------------------------------------
+
+
+def test_what_is_set_can_be_cleared_and_unset(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["config", "set", "gpu=A100", "theme=light", "keys.save=S"]) == 0
+    assert main(["config", "set", "gpu="]) == 0
+    assert main(["config", "unset", "theme", "keys.save"]) == 0
+    settings = Settings.load()
+    assert (settings["gpu"], settings["theme"], settings.keys) == ("", "auto", {})
+    assert main(["config", "unset", "thme"]) == 2
+    assert "did you mean theme" in capsys.readouterr().err
+
+
+def test_editing_where_nothing_can_be_written_is_one_line(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CONFIG_HOME", "/proc/self/nothing")
+    assert main(["config", "edit"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith("gpumem-tui: /proc/self/nothing/gpumem-tui/config.toml: cannot be written: ")
+    assert said.count("\n") == 1
 
 
 def test_config_shows_sets_and_says_where(home: Path, capsys: pytest.CaptureFixture[str]) -> None:

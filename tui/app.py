@@ -359,9 +359,11 @@ class GpumemApp(App[None], inherit_bindings=False):
 def tour_unseen() -> bool:
     """Whether this is the first start; notes that it was, so that it is only once."""
     path = state_path("tour-seen")
-    if path.exists():
+    if path is None:
         return False
     try:
+        if path.exists():
+            return False
         path.parent.mkdir(parents=True, exist_ok=True)
         path.touch()
     except OSError:

@@ -75,7 +75,7 @@ class Board:
         self._before_help = self.page
         check_keys(
             {p.title: (*p.actions, *self.everywhere) for p in (*self.pages, self.help)},
-            settings.keys, str(settings.path),
+            settings.keys, settings.where,
         )  # fmt: skip
         self.tour: Tour | None = None
         self.question = ""

@@ -17,7 +17,7 @@ import json
 import os
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -40,20 +40,27 @@ OPTIONS: tuple[Option, ...] = (
 NAMED = {option.name: option for option in OPTIONS}
 
 
-def config_path() -> Path:
-    """Where the config file is, whether there is one or not."""
-    return _home("XDG_CONFIG_HOME", ".config") / "config.toml"
+NO_HOME = "there is no home folder for a config file; HOME or XDG_CONFIG_HOME would name one"
 
 
-def state_path(name: str) -> Path:
-    """Where the program notes something for itself: that the tour has been seen."""
-    return _home("XDG_STATE_HOME", ".local/state") / name
+def config_path() -> Path | None:
+    """Where the config file is, whether there is one or not; None without a home folder."""
+    return _home("XDG_CONFIG_HOME", ".config", "config.toml")
 
 
-def _home(variable: str, fallback: str) -> Path:
+def state_path(name: str) -> Path | None:
+    """Where the program notes something for itself, such as that the tour has been seen; None without a home folder."""
+    return _home("XDG_STATE_HOME", ".local/state", name)
+
+
+def _home(variable: str, fallback: str, name: str) -> Path | None:
     base = os.environ.get(variable, "")
-    # The XDG specification: a relative path is to be ignored.
-    return (Path(base) if base.startswith("/") else Path.home() / fallback) / "gpumem-tui"
+    if base.startswith("/"):  # the XDG specification: a relative path is to be ignored
+        return Path(base) / "gpumem-tui" / name
+    try:
+        return Path.home() / fallback / "gpumem-tui" / name
+    except RuntimeError:  # no HOME, and no entry in passwd: a container that is run as any user
+        return None
 
 
 @dataclass
@@ -61,12 +68,12 @@ class Settings:
     """What the config file says, and the defaults for what it does not.
 
     Attributes:
-        path: The file.
+        path: The file; None: there is nowhere to have one, and what is set holds for this session only.
         values: By name, all of them.
         keys: Of actions that have other keys than by default.
     """
 
-    path: Path
+    path: Path | None
     values: dict[str, Value] = field(default_factory=lambda: {option.name: option.default for option in OPTIONS})
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
 
@@ -80,6 +87,8 @@ class Settings:
         """
         path = path or config_path()
         found = cls(path)
+        if path is None:
+            return found
         plain = dict(_parse(_text(path), path))
         keys = plain.pop("keys", {})
         if not isinstance(keys, dict):
@@ -93,6 +102,11 @@ class Settings:
         """A setting's value."""
         return self.values[name]
 
+    @property
+    def where(self) -> str:
+        """The file, or what there is instead of one, for errors."""
+        return str(self.path or "settings")
+
     def set(self, name: str, raw: object) -> None:
         """Change one setting, here and in the file.
 
@@ -104,8 +118,22 @@ class Settings:
             UserError: There is no such setting, it does not take that, or the
                 file cannot be written.
         """
-        place = self.take(name, raw)
-        self._write(lambda text: with_key(text, *place))
+        table, key, value = self.take(name, raw)
+        self._write(lambda text: with_key(text, table, key, value))
+
+    def unset(self, name: str) -> None:
+        """Have a setting or an action's keys as by default again, here and in the file.
+
+        Raises:
+            UserError: There is no such setting, or the file cannot be written.
+        """
+        action = name.removeprefix("keys.")
+        if action == name:
+            self.values[name] = _option(name, "gpumem-tui config").default
+            self._write(lambda text: without_key(text, "", name))
+        else:
+            self.keys.pop(action, None)
+            self._write(lambda text: without_key(text, "keys", json.dumps(action)))
 
     def take(self, name: str, raw: object) -> tuple[str, str, str]:
         """Change one setting here, and not in the file.
@@ -123,8 +151,10 @@ class Settings:
         value = self.values[name] = _option(name, "gpumem-tui config").parse(raw, "gpumem-tui config")
         return "", name, json.dumps(value)
 
-    def _write(self, edit: Any) -> None:
+    def _write(self, edit: Callable[[str], str]) -> None:
         """Edit the file and replace it whole."""
+        if self.path is None:
+            raise UserError(NO_HOME)
         text = edit(_text(self.path))
         _parse(text, self.path)
         try:
@@ -147,7 +177,7 @@ def _text(path: Path) -> str:
 def _parse(text: str, path: Path) -> Mapping[str, Any]:
     try:
         return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
+    except (ValueError, RecursionError) as error:  # an integer of 5,000 digits, brackets a thousand deep
         raise UserError(f"{path}: {error}") from None
 
 
@@ -159,11 +189,16 @@ def _option(name: str, where: str) -> Option:
     return NAMED[name]
 
 
-def _flat(table: Mapping[str, Any], prefix: str = "") -> list[tuple[str, Any]]:
+def _flat(table: Mapping[str, Any]) -> list[tuple[str, Any]]:
     """`[keys] step.zoom-in = "+"` is a table in a table to TOML, and one name to us."""
     found: list[tuple[str, Any]] = []
-    for name, value in table.items():
-        found += _flat(value, f"{prefix}{name}.") if isinstance(value, dict) else [(prefix + name, value)]
+    left = list(table.items())
+    while left:  # no recursion: a name may have ten thousand dots
+        name, value = left.pop(0)
+        if isinstance(value, dict):
+            left = [(f"{name}.{rest}", below) for rest, below in value.items()] + left
+        else:
+            found.append((name, value))
     return found
 
 
@@ -184,18 +219,34 @@ def with_key(text: str, table: str, key: str, value: str) -> str:
         value: As written there; one line.
     """
     lines = text.splitlines()
-    heads = [i for i, line in enumerate(lines) if line.lstrip().startswith("[")]
-    begin = next((i + 1 for i in heads if lines[i].split("#")[0].strip() == f"[{table}]"), None) if table else 0
+    begin, end, found = _find(lines, table, key)
     if begin is None:
-        return "\n".join([*lines, *([""] if lines else []), f"[{table}]", f"{key} = {value}"]) + "\n"
-    end = next((i for i in heads if i >= begin), len(lines))
-    same = re.compile(rf"\s*(?:{re.escape(key)}|{re.escape(key.strip(chr(34)))})\s*=")
-    for i in range(begin, end):
-        if same.match(lines[i]):
-            lines[i] = f"{key} = {value}"
-            break
+        lines += [*([""] if lines else []), f"[{table}]", f"{key} = {value}"]
+    elif found is not None:
+        lines[found] = f"{key} = {value}"
     else:
         while end > begin and not lines[end - 1].strip():
             end -= 1
         lines.insert(end, f"{key} = {value}")
     return "\n".join(lines) + "\n"
+
+
+def without_key(text: str, table: str, key: str) -> str:
+    """A TOML text without a key, everything else as it was; the arguments are those of `with_key`."""
+    lines = text.splitlines()
+    _, _, found = _find(lines, table, key)
+    if found is None:
+        return text
+    del lines[found]
+    return "".join(f"{line}\n" for line in lines)
+
+
+def _find(lines: list[str], table: str, key: str) -> tuple[int | None, int, int | None]:
+    """The lines of a table, and that of a key in it; None where there is none."""
+    heads = [i for i, line in enumerate(lines) if line.lstrip().startswith("[")]
+    begin = next((i + 1 for i in heads if lines[i].split("#")[0].strip() == f"[{table}]"), None) if table else 0
+    if begin is None:
+        return None, 0, None
+    end = next((i for i in heads if i >= begin), len(lines))
+    same = re.compile(rf"\s*(?:{re.escape(key)}|{re.escape(key.strip(chr(34)))})\s*=")
+    return begin, end, next((i for i in range(begin, end) if same.match(lines[i])), None)

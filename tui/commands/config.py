@@ -7,9 +7,11 @@ import os
 import shlex
 import subprocess
 import sys
+from pathlib import Path
 
+from ...engine.atomic_file import replacing
 from ...engine.config import UserError, show
-from ..settings import OPTIONS, Settings, config_path
+from ..settings import NO_HOME, OPTIONS, Settings, config_path
 
 DEFAULT_EDITOR = "vi"
 
@@ -27,13 +29,21 @@ def add(parser: argparse.ArgumentParser) -> None:
     setter = what.add_parser("set", help="change settings", description="Change settings in the config file.")
     setter.add_argument("settings", nargs="+", metavar="KEY=VALUE", help="theme=light, keys.save='S ctrl+w', ...")
     setter.set_defaults(command=change)
+    unsetter = what.add_parser(
+        "unset", help="have settings as by default", description="Take settings out of the file."
+    )
+    unsetter.add_argument("settings", nargs="+", metavar="KEY", help="theme, keys.save, ...")
+    unsetter.set_defaults(command=unset)
 
 
 def show_all(_flags: argparse.Namespace) -> int:
     """Print them."""
     settings = Settings.load()
-    there = "" if settings.path.exists() else " (not there: these are the defaults)"
-    lines = [f"# {settings.path}{there}"]
+    if settings.path is None:
+        lines = [f"# {NO_HOME}; what is set holds for one session only"]
+    else:
+        there = "" if settings.path.exists() else " (not there: these are the defaults)"
+        lines = [f"# {settings.path}{there}"]
     lines += [f"{o.name + ' = ' + show(settings[o.name]):<24} # {o.summary}; {o.allowed}" for o in OPTIONS]
     lines += [f"keys.{name} = {' '.join(keys)}" for name, keys in settings.keys.items()]
     sys.stdout.write("\n".join(lines) + "\n")
@@ -42,7 +52,7 @@ def show_all(_flags: argparse.Namespace) -> int:
 
 def show_path(_flags: argparse.Namespace) -> int:
     """Print where they are."""
-    sys.stdout.write(f"{config_path()}\n")
+    sys.stdout.write(f"{_path()}\n")
     return 0
 
 
@@ -64,13 +74,25 @@ def change(flags: argparse.Namespace) -> int:
     return 0
 
 
+def unset(flags: argparse.Namespace) -> int:
+    """Have some as by default again."""
+    settings = Settings.load()
+    for name in flags.settings:
+        settings.unset(name)
+    return 0
+
+
 def edit(_flags: argparse.Namespace) -> int:
     """Open the editor."""
-    path = config_path()
-    path.parent.mkdir(parents=True, exist_ok=True)
-    if not path.exists():
-        lines = [f"# {o.summary}; {o.allowed}\n# {o.name} = {_toml(o.default)}\n" for o in OPTIONS]
-        path.write_text("\n".join(lines) + "\n[keys]\n# save = \"S\"\n", encoding="utf-8")  # fmt: skip
+    path = _path()
+    try:
+        if not path.exists():
+            path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [f"# {o.summary}; {o.allowed}\n# {o.name} = {_toml(o.default)}\n" for o in OPTIONS]
+            with replacing(path) as file:
+                file.write(("\n".join(lines) + '\n[keys]\n# save = "S"\n').encode())
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written: {error.strerror}") from None
     editor = os.environ.get("VISUAL") or os.environ.get("EDITOR") or DEFAULT_EDITOR
     try:
         subprocess.run([*shlex.split(editor), str(path)], check=True)
@@ -78,6 +100,13 @@ def edit(_flags: argparse.Namespace) -> int:
         raise UserError(f"{editor}: {error}") from None
     _check(Settings.load())
     return 0
+
+
+def _path() -> Path:
+    path = config_path()
+    if path is None:
+        raise UserError(NO_HOME)
+    return path
 
 
 def _check(settings: Settings) -> None:
