@@ -96,7 +96,7 @@ class Option:
             if isinstance(raw, bool):
                 return raw
             return {"on": True, "true": True, "1": True, "yes": True, "off": False, "false": False,
-                    "0": False, "no": False}.get(str(raw).strip().lower())  # fmt: skip
+                    "0": False, "no": False}.get(excerpt(raw).strip().lower())  # fmt: skip
         if isinstance(self.default, str):
             # TOML and the shell both let people write off/on for a switch with several values.
             if isinstance(raw, bool):
@@ -122,7 +122,7 @@ class Option:
             return True
         if isinstance(value, str):
             known = self.open_ended or not self.choices or value in self.choices
-            return bool(value) and value.isprintable() and known
+            return value == self.default or (bool(value) and value.isprintable() and known)
         if self.choices and not self.open_ended:
             return value in self.choices
         above = self.minimum is None or value >= self.minimum

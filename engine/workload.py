@@ -13,6 +13,7 @@ from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Any
 
+import psutil
 import torch
 
 from .config import RunConfig, UserError, one_line
@@ -140,7 +141,8 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     )
     for technique in registry().values():
         technique.apply(config, recipe)
-    shell = shell_of(architecture)
+    with _of_the_model(config):
+        shell = shell_of(architecture)
     for technique in registry().values():
         if problem := technique.unsuitable(config, shell):
             raise UserError(problem)
@@ -189,18 +191,27 @@ def quiet_libraries() -> None:
 
 def _architecture(config: RunConfig) -> Any:
     from transformers import AutoConfig
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    if config.architecture is not None:
-        try:
-            return AutoConfig.for_model(**config.architecture.fields())
-        except Exception as error:  # whatever transformers says to these fields
-            raise UserError(f"{config.model}: {one_line(error)}") from None
-    if not config.pretrained:
+    if config.architecture is None and not config.pretrained:
         raise UserError(f"{config.model}: this model's architecture is not known here")
+    with _of_the_model(config):
+        if config.architecture is not None:
+            architecture = AutoConfig.for_model(**config.architecture.fields())
+        else:
+            architecture = AutoConfig.from_pretrained(config.model)
+    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise UserError(f"{config.model}: {architecture.model_type} is no causal language model")
+    return architecture
+
+
+@contextmanager
+def _of_the_model(config: RunConfig) -> Iterator[None]:
+    """A model that is not there, or whose configuration makes no sense, is the user's to put right."""
     try:
-        return AutoConfig.from_pretrained(config.model)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--model {config.model}: {_first_line(error)}") from None
+        yield
+    except Exception as error:  # whatever transformers says to what is damaged
+        raise UserError(f"{config.model}: {one_line(error)}") from None
 
 
 def shell_of(hf_config: Any) -> Model:
@@ -265,7 +276,7 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
                 with _told_of_weights(reading):
                     return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
             except OSError as error:
-                raise UserError(f"--model {config.model}: {_first_line(error)}") from None
+                raise UserError(f"--model {config.model}: {one_line(error)}") from None
         shell, persistent = plan.shell, plan.shell.state_dict()
         generator = torch.Generator(plan.device).manual_seed(config.seed)
         weights = {
@@ -351,6 +362,12 @@ def _random_rows(config: RunConfig, vocabulary: int) -> tuple[torch.Tensor, torc
     low, high = min(100, vocabulary // 2), min(30_000, vocabulary)
     generator = torch.Generator().manual_seed(config.seed)
     shape = (config.rows, config.seq_len)
+    needed, there = 2 * config.rows * config.seq_len * torch.int64.itemsize, psutil.virtual_memory().available
+    if needed > there:
+        raise UserError(
+            f"rows={config.rows} of seq_len={config.seq_len} take {needed / 2**30:.1f} GiB of the host's memory, "
+            f"{there / 2**30:.1f} GiB are free"
+        )
     return (
         torch.randint(low, high, shape, generator=generator),
         torch.randint(low, high, shape, generator=generator),
@@ -376,7 +393,7 @@ def _file_rows(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
     try:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
-        raise UserError(f"--data needs the tokenizer of {name}: {_first_line(error)}") from None
+        raise UserError(f"--data needs the tokenizer of {name}: {one_line(error)}") from None
     tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
     rows = len(tokens) // config.seq_len
     if not rows:
@@ -397,7 +414,7 @@ def _texts(path: Path) -> Iterator[str]:
         if line.strip():
             try:
                 yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError):
+            except (ValueError, KeyError, TypeError, RecursionError):
                 raise UserError(f'--data {path}:{number}: not a JSON object with a "text"') from None
 
 
@@ -405,7 +422,3 @@ def numel(parameter: torch.nn.Parameter) -> int:
     """Weights in a parameter; 4-bit storage packs two into one element."""
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()
-
-
-def _first_line(error: BaseException) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__

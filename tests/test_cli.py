@@ -7,6 +7,7 @@ import io
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -166,12 +167,20 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--device", "cpu", "--set", "optimizer=paged-adamw"], "there is no GPU"),
         (["run", "--model", "/no/such/folder"], "--model /no/such/folder: no such folder"),
         (["run", "--data", "/no/such/file.txt", *QUICK], "no such file"),
+        (["run", "--data", "x" * 300, *QUICK], "no such file"),
+        (["run", "--model", "/" + "x" * 300, *QUICK], "no such folder"),
+        (["run", "--json", "x" * 300, *QUICK], "cannot write there"),
         (["run", "--json", "/no/such/folder/out.json"], "cannot write there"),
         (["run", "--profile", "tiny", "--model", "x"], "not allowed with"),
         (["run", "--frobnicate"], "unrecognized arguments"),
         (["open", "/no/such/file.gpumem"], "No such file"),
         (["sweep", "--format", "pdf"], "invalid choice"),
         (["jump"], "invalid choice: 'jump'"),
+        (["--once", "--hz", "1e9"], "--hz 1e+09: takes a number from 0.1 to 60"),
+        (["--once", "--hz", "nan"], "takes a number from 0.1 to 60"),
+        (["exec", "--", ""], "exec: what is to be run?"),
+        (["run", "--steps", "1e999"], "steps takes a whole number"),
+        (["run", "--set", "rows=1e9", "--seq-len", "1048576"], "of the host's memory"),
     ],
 )
 def test_bad_input_is_one_line_and_not_zero(
@@ -183,6 +192,36 @@ def test_bad_input_is_one_line_and_not_zero(
     assert printed.out == ""
     assert printed.err.startswith("gpumem-tui: ") and printed.err.count("\n") == 1, printed.err
     assert complaint in printed.err
+
+
+def test_without_a_temporary_folder_nothing_is_started(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    monkeypatch.setattr(tempfile, "_candidate_tempdir_list", lambda: ["/proc"])
+    for words in (["--once"], ["run"], ["estimate"], ["advise"], ["sweep"]):
+        assert main(words) == 2
+        said = "gpumem-tui: no folder for temporary files can be written; TMPDIR may name one\n"
+        assert capsys.readouterr().err == said
+
+
+@pytest.mark.parametrize(
+    ("written", "complaint"),
+    [
+        ('{"model_type": "vit"}', "vit is no causal language model"),
+        ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer"),
+        ('{"model_type": "gpt2", "n_embd": 7, "n_head": 2}', "must be divisible"),
+        ('{"model_type": "none"}', "none"), ("{", "JSON"), ("[]", ""), ("[" * 5000, ""),
+    ],
+)  # fmt: skip
+def test_a_folder_that_holds_no_language_model_is_one_line(
+    tmp_path: Path, written: str, complaint: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "config.json").write_text(written)
+    assert main(["estimate", "--model", str(tmp_path), "--gpu", "A100 40GB"]) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"gpumem-tui: {tmp_path}: ") and said.count("\n") == 1 and complaint in said
+    assert len(said) < 500
 
 
 def test_help_comes_without_torch() -> None:

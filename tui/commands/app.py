@@ -6,7 +6,6 @@ import argparse
 import gc
 import os
 import sys
-import tempfile
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
@@ -25,6 +24,7 @@ if TYPE_CHECKING:
     from ..app import GpumemApp
 
 LOCAL_HZ, SSH_HZ = 10.0, 4.0
+SLOWEST_HZ, FASTEST_HZ = 0.1, 60.0
 PRINTED_AFTERWARDS_BYTES = 8192
 
 
@@ -136,14 +136,16 @@ def display_settings(flags: argparse.Namespace) -> Settings:
     for name, value in (("theme", flags.theme), ("refresh", flags.hz), ("ascii", flags.ascii), ("mouse", flags.mouse)):
         if value is not None:
             settings.values[name] = value
-    if flags.hz is not None and flags.hz <= 0:
-        raise UserError(f"--hz {flags.hz:g}: takes a number above 0")
+    if flags.hz is not None and not SLOWEST_HZ <= flags.hz <= FASTEST_HZ:
+        raise UserError(f"--hz {flags.hz:g}: takes a number from {SLOWEST_HZ:g} to {FASTEST_HZ:g}")
     return settings
 
 
 def refresh_hz(settings: Settings) -> float:
     """As set, or what suits the link."""
-    return float(settings["refresh"]) or (SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ)
+    if set_hz := float(settings["refresh"]):
+        return max(set_hz, SLOWEST_HZ)
+    return SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ
 
 
 def require_terminal() -> None:
@@ -187,9 +189,9 @@ def _native_output_kept() -> Iterator[None]:
     Textual draws on `sys.__stderr__`, so that gets a descriptor of its own for
     the terminal, which standard output is known to be (`2> file` must not get
     the screen), and descriptor 2 becomes a file as long as the app is up. The
-    file has no name: a terminal that is closed leaves none behind.
+    file has no name and needs no folder: a terminal that is closed leaves none behind.
     """
-    with tempfile.TemporaryFile() as log:
+    with os.fdopen(os.memfd_create("gpumem-tui errors"), "w+b") as log:
         terminal, errors, before = os.dup(1), os.dup(2), sys.__stderr__
         os.dup2(log.fileno(), 2)
         try:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 import time
@@ -70,11 +71,15 @@ def config_from(
         "data": flags.data,
     }
     # What is plainly wrong is refused before anything is started.
+    try:
+        tempfile.gettempdir()
+    except OSError:  # torch and what builds on it do not load without
+        raise UserError("no folder for temporary files can be written; TMPDIR may name one") from None
     if not base["pretrained"]:
         base |= run_fields(base["model"])
-    elif base["model"].startswith(("/", ".", "~")) and not Path(base["model"]).is_dir():
+    elif base["model"].startswith(("/", ".", "~")) and not os.path.isdir(base["model"]):  # noqa: PTH112 (no name is too long for it)
         raise UserError(f"--model {base['model']}: no such folder")
-    if flags.data is not None and not Path(flags.data).is_file():
+    if flags.data is not None and not os.path.isfile(flags.data):  # noqa: PTH113
         raise UserError(f"--data {flags.data}: no such file")
     return techniques.configure(base, settings)
 

@@ -24,7 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(flags: argparse.Namespace) -> int:
     """Become the command."""
     line = flags.line[1:] if flags.line[:1] == ["--"] else flags.line
-    if not line:
+    if not line or not line[0]:
         raise UserError("exec: what is to be run? gpumem-tui exec -- python train.py")
     watching = util.find_spec("gpumem_tui.engine.watch")
     assert watching is not None
