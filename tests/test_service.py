@@ -572,13 +572,16 @@ os.read(0, 1)
 os._exit(0)
 """
     engine = subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    assert engine.stdout is not None
-    child = int(engine.stdout.readline())
-    (engine_dir,) = engine_registry.engines()
-    engine.communicate(b"!")
-    assert not gone(child)
-    assert not engine_dir.alive()
-    os.kill(child, signal.SIGKILL)
+    assert engine.stdin is not None and engine.stdout is not None
+    with engine.stdin, engine.stdout:
+        child = int(engine.stdout.readline())
+        (engine_dir,) = engine_registry.engines()
+        engine.stdin.write(b"!")
+        engine.stdin.flush()
+        assert engine.wait(30) == 0
+        assert not gone(child)
+        assert not engine_dir.alive()
+        os.kill(child, signal.SIGKILL)
 
 
 DAMAGED = ["", "{", "[" * 5000, "[]", "{}", '{"name": 1}', '{"name": "x", "pid": -1}', "\xff\xfe"]
