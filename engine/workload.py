@@ -276,7 +276,7 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
                 with _told_of_weights(reading):
                     return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
             except OSError as error:
-                raise UserError(f"--model {config.model}: {one_line(error)}") from None
+                raise UserError(f"{config.model}: {one_line(error)}") from None
         shell, persistent = plan.shell, plan.shell.state_dict()
         generator = torch.Generator(plan.device).manual_seed(config.seed)
         weights = {
