@@ -7,7 +7,7 @@ import functools
 import re
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -68,9 +68,20 @@ def _quantized_parts(parameter: Any) -> Iterator[tuple[str, torch.Tensor]]:
             yield part, tensor
 
 
-def of_optimizer(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[Owned]:
-    """State tensors by parameter, and what the optimizer keeps for itself."""
-    names = {id(parameter): name for name, parameter in model.named_parameters()}
+def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
+    """What it updates, named after it: for those that no module has."""
+    parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
+    for index, parameter in enumerate(parameters):
+        yield f"{type(optimizer).__name__}.parameters.{index}", parameter
+
+
+def of_optimizer(names: Mapping[int, str], optimizer: torch.optim.Optimizer) -> Iterator[Owned]:
+    """State tensors by parameter, and what the optimizer keeps for itself.
+
+    Args:
+        names: Of parameters, by their `id`.
+        optimizer: Whose state to list.
+    """
     for parameter, state in optimizer.state.items():
         name = names.get(id(parameter), "")
         for part, tensor in tensors_in(state):
@@ -99,7 +110,16 @@ def of_outputs(outputs: Any) -> Iterator[Owned]:
         tensor = getattr(outputs, name, None)
         if isinstance(tensor, torch.Tensor):
             yield Category.LOGITS_LOSS, name, tensor
-    cache = getattr(outputs, "past_key_values", None)
+    yield from of_cache(cache_in(outputs))
+
+
+def cache_in(outputs: Any) -> Any:
+    """The KV cache of a transformers output, under the name it has in this version; the old one warns."""
+    return outputs.cache if hasattr(outputs, "cache") else getattr(outputs, "past_key_values", None)
+
+
+def of_cache(cache: Any) -> Iterator[Owned]:
+    """Keys and values by layer."""
     layers = getattr(cache, "layers", None)
     if layers is None:  # older caches: a list of keys and a list of values, or tuples
         layers = cache if isinstance(cache, list | tuple) else []

@@ -9,44 +9,31 @@ from __future__ import annotations
 
 import time
 import traceback
-import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-import numpy as np
-import numpy.typing as npt
 import torch
 
 from .. import recompute
-from ..events import OWNER, Category, Counted, Made, Phase, Recompute
-from ..ledger import LOSS, strip_wrappers
+from ..events import Category, Counted, Made, Phase
+from ..ledger import LOSS
 from . import owners
 from .assembly import Assembler, Publish, Span, Taken, pack
 from .describe import OperatorWatch
 from .hooks import Guard, tag_modules, unguarded
-from .recorder import Recorder, Timer, columns
+from .labels import Labels
+from .owner_registry import OwnerRegistry, OwnerRows
+from .recompute_log import OnRecompute, Recomputed, RecomputeLog
+from .recorder import Recorder
 
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
 
 DESCRIBED = 2
 """The step whose operators are watched: the first that is like those after it."""
-
-OnRecompute = Callable[[Recompute], None]
-
-
-@dataclass
-class _Recomputing:
-    """A recompute that has ended on the host and perhaps not yet on the device."""
-
-    layers: tuple[str, ...]
-    micro_batch: int
-    bytes: int
-    timer: Timer
-    early_stop: bool
 
 
 @dataclass
@@ -57,8 +44,7 @@ class _Step:
     micro_batches: int
     first_mark: int
     marks: array[int] = field(default_factory=lambda: array("q"))
-    fixed: list[npt.NDArray[Any]] = field(default_factory=list)
-    owners: array[int] = field(default_factory=lambda: array("q"))
+    owners: OwnerRows = field(default_factory=OwnerRows)
     spans: list[Span] = field(default_factory=list)
     operators: array[int] = field(default_factory=lambda: array("q"))
     outputs: array[int] = field(default_factory=lambda: array("q"))
@@ -105,13 +91,12 @@ class Tracer:
         self.last_traced = -1
         self._cost_s = 0.0
         self._assembler = Assembler(recorder, publish)
-        self._on_recompute, self._publish_every_s, self._described = on_recompute, publish_every_s, described
-        self._counts_peaks = counts_peaks
-        self._names: dict[str, int] = {"": 0}
+        self._labels = Labels()
+        self._owners = OwnerRegistry(recorder, self._labels)
+        self._recomputes = RecomputeLog(on_recompute)
+        self._publish_every_s, self._described, self._counts_peaks = publish_every_s, described, counts_peaks
         self._optimizer_name = 0
         self._micro_batch = 0
-        self._descriptions: dict[Made, int] = {}
-        self._tensors: dict[tuple[str, torch.dtype, torch.Size], int] = {}
         # Threads of autograd's own keep the last mark they were given, also from a run before this one.
         self._next_mark = Tracer._marks_given
         self._step: _Step | None = None
@@ -119,13 +104,7 @@ class Tracer:
         self._hooked = False
         self._guard: Guard = unguarded
         self._model: torch.nn.Module | None = None
-        self._optimizer: torch.optim.Optimizer | None = None
-        self._recomputed: list[_Recomputing] = []
         self._next_publish_s = 0.0
-        self._leaves: list[tuple[str, weakref.ref[torch.Tensor]]] = []
-        self._parameters: list[tuple[int, int, torch.nn.Parameter]] = []
-        self._fixed = np.empty(0, OWNER)
-        self._int8: list[tuple[str, torch.nn.Module]] = []
 
     @property
     def cost_s(self) -> float:
@@ -134,12 +113,17 @@ class Tracer:
 
     # --- what the loop calls ------------------------------------------------
 
-    def adopt(self, model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> None:
+    def adopt(self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> None:
         """Know whose parameters, gradients and state to look for."""
-        self._model, self._optimizer = model, optimizer
-        self._optimizer_name = self.name(type(optimizer).__name__)
-        self._parameters = [(self.name(name), self._describe("", p), p) for name, p in model.named_parameters()]
-        self._fixed = np.empty(0, OWNER)
+        self._model = model
+        self._optimizer_name = self.name(type(optimizers[0]).__name__) if optimizers else 0
+        self._owners.adopt(model, optimizers)
+
+    def beside(
+        self, models: Iterable[tuple[str, torch.nn.Module]], optimizers: Iterable[torch.optim.Optimizer]
+    ) -> None:
+        """See `OwnerRegistry.beside`."""
+        self._owners.beside(models, optimizers)
 
     def loader(self, shell: torch.nn.Module) -> Callable[[str], None]:
         """What tags the modules of a model about to be loaded, as their weights are read.
@@ -175,12 +159,9 @@ class Tracer:
 
     def release(self) -> None:
         """Stop recording and forget the model and the optimizer: a reference would keep their memory alive."""
-        self._model = self._optimizer = self._step = None
-        self._recomputed.clear()
-        self._leaves.clear()
-        self._fixed = np.empty(0, OWNER)
-        self._int8.clear()
-        self._parameters.clear()
+        self._model = self._step = None
+        self._recomputes.clear()
+        self._owners.release()
         Tracer._marks_given = max(Tracer._marks_given, self._next_mark)
         self.recorder.stop()
         self._assembler.close()
@@ -214,7 +195,7 @@ class Tracer:
                 self.tagging = True
                 self.tag(Phase.IDLE, 0)
                 self._own_all(held())
-                self._own_model(anew=not len(self._fixed))
+                self._own_model(anew=False)
         watching = traced and number == self._described
         try:
             with self._watch() if watching else nullcontext():
@@ -251,7 +232,7 @@ class Tracer:
                 span.last_mark, span.end_us = self._next_mark, _now_us()
                 self.tag(Phase.IDLE, 0)
             self.phase_now = Phase.IDLE
-            self._flush_recomputes(wait=False)
+            self._recomputes.flush(wait=False)
 
     def backward_of(self, loss: torch.Tensor) -> None:
         """Tag the backward about to start on whichever thread will run it."""
@@ -261,10 +242,8 @@ class Tracer:
 
     def own(self, category: Category, name: str, tensor: torch.Tensor) -> None:
         """The block alive at the tensor's address belongs to a category from now on."""
-        step, address = self._step, self.recorder.address(tensor)
-        if step is not None and address:
-            mark = self._next_mark - 1 - step.first_mark
-            step.owners.extend((address, mark, category, self.name(name), self._describe("", tensor)))
+        if self._step is not None:
+            self._owners.note(self._step.owners, self._mark(self._step), [(category, name, tensor)])
 
     def own_batch(self, batch: dict[str, torch.Tensor]) -> None:
         """Name the inputs of a micro-batch."""
@@ -286,19 +265,15 @@ class Tracer:
 
     def name(self, name: str) -> int:
         """The index of a name, without the prefixes that wrappers put before it."""
-        return self._names.setdefault(strip_wrappers(name), len(self._names))
+        return self._labels.name(name)
 
     def name_of(self, index: int) -> str:
         """The name behind an index."""
-        return list(self._names)[index]
+        return self._labels.name_of(index)
 
     def leaf(self, name: str, tensor: torch.Tensor) -> None:
-        """Remember, without holding it, a tensor that will be given a `.grad`.
-
-        `enable_input_require_grads`, which checkpointing a frozen model needs,
-        makes such a leaf of the embedding's output.
-        """
-        self._leaves.append((name, weakref.ref(tensor)))
+        """Remember, without holding it, a tensor that will be given a `.grad`."""
+        self._owners.leaf(name, tensor)
 
     def tag(self, phase: Phase, module: int) -> None:
         """From here on, this thread's allocations carry a new mark."""
@@ -322,28 +297,16 @@ class Tracer:
         step = self._step
         if step is not None:
             self._bump()
-            step.operators.extend((self._next_mark - 1, self._described_as(Made(name))))
+            step.operators.extend((self._next_mark - 1, self._labels.description(Made(name))))
 
     def returned(self, name: str, tensor: torch.Tensor) -> None:
         """It returned this tensor."""
         step, address = self._step, self.recorder.address(tensor)
         if step is not None and address:
-            step.outputs.extend((self._next_mark - 1, address, self._describe(name, tensor)))
+            step.outputs.extend((self._next_mark - 1, address, self._labels.tensor(name, tensor)))
 
     def _watch(self) -> AbstractContextManager[Any]:
-        names = list(self._names)
-        return OperatorWatch(self, {p.untyped_storage()._cdata: names[name] for name, _, p in self._parameters})
-
-    def _describe(self, operator: str, tensor: torch.Tensor) -> int:
-        key = operator, tensor.dtype, tensor.shape
-        index = self._tensors.get(key)
-        if index is None:
-            made = Made(operator, str(tensor.dtype).removeprefix("torch."), tuple(tensor.shape))
-            index = self._tensors[key] = self._described_as(made)
-        return index
-
-    def _described_as(self, made: Made) -> int:
-        return self._descriptions.setdefault(made, len(self._descriptions))
+        return OperatorWatch(self, self._owners.parameter_names())
 
     @contextmanager
     def recomputing(self, layers: tuple[str, ...]) -> Iterator[None]:
@@ -364,13 +327,13 @@ class Tracer:
         finally:
             timer.stop()
             held = self.recorder.allocated_bytes() - before
-            self._recomputed.append(_Recomputing(layers, self._micro_batch, held, timer, early_stop))
+            self._recomputes.add(Recomputed(self.step_now, self._micro_batch, layers, held, timer, early_stop))
             if self._step is not None:
                 span.last_mark, span.end_us = self._next_mark, _now_us()
                 self._step.spans.append(span)
             self.phase_now = Phase.BACKWARD
             self.tag(Phase.BACKWARD, self.name(layers[-1]))
-            self._flush_recomputes(wait=False)
+            self._recomputes.flush(wait=False)
 
     # --- handing on ---------------------------------------------------------
 
@@ -378,13 +341,13 @@ class Tracer:
         step = self._step
         if step is not None:
             with self._costing():
-                self._own_model(anew=step.number <= SETTLED_AFTER or not len(self._fixed))
+                self._own_model(anew=step.number <= SETTLED_AFTER)
                 self._own_all(held())
                 peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
                 counted = Counted(self.recorder.allocated_bytes(), peak)
                 self._take(step, None if partial else counted)
                 self.tagging, self._step = False, None
-        self._flush_recomputes(wait=not partial)
+        self._recomputes.flush(wait=not partial)
 
     def _take(self, step: _Step, counted: Counted | None) -> None:
         """Hand on the step as far as it has come: what goes on changing is copied."""
@@ -395,11 +358,11 @@ class Tracer:
                 first_mark=step.first_mark,
                 drained=self.recorder.drain(),
                 marks=step.marks[:],
-                owners=step.owners[:],
-                fixed=list(step.fixed),
+                owners=step.owners.noted[:],
+                fixed=list(step.owners.repeated),
                 spans=[replace(span) for span in step.spans],
-                names=tuple(self._names),
-                descriptions=tuple(self._descriptions),
+                names=self._labels.names,
+                descriptions=self._labels.descriptions,
                 counted=counted,
                 operators=step.operators[:],
                 outputs=step.outputs[:],
@@ -408,57 +371,26 @@ class Tracer:
         )
 
     def _own_model(self, anew: bool) -> None:
-        """The model, the optimizer and the libraries, whose tensors stay where they are.
-
-        Looking all of them up takes longer than a small step's other tracing: so
-        they are only repeated, but for the ends of the steps in which something new
-        comes (quantized weights move in the first forward, optimizer state is made
-        in the first step).
-
-        Args:
-            anew: Whether to look them up.
-        """
         step = self._step
-        if step is None:
-            return
-        if anew and self._model is not None and self._optimizer is not None:
-            first = len(step.owners)
-            self._own_all(owners.of_model(self._model))
-            self._own_all(owners.of_optimizer(self._model, self._optimizer))
-            self._own_all(owners.of_libraries())
-            self._fixed = columns(step.owners[first:], OWNER)
-            self._int8 = owners.int8_modules(self._model)
-        else:
-            again = self._fixed.copy()
-            again["mark"] = self._next_mark - 1 - step.first_mark
-            step.fixed.append(again)
-        mark, name = self._next_mark - 1 - step.first_mark, self.name("cuBLAS")
-        for address in self.recorder.workspaces:
-            step.owners.extend((address, mark, Category.WORKSPACE, name, -1))
-        self._own_all(owners.of_last_batch(self._int8))
-        self._own_gradients()
+        if step is not None:
+            self._owners.note_all(step.owners, self._mark(step), anew)
+            self._bump()
 
     def _own_gradients(self) -> None:
         step = self._step
-        if step is None:
-            return
-        mark, address_of = self._next_mark - 1 - step.first_mark, self.recorder.address
-        for name, made, parameter in self._parameters:
-            if parameter.grad is not None:
-                step.owners.extend((address_of(parameter.grad), mark, Category.GRADIENTS, name, made))
-        self._leaves = [(name, leaf) for name, leaf in self._leaves if leaf() is not None]
-        for leaf_name, reference in self._leaves:
-            leaf = reference()
-            if leaf is not None:
-                self.own(Category.ACTIVATIONS, leaf_name, leaf)
-                if leaf.grad is not None:
-                    self.own(Category.ACTIVATIONS, f"{leaf_name}.grad", leaf.grad)
-        self._bump()
+        if step is not None:
+            self._owners.note_gradients(step.owners, self._mark(step))
+            self._bump()
 
     def _own_all(self, owned: Iterable[owners.Owned]) -> None:
-        for category, name, tensor in owned:
-            self.own(category, name, tensor)
-        self._bump()
+        step = self._step
+        if step is not None:
+            self._owners.note(step.owners, self._mark(step), owned)
+            self._bump()
+
+    def _mark(self, step: _Step) -> int:
+        """The mark that was set last."""
+        return self._next_mark - 1 - step.first_mark
 
     def _bump(self) -> None:
         """A new mark that says the same as the last.
@@ -470,13 +402,6 @@ class Tracer:
             step.marks.append(step.marks[-1])
             self.recorder.stamp(self._next_mark)
             self._next_mark += 1
-
-    def _flush_recomputes(self, wait: bool) -> None:
-        while self._recomputed and (wait or self._recomputed[0].timer.done()):
-            r = self._recomputed.pop(0)
-            self._on_recompute(
-                Recompute(self.step_now, r.micro_batch, r.layers, r.bytes, r.timer.ms(), r.early_stop)
-            )  # fmt: skip
 
     @contextmanager
     def _costing(self) -> Iterator[None]:
