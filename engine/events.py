@@ -28,8 +28,9 @@ class Category(enum.IntEnum):
     INPUTS = 8
     TEMPORARIES = 9
     WORKSPACE = 10
-    SLACK = 11
-    UNKNOWN = 12
+    HELD_BY_SCRIPT = 11
+    SLACK = 12
+    UNKNOWN = 13
 
     @property
     def info(self) -> CategoryInfo:
@@ -61,7 +62,8 @@ CATEGORIES: dict[Category, CategoryInfo] = {
     Category.LOGITS_LOSS: CategoryInfo("L", "logits, loss", "Scores over the vocabulary, the loss, their gradients."),
     Category.INPUTS: CategoryInfo("I", "inputs", "Token ids and labels of the batch."),
     Category.TEMPORARIES: CategoryInfo("T", "temporaries", "Made and freed within one phase."),
-    Category.WORKSPACE: CategoryInfo("W", "workspace", "Kept by cuBLAS and other libraries, or by a watched script."),
+    Category.WORKSPACE: CategoryInfo("W", "workspace", "Kept by cuBLAS and other libraries."),
+    Category.HELD_BY_SCRIPT: CategoryInfo("H", "held by script", "Variables of a watched script: of no model."),
     Category.SLACK: CategoryInfo("s", "slack", "Rounding: what the allocator hands out beyond what was asked."),
     Category.UNKNOWN: CategoryInfo("?", "unknown", "What no rule could name. The goal is 0 bytes."),
 }  # fmt: skip

@@ -291,7 +291,7 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         after = ledger.after(Phase.OPTIMIZER)
         assert after is not None and sum(after.values()) == ends[trace.step]
         assert trace.counted is not None and trace.counted.end_bytes == int(ledger.total[-1])
-        held = ledger.by_name(len(trace.events) - 1, Category.WORKSPACE)
+        held = ledger.by_name(len(trace.events) - 1, Category.HELD_BY_SCRIPT)
         # The next batches, the average of the loss, the norm: kilobytes, beside a model of gigabytes.
         assert held.get(SCRIPT, 0) < 1 << 23
         assert trace.micro_batches == 2

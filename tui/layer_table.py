@@ -11,13 +11,17 @@ import numpy as np
 from ..engine.events import Category
 from ..engine.ledger import Ints, Ledger, numbered_layers, strip_wrappers
 
+_OTHER = (
+    Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.WORKSPACE, Category.HELD_BY_SCRIPT,
+    Category.UNKNOWN,
+)  # fmt: skip
 GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = (
     ("par", (Category.PARAMETERS, Category.BUFFERS)),
     ("grad", (Category.GRADIENTS,)),
     ("opt", (Category.OPTIMIZER_STATE,)),
     ("act", (Category.ACTIVATIONS, Category.RECOMPUTED)),
     ("tmp", (Category.TEMPORARIES,)),
-    ("other", (Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.WORKSPACE, Category.UNKNOWN)),
+    ("other", _OTHER),
 )
 """Columns of the table. Activations made again count as activations."""
 

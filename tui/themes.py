@@ -48,10 +48,10 @@ def _by_category(*colours: str) -> dict[Category, str]:
 DARK = Theme(
     "dark",
     ("#000000", "#2b2b2b"),
-    # P B G O A R K L I T W s ?
+    # P B G O A R K L I T W H s ?
     _by_category(
         "#7199fe", "#bbe8fb", "#fec965", "#cdc4fe", "#bffee6", "#a3951d", "#3d9bd4",
-        "#ec968d", "#eef576", "#ec60c7", "#d6c5a1", "#989292", "#fa5cf8",
+        "#ec968d", "#eef576", "#ec60c7", "#d6c5a1", "#9cbc00", "#989292", "#fa5cf8",
     ),
     {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "u": "#d08770"},
     dim="#a3a3a3", good="#7fd88f", busy="#f0c040", bad="#ff8f85", accent="#6cc8f0",
@@ -62,7 +62,7 @@ LIGHT = Theme(
     ("#f2eee2", "#ffffff"),
     _by_category(
         "#3e4ffe", "#416698", "#9e5712", "#7306ad", "#0d7677", "#734d0c", "#073c60",
-        "#200000", "#4c7347", "#50073d", "#553f01", "#1e191b", "#ca1779",
+        "#200000", "#4c7347", "#50073d", "#553f01", "#000079", "#1e191b", "#ca1779",
     ),
     {"c": "#a8b0b8", "x": "#8a8a8a", "o": "#c4c4c4", "m": "#8f5f88", "u": "#a8552f"},
     dim="#5f5f5f", good="#1d6b2f", busy="#7a5200", bad="#b3261e", accent="#00608f",
@@ -73,14 +73,14 @@ ANSI = Theme(
     (),
     _by_category(
         "blue", "bright_blue", "yellow", "magenta", "green", "bright_yellow", "cyan",
-        "red", "bright_green", "bright_magenta", "bright_cyan", "bright_black", "bright_red",
+        "red", "bright_green", "bright_magenta", "bright_cyan", "white", "bright_black", "bright_red",
     ),
     {"c": "bright_black", "x": "white", "o": "bright_black", "m": "magenta", "u": "red"},
 )  # fmt: skip
 
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
 
-TEXTURES = _by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "~", "?")
+TEXTURES = _by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "*", "~", "?")
 """What fills a category's area between its letters: told apart without colours, and a byte a cell."""
 
 XTERM = {

@@ -29,5 +29,5 @@ def name_leftovers(trace: StepTrace) -> StepTrace:
     if "made" in (OWNER.names or ()):
         rows["made"] = -1
     rows["address"], rows["mark"] = left["address"], max(len(trace.marks) - 1, 0)
-    rows["category"], rows["name"] = Category.WORKSPACE, names.index(SCRIPT)
+    rows["category"], rows["name"] = Category.HELD_BY_SCRIPT, names.index(SCRIPT)
     return dataclasses.replace(trace, names=names, owners=np.concatenate([trace.owners, rows]))

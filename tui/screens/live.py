@@ -39,7 +39,7 @@ TRACING_WIDTH = 76
 """Columns from which the share of tracing has room."""
 
 CRAMPED = 20
-"""Rows up to which a category that has held nothing has no row."""
+"""Rows up to which a category that has held nothing has no row; what only a watched script can hold never has."""
 
 
 class LivePage(Page):
@@ -166,7 +166,8 @@ class LivePage(Page):
         peak = self.state.peak.peak.by_category if self.state.peak else None
         scale = max((max(sizes.values()) for sizes in (now, peak) if sizes), default=0)
         totals = tuple(sum(sizes.values()) if sizes else 0 for sizes in (now, peak))
-        alone = [c for c in Category if roomy or (c not in SMALL and (height > CRAMPED or c in ever))]
+        rare = {Category.HELD_BY_SCRIPT} if height > CRAMPED else set(Category)
+        alone = [c for c in Category if (roomy or c not in SMALL) and (c in ever or c not in rare)]
         self._alone = alone
         rows = [self._headings(width)]
         unit = self.state.unit
