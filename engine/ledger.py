@@ -43,6 +43,9 @@ BLOCK_ROW = np.dtype(
     ]
 )
 
+OTHER_MODEL = ": "
+"""Stands between the name of another model than the one that is trained and those of its tensors."""
+
 _PARAMETER = re.compile(r"\.(?:weight|bias)(?:\.|$)")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _NUMBERED = re.compile(r"^(.*\.)\d+$")
@@ -61,8 +64,12 @@ def layer_of(name: str) -> str:
     """The layer a module or parameter belongs to.
 
     `gpt_neox.layers.3.mlp.dense.weight` -> `gpt_neox.layers.3`; outside the
-    repeated layers the module itself: `lm_head.weight` -> `lm_head`.
+    repeated layers the module itself: `lm_head.weight` -> `lm_head`. Another
+    model is one layer: `teacher: gpt_neox.layers.3.mlp.dense.weight` -> `teacher`.
     """
+    other, colon, _ = name.partition(OTHER_MODEL)
+    if colon:
+        return other
     # What an optimizer keeps carries its own name behind its parameter's.
     module = _PARAMETER.split(strip_wrappers(name), maxsplit=1)[0]
     match = _LAYER.match(module)

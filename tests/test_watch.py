@@ -45,8 +45,18 @@ pytestmark = pytest.mark.filterwarnings(r"ignore::FutureWarning:(transformers|pe
 EXAMPLES = Path(__file__).parent / "examples"
 
 
+@pytest.fixture(autouse=True, scope="module")
+def frozen_heap() -> Iterator[None]:
+    """Other models are looked for among all objects: those of the test session would cost every test 0.3 s."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture(autouse=True)
 def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    gc.collect()  # models of the test before are models
     base = Path(tempfile.mkdtemp(prefix="g-"))
     monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
     yield base
@@ -142,7 +152,7 @@ def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
         assert ledger.unmatched_frees == 0
         assert after is not None and sum(after.values()) == told["allocated_bytes"]
         assert ledger.peak.bytes == told["peak_bytes"]
-        held = ledger.by_name(len(ledger.trace.events) - 1, Category.WORKSPACE)
+        held = ledger.by_name(len(ledger.trace.events) - 1, Category.HELD_BY_SCRIPT)
         assert held.get(SCRIPT, 0) <= script_bytes_max, held
 
 
@@ -192,7 +202,66 @@ def test_what_the_script_keeps_is_said_to_be_the_scripts(seen: Seen) -> None:
         kept.append(torch.ones(1000))
         train(model, optimizer, 1)
     last = seen.ledgers[-1]
-    assert last.by_name(len(last.trace.events) - 1, Category.WORKSPACE) == {SCRIPT: sum(t.nbytes for t in kept)}
+    assert last.by_name(len(last.trace.events) - 1, Category.HELD_BY_SCRIPT) == {SCRIPT: sum(t.nbytes for t in kept)}
+
+
+def test_other_models_and_optimizers_are_told_apart_by_name(seen: Seen) -> None:
+    """A frozen teacher, an average made after two steps, a discriminator with an optimizer of its own."""
+    model, optimizer = small_model()
+    teacher, critic = small_model()[0].requires_grad_(False), torch.nn.Linear(16, 1)
+    holder = Holder()
+    holder.teacher, holder.critic = teacher, critic
+    critic_optimizer = torch.optim.Adam(critic.parameters())
+    with watch(model, optimizer):
+        train(model, optimizer, 2)
+        holder.average = average = torch.optim.swa_utils.AveragedModel(model)
+        for _ in range(3):
+            critic(torch.ones(2, 16)).sum().backward()
+            critic_optimizer.step()
+            train(model, optimizer, 1)
+            average.update_parameters(model)
+    ledger = seen.ledgers[-1]
+    parameters, state, gradients = (
+        ledger.by_name(len(ledger.trace.events) - 1, category)
+        for category in (Category.PARAMETERS, Category.OPTIMIZER_STATE, Category.GRADIENTS)
+    )
+    for other in (teacher, average.module):
+        owner = "teacher" if other is teacher else "average"
+        for name, parameter in other.named_parameters():
+            assert parameters[f"{owner}: {name}"] == parameters[name] == parameter.nbytes
+    assert state["critic: weight.exp_avg"] == gradients["critic: weight"] == critic.weight.nbytes
+    assert ledger.by_layer(-1)["teacher"][Category.PARAMETERS] == sum(p.nbytes for p in teacher.parameters())
+    assert sum(ledger.by_name(-1, Category.HELD_BY_SCRIPT).values()) <= 64
+    assert ledger.curve[Category.UNKNOWN].max() == 0
+
+
+class Holder:
+    teacher: torch.nn.Module
+    critic: torch.nn.Module
+    average: torch.nn.Module
+
+
+def test_an_optimizer_in_backward(seen: Seen) -> None:
+    """One optimizer a parameter, stepped as soon as its gradient is there: the step ends with backward."""
+    model, _ = small_model()
+    optimizers = {p: torch.optim.AdamW([p]) for p in model.parameters()}
+
+    def step(parameter: torch.Tensor) -> None:
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step)
+    with watch(model, optimizers):
+        for _ in range(3):
+            ids = torch.arange(32).view(2, 16)
+            model(input_ids=ids, labels=ids).loss.backward()
+    check_exact(seen)
+    ledger = seen.ledgers[-1]
+    held = sum(p.nbytes for p in model.parameters())
+    after = ledger.after(Phase.OPTIMIZER)
+    assert after is not None and after[Category.OPTIMIZER_STATE] > 2 * held and after[Category.GRADIENTS] == 0
+    assert [m.data["step"] for m in seen.told(Kind.STEP_ENDED)] == [1, 2, 3]
 
 
 # --- no trace of us -------------------------------------------------------------------

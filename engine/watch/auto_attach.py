@@ -63,7 +63,7 @@ def note_optimizers(module: Any) -> None:
 
 
 class Finder:
-    """Joins the first optimizer with the outermost module that has all of its parameters."""
+    """Joins the optimizers of a model with the outermost module that has all of their parameters."""
 
     def __init__(self) -> None:
         self._optimizers: list[weakref.ref[Any]] = []
@@ -89,24 +89,25 @@ class Finder:
             return
         try:
             self._tried.add(id(module))
-            own = {id(parameter) for parameter in module.parameters()}
-            for reference in self._optimizers:
-                optimizer = reference()
-                if optimizer is None:
-                    continue
-                if all(id(p) in own for group in optimizer.param_groups for p in group["params"]):
-                    self._begin(module, optimizer, args)
-                    return
+            optimizers = self._optimizers_of(module)
+            if optimizers:
+                self._begin(module, optimizers, args)
         except Exception:
             from .fault_barrier import log
 
             log.warning("gpumem-tui: the model was not found; the run goes on", exc_info=True)
             self._stop()
 
-    def _begin(self, module: Any, optimizer: Any, args: Any) -> None:
+    def _optimizers_of(self, module: Any) -> list[Any]:
+        """Those whose parameters are all the module's."""
+        own = {id(parameter) for parameter in module.parameters()}
+        optimizers = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
+        return [o for o in optimizers if all(id(p) in own for group in o.param_groups for p in group["params"])]
+
+    def _begin(self, module: Any, optimizers: list[Any], args: Any) -> None:
         from .watcher import watch
 
-        self._found = watch(module, optimizer)
+        self._found = watch(module, optimizers)
         self._stop()
         self._found.begin()
         # Its own hook is too late for the forward that is beginning now.

@@ -50,8 +50,23 @@ def device_of(model: torch.nn.Module) -> torch.device:
     return next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
 
 
-def unwrapped(optimizer: Any) -> torch.optim.Optimizer:
-    """The optimizer whose `step` does the work, whatever accelerate puts around it."""
+def optimizers_in(optimizer: Any) -> list[torch.optim.Optimizer]:
+    """The optimizers whose `step` does the work, whatever accelerate puts around them.
+
+    Args:
+        optimizer: One, or several in a list, a tuple or the values of a dictionary.
+
+    Raises:
+        TypeError: There is none, or one that is not torch's.
+    """
+    several = list(optimizer.values()) if isinstance(optimizer, dict) else optimizer
+    found = [_unwrapped(each) for each in (several if isinstance(several, list | tuple) else [several])]
+    if not found:
+        raise TypeError("watch(model, optimizer): no optimizer in an empty list")
+    return found
+
+
+def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):

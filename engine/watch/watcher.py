@@ -14,6 +14,7 @@ import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
+from itertools import chain
 from types import TracebackType
 from typing import Any, Self
 
@@ -23,15 +24,20 @@ from .. import recompute
 from ..events import Category, Phase, Recompute
 from ..forks import in_child
 from ..ledger import LOGITS, LOSS
+from ..recompute import in_backward
 from ..session import GAUGE_EVERY_S, TRACE_SHARE
 from ..tracing import owners
 from ..tracing.recorder import Recorder
-from ..tracing.tracer import Tracer
-from .describe import config_of, device_of, unwrapped
+from ..tracing.tracer import SETTLED_AFTER, Tracer
+from .describe import config_of, device_of, optimizers_in
 from .loss import Losses
+from .others import find_others
 from .recorders import GuardedOpTracker, LateAllocatorTrace
 from .tracebacks import hide_our_frames, our_frames_hidden
 from .watched_source import WatchedSource
+
+MORE_HELD = 1.01
+"""If a step ends with so many times what any before has ended with, somebody new holds it."""
 
 Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
 
@@ -44,7 +50,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     Args:
         model: Whose modules are tagged.
-        optimizer: Whose `step` ends a step; accelerate's wrapper is fine.
+        optimizer: Whose `step` ends a step; accelerate's wrapper is fine. A list
+            of several: a step ends when all of them have stepped.
         name: Of the engine in `gpumem-tui ps`; the script's name if None.
         every_step: Trace every step on a GPU, whatever it costs, instead of
             as many as take 1 % of the time.
@@ -56,7 +63,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     def __init__(
         self, model: torch.nn.Module, optimizer: Any, *, name: str | None = None, every_step: bool = False
     ) -> None:
-        self._model, self._optimizer = model, unwrapped(optimizer)
+        self._model, self._optimizers = model, optimizers_in(optimizer)
         self._every_step = every_step
         self.source = WatchedSource(name)
         self.barrier = self.source.barrier
@@ -70,9 +77,11 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._micro_batch = self._forwards = self._tokens = self._step = 0
         self._began_s = self._step_began_s = 0.0
         self._cost_before_s = 0.0
-        self._peak_before = 0
+        self._peak_before = self._most_held_bytes = 0
         self._batch: list[Weak] = []
         self._outputs: list[Weak] = []
+        self._awaited = set(map(id, self._optimizers))
+        self._stepped: set[int] = set()
         self._losses = Losses()
 
     # --- on and off -----------------------------------------------------------
@@ -103,7 +112,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self.barrier.off = True
         self.source.close(self._step, error)
         # Whoever keeps this object is not to keep the model with it.
-        for name in ("_model", "_optimizer"):
+        for name in ("_model", "_optimizers"):
             vars(self).pop(name, None)
 
     def _at_exit(self) -> None:
@@ -124,7 +133,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._tracer = tracer = Tracer(
             recorder, self._publish, self._recomputed, every_s, described=0, counts_peaks=recorder.always_on
         )
-        tracer.adopt(self._model, self._optimizer)
+        tracer.adopt(self._model, *self._optimizers)
+        self._look_for_others()
         self._install(tracer)
         self.source.open(recorder, tracer, device)
         atexit.register(self._at_exit)
@@ -135,15 +145,16 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     def _install(self, tracer: Tracer) -> None:
         """Every hook, each with its removal pushed right after it."""
         guard, undo = self.barrier.guard, self._undo
-        model, optimizer = self._model, self._optimizer
+        model = self._model
         begins = self._removing(guard(self.forward_begins))
         undo.callback(model.register_forward_pre_hook(begins, with_kwargs=True).remove)
         undo.enter_context(
             tracer.attached(guard, lambda layers: self.barrier.around(partial(tracer.recomputing, layers)))
         )
         undo.callback(model.register_forward_hook(guard(self._forward_ends)).remove)
-        undo.callback(optimizer.register_step_pre_hook(guard(self._optimizer_begins)).remove)
-        undo.callback(optimizer.register_step_post_hook(guard(self._optimizer_ends)).remove)
+        for optimizer in self._optimizers:
+            undo.callback(optimizer.register_step_pre_hook(guard(self._optimizer_begins)).remove)
+            undo.callback(optimizer.register_step_post_hook(guard(self._optimizer_ends)).remove)
         undo.enter_context(_observed_checkpoints(model))
         undo.enter_context(our_frames_hidden())
 
@@ -202,7 +213,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._tokens += ids[0].numel() if ids else 0
         if not self._started:
             self._started = True
-            self.source.begin_run(config_of(self._model, self._optimizer, ids), self._model)
+            self.source.begin_run(config_of(self._model, self._optimizers[0], ids), self._model)
         self._switch(Phase.FORWARD)
         assert self._tracer is not None
         self._tracer.own_batch(dict(batch))
@@ -227,19 +238,45 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             self._switch(Phase.BACKWARD)
             self._tracer.tag(Phase.BACKWARD, self._tracer.name(LOSS))
 
-    def _optimizer_begins(self, *_: Any) -> None:
-        self._switch(Phase.OPTIMIZER)
+    def _optimizer_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if id(optimizer) in self._stepped:  # the others do not step every time
+            self._awaited &= self._stepped
+            self._step_ends()
+        tracer = self._tracer
+        assert tracer is not None
+        if in_backward():  # as a part of it: each parameter's as soon as it has its gradient
+            tracer.tag(Phase.OPTIMIZER, tracer.name(type(optimizer).__name__))
+        else:
+            self._switch(Phase.OPTIMIZER)
 
-    def _optimizer_ends(self, *_: Any) -> None:
+    def _optimizer_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        self._stepped.add(id(optimizer))
+        over, tracer = self._awaited <= self._stepped, self._tracer
+        assert tracer is not None
+        if in_backward():
+            tracer.tag(Phase.BACKWARD, 0)
+            if over:
+                end = self.barrier.guard(self._step_ends)
+                torch.autograd.Variable._execution_engine.queue_callback(end)
+        elif over:
+            self._step_ends()
+
+    def _step_ends(self) -> None:
         recorder, tracer = self._recorder, self._tracer
         assert recorder is not None
         assert tracer is not None
+        if self._phase is not Phase.OPTIMIZER:  # they have stepped within backward; from here on it has been
+            self._switch(Phase.OPTIMIZER)
         allocated, reserved, peak = recorder.allocated_bytes(), recorder.reserved_bytes(), recorder.peak_bytes()
         seconds = time.perf_counter() - self._step_began_s
+        if self._step < SETTLED_AFTER or allocated > MORE_HELD * self._most_held_bytes:
+            self._look_for_others()
+        self._most_held_bytes = max(self._most_held_bytes, allocated)
         self._leave_step(None)
         self._step += 1
         if self._step == 1:
-            self.source.managed_bytes = owners.paged_bytes(self._optimizer.state.values())
+            states = chain.from_iterable(optimizer.state.values() for optimizer in self._optimizers)
+            self.source.managed_bytes = owners.paged_bytes(states)
         self.source.stepped(
             step=self._step, loss=self._losses.read(), seconds=seconds, tokens=self._tokens,
             allocated_bytes=allocated, reserved_bytes=reserved, traced=tracer.last_traced == self._step,
@@ -249,6 +286,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         )  # fmt: skip
         self._begin_step()
 
+    def _look_for_others(self) -> None:
+        assert self._tracer is not None
+        self._tracer.beside(*find_others(self._model, self._optimizers))
+
     # --- steps and phases ---------------------------------------------------------
 
     def _begin_step(self) -> None:
@@ -256,6 +297,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         assert recorder is not None
         assert tracer is not None
         self._micro_batch = self._tokens = 0
+        self._stepped.clear()
         if recorder.always_on:
             recorder.reset_peak()
         self._peak_before = recorder.peak_bytes()
