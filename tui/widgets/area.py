@@ -85,7 +85,7 @@ def _cell(share: Ints, largest: int, filled: int, lettered: bool, palette: Palet
     if filled < EIGHTHS:
         return EIGHTHS_UP[filled], palette.ink[category]
     # Of three or more in one cell, the two largest are drawn.
-    second = int(np.argsort(share)[N_CATEGORIES - 2])
+    second = int(np.where(np.arange(N_CATEGORIES) == largest, -1, share).argmax())
     lower, upper = sorted((largest, second))
     below = max(1, min(EIGHTHS - 1, round(EIGHTHS * int(share[lower]) / int(share[lower] + share[upper]))))
     return EIGHTHS_UP[below], palette.over(Category(lower), Category(upper))
