@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from importlib import metadata
@@ -11,7 +12,7 @@ import pytest
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.config import Architecture, UserError
 from gpumem_tui.engine.prediction import bitsandbytes_cuda
 from gpumem_tui.engine.prediction.cuda_kernels import kernels
 from gpumem_tui.engine.prediction.cuda_patches import cuda_paths
@@ -89,6 +90,32 @@ def test_what_a_hook_adds_is_new() -> None:
         return allocations(loss)
 
     assert of(lambda grad: grad + grad) == of(lambda grad: grad * 2)
+
+
+# --- the same in every process -------------------------------------------------------------------
+
+
+def test_a_model_that_goes_through_a_set_does_so_in_the_same_order_in_every_process(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Strings hash differently in every process: gemma3's rotary embeddings came in any order."""
+    from transformers.models.gemma3 import modeling_gemma3
+
+    kinds = [f"kind_{n}" for n in range(40)]
+    fields = {"model_type": "gemma3_text", "hidden_size": 32, "intermediate_size": 32, "num_hidden_layers": 3,
+              "num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 16, "vocab_size": 64}  # fmt: skip
+    config = dataclasses.replace(small_run(), architecture=Architecture(fields, "float32"))
+    seen: list[list[str]] = []
+
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        seen.append([*vars(modeling_gemma3).get("set", set)(kinds)])
+        return original(self, *args, **kwargs)
+
+    original = modeling_gemma3.Gemma3TextModel.forward
+    monkeypatch.setattr(modeling_gemma3.Gemma3TextModel, "forward", forward)
+    predict(config, H100)
+    assert seen and all(order == sorted(kinds) for order in seen)
+    assert "set" not in vars(modeling_gemma3), "and nothing is left behind"
 
 
 # --- versions that are not known ----------------------------------------------------------------

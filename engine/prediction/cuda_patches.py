@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import inspect
 import logging
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
@@ -95,6 +96,33 @@ def _without_flash_attn(undo: ExitStack, gpu: Gpu, functions: Any, model_class: 
     _replace(undo, functions, "_lazy_imports", lambda *_, **__: (flash_attn, not_padded, None, not_padded, not_padded))
     for name in LOADED_BY_FLASH_ATTENTION:
         _replace(undo, functions, name, None)
+
+
+@contextmanager
+def sets_in_order(model: Any) -> Iterator[None]:
+    """Have a model's own code go through the sets it makes in the same order in every process.
+
+    Several models go through `set(config.layer_types)` in each forward pass. The
+    order of strings in a set changes with Python's hash seed, and with it where
+    the allocator puts what is made for each of them.
+
+    Args:
+        model: A transformers model.
+    """
+    names = {type(module).__module__ for module in model.modules()}
+    with ExitStack() as undo:
+        for name in names:
+            if name.startswith("transformers.") and not hasattr(sys.modules[name], "set"):
+                vars(sys.modules[name])["set"] = _SortedSet  # seen instead of the built-in
+                undo.callback(delattr, sys.modules[name], "set")
+        yield
+
+
+class _SortedSet(set[Any]):
+    """A set that is gone through by its elements' texts."""
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(sorted(super().__iter__(), key=str))
 
 
 def _warm_up(

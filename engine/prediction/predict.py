@@ -37,7 +37,7 @@ from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play
 from .caching_allocator import CachingAllocator
 from .cuda_kernels import kernels, take_workspaces
-from .cuda_patches import cuda_paths
+from .cuda_patches import cuda_paths, sets_in_order
 from .fake_cuda import DEVICE, FakeCuda
 from .gpus import Gpu
 from .layer_extrapolation import extrapolate
@@ -226,6 +226,7 @@ class _Rehearsing:
         try:
             with (
                 cuda_paths(self.gpu, recorder, self._times),
+                sets_in_order(self.plan.shell),
                 op_cache().mode,
                 recorder,
             ):
