@@ -3,7 +3,8 @@
     python -m gpumem_tui.engine.service < {"config": ..., "linger_s": ...}
 
 It is started by `Launcher` in a session of its own and ends when a viewer or
-`gpumem-tui stop` ends it, or when nobody has been attached for long enough.
+`gpumem-tui stop` ends it, or when nobody has been attached for long enough; or
+with the process that started it, if that dies before it has said `STAY`.
 Whatever libraries print goes to its log and, line by line, to its viewers.
 """
 
@@ -14,6 +15,7 @@ import json
 import os
 import signal
 import sys
+import threading
 import time
 from functools import partial
 from importlib import metadata
@@ -118,7 +120,7 @@ class Log:
 
 def main() -> int:
     """Run until told to end; returns the exit code."""
-    order = json.load(sys.stdin)
+    order = json.loads(sys.stdin.readline())
     config = techniques.parse_config(order["config"], "the engine")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -126,6 +128,7 @@ def main() -> int:
     name = Path(config.model).name
     engine_lock = EngineLock(name, "run", wire.PROTOCOL, version())
     engine_dir = engine_lock.engine_dir
+    threading.Thread(target=_end_unless_told_to_stay, args=(engine_lock,), name="parent", daemon=True).start()
     try:
         log = Log(engine_dir.log)
         info = engine_dir.info()
@@ -139,6 +142,13 @@ def main() -> int:
         return engine.serve()
     finally:
         engine_lock.release()
+
+
+def _end_unless_told_to_stay(engine_lock: EngineLock) -> None:
+    """The end of standard input is that of whoever started us."""
+    if not sys.stdin.readline():
+        engine_lock.release()
+        os._exit(0)
 
 
 class _Engine:

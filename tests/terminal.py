@@ -12,7 +12,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -30,27 +30,51 @@ def until(condition: Callable[[], T], what: Callable[[], object] = lambda: "", s
     return found
 
 
+OWN_THE_TERMINAL = """
+import fcntl, os, signal, sys, termios
+for number in (signal.SIGINT, signal.SIGHUP):
+    signal.signal(number, signal.SIG_IGN if str(int(number)) in sys.argv[2].split(",") else signal.SIG_DFL)
+fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+os.close(int(sys.argv[1]))
+os.execv(sys.argv[3], sys.argv[3:])
+"""
+"""A login shell's part: the session has a terminal, and no signal is ignored whatever we ourselves were started by."""
+
+
 class Terminal:
     """Runs `gpumem-tui ARGUMENTS` as the leader of a session on a pty of its own.
+
+    Args:
+        ignored: Signals that it starts with ignored, as under `nohup`.
 
     Attributes:
         output: All that was drawn.
     """
 
-    def __init__(self, *arguments: str, environment: dict[str, str], folder: Path, rows: int = 24) -> None:
+    def __init__(
+        self,
+        *arguments: str,
+        environment: dict[str, str],
+        folder: Path,
+        rows: int = 24,
+        ignored: Sequence[signal.Signals] = (),
+    ) -> None:
         self.master, slave = pty.openpty()
         self.resize(rows, 80)
         self.before = termios.tcgetattr(slave)
         self._slave = slave  # kept open, so that the modes can be read when the program has gone
 
-        own_it = (
-            "import fcntl, os, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); os.execv(sys.argv[1], sys.argv[1:])"
-        )
+        began, begins = os.pipe()
         program = [sys.executable, "-m", "gpumem_tui.tui", *arguments]
+        numbers = ",".join(str(int(number)) for number in ignored)
         self.process = subprocess.Popen(
-            [sys.executable, "-c", own_it, *program], stdin=slave, stdout=slave, stderr=slave, start_new_session=True,
-            env=os.environ | environment | {"TERM": "xterm-256color"}, cwd=folder,
+            [sys.executable, "-S", "-c", OWN_THE_TERMINAL, str(begins), numbers, *program], pass_fds=[begins],
+            stdin=slave, stdout=slave, stderr=slave, start_new_session=True, cwd=folder,
+            env=os.environ | environment | {"TERM": "xterm-256color"},
         )  # fmt: skip
+        os.close(begins)
+        os.read(began, 1)  # ends when it becomes the program
+        os.close(began)
         self.output = b""
         self._reader = threading.Thread(target=self._read, daemon=True)
         self._reader.start()
@@ -85,9 +109,15 @@ class Terminal:
     def wait(self) -> int:
         return self.process.wait(60)
 
-    def sane(self) -> bool:
-        """Whether the program left the terminal as it found it: its modes, the normal screen, the cursor."""
+    def sane(self, used: bool = True) -> bool:
+        """Whether the program left the terminal as it found it: its modes, the normal screen, the cursor.
+
+        Args:
+            used: It has drawn a screen of its own, and left that too.
+        """
         modes: list[Any] = termios.tcgetattr(self._slave)
+        if not used:
+            return bool(modes == self.before)
         left_screen = self.output.rfind(b"\x1b[?1049l") > self.output.rfind(b"\x1b[?1049h")
         shown = self.output.rfind(b"\x1b[?25h") > self.output.rfind(b"\x1b[?25l")
         return bool(modes == self.before and left_screen and shown)

@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.events import Category
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main, parser
 from gpumem_tui.tui.commands.app import goes_on
+from gpumem_tui.tui.commands.common import config_from
 
 from .conftest import LAYERS
 
@@ -224,8 +225,23 @@ def test_a_folder_that_holds_no_language_model_is_one_line(
     assert len(said) < 500
 
 
+@pytest.mark.parametrize("before", [["--profile", "gpt2"], ["--set", "lora=on"], ["--batch-size", "3"]])
+def test_options_before_a_command_count_as_if_they_came_after_it(before: list[str]) -> None:
+    first, second = (parser(words).parse_args(words) for words in ([*before, "estimate"], ["estimate", *before]))
+    assert first == second
+    assert config_from(first) != config_from(parser().parse_args(["estimate"]))
+
+
+@pytest.mark.parametrize("words", [["--once", "estimate"], ["--ascii", "exec", "--", "true"], ["--hz", "3", "ps"]])
+def test_options_before_a_command_that_it_does_not_have_are_refused(
+    words: list[str], capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
+
+
 def test_help_comes_without_torch() -> None:
-    code = "import sys; from gpumem_tui.tui.__main__ import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
+    code = "import sys; from gpumem_tui.tui.cli import main\ntry: main(['--help'])\nexcept SystemExit: pass\n"
     check = "assert not {'torch', 'transformers', 'textual'} & set(sys.modules), 'too much was imported'"
     done = subprocess.run([sys.executable, "-c", code + check], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr

@@ -16,7 +16,7 @@ from gpumem_tui.engine.events import Category, Kind
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Replay, write
 from gpumem_tui.engine.techniques import memory_key
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.prediction_client import Background
 from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.run_summary import of_source

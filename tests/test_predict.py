@@ -25,7 +25,7 @@ from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 
 from .conftest import Engine, small_run
 from .terminal import until

@@ -16,7 +16,7 @@ import pytest
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Category, Environment, Kind
 from gpumem_tui.engine.report import Report
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.prediction_client import WORKING, Background
 from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.recording_set import RecordingSet

@@ -36,7 +36,7 @@ from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.engine.server import VIEWERS_MAX
 from gpumem_tui.engine.service import BROKEN_DEVICE, LINGER_S, Linger, Log
 from gpumem_tui.engine.service import _Engine as Served
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 
 from .conftest import Engine, small_run
 from .serving import an_engine_served

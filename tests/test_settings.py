@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.tui.__main__ import COMMANDS, main, parser
 from gpumem_tui.tui.app import tour_unseen
+from gpumem_tui.tui.cli import COMMANDS, main, parser
 from gpumem_tui.tui.commands.completion import SHELLS, commands
 from gpumem_tui.tui.settings import NO_HOME, OPTIONS, Settings, config_path, with_key, without_key
 

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.recording import Replay
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 
 QUICK = ["--batch-size", "2", "--seq-len", "16", "--steps", "1", "--device", "cpu"]
 
@@ -54,7 +54,7 @@ def test_what_an_encoding_has_no_character_for_is_a_question_mark() -> None:
 
 
 def test_a_slow_reader_of_a_descriptor_that_does_not_wait_gets_everything() -> None:
-    waits_not = "import os, sys; os.set_blocking(1, False); from gpumem_tui.tui.__main__ import main; sys.exit(main())"
+    waits_not = "import os, sys; os.set_blocking(1, False); from gpumem_tui.tui.cli import main; sys.exit(main())"
     words = f"-c {shlex.quote(waits_not)} completion zsh | (sleep 1; cat)"
     done = subprocess.run(
         f"{shlex.quote(sys.executable)} {words}", shell=True, capture_output=True, text=True, check=False

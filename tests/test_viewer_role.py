@@ -56,6 +56,30 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
 
 
+async def test_ctrl_c_in_the_first_seconds_is_the_end_without_a_question() -> None:
+    app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+c")
+        assert (app.return_code, app.interrupted) == (130, True)
+
+
+@pytest.mark.parametrize("role", [ViewerRole.ATTACHED, ViewerRole.READ_ONLY])
+async def test_ctrl_c_asks_once_there_is_a_run_to_lose_and_is_an_answer(
+    role: ViewerRole, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("gpumem_tui.tui.app.NOTHING_TO_LOSE_S", 0.0)
+    engine = source(role)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("ctrl+c")
+        if role is ViewerRole.ATTACHED:
+            assert "x stop the run and quit" in shown(app)
+            assert app.return_code is None
+            await pilot.press("ctrl+c")
+        assert app.return_code == 130
+    assert engine.told == ([End()] if role is ViewerRole.ATTACHED else [])
+
+
 async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
     app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0, tour=True)
     async with app.run_test(size=(80, 24)) as pilot:

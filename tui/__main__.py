@@ -1,92 +1,19 @@
-"""The door: the command line, and the only place where errors become exit codes.
-
-Exit codes: see EXIT_CODES.
-"""
+"""The program: `gpumem-tui`, or `python -m gpumem_tui.tui`."""
 
 from __future__ import annotations
 
-import argparse
-import importlib
-import os
-import sys
-from collections.abc import Collection, Sequence
 from typing import NoReturn
 
-from ..engine.config import UserError
-from .commands import app
-from .standard_streams import complain, standard_streams
-
-EXIT_CODES = "exit codes: 0 done, 2 something you can put right (one line says what), 3 the run failed, 130 interrupted"
-USAGE_ERROR = 2
-INTERRUPTED = 130
+from . import interrupt
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse, with its errors as one line."""
+def program() -> NoReturn:
+    """Run the command line, with Ctrl-C answered before anything else is imported."""
+    interrupt.install()
+    from .cli import main
 
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} (see: {self.prog} --help)")
-
-
-COMMANDS = (
-    ("attach", "attach:add", "show an engine that is running, in the app"),
-    ("exec", "exec:add", "watch a training script of your own, without editing it"),
-    ("ps", "ps:add", "the engines that are running"),
-    ("stop", "stop:add", "end an engine"),
-    ("run", "run:add", "one run without the app: a table, JSON, a recording"),
-    ("sweep", "sweep:add", "every row of a preset, published and measured side by side"),
-    ("estimate", "estimate:add", "a run's memory before it is run, on a GPU that need not be here"),
-    ("advise", "advise:add", "which techniques save most at the peak, and what they cost"),
-    ("open", "app:add_open", "show recordings in the app"),
-    ("profiles", "listings:add_profiles", "the models and presets there are"),
-    ("techniques", "listings:add_techniques", "what can be switched, and every setting of it"),
-    ("doctor", "doctor:add", "GPU, driver, versions: what can run here, and what cannot and why"),
-    ("config", "config:add", "show and change the settings"),
-    ("completion", "completion:add", "what bash, zsh or fish needs to complete commands and flags"),
-)
-"""Name, where its flags are, summary."""
-
-
-def parser(named: Collection[str] | None = None) -> argparse.ArgumentParser:
-    """The command line.
-
-    Args:
-        named: Words of which some may be commands; the others' flags are left
-            out, so that their modules need not be imported. None: all flags.
-    """
-    top = _Parser(
-        prog="gpumem-tui",
-        description="Where every byte of GPU memory goes while a language model is fine-tuned. "
-        "Without a command: train and watch, in the terminal.",
-        epilog=EXIT_CODES,
-    )
-    app.add(top)
-    commands = top.add_subparsers(title="commands", metavar="COMMAND", parser_class=_Parser)
-    for name, where, summary in COMMANDS:
-        inner = commands.add_parser(name, help=summary, description=summary[0].upper() + summary[1:] + ".")
-        if named is None or name in named:
-            module, function = where.split(":")
-            getattr(importlib.import_module(f"{__package__}.commands.{module}"), function)(inner)
-    return top
-
-
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the command line; returns the exit code."""
-    # On a CPU, OpenMP's threads would otherwise spin beside the one that draws.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    try:
-        with standard_streams():
-            words = sys.argv[1:] if arguments is None else arguments
-            flags = parser(set(words)).parse_args(words)
-            return int(flags.command(flags))
-    except UserError as error:
-        complain(str(error))
-        return USAGE_ERROR
-    except KeyboardInterrupt:
-        return INTERRUPTED
-    except BrokenPipeError:  # the reader of our output has gone: gpumem-tui ... | head
-        return 0
+    interrupt.leave(main())
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    program()

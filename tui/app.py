@@ -6,8 +6,9 @@ It knows a `Source` and nothing of what is behind it; it loads no torch. It asks
 
 from __future__ import annotations
 
+import asyncio
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from contextlib import suppress
 from functools import partial
 from pathlib import Path
@@ -22,6 +23,7 @@ from ..engine.config import UserError, show
 from ..engine.feed import End, Source, ViewerRole
 from .actions import Action, offered_here
 from .board import Board, fits
+from .interrupt import INTERRUPTED, end
 from .palette import Palette
 from .predictions import Predictions
 from .screens.tour import Tour
@@ -32,6 +34,9 @@ from .widgets.canvas import Canvas
 from .writer import send, writing
 
 QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
+
+NOTHING_TO_LOSE_S = 10.0
+"""How long after the start Ctrl-C ends the app, and the engine it has started, without a question."""
 
 RATES = (0.5, 1.0, 2.0, 4.0, 10.0, 20.0)
 """Refreshes a second that `[` and `]` step through."""
@@ -48,6 +53,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         background: What the terminal's background was found to be, for the theme `auto`.
         predictions: Peaks of configurations that have not run.
         tour: Begin with the tour.
+        on_shown: Called once the first frame has been drawn.
     """
 
     TITLE = "gpumem-tui"
@@ -69,6 +75,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         background: str = "dark",
         predictions: Predictions | None = None,
         tour: bool = False,
+        on_shown: Callable[[], object] = lambda: None,
     ) -> None:
         # The terminal's own colours have to be known before Textual decides how
         # to do without colours (NO_COLOR).
@@ -81,8 +88,9 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.state, self.control = self.board.state, self.board.control
         self.control.on_command = self._unfreeze
         self.canvas = Canvas(self.draw, partial(send, self))
-        self.ended = False
-        self._wants_tour = tour
+        self.ended = self.interrupted = False
+        self._wants_tour, self._on_shown = tour, on_shown
+        self._began_s = time.monotonic()
         self._ticks: list[float] = []
 
     def compose(self) -> ComposeResult:
@@ -95,6 +103,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         if self._wants_tour:
             self.start_tour()
         self.tick()
+        self.call_after_refresh(self._on_shown)
         self._timer = self.set_interval(1 / self.refresh_hz, self.tick) if self.refresh_hz > 0 else None
 
     def on_resize(self, event: Resize) -> None:
@@ -221,15 +230,18 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def quit(self) -> None:
         """Leave; where the engine would go on without us, ask what is to become of the run."""
-        run = self.state.run
-        if self.source.role is not ViewerRole.ATTACHED:
-            self.exit()
-        elif run.running or run.status == "starting":
+        if self._commands_a_run():
             self.board.question = QUIT_QUESTION
-        else:
+        elif self.source.role is ViewerRole.ATTACHED:
             self._answer("x")
+        else:
+            self.exit()
 
-    def _answer(self, key: str) -> None:
+    def _commands_a_run(self) -> bool:
+        run = self.state.run
+        return self.source.role is ViewerRole.ATTACHED and (run.running or run.status == "starting")
+
+    def _answer(self, key: str, return_code: int = 0) -> None:
         """The answer to what becomes of the run; any other key stays."""
         self.board.question = ""
         if key == "x":
@@ -237,7 +249,7 @@ class GpumemApp(App[None], inherit_bindings=False):
                 self.source.command(End())
                 self.ended = True
         if key in ("d", "q", "x"):
-            self.exit()
+            self.exit(return_code=return_code)
 
     def toggle_help(self) -> None:
         """Explain what is selected, or go back."""
@@ -248,8 +260,26 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.board.leave()
 
     async def action_quit(self) -> None:
-        """End the app."""
-        self.exit()
+        """Ctrl-C, as a key."""
+        self.interrupt()
+
+    def interrupt(self) -> None:
+        """Ctrl-C: what `quit` does, and at its question the end of the run; in the first seconds the end at once."""
+        if self.board.question:
+            self._answer("x", INTERRUPTED)
+        elif self._commands_a_run() and time.monotonic() - self._began_s > NOTHING_TO_LOSE_S:
+            self.quit()
+            self.draw()
+        else:
+            self.interrupted = True
+            self.exit(return_code=INTERRUPTED)
+
+    def interrupt_by_signal(self) -> None:
+        """The same from a signal's handler: a terminal in raw mode sends a key, `kill -INT` a signal."""
+        try:
+            asyncio.get_running_loop().call_soon_threadsafe(self.interrupt)
+        except RuntimeError:  # the terminal is not taken yet, or given back
+            end()
 
     def open_palette(self) -> None:
         """Every action by name."""

@@ -24,6 +24,7 @@ from typing import Any
 
 from ..engine.atomic_file import replacing
 from ..engine.config import Option, UserError, Value
+from .interrupt import answered_by, raise_interrupt
 
 OPTIONS: tuple[Option, ...] = (
     Option("theme", "auto", "colours; auto asks the terminal for its background", ("auto", "dark", "light", "ansi")),
@@ -159,7 +160,7 @@ class Settings:
         _parse(text, self.path)
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
-            with replacing(self.path) as file:
+            with answered_by(raise_interrupt), replacing(self.path) as file:
                 file.write(text.encode())
         except OSError as error:
             raise UserError(f"{self.path}: cannot be written: {error.strerror}") from None

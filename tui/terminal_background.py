@@ -11,6 +11,9 @@ import termios
 import time
 import tty
 from collections.abc import Callable, Iterator
+from functools import partial
+
+from .interrupt import answered_by, end
 
 LOCAL_WAIT_S, SSH_WAIT_S = 0.2, 1.0
 
@@ -36,13 +39,14 @@ def asked_background(ask: bool) -> Iterator[Callable[[], str]]:
         yield lambda: known or "dark"
         return
     terminal = sys.stdin.fileno()
-    before = termios.tcgetattr(terminal)
-    try:
-        tty.setcbreak(terminal)
-        os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, QUESTION)
-        yield lambda: from_answer(_read(terminal, SSH_WAIT_S if "SSH_CONNECTION" in os.environ else LOCAL_WAIT_S))
-    finally:
-        termios.tcsetattr(terminal, termios.TCSANOW, before)
+    restore = partial(termios.tcsetattr, terminal, termios.TCSANOW, termios.tcgetattr(terminal))
+    with answered_by(lambda: (restore(), end())):
+        try:
+            tty.setcbreak(terminal)
+            os.write(sys.__stderr__.fileno() if sys.__stderr__ else 2, QUESTION)
+            yield lambda: from_answer(_read(terminal, SSH_WAIT_S if "SSH_CONNECTION" in os.environ else LOCAL_WAIT_S))
+        finally:
+            restore()
 
 
 def _read(terminal: int, wait_s: float) -> bytes:

@@ -57,7 +57,7 @@ class Bench:
         return self._viewer
 
     @property
-    def place(self) -> EngineDir:
+    def engine_dir(self) -> EngineDir:
         engine_dir = self.viewer().engine_dir
         assert engine_dir is not None
         return engine_dir

@@ -7,8 +7,8 @@ import sys
 import time
 from pathlib import Path
 
-from gpumem_tui.tui.__main__ import main
 from gpumem_tui.tui.app import GpumemApp
+from gpumem_tui.tui.cli import main
 
 if __name__ == "__main__":
     times: list[float] = []

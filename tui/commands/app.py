@@ -6,12 +6,14 @@ import argparse
 import gc
 import os
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError
+from ..hang_up import end_with_terminal
+from ..interrupt import answered_by
 from ..settings import Settings
 from ..terminal_background import asked_background
 from . import frames
@@ -20,6 +22,7 @@ from .common import add_run_flags, config_from, seconds
 if TYPE_CHECKING:
     from ...engine.config import RunConfig
     from ...engine.feed import Source
+    from ...engine.launch import Launcher
     from ...engine.remote import Remote
     from ..app import GpumemApp
 
@@ -71,9 +74,10 @@ def main(flags: argparse.Namespace) -> int:
     from ...engine.remote import Remote
     from ...engine.service import version
 
-    remote = Remote(launch=Launcher(linger_s), version=version())
+    launcher = Launcher(linger_s)
+    remote = Remote(launch=launcher, version=version())
     remote.start(config)
-    return view(remote, flags, settings)
+    return view(remote, launcher, settings)
 
 
 def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -> int:
@@ -89,21 +93,33 @@ def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -
         session.close()
 
 
-def view(remote: Remote, flags: argparse.Namespace, settings: Settings) -> int:
-    """Show an engine's process, and see to it that it ends if it was told to."""
+def view(remote: Remote, launcher: Launcher, settings: Settings) -> int:
+    """Show an engine's process, and see to it that it ends if it was told to; returns the exit code.
+
+    Args:
+        remote: The engine.
+        launcher: What starts engines for `remote`; one that it has started ends
+            with an app that was interrupted, or never came to be seen.
+        settings: The config file, and what was typed.
+    """
+    from ...engine.feed import ViewerRole
     from ...engine.service import END_WITHIN_S
 
     try:
-        app = show(remote, settings)
+        app = show(remote, settings, launcher.let_stay)
         # It has an orderly end of so many seconds, and then a disorderly one.
         ended = app.ended and remote.wait_ended(2 * END_WITHIN_S)
+        if app.interrupted and remote.role is ViewerRole.ATTACHED:
+            launcher.kill()
     finally:
+        if not launcher.stays:
+            launcher.kill()
         remote.close()
     engine_dir = remote.engine_dir
     if engine_dir is not None and not ended and engine_dir.alive():
         info = engine_dir.info()
         sys.stderr.write(goes_on(engine_dir.name, ours=info is None or info.kind != "watch"))
-    return 0
+    return app.return_code or 0
 
 
 def goes_on(name: str, ours: bool) -> str:
@@ -126,8 +142,7 @@ def open_recordings(flags: argparse.Namespace) -> int:
     if frames.wanted(flags):
         return frames.show(opened, flags, settings, refresh_hz(settings))
     require_terminal()
-    show(opened, settings)
-    return 0
+    return show(opened, settings).return_code or 0
 
 
 def display_settings(flags: argparse.Namespace) -> Settings:
@@ -158,12 +173,13 @@ def require_terminal() -> None:
         raise UserError("this is no terminal; to run without the app: gpumem-tui run")
 
 
-def show(source: Source, settings: Settings) -> GpumemApp:
+def show(source: Source, settings: Settings, on_shown: Callable[[], object] = lambda: None) -> GpumemApp:
     """The app, until it is quit.
 
     Args:
         source: What is shown.
         settings: The config file, and what was typed.
+        on_shown: Called once it is seen.
     """
     with asked_background(settings["theme"] == "auto") as background:
         from ..app import GpumemApp, tour_unseen
@@ -175,10 +191,12 @@ def show(source: Source, settings: Settings) -> GpumemApp:
         tour = source.live and tour_unseen()
         app = GpumemApp(
             source, refresh_hz=refresh_hz(settings), settings=settings, background=found,
-            predictions=predictions, tour=tour,
+            predictions=predictions, tour=tour, on_shown=on_shown,
         )  # fmt: skip
         gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
-        app.run(mouse=bool(settings["mouse"]))
+        end_with_terminal(sys.stdin.fileno())
+        with answered_by(app.interrupt_by_signal):
+            app.run(mouse=bool(settings["mouse"]))
     return app
 
 

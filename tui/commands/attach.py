@@ -25,7 +25,8 @@ def main(flags: argparse.Namespace) -> int:
     engine_dir = engine_registry.find(flags.engine)
     require_terminal()
     info = engine_dir.info()
-    launch = None if info and info.kind == "watch" else Launcher()
-    remote = Remote(engine_dir, launch=launch, take=flags.take, version=version())
+    launcher = Launcher()
+    again = None if info and info.kind == "watch" else launcher
+    remote = Remote(engine_dir, launch=again, take=flags.take, version=version())
     remote.attach()
-    return view(remote, flags, display_settings(flags))
+    return view(remote, launcher, display_settings(flags))

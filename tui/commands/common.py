@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from ...engine.atomic_file import replacing
 from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
+from .. import interrupt
 
 if TYPE_CHECKING:
     from ...engine.events import Milestone
@@ -142,19 +143,14 @@ def run_to_end(
     session.command(Start(config))
     mine: list[Milestone] = []
     finished = False
-    try:
-        while not finished:
-            finished = session.wait(0.1)
-            for milestone in session.milestones(next_index):
-                next_index = milestone.index + 1
-                mine.append(milestone)
-                say(milestone)
-                if milestone.kind is Kind.REFUSED:
-                    raise UserError(milestone.text)
-    except KeyboardInterrupt:
-        # An engine's thread inside torch when the interpreter ends would abort the process.
-        session.close()
-        raise
+    while not finished:
+        finished = session.wait(0.1)
+        for milestone in session.milestones(next_index):
+            next_index = milestone.index + 1
+            mine.append(milestone)
+            say(milestone)
+            if milestone.kind is Kind.REFUSED:
+                raise UserError(milestone.text)
     return mine
 
 
@@ -263,7 +259,9 @@ def save_recording(session: Session, path: Path) -> None:
 
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
+    """Errors name the file, and Ctrl-C leaves no part of it."""
     try:
-        yield
+        with interrupt.answered_by(interrupt.raise_interrupt):
+            yield
     except OSError as error:
         raise UserError(f"{path}: not written: {error.strerror or error}") from None

@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Print the script."""
-    from ..__main__ import parser
+    from ..cli import parser
 
     sys.stdout.write(SHELLS[flags.shell](list(commands(parser()))))
     return 0
