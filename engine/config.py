@@ -246,11 +246,11 @@ def _describes_a_model(key: object) -> bool:
     return _is_line(key) and not str(key).startswith("_") and key not in ("auto_map", "attn_implementation")
 
 
-def _is_plain(value: object) -> bool:
-    if isinstance(value, dict):
-        return all(isinstance(key, str) for key in value) and all(map(_is_plain, value.values()))
-    if isinstance(value, list):
-        return all(map(_is_plain, value))
+def _is_plain(value: object, deepest: int = 32) -> bool:
+    if isinstance(value, dict | list):
+        below = value.values() if isinstance(value, dict) else value
+        names = value if isinstance(value, dict) else ()
+        return deepest > 0 and all(isinstance(n, str) for n in names) and all(_is_plain(v, deepest - 1) for v in below)
     return value is None or isinstance(value, bool | int | float | str)
 
 

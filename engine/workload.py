@@ -16,8 +16,11 @@ from typing import Any
 import psutil
 import torch
 
-from .config import RunConfig, UserError, one_line
+from .config import RunConfig, UserError, excerpt, one_line
 from .techniques import registry
+
+MOST_MODULES = 10_000
+"""Layers or experts of a model: each is a module, made before anything else could be refused."""
 
 Model = Any
 """A transformers model, possibly wrapped by PEFT; neither ships types."""
@@ -197,7 +200,11 @@ def _architecture(config: RunConfig) -> Any:
         raise UserError(f"{config.model}: this model's architecture is not known here")
     with _of_the_model(config):
         if config.architecture is not None:
-            architecture = AutoConfig.for_model(**config.architecture.fields())
+            fields = config.architecture.fields()
+            for name, count in fields.items():
+                if ("layer" in name or "expert" in name) and isinstance(count, int) and count > MOST_MODULES:
+                    raise UserError(f"{name}={excerpt(count)}; there may be {MOST_MODULES}")
+            architecture = AutoConfig.for_model(**fields)
         else:
             architecture = AutoConfig.from_pretrained(config.model)
     if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -404,6 +411,8 @@ def _file_rows(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _texts(path: Path) -> Iterator[str]:
     try:
+        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
+            raise UserError(f"--data {path}: no file")
         content = path.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None

@@ -40,7 +40,7 @@ class Table:
             return cls(tomllib.loads(path.read_text(encoding="utf-8")), str(path))
         except OSError as error:
             raise UserError(f"{path}: {error.strerror}") from None
-        except ValueError as error:  # not UTF-8, or not TOML
+        except (ValueError, RecursionError) as error:  # not UTF-8, not TOML, or brackets a thousand deep
             raise UserError(f"{path}: {error}") from None
 
     def take(self, key: str, kind: type[T], allowed: str, admits: Callable[[T], bool] = lambda _: True) -> T:
@@ -61,14 +61,14 @@ class Table:
         value = self.values[key]
         # bool is an int to Python, and not to whoever writes a file.
         if not isinstance(value, kind) or (isinstance(value, bool) and kind is not bool) or not admits(value):
-            raise self.error(f"{self.prefix}{key} = {reprlib.repr(value)} is not allowed; {key} takes {allowed}")
+            raise self.error(f"{self.prefix}{key} = {_shown(value)} is not allowed; {key} takes {allowed}")
         return value
 
     def text(self, key: str, choices: Sequence[str] = ()) -> str:
         """One line of text, or one of `choices`."""
         if choices:
             return self.take(key, str, ", ".join(choices), lambda value: value in choices)
-        return self.take(key, str, "one line of text", lambda value: bool(value.strip()) and "\n" not in value)
+        return self.take(key, str, "one line of text", lambda value: bool(value.strip()) and value.isprintable())
 
     def table(self, key: str) -> Table:
         """A table within this one."""
@@ -109,3 +109,10 @@ class Table:
     def error(self, problem: str) -> UserError:
         """A mistake in this file, for the caller to raise. One line, whatever was in the file."""
         return UserError(" ".join(f"{self.where}: {problem}".split()))
+
+
+def _shown(value: object) -> str:
+    try:
+        return reprlib.repr(value)
+    except ValueError:  # Python writes no integer of more than 4,300 digits
+        return "(a number too long to show)"

@@ -1,0 +1,35 @@
+"""A share of the attacks, the same every time; the rest: `python -m tests.benchmarks.attacks`."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from gpumem_tui.engine.events import Kind
+
+from .benchmarks.attacks import Tally, lines, sockets, toml
+from .benchmarks.attacks.__main__ import watched_script
+from .conftest import small_run
+from .serving import an_engine_served
+
+
+def test_messages_to_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    with an_engine_served(small_run(steps=3)) as (engine_dir, engine):
+        assert sockets.attack(engine_dir, seed=1, count=400) == Tally(400)
+        told = engine.run_milestones(small_run(steps=1))
+    assert [m.kind for m in told if m.kind in (Kind.STEP_ENDED, Kind.RUN_FAILED)][-1] is Kind.STEP_ENDED
+
+
+def test_messages_to_a_watched_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(tmp_path))
+    with watched_script() as (engine_dir, proof):
+        assert sockets.attack(engine_dir, seed=2, count=200) == Tally(200)
+    assert proof == Tally(1)
+
+
+@pytest.mark.parametrize(("attack", "count"), [(toml.attack, 500), (lines.attack, 6)])
+def test_files_and_command_lines(attack: Callable[[Path, int, int], Tally], count: int, tmp_path: Path) -> None:
+    assert attack(tmp_path, 3, count) == Tally(count)
