@@ -17,8 +17,15 @@ import torch
 
 from .config import UserError
 from .events import Environment
+from .techniques import registry
 
-PACKAGES = ("torch", "transformers", "peft", "bitsandbytes", "accelerate", "textual", "flash-attn", "nvidia-ml-py")
+PACKAGES = ("torch", "transformers", "accelerate", "textual", "nvidia-ml-py")
+"""Of which every run is made; techniques name their own."""
+
+
+def packages() -> tuple[str, ...]:
+    """Every distribution whose version matters."""
+    return (*PACKAGES, *sorted({name for technique in registry().values() for name in technique.packages}))
 
 
 def select(wanted: str) -> torch.device:
@@ -66,7 +73,7 @@ def memory_for_a_run_bytes(device: torch.device) -> int:
 def installed_packages() -> dict[str, str]:
     """Versions of what matters here; what is missing is left out."""
     found = {}
-    for name in PACKAGES:
+    for name in packages():
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:

@@ -104,6 +104,8 @@ class Technique:
         variants: Settings that between them set every value which trains
             otherwise, each complete in itself: what the tests train, and what
             they combine with the other techniques'.
+        packages: Distributions whose version matters to it, beside PyTorch and
+            transformers.
         key: The key that steps through the switch's values in the app; "": none,
             the techniques screen and the palette reach it.
         apply: Writes what it changes into the recipe of a run.
@@ -131,6 +133,7 @@ class Technique:
     in_script: str
     acts_on: tuple[Category, ...]
     variants: tuple[Mapping[str, Value], ...]
+    packages: tuple[str, ...] = ()
     key: str = ""
     cost: str | Mapping[Value, str] = "nothing measurable"
     apply: Callable[[RunConfig, Recipe], None] = _nothing

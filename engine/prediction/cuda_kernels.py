@@ -32,7 +32,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         tracker.scratch(*scratch_bytes(gpu, args[0], dims))
         return out
 
-    reductions = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim)
+    reductions = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default)
     return {
         **attention.KERNELS,
         **dict.fromkeys(reductions, reduction),
@@ -46,6 +46,8 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten.any.default: _any,
         aten.nonzero.default: _nonzero,
         aten.native_dropout.default: _dropout,
+        aten.mm.dtype_out: _into_out,
+        aten.addmm.dtype_out: _into_out,
         aten.embedding_dense_backward.default: _embedding_backward,
     }
 
@@ -156,6 +158,11 @@ def _dropout(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     out, mask = func(*args, **kwargs)
     tracker.see(mask)
     return out, mask
+
+
+def _into_out(_tracker: FakeCuda, _func: Any, _args: Any, kwargs: Any) -> Any:
+    """A product in another dtype than its factors': there is no meta kernel."""
+    return kwargs["out"]
 
 
 def _any(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

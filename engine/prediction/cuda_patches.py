@@ -18,6 +18,7 @@ from ..config import UserError
 from . import autocast, bitsandbytes_cuda
 from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
+from .fused_losses import fused_losses
 from .gpus import Gpu
 
 LOADED_BY_FLASH_ATTENTION = (
@@ -65,6 +66,7 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda
         _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         if bitsandbytes_cuda.known():
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
+        undo.enter_context(fused_losses(tracker))
         _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
         _replace(undo, torch.utils, "swap_tensors", _set_data)
         for name in ("tensor", "as_tensor"):

@@ -52,7 +52,7 @@ STEPS = 2
 """Enough for the steady state: the second step runs beside what the first has left."""
 
 
-MODELLED = {"flash-attn": "modelled"}
+MODELLED = dict.fromkeys(("flash-attn", "liger-kernel"), "modelled")
 """Packages of which no code is run: what they allocate is known without them."""
 
 

@@ -60,6 +60,7 @@ TECHNIQUE = Technique(
     in_script="from_pretrained(..., attn_implementation=...)",
     acts_on=(Category.ACTIVATIONS,),
     variants=({"attention": "eager"}, {"attention": "sdpa"}, {"attention": "flash_attention_2", "dtype": "bfloat16"}),
+    packages=("flash-attn",),
     key="t",
     apply=apply,
     recognise=recognise,

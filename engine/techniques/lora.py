@@ -109,6 +109,7 @@ TECHNIQUE = Technique(
     in_script="peft.get_peft_model(model, LoraConfig(...))",
     acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE),
     variants=({"lora": True, "lora.r": 4, "lora.targets": "all-linear"},),
+    packages=("peft",),
     key="l",
     apply=apply,
     mathematics=mathematics,

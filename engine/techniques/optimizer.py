@@ -126,6 +126,7 @@ TECHNIQUE = Technique(
     in_script="another optimizer's class",
     acts_on=(Category.OPTIMIZER_STATE,),
     variants=tuple({"optimizer": kind} for kind in (*ADAMW[1:], *BITSANDBYTES, "adafactor", "sgd", "sgd-momentum")),
+    packages=("bitsandbytes",),
     key="o",
     apply=apply,
     mathematics=mathematics,

@@ -105,6 +105,7 @@ TECHNIQUE = Technique(
         {"lora": True, "quantization": "fp4", "quantization.double": False, "quantization.compute": "bfloat16"},
         {"lora": True, "quantization": "int8"},
     ),
+    packages=("bitsandbytes",),
     key="u",
     apply=apply,
     mathematics=mathematics,

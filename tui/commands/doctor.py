@@ -26,7 +26,7 @@ def main(flags: argparse.Namespace) -> int:
         f"capability    {found.capability or '–'}",
         f"driver        {found.driver or '–'}",
         f"python        {found.python}",
-        *(f"{name:<14}{found.packages.get(name, 'not installed')}" for name in device.PACKAGES),
+        *(f"{name:<14}{found.packages.get(name, 'not installed')}" for name in device.packages()),
         "",
     ]
     if chosen.type == "cuda":

@@ -1,0 +1,107 @@
+"""Whether the loss is computed from all logits at once, or without ever having them."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..config import Option, RunConfig, Value
+from ..events import Category, Environment
+from ..technique import Mathematics, Technique
+
+if TYPE_CHECKING:
+    from ..workload import Model, Recipe
+
+SINCE = (2, 13)
+"""PyTorch's version that has `linear_cross_entropy`."""
+
+
+def apply(config: RunConfig, recipe: Recipe) -> None:
+    """Give the model another forward, one that ends in the loss."""
+    kind = config.text("loss")
+    if kind == "full":
+        return
+    from .. import fused_loss
+
+    recipe.transforms.append(partial(fused_loss.fuse, compute=getattr(fused_loss, kind.replace("-", "_"))))
+
+
+def unsuitable(config: RunConfig, model: Model) -> str | None:
+    """PyTorch's function knows neither a scale nor a cap of the logits, Liger's no scale."""
+    from ..fused_loss import Scaling, scaling_of
+
+    kind, scaling = config.text("loss"), scaling_of(model.config)
+    done = {"linear-cross-entropy": Scaling(), "liger": Scaling(softcap=scaling.softcap)}.get(kind, scaling)
+    return (
+        f"loss={kind} cannot scale or cap the logits as this model does; set loss=chunked" if done != scaling else None
+    )
+
+
+def unavailable(value: Value, environment: Environment) -> str | None:
+    """Liger's kernels are Triton's."""
+    if value == "linear-cross-entropy":
+        version = tuple(map(int, re.findall(r"\d+", environment.packages.get("torch", "0.0"))[:2]))
+        return None if version >= SINCE else "PyTorch has it from 2.13 on"
+    if value == "liger":
+        if not environment.on_gpu:
+            return "its kernels need a GPU"
+        return None if "liger-kernel" in environment.packages else "the package liger-kernel is not installed"
+    return None
+
+
+def mathematics(config: RunConfig) -> Mathematics:
+    """The chunked loss adds up in float32; the other two add up the head's gradient in the weights' dtype."""
+    kind = config.text("loss")
+    return Mathematics(numerics="" if kind in ("full", "chunked") else kind)
+
+
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """TRL and Liger give a model another forward, and so do we."""
+    for module in model.modules():
+        if getattr(module, "get_output_embeddings", None) is None:
+            continue
+        function = getattr(module.forward, "__func__", module.forward)
+        code = getattr(function, "__code__", None)
+        ours: Any = getattr(module, "loss", None)
+        if type(ours).__name__ == "FusedLoss":
+            return {"loss": ours.compute.__name__.replace("_", "-")}
+        if getattr(code, "co_name", "") == "_fused_forward":  # TRL's `add_fused_lm_head`
+            return {"loss": "chunked"}
+        if str(getattr(function, "__module__", "")).startswith("liger_kernel."):
+            return {"loss": "liger"}
+    return {"loss": "full"}
+
+
+TECHNIQUE = Technique(
+    name="loss",
+    title="loss",
+    summary="a large vocabulary's logits, in float32 and with their gradient, are often the peak; chunks avoid them",
+    formula="full: about 12·batch·seq·vocab bytes; chunked: 4096·32768 numbers; float32 gradients of head and hidden",
+    source="https://huggingface.co/docs/trl/sft_trainer",
+    cost={
+        "full": "none",
+        "chunked": "the head is multiplied twice: a few per cent where the model is large",
+        "linear-cross-entropy": "next to none",
+        "liger": "none: its kernels are faster",
+    },
+    order=45,
+    options=(
+        Option(
+            "loss",
+            "full",
+            "chunked: as TRL computes it; linear-cross-entropy: PyTorch's; liger: Liger's",
+            ("full", "chunked", "linear-cross-entropy", "liger"),
+        ),
+    ),
+    in_script="trl.SFTTrainer does; torch.nn.functional.linear_cross_entropy; TrainingArguments(use_liger_kernel=True)",
+    acts_on=(Category.LOGITS_LOSS,),
+    variants=({"loss": "chunked"}, {"loss": "linear-cross-entropy"}, {"loss": "liger"}),
+    packages=("liger-kernel", "trl"),
+    apply=apply,
+    unsuitable=unsuitable,
+    unavailable=unavailable,
+    mathematics=mathematics,
+    recognise=recognise,
+)
