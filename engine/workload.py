@@ -181,13 +181,21 @@ def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Worklo
     return Workload(model, optimizer, plan.batches, plan.recipe, plan.device, scaler)
 
 
+def quiet_loggers() -> None:
+    """Keep to themselves what libraries log; takes effect if it comes before they are imported."""
+    # bitsandbytes warns at every call of an int8 layer; torchao, which transformers imports
+    # where it is installed, of kernels it could not load.
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        getLogger(name).setLevel(ERROR)
+
+
 def quiet_libraries() -> None:
     """Keep progress bars and advice off the terminal."""
+    quiet_loggers()
     from transformers.utils import logging
 
     logging.set_verbosity_error()
     logging.disable_progress_bar()
-    getLogger("bitsandbytes").setLevel(ERROR)  # warns at every call of an int8 layer
     # PEFT still uses names that newer transformers call deprecated: nothing a user can act on.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
@@ -333,6 +341,10 @@ def _reading_each(weights: Iterable[tuple[str, Any]], reading: Callable[[str], N
         yield weight
 
 
+RANDOM_STD = 0.02
+"""Of a profile's random matrices."""
+
+
 class _RandomWeight:
     """Stands in for a safetensors slice: the tensor is made when it is read.
 
@@ -355,7 +367,7 @@ class _RandomWeight:
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.generator.device)
         if len(self.shape) < 2:  # norms and biases
             return tensor.fill_(1.0 if self.name.endswith("weight") else 0.0)
-        return tensor.normal_(0.0, 0.02, generator=self.generator)
+        return tensor.normal_(0.0, RANDOM_STD, generator=self.generator)
 
     def get_dtype(self) -> str:
         return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]

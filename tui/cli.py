@@ -52,6 +52,7 @@ COMMANDS = (
     ("sweep", "sweep:add", "every row of a preset, published and measured side by side"),
     ("estimate", "estimate:add", "a run's memory before it is run, on a GPU that need not be here"),
     ("advise", "advise:add", "which techniques save most at the peak, and what they cost"),
+    ("weights", "weights:add", "what quantization does to a model's weights, scheme by scheme"),
     ("open", "app:add_open", "show recordings in the app"),
     ("profiles", "listings:add_profiles", "the models and presets there are"),
     ("techniques", "listings:add_techniques", "what can be switched, and every setting of it"),

@@ -1,0 +1,72 @@
+"""Which of a model's weights a run stores quantized: what transformers and bitsandbytes convert."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Mapping, Sequence
+from typing import Any
+
+
+def quantizable_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
+    """Names of the linear layers that are converted: all but the output layer and what is tied to the embedding.
+
+    Args:
+        config: Content of a config.json.
+
+    Returns:
+        Paths of modules; None if transformers does not know the architecture.
+    """
+    if "model_type" not in config:
+        return None
+    import transformers
+    from transformers import AutoConfig
+
+    from ..workload import quiet_libraries, shell_of
+
+    quiet_libraries()
+    try:
+        architecture = AutoConfig.for_model(**config)
+        named = getattr(transformers, (config.get("architectures") or [""])[0], None)
+        return convertible(shell_of(architecture) if named is None else _shell(named, architecture))
+    except Exception:  # whatever a configuration that nobody here wrote makes a model's constructor raise
+        return None
+
+
+def _shell(model_class: Any, architecture: Any) -> Any:
+    import torch
+
+    with torch.device("meta"):
+        return model_class(architecture)
+
+
+def convertible(model: Any) -> frozenset[str]:
+    """Names of a model's modules that are converted where none is named to be kept."""
+    from torch import nn
+    from transformers.pytorch_utils import Conv1D
+    from transformers.quantizers.base import get_keys_to_not_convert
+    from transformers.quantizers.quantizers_utils import should_convert_module
+
+    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
+    return frozenset(
+        name
+        for name, module in model.named_modules()
+        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
+    )
+
+
+def among(modules: Collection[str] | None, names: Sequence[str]) -> frozenset[str] | None:
+    """Parameters that are weights of these modules.
+
+    A file may hold a part of the model, whose names lack the path to it.
+
+    Args:
+        modules: Paths in the model.
+        names: Of parameters in a file.
+
+    Returns:
+        Some of the names; None if nothing is known, or the file is of another model.
+    """
+    if modules is None:
+        return None
+    paths = set(modules) | {path.partition(".")[2] for path in modules if "." in path}
+    found = frozenset(name for name in names if name.removesuffix(".weight") in paths)
+    return found or None

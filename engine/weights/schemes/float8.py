@@ -1,0 +1,48 @@
+"""fp8, by torch's own conversion, which is what torchao's float8 training rounds with."""
+
+from __future__ import annotations
+
+from ..scheme import Piece, Quantized, Scheme
+
+SOURCE = "https://arxiv.org/abs/2209.05433"
+SIGN, LARGEST_CODE = 0x80, 0x7E
+
+
+def _quantize(piece: Piece, by_row: bool) -> Quantized:
+    import torch
+
+    kind = torch.float8_e4m3fn
+    largest = torch.finfo(kind).max
+    values, bounds = piece.by_row() if by_row else (piece.values, piece.bounds)
+    scale = largest / bounds.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest)
+    stored = (values * scale).clamp(-largest, largest).to(kind)
+    restored = (stored.float() / scale).reshape(piece.values.shape)
+    bits = stored.view(torch.uint8).reshape(-1).to(torch.int16)
+    # In the order of their values, from -448; the two codes that mean NaN do not occur.
+    codes = torch.where(bits >= SIGN, SIGN + LARGEST_CODE - bits, bits + LARGEST_CODE + 1)
+    return Quantized(codes.to(torch.uint8), restored)
+
+
+def _scheme(key: str, title: str, order: int, by_row: bool) -> Scheme:
+    of = "of the row" if by_row else "of all"
+    return Scheme(
+        key=key,
+        title=title,
+        order=order,
+        code_bits=8,
+        levels=254,
+        formula=f"e4m3 of 448 w / max|w {of}|",
+        explanation="A sign, four bits of exponent, three of mantissa: each weight keeps three bits of its own, "
+        "however small it is, so an outlier costs the others little. But around the many middling weights even "
+        "levels would be finer.",
+        source=SOURCE,
+        package="torch",
+        quantize=lambda piece: _quantize(piece, by_row),
+        storage_bytes=lambda rows, columns: rows * columns + 4 * (rows if by_row else 1),
+    )
+
+
+SCHEMES = (
+    _scheme("fp8-e4m3-tensor", "fp8 e4m3, tensor", 80, by_row=False),
+    _scheme("fp8-e4m3-row", "fp8 e4m3, row", 81, by_row=True),
+)

@@ -1,0 +1,206 @@
+"""`gpumem-tui weights`: what quantization does to a model's weights."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ...engine.config import UserError
+from ...engine.weights.scheme import Scheme
+from ...engine.weights.schemes import registry
+from ..units import UNKNOWN, count, tail, unit_for
+from .common import end_progress, refuse_unwritable, tell, write_document
+
+if TYPE_CHECKING:
+    from ...engine.weights.measure import TensorReport
+    from ...engine.weights.tensors import ModelWeights
+
+DEFAULT_PROFILE = "tiny"
+KEPT_FOR = "nf4-double"
+"""The scheme whose worst tensors are listed: QLoRA's."""
+LISTED = 5
+RANDOM = (
+    "Random weights are normal: kurtosis 3, nothing beyond 6 sigma. Trained ones have outliers: int8 of a whole\n"
+    "tensor loses 5 to 20 dB more on them, NF4 in blocks of 64 less than 1."
+)
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    what = parser.add_mutually_exclusive_group()
+    what.add_argument("file", nargs="?", metavar="FILE", help="a .safetensors file")
+    what.add_argument("--model", metavar="M", help="a folder of .safetensors files, or a hub id")
+    what.add_argument("--profile", metavar="P", help="a model profile with random weights (see: gpumem-tui profiles)")
+    parser.add_argument("--schemes", metavar="KEYS", help=f"some of, or all: {', '.join(registry())}")
+    parser.add_argument("--exact", action="store_true", help="measure every weight, and not a sample of each tensor")
+    parser.add_argument("--json", metavar="FILE", help="write everything as one JSON document; - for standard output")
+    parser.add_argument("--jsonl", action="store_true", help="print a line of JSON for each tensor as it is measured")
+    parser.set_defaults(command=main)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Measure; 0 if every tensor could be."""
+    schemes = _chosen(flags.schemes)
+    refuse_unwritable("json", flags.json)
+    name, weights = _opened(flags)
+    for left_out, reason in weights.left_out.items():
+        sys.stderr.write(f"gpumem-tui: left out: {left_out} {reason}\n")
+    missing = {scheme.key: why for scheme in schemes if (why := scheme.unavailable) is not None}
+    here = [scheme for scheme in schemes if scheme.key not in missing]
+    if not here:
+        raise UserError(f"--schemes {flags.schemes}: {next(iter(missing.values()))}")
+    document = _measured(name, weights, here, flags) | {"unavailable": missing}
+    if flags.json:
+        write_document(document, flags.json)
+    if flags.json != "-" and not flags.jsonl:
+        sys.stdout.write(_text(document, here))
+    return 0
+
+
+def _chosen(keys: str | None) -> list[Scheme]:
+    known = registry()
+    if keys is None:
+        return [scheme for scheme in known.values() if scheme.usual]
+    if keys == "all":
+        return list(known.values())
+    chosen = [key.strip() for key in keys.split(",")]
+    for key in chosen:
+        if key not in known:
+            raise UserError(f"--schemes {keys}: there is no scheme {key!r}; there are: {', '.join(known)}")
+    return [known[key] for key in dict.fromkeys(chosen)]
+
+
+def _opened(flags: argparse.Namespace) -> tuple[str, ModelWeights]:
+    """What it is called, and the weights."""
+    if flags.file or flags.model:
+        from ...engine.weights.checkpoint import open_checkpoint
+
+        where = flags.file or flags.model
+        return Path(where).name, open_checkpoint(where)
+    from ...engine.weights.random_weights import random_model
+    from ...profiles import model_profile
+
+    profile = model_profile(flags.profile or DEFAULT_PROFILE)
+    return profile.name, random_model(profile.config, profile.dtype)
+
+
+def _measured(name: str, weights: ModelWeights, schemes: Sequence[Scheme], flags: argparse.Namespace) -> dict[str, Any]:
+    """Everything about every tensor; with --jsonl told as it becomes known."""
+    import torch
+
+    from ...engine.weights.document import SCHEMA, picture_entry, tensor_entry, total_entry
+    from ...engine.weights.lens import reports
+    from ...engine.weights.quantizable import among, quantizable_modules
+
+    torch.set_num_threads(1)  # tensors are measured side by side
+    names = [tensor.name for tensor in weights.tensors]
+    with ThreadPoolExecutor(1) as beside:
+        modules = beside.submit(quantizable_modules, weights.config)
+        found: list[TensorReport] = []
+        for report in reports(weights.tensors, schemes, flags.exact):
+            tell(f"{len(found) + 1} of {len(names)} tensors: {report.name}")
+            found.append(report)
+            if flags.jsonl:
+                _line(tensor_entry(report) | picture_entry(report))
+        end_progress()
+        quantized = among(modules.result(), names)
+    kept = {report.name for report in found if quantized is not None and report.name not in quantized}
+    totals = {
+        "schema": SCHEMA,
+        "model": name,
+        "random": weights.random,
+        "exact": flags.exact,
+        "architecture_known": quantized is not None,
+        "kept": sorted(kept),
+        "vectors": weights.vectors,
+        "left_out": dict(weights.left_out),
+        "total": total_entry([report for report in found if report.name not in kept], schemes),
+    }
+    if flags.jsonl:
+        _line(totals)
+    return totals | {"tensors": [tensor_entry(report) | {"quantized": report.name not in kept} for report in found]}
+
+
+def _line(entry: Mapping[str, Any]) -> None:
+    sys.stdout.write(json.dumps(entry) + "\n")
+    sys.stdout.flush()
+
+
+def _text(document: Mapping[str, Any], schemes: Sequence[Scheme]) -> str:
+    total = document["total"]
+    ways = "every weight" if document["exact"] else "a sample, SQNR within 0.1 dB"
+    lines = [
+        f"{document['model']}: {total['tensors']} matrices of {count(total['parameters'])} weights are quantized, "
+        f"{len(document['kept'])} kept; measured on {ways}",
+        *_notes(document),
+        "",
+        *_schemes(total, schemes),
+        *(f"{scheme.title}: {document['unavailable'][key]}" for key, scheme in registry().items()
+          if key in document["unavailable"]),
+    ]  # fmt: skip
+    shown = KEPT_FOR if KEPT_FOR in total["schemes"] else next(iter(total["schemes"]), None)
+    if shown is not None:
+        lines += ["", *_worst(document, registry()[shown])]
+    return "\n".join(lines) + "\n"
+
+
+def _notes(document: Mapping[str, Any]) -> Iterator[str]:
+    if document["random"]:
+        yield RANDOM
+    if not document["architecture_known"]:
+        yield "The architecture is not known (no config.json beside the file): every matrix counts as quantized."
+
+
+def _schemes(total: Mapping[str, Any], schemes: Sequence[Scheme]) -> Iterator[str]:
+    """One line a scheme."""
+    entries = total["schemes"]
+    unit = unit_for(max((entry["bytes"] for entry in entries.values()), default=0))
+    yield f"{'':<24}{'bits':>6}{unit.name:>8}{'SQNR dB':>9}{'worst':>7}{'levels used':>14}{'entropy':>9}{'wasted':>8}"
+    for scheme in schemes:
+        entry = entries.get(scheme.key)
+        if entry is None:
+            yield f"{scheme.title:<24}{UNKNOWN:>6}  suits no tensor"
+            continue
+        used = f"{entry['levels_used']:.0f} of {entry['levels']}"
+        yield (
+            f"{scheme.title:<24}{entry['bits_per_parameter']:>6.2f}{unit.show(entry['bytes']):>8}"
+            f"{_db(entry['sqnr_db']):>9}{_db(entry['worst']['sqnr_db']):>7}{used:>14}"
+            f"{entry['entropy_bits']:>9.2f}{entry['wasted_bits']:>8.2f}"
+        )
+
+
+def _worst(document: Mapping[str, Any], scheme: Scheme) -> Iterator[str]:
+    """The tensors that lose most, and what keeping the worst would do."""
+    rated = [
+        (found["sqnr_db"], tensor) for tensor in document["tensors"]
+        if tensor["quantized"] and (found := tensor["schemes"].get(scheme.key)) and found["sqnr_db"] is not None
+    ]  # fmt: skip
+    width = min(shutil.get_terminal_size().columns, 100) - 34
+    yield f"{'lowest SQNR as ' + scheme.title:<{width}}{'kurtosis':>10}{'largest':>12}{'SQNR dB':>10}"
+    for sqnr, tensor in sorted(rated, key=lambda pair: pair[0])[:LISTED]:
+        largest = f"{tensor['largest_sigma']:.1f} sigma"
+        yield f"{tail(tensor['name'], width - 1):<{width}}{tensor['kurtosis']:>10.1f}{largest:>12}{sqnr:>10.1f}"
+    keep = document["total"]["keep"].get(scheme.key)
+    if keep:
+        unit = unit_for(keep["added_bytes"])
+        yield (
+            f"keep {_tensors(len(keep['tensors']))} in 16 bit: +{unit.full(keep['added_bytes'])}, "
+            f"worst {keep['worst_before_db']:.1f} -> {keep['worst_after_db']:.1f} dB"
+        )
+        yield f"  --set quantization.skip={keep['skip']}"
+    elif scheme.setting:
+        yield "none stands out: there is nothing to gain from keeping a few of them in 16 bit"
+
+
+def _tensors(number: int) -> str:
+    return f"{number} tensor" + ("s" if number != 1 else "")
+
+
+def _db(value: float | None) -> str:
+    return UNKNOWN if value is None else f"{value:.1f}"
