@@ -9,7 +9,7 @@ import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from gpumem_tui.tui.__main__ import COMMANDS
+from gpumem_tui.tui.cli import COMMANDS
 
 from . import LONGEST_LINE, Tally, fresh
 
