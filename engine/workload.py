@@ -41,6 +41,7 @@ class Recipe:
         accumulation: Micro-batches per optimizer step.
         keep_outputs: Whether the loop's outputs live until the next forward returns.
         trains_all: Whether every weight is trained, and not adapters beside them.
+        keeps_gradients: Whether all gradients are there at once.
         state_bytes: Of optimizer state per trained parameter, at the least.
         weight_bits: Of a stored weight, at the least; 0: as many as the dtype has.
         libraries: Packages whose own kernels run beside PyTorch's.
@@ -57,6 +58,7 @@ class Recipe:
     accumulation: int = 1
     keep_outputs: bool = True
     trains_all: bool = True
+    keeps_gradients: bool = True
     state_bytes: int = 0
     weight_bits: int = 0
     libraries: set[str] = field(default_factory=set)
@@ -267,8 +269,8 @@ def _refuse_too_large(name: str, shell: Model, recipe: Recipe, device: torch.dev
     bits = recipe.weight_bits or recipe.dtype.itemsize * 8
     needed, what = count * bits // 8, "its weights alone take"
     if recipe.trains_all:
-        needed += count * (recipe.dtype.itemsize + recipe.state_bytes)
-        what = "weights, gradients and optimizer state alone take"
+        needed += count * (recipe.dtype.itemsize * recipe.keeps_gradients + recipe.state_bytes)
+        what = f"weights{', gradients' * recipe.keeps_gradients} and optimizer state alone take"
     there = memory_for_a_run_bytes(device)
     if needed > there:
         raise UserError(f"{name} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB")

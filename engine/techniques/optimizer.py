@@ -76,6 +76,7 @@ def mathematics(config: RunConfig) -> Mathematics:
 
 def recognise(_model: Any, optimizer: Any) -> Mapping[str, Value]:
     """Its class, and how torch's own loops over parameters."""
+    optimizer = next(iter(getattr(optimizer, "optimizers", {}).values()), optimizer)  # stepped in backward
     kind = CLASSES.get(type(optimizer).__name__)
     if kind is None:
         return {}

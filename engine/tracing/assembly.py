@@ -24,6 +24,9 @@ from .recorder import Raw, Recorder, columns
 
 Publish = Callable[[StepTrace], None]
 
+MODULE_BITS = 24
+"""Of a mark, those below its module."""
+
 # A tracer further ahead than this waits: what is not assembled yet is memory on the host.
 PENDING = 2
 
@@ -79,7 +82,7 @@ class Taken:
 
 def pack(phase: int, micro_batch: int, module: int) -> int:
     """A mark in one number: appending one is the cheapest a hook can do."""
-    return module << 24 | micro_batch << 8 | phase
+    return module << MODULE_BITS | micro_batch << 8 | phase
 
 
 class Assembler:
@@ -180,7 +183,7 @@ def _settled(marks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
 def _marks(packed: array[int]) -> npt.NDArray[Any]:
     values = np.frombuffer(packed, np.int64) if packed else np.empty(0, np.int64)
     marks = np.empty(len(values), MARK)
-    marks["phase"], marks["micro_batch"], marks["module"] = values & 0xFF, values >> 8 & 0xFFFF, values >> 24
+    marks["phase"], marks["micro_batch"], marks["module"] = values & 0xFF, values >> 8 & 0xFFFF, values >> MODULE_BITS
     return marks
 
 

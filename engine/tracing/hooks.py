@@ -14,6 +14,7 @@ from typing import Any, Protocol
 
 import torch
 from torch._C import _current_graph_task_id
+from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
 from ..events import Category, Phase
 from ..ledger import LOGITS, LOSS
@@ -42,6 +43,10 @@ class Tagger(Protocol):
 
     def leaf(self, name: str, tensor: torch.Tensor) -> None:
         """A leaf of the graph that is no parameter: its `.grad` will be filled."""
+        ...
+
+    def step_in_backward(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """An optimizer steps as a part of backward; returns what ends that."""
         ...
 
     def own(self, category: Category, name: str, tensor: torch.Tensor) -> None:
@@ -76,6 +81,25 @@ def tag_modules(model: torch.nn.Module, tagger: Tagger, guard: Guard = unguarded
             undo.callback(module.register_forward_pre_hook(enter).remove)
             # always_call: a recompute that stops early leaves modules by exception.
             undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+        yield
+
+
+@contextmanager
+def tag_steps_in_backward(tagger: Tagger, guard: Guard = unguarded) -> Iterator[None]:
+    """Tag what optimizers do that step as soon as a gradient is there, until the context is left."""
+    ends: list[Callable[[], None]] = []
+
+    def begins(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if tagger.tagging and _current_graph_task_id() != -1:
+            ends.append(tagger.step_in_backward(optimizer))
+
+    def ended(*_: Any) -> None:
+        if ends:
+            ends.pop()()
+
+    with ExitStack() as undo:
+        undo.callback(register_optimizer_step_pre_hook(guard(begins)).remove)
+        undo.callback(register_optimizer_step_post_hook(guard(ended)).remove)
         yield
 
 

@@ -49,7 +49,7 @@ class OwnerRegistry:
         self._optimizers: Sequence[torch.optim.Optimizer] = ()
         self._other_models: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
         self._other_optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
-        self._trained: list[tuple[int, int, weakref.ref[torch.Tensor]]] = []
+        self._trained: dict[int, tuple[int, int, weakref.ref[torch.Tensor]]] = {}
         self._leaves: list[tuple[str, weakref.ref[torch.Tensor]]] = []
         self._int8: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
         self._found = np.empty(0, OWNER)
@@ -153,12 +153,21 @@ class OwnerRegistry:
             (p + strip_wrappers(name), weakref.ref(m)) for p, each in models for name, m in owners.int8_modules(each)
         ]
         name_of, describe = self._labels.name, self._labels.tensor
-        self._trained = [(name_of(name), describe("", p), weakref.ref(p)) for name, p in named.values()]
+        self._trained = {key: (name_of(name), describe("", p), weakref.ref(p)) for key, (name, p) in named.items()}
+
+    def note_gradients_of(self, rows: OwnerRows, mark: int, optimizer: torch.optim.Optimizer) -> None:
+        """The `.grad` of every parameter that an optimizer updates."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                name, made, _ = self._trained.get(id(parameter), (0, -1, None))
+                if parameter.grad is not None:
+                    address = self._recorder.address(parameter.grad)
+                    rows.noted.extend((address, mark, Category.GRADIENTS, name, made))
 
     def note_gradients(self, rows: OwnerRows, mark: int) -> None:
         """The `.grad` of every parameter and leaf that has one."""
         address_of = self._recorder.address
-        for name, made, reference in self._trained:
+        for name, made, reference in self._trained.values():
             parameter = reference()
             if parameter is not None and parameter.grad is not None:
                 rows.noted.extend((address_of(parameter.grad), mark, Category.GRADIENTS, name, made))

@@ -21,9 +21,9 @@ from .. import recompute
 from ..events import Category, Counted, Made, Phase
 from ..ledger import LOSS
 from . import owners
-from .assembly import Assembler, Publish, Span, Taken, pack
+from .assembly import MODULE_BITS, Assembler, Publish, Span, Taken, pack
 from .describe import OperatorWatch
-from .hooks import Guard, tag_modules, unguarded
+from .hooks import Guard, tag_modules, tag_steps_in_backward, unguarded
 from .labels import Labels
 from .owner_registry import OwnerRegistry, OwnerRows
 from .recompute_log import OnRecompute, Recomputed, RecomputeLog
@@ -209,6 +209,7 @@ class Tracer:
         """Only while steps are traced: idle hooks would cost the others of a launch-bound run 2 %."""
         if self._hooks is not None and self._model is not None and not self._hooked:
             self._hooks.enter_context(tag_modules(self._model, self, self._guard))
+            self._hooks.enter_context(tag_steps_in_backward(self, self._guard))
             self._hooked = True
 
     @contextmanager
@@ -289,6 +290,16 @@ class Tracer:
                 self._own_gradients()
                 self._take(step, None)
             self._next_publish_s = time.perf_counter() + self._publish_every_s
+
+    def step_in_backward(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
+        """An optimizer steps as a part of backward; returns what ends that."""
+        step = self._step
+        if step is None or not step.marks:
+            return lambda: None
+        module = step.marks[-1] >> MODULE_BITS
+        self._owners.note_gradients_of(step.owners, self._mark(step), optimizer)
+        self.tag(Phase.OPTIMIZER, self.name(type(optimizer).__name__))
+        return lambda: self.tag(Phase.BACKWARD, module)
 
     # --- what the operators' watch calls ------------------------------------
 

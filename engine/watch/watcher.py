@@ -242,23 +242,16 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         if id(optimizer) in self._stepped:  # the others do not step every time
             self._awaited &= self._stepped
             self._step_ends()
-        tracer = self._tracer
-        assert tracer is not None
-        if in_backward():  # as a part of it: each parameter's as soon as it has its gradient
-            tracer.tag(Phase.OPTIMIZER, tracer.name(type(optimizer).__name__))
-        else:
+        if not in_backward():  # else it is a part of it: each parameter's as soon as it has its gradient
             self._switch(Phase.OPTIMIZER)
 
     def _optimizer_ends(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         self._stepped.add(id(optimizer))
-        over, tracer = self._awaited <= self._stepped, self._tracer
-        assert tracer is not None
+        if not self._awaited <= self._stepped:
+            return
         if in_backward():
-            tracer.tag(Phase.BACKWARD, 0)
-            if over:
-                end = self.barrier.guard(self._step_ends)
-                torch.autograd.Variable._execution_engine.queue_callback(end)
-        elif over:
+            torch.autograd.Variable._execution_engine.queue_callback(self.barrier.guard(self._step_ends))
+        else:
             self._step_ends()
 
     def _step_ends(self) -> None:
