@@ -388,7 +388,7 @@ def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixtu
     [
         (["--profile", "tiny", "--gpu", "Voodoo 2"], "--gpu Voodoo 2"),
         (["--profile", "tiny", "--gpu", ""], "not a GPU known here"),
-        (["--model", "."], "--model ."),
+        (["--model", "."], ".: Unrecognized model"),
         (["--profile", "tiny", "--set", "quantization=nf4"], "lora=on"),
         (["--profile", "tiny", "--json", "/nowhere/x.json"], "cannot write there"),
     ],

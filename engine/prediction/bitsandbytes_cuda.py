@@ -19,10 +19,12 @@ import torch
 
 from ..config import UserError
 from .gpus import Gpu
+from .libraries_loading import libraries_loading
 
 if TYPE_CHECKING:
     from .fake_cuda import FakeCuda
 
+PACKAGE = "bitsandbytes"
 BACKENDS = ("default", "cuda")  # the later one wins
 KNOWN = ("0.50.",)
 """Versions whose backend is what is modelled here, by how they begin: its functions are taken by their names."""
@@ -30,7 +32,7 @@ KNOWN = ("0.50.",)
 
 def known() -> bool:
     """Whether it is installed in a version that is modelled."""
-    return importlib.util.find_spec("bitsandbytes") is not None and metadata.version("bitsandbytes").startswith(KNOWN)
+    return importlib.util.find_spec(PACKAGE) is not None and metadata.version(PACKAGE).startswith(KNOWN)
 
 
 def refuse_unknown() -> None:
@@ -40,7 +42,7 @@ def refuse_unknown() -> None:
         UserError: It is one.
     """
     if not known():
-        version, modelled = metadata.version("bitsandbytes"), " and ".join(f"{start}x" for start in KNOWN)
+        version, modelled = metadata.version(PACKAGE), " and ".join(f"{start}x" for start in KNOWN)
         raise UserError(f"what bitsandbytes {version} allocates on a GPU cannot be predicted; that of {modelled} can")
 
 
@@ -53,7 +55,8 @@ def cuda_backend(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
     from bitsandbytes.optim.optimizer import Optimizer8bit
     from torch._subclasses.fake_tensor import FakeTensor
 
-    table, namespaces = _functions()
+    with libraries_loading():
+        table, namespaces = _functions()
     for namespace in namespaces:
         namespace["_gpu_dispatch_props"] = lambda _: (gpu.multiprocessors, *gpu.capability)
         if "_gemm_4bit_use_custom_cuda" in namespace:
@@ -96,7 +99,7 @@ def cuda_backend(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
             else:
                 undo.callback(delattr, owner, name)
             setattr(owner, name, value)
-        tracker.libraries["bitsandbytes"] = table
+        tracker.libraries[PACKAGE] = table
         undo.callback(tracker.libraries.clear)
         yield
 

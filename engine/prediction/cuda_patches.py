@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import logging
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, contextmanager
 from importlib import metadata
 from types import ModuleType
@@ -37,12 +37,15 @@ _DATA: Any = torch.Tensor.data
 
 
 @contextmanager
-def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda _: 1) -> Iterator[None]:
+def cuda_paths(
+    gpu: Gpu, tracker: FakeCuda, libraries: Collection[str] = (), times: Callable[[str], int] = lambda _: 1
+) -> Iterator[None]:
     """Everything that asks for the type of the device is told what it needs to hear.
 
     Args:
         gpu: Which one it is.
         tracker: The recorder.
+        libraries: Packages whose own kernels the run uses.
         times: How many parameters of the model the named one stands for.
     """
     with ExitStack() as undo:
@@ -64,7 +67,7 @@ def cuda_paths(gpu: Gpu, tracker: FakeCuda, times: Callable[[str], int] = lambda
         _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
-        if bitsandbytes_cuda.known():
+        if bitsandbytes_cuda.PACKAGE in libraries:
             undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
         undo.enter_context(fused_losses(tracker))
         _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))

@@ -43,6 +43,7 @@ from .gpus import Gpu
 from .layer_extrapolation import extrapolate
 from .layer_passes import UnlikeError
 from .layers import Layers, shortened
+from .libraries_loading import libraries_loading
 from .op_cache import op_cache
 from .outcome import Prediction, safe_bound_bytes
 from .search import largest
@@ -196,8 +197,9 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
 
 def _planned(config: RunConfig) -> Plan:
     """A run of shapes only, whose every kernel is known."""
-    plan = prepare(config, DEVICE, shapes_only=True)
-    if "bitsandbytes" in plan.recipe.libraries:
+    with libraries_loading():
+        plan = prepare(config, DEVICE, shapes_only=True)
+    if bitsandbytes_cuda.PACKAGE in plan.recipe.libraries:
         bitsandbytes_cuda.refuse_unknown()
     return plan
 
@@ -225,7 +227,7 @@ class _Rehearsing:
         tracer = Tracer(recorder, self._keep, self.recomputes.append, float("inf"), described=-1)
         try:
             with (
-                cuda_paths(self.gpu, recorder, self._times),
+                cuda_paths(self.gpu, recorder, self.plan.recipe.libraries, self._times),
                 sets_in_order(self.plan.shell),
                 op_cache().mode,
                 recorder,
@@ -375,7 +377,7 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     plan = _planned(config)
     plan.recipe.transforms.clear()  # what prepares for training
     recorder = FakeCuda(kernels(gpu))
-    with cuda_paths(gpu, recorder), op_cache().mode, recorder:
+    with cuda_paths(gpu, recorder, plan.recipe.libraries), op_cache().mode, recorder:
         recorder.workspaces = take_workspaces(gpu, recorder)
         before = len(recorder.rows())
         model = build(plan).model.eval()
