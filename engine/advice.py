@@ -5,8 +5,9 @@ from __future__ import annotations
 from . import techniques
 from .config import RunConfig, show
 from .events import Category
-from .feed import Command, Source, Start, peak_bytes
+from .feed import Command, Start
 from .ledger import Bytes, Ledger
+from .run import Run, peak_bytes
 
 OF_A_BATCH = (Category.ACTIVATIONS, Category.LOGITS_LOSS, Category.KV_CACHE)
 
@@ -17,19 +18,18 @@ OF_WORKLOAD: dict[str, tuple[str, tuple[Category, ...]]] = {
 """How what is no technique is changed in a script of one's own, and the categories it acts on."""
 
 
-def advice(command: Command, source: Source) -> str:
+def advice(command: Command, run: Run | None) -> str:
     """Why a command is refused on a watched script, and what to do instead. One line."""
     if not isinstance(command, Start):
         return "the loop is your own script's: pause it, stop it and end it there"
-    config = source.config()
-    name = _changed(config, command.config) if config is not None else None
-    if name is None:
+    name = _changed(run.config, command.config) if run is not None else None
+    if run is None or name is None:
         return "the loop is your own script's: start it again there"
     line = f"{name}={show(command.config[name])} is for your script to set"
     technique = techniques.of_option(name)
     how, categories = (technique.in_script, technique.acts_on) if technique else OF_WORKLOAD.get(name, ("", ()))
     line += f": {how}" if how else ""
-    held = _at_the_peak(source)
+    held = _at_the_peak(run)
     if held and categories:
         parts = " + ".join(f"{c.info.title} {held[c] / 2**20:.1f} MiB" for c in categories if held[c])
         line += f"; it acts on {parts or 'nothing that is held'} of {sum(held.values()) / 2**20:.1f} MiB at the peak"
@@ -40,6 +40,6 @@ def _changed(old: RunConfig, new: RunConfig) -> str | None:
     return next((name for name in techniques.all_options() if old[name] != new[name]), None)
 
 
-def _at_the_peak(source: Source) -> Bytes | None:
-    traces = [*source.traces()]
+def _at_the_peak(run: Run) -> Bytes | None:
+    traces = run.traces()
     return Ledger(max(traces, key=peak_bytes)).peak.by_category if traces else None

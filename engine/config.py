@@ -27,7 +27,11 @@ class UserError(Exception):
 
 def one_line(error: BaseException) -> str:
     """What an error of somebody else's says, in a line."""
-    return printable(str(error)) or type(error).__name__
+    try:
+        said = str(error)
+    except Exception:  # an error of somebody else's need not be printable
+        said = ""
+    return printable(said) or type(error).__name__
 
 
 def printable(text: str, longest: int = 300) -> str:

@@ -183,6 +183,32 @@ class Recompute(NamedTuple):
     early_stop: bool
 
 
+class EndKind(enum.StrEnum):
+    """How a traced step ended."""
+
+    OPEN = "open"
+    COMPLETE = "complete"
+    ABORTED = "aborted"
+
+
+class Ending(NamedTuple):
+    """How a traced step ended, if it has.
+
+    Attributes:
+        kind: Open: it goes on, what is alive may yet change category. Aborted: an
+            error left it where it was.
+        error: Which, in one line; empty unless aborted.
+        requested_bytes: What was asked for when memory ran out; None: not known, or another error.
+    """
+
+    kind: EndKind
+    error: str = ""
+    requested_bytes: int | None = None
+
+
+OPEN, COMPLETE = Ending(EndKind.OPEN), Ending(EndKind.COMPLETE)
+
+
 @dataclass(frozen=True, slots=True, eq=False)
 class StepTrace:
     """Every allocation of one step, as columns.
@@ -195,7 +221,7 @@ class StepTrace:
         owners: dtype OWNER.
         names: Modules and owners by index; `names[0]` is the model itself.
         phases: In order, none overlapping; recomputes lie inside backward.
-        partial: The step goes on; what is still alive may yet change category.
+        ending: How the step ended, if it has.
         micro_batches: Of this step.
         counted: By the allocator itself; None while the step goes on.
         made: dtype MADE.
@@ -209,11 +235,21 @@ class StepTrace:
     owners: npt.NDArray[Any]
     names: tuple[str, ...]
     phases: tuple[PhaseSpan, ...]
-    partial: bool = False
+    ending: Ending = COMPLETE
     micro_batches: int = 1
     counted: Counted | None = None
     made: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, MADE))
     descriptions: tuple[Made, ...] = ()
+
+    @property
+    def is_open(self) -> bool:
+        """Whether the step goes on."""
+        return self.ending.kind is EndKind.OPEN
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the step went through to its end."""
+        return self.ending.kind is EndKind.COMPLETE
 
 
 @dataclass(frozen=True, slots=True)
@@ -271,69 +307,6 @@ class Gauge:
         if self.process_bytes is None or self.device_used_bytes is None:
             return None
         return max(0, self.device_used_bytes - self.process_bytes - self.managed_bytes)
-
-
-class Kind(enum.StrEnum):
-    """What a milestone tells."""
-
-    RUN_STARTED = "run_started"
-    LOADED = "loaded"
-    STEP_ENDED = "step_ended"
-    RECOMPUTED = "recomputed"
-    PAUSED = "paused"
-    RESUMED = "resumed"
-    OUT_OF_MEMORY = "out_of_memory"
-    RUN_FAILED = "run_failed"
-    REFUSED = "refused"
-    RUN_ENDED = "run_ended"
-    SAVED = "saved"
-    NOTE = "note"
-    OUTPUT = "output"
-    ENGINE_ENDED = "engine_ended"
-
-    @property
-    def words(self) -> str:
-        """For people; a run is held, while it is a view that is paused."""
-        return {"paused": "held", "resumed": "goes on"}.get(self, self.replace("_", " "))
-
-
-@dataclass(frozen=True, slots=True)
-class Milestone:
-    """Something that must not be lost.
-
-    Attributes:
-        index: Position in the stream, from 0, without gaps.
-        time_s: Seconds on the engine's monotonic clock.
-        kind: Which.
-        run: The run it belongs to, from 1.
-        text: One line for people.
-        data: Plain values for programs; the keys are listed in `MILESTONE_DATA`.
-    """
-
-    index: int
-    time_s: float
-    kind: Kind
-    run: int
-    text: str
-    data: dict[str, Any] = field(default_factory=dict)
-
-
-MILESTONE_DATA: dict[Kind, str] = {
-    Kind.RUN_STARTED: "config: dict (RunConfig.as_dict); watched: true if the loop is somebody's own",
-    Kind.LOADED: "parameters, trainable_parameters, allocated_bytes, seconds",
-    Kind.STEP_ENDED: "step, loss, seconds, tokens, allocated_bytes, peak_bytes, reserved_bytes, traced, trace_seconds",
-    Kind.RECOMPUTED: "step, micro_batch, layers, bytes, ms, early_stop",
-    Kind.PAUSED: "",
-    Kind.RESUMED: "",
-    Kind.OUT_OF_MEMORY: "step, phase, requested_bytes, allocated_bytes",
-    Kind.RUN_FAILED: "detail: the traceback, for the log",
-    Kind.REFUSED: "path: of the recording, if saving one is what was refused",
-    Kind.RUN_ENDED: "reason, leaked_bytes, workspace_bytes, managed_bytes, steps, memory (Report.memory)",
-    Kind.SAVED: "path",
-    Kind.NOTE: "path: of the recording, if saving one was cancelled",
-    Kind.OUTPUT: "",
-    Kind.ENGINE_ENDED: "by: who ended it; where nobody did, detail: the last of its log",
-}
 
 
 @dataclass(frozen=True, slots=True)

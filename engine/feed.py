@@ -1,24 +1,23 @@
-"""The boundary between the engine and whoever watches it.
+"""The boundary between an engine and whoever looks at it: a `Source` is a set of Runs and a place for commands.
 
 The engine writes, others read, from any thread: the latest gauge and trace win,
-milestones are lossless. Publishing costs the engine an attribute write.
+events are lossless. Publishing costs the engine an attribute write.
 """
 
 from __future__ import annotations
 
-import bisect
-import dataclasses
 import enum
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 from .config import RunConfig
-from .events import Environment, Gauge, Kind, Milestone, Phase, StepTrace
+from .events import Environment, Gauge, StepTrace
+from .run import EventLog, Run, RunId, RunKind
+from .run_events import RunEvent, placed
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,9 +56,16 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Write a recording of the run so far."""
+    """Write a recording of a run so far.
+
+    Attributes:
+        path: Where to.
+        run: Which; None: the run under way or last ended.
+        work: How far it is.
+    """
 
     path: Path
+    run: Run | None = None
     work: Work = field(default_factory=Work, compare=False)
 
 
@@ -92,14 +98,14 @@ class ViewerRole(enum.StrEnum):
 
 
 class Source(Protocol):
-    """All that the app knows of an engine: here, behind a socket, or a recording.
+    """A set of Runs that may grow: an engine here or behind a socket, or recordings opened together.
 
     Every method returns at once and may be called from any thread.
     """
 
     @property
     def live(self) -> bool:
-        """Whether commands have an effect; False for a recording."""
+        """Whether commands have an effect; False for recordings."""
         ...
 
     @property
@@ -108,34 +114,23 @@ class Source(Protocol):
         ...
 
     def environment(self) -> Environment | None:
-        """Where it runs; None until the engine has looked."""
-        ...
-
-    def config(self) -> RunConfig | None:
-        """The run under way or last ended; None before the first."""
+        """Where a run would happen; None until the engine has looked."""
         ...
 
     def gauge(self) -> Gauge | None:
-        """The latest reading."""
+        """The latest reading of its device."""
         ...
 
-    def trace(self) -> StepTrace | None:
-        """The latest trace of this run, of a step that may still be going on (`partial`)."""
+    def runs(self) -> Sequence[Run]:
+        """All runs that are kept, the one under way or begun last at the end."""
         ...
 
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces of this run that are kept: the load, the first step, the highest peak, the latest few.
-
-        Complete steps only, in order.
-        """
-        ...
-
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """All milestones from index `since` on."""
+    def events(self, since: int) -> Sequence[RunEvent]:
+        """Events of all runs and of the engine itself, from index `since` on."""
         ...
 
     def command(self, command: Command) -> None:
-        """Ask for something; the answer comes as milestones.
+        """Ask for something; the answer comes as events.
 
         Raises:
             UserError: It is refused at once: the configuration cannot run, or
@@ -145,32 +140,28 @@ class Source(Protocol):
 
 
 class Feed:
-    """What an engine publishes. Readers never block the writer for longer than a list append.
+    """Runs as an engine publishes them. Readers never block the writer for longer than a list append.
 
     Args:
+        name: Of the engine, for the runs' identity.
         on_trace: Gets every trace on the engine's thread, for a consumer that
             must not miss one (`gpumem-tui run`).
     """
 
-    # A run may last for weeks; what comes with every step is forgotten in the end.
-    KEPT_FREQUENT = 10_000
-    KEPT_TRACES = 8
+    KEPT_RUNS = 24
+    """Of the runs before, the traces that `Run.settle` leaves; older runs are forgotten."""
 
-    def __init__(self, on_trace: Callable[[StepTrace], None] | None = None) -> None:
+    def __init__(self, name: str = "", on_trace: Callable[[StepTrace], None] | None = None) -> None:
+        self.name = name
         self.environment: Environment | None = None
-        self.config: RunConfig | None = None
         self.gauge: Gauge | None = None
-        self.training_gauge: Gauge | None = None
-        self.latest: StepTrace | None = None
-        self.run = 0
         self._on_trace = on_trace
         self._began_s = time.monotonic()
         self._lock = threading.Lock()
-        self._milestones: list[Milestone] = []
+        self._runs: list[Run] = []
+        self._begun = 0
+        self._log = EventLog()
         self._next_index = 0
-        self._first: list[StepTrace] = []
-        self._recent: deque[StepTrace] = deque(maxlen=self.KEPT_TRACES)
-        self._highest: tuple[int, StepTrace] | None = None
 
     def clock_s(self) -> float:
         """Seconds since the feed was made."""
@@ -178,71 +169,66 @@ class Feed:
 
     # --- the engine writes ----------------------------------------------------
 
-    def publish_gauge(self, gauge: Gauge) -> None:
-        """Offer a reading; the last one from within a training step is kept for recordings."""
-        self.gauge = gauge
-        if gauge.phase not in (Phase.IDLE, Phase.LOAD):
-            self.training_gauge = gauge
+    def begin_run(self, config: RunConfig, kind: RunKind = RunKind.TRAINED, rank: int = 0) -> Run:
+        """Add a run; what it publishes from now on is the latest."""
+        assert self.environment is not None
+        self._begun += 1
+        run = Run(RunId(self.name, self._begun, rank, self.environment.device), config, self.environment, kind)
+        self.add_run(run)
+        return run
 
-    def begin_run(self, config: RunConfig) -> None:
-        """Forget the traces of the run before; its milestones stay."""
+    def add_run(self, run: Run) -> None:
+        """Take over a run that has an identity already."""
         with self._lock:
-            self.run += 1
-            self.config, self.latest, self._highest, self.training_gauge = config, None, None, None
-            self._first.clear()
-            self._recent.clear()
+            self._begun = run.id.number
+            for before in self._runs[-1:]:
+                before.settle()
+            self._runs = [*self._runs[-self.KEPT_RUNS :], run]
+
+    def publish_gauge(self, gauge: Gauge) -> None:
+        """Offer a reading of the device, to the run under way as well."""
+        self.gauge = gauge
+        if self._runs:
+            self._runs[-1].publish_gauge(gauge)
 
     def publish_trace(self, trace: StepTrace) -> None:
-        """Offer a trace; of complete ones the load, the first step, the highest peak and the latest are kept."""
-        self.latest = trace
+        """Offer a trace of the run under way."""
+        self._runs[-1].publish_trace(trace)
         if self._on_trace is not None:
             self._on_trace(trace)
-        if trace.partial:
-            return
-        peak = peak_bytes(trace)
-        with self._lock:
-            if trace.step <= 1:
-                self._first.append(trace)
-            self._recent.append(trace)
-            if self._highest is None or peak > self._highest[0]:
-                self._highest = (peak, trace)
 
-    def milestone(self, kind: Kind, text: str, **data: Any) -> None:
-        """Record something that must not be lost."""
+    def tell(self, event: RunEvent) -> None:
+        """Record something that must not be lost: it gets its place here."""
         with self._lock:
-            self._milestones.append(Milestone(self._next_index, self.clock_s(), kind, self.run, text, data))
-            self._next_index += 1
-            if len(self._milestones) > 2 * self.KEPT_FREQUENT:
-                self._forget()
+            self._append(placed(event, self._next_index, self.clock_s(), self._begun))
 
-    def relay(self, milestone: Milestone) -> None:
-        """Take over a milestone of another feed; it gets an index of this one."""
+    def relay(self, event: RunEvent) -> None:
+        """Take over an event of another feed, with its run and time; it gets an index of this one."""
         with self._lock:
-            self._milestones.append(dataclasses.replace(milestone, index=self._next_index))
-            self._next_index += 1
-            if len(self._milestones) > 2 * self.KEPT_FREQUENT:
-                self._forget()
+            self._append(placed(event, self._next_index, event.time_s, event.run))
 
-    def _forget(self) -> None:
-        old, recent = self._milestones[: -self.KEPT_FREQUENT], self._milestones[-self.KEPT_FREQUENT :]
-        rare = [m for m in old if m.kind not in (Kind.STEP_ENDED, Kind.RECOMPUTED, Kind.OUTPUT)]
-        self._milestones = rare + recent
+    def _append(self, event: RunEvent) -> None:
+        self._next_index += 1
+        self._log.append(event)
+        for run in reversed(self._runs):
+            if run.id.number == event.run:
+                run.tell(event)
+                return
 
     # --- anybody reads --------------------------------------------------------
 
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """All that are kept from index `since` on."""
-        with self._lock:
-            start = bisect.bisect_left(self._milestones, since, key=lambda m: m.index)
-            return self._milestones[start:]
+    @property
+    def run(self) -> Run | None:
+        """The run under way or begun last."""
+        return self._runs[-1] if self._runs else None
 
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces kept, in order."""
-        with self._lock:
-            kept = {trace.step: trace for trace in (*self._first, *self._recent)}
-            if self._highest is not None:
-                kept[self._highest[1].step] = self._highest[1]
-            return [kept[step] for step in sorted(kept)]
+    def runs(self) -> Sequence[Run]:
+        """All runs that are kept, in the order they began."""
+        return self._runs
+
+    def events(self, since: int) -> Sequence[RunEvent]:
+        """Events that are kept, from index `since` on."""
+        return self._log.since(since)
 
 
 class Published:
@@ -251,33 +237,22 @@ class Published:
     _feed: Feed
 
     def environment(self) -> Environment | None:
-        """Where it runs; None until that is known."""
+        """Where runs happen; None until that is known."""
         return self._feed.environment
 
-    def config(self) -> RunConfig | None:
-        """Of the run under way or last ended."""
-        return self._feed.config
-
     def gauge(self) -> Gauge | None:
-        """The latest reading."""
+        """The latest reading of its device."""
         return self._feed.gauge
 
-    def trace(self) -> StepTrace | None:
-        """The latest trace, partial or not."""
-        return self._feed.latest
+    @property
+    def run(self) -> Run | None:
+        """The run under way or begun last."""
+        return self._feed.run
 
-    def traces(self) -> Sequence[StepTrace]:
-        """The traces kept of this run."""
-        return self._feed.traces()
+    def runs(self) -> Sequence[Run]:
+        """All runs that are kept."""
+        return self._feed.runs()
 
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """Milestones from an index on."""
-        return self._feed.milestones(since)
-
-
-def peak_bytes(trace: StepTrace) -> int:
-    """The most allocated at any event of a trace, without naming anything."""
-    began = int(trace.begin["bytes"].sum() + trace.begin["slack"].sum())
-    if not len(trace.events):
-        return began
-    return began + max(0, int((trace.events["bytes"] + trace.events["slack"]).cumsum().max()))
+    def events(self, since: int = 0) -> Sequence[RunEvent]:
+        """Events from an index on."""
+        return self._feed.events(since)

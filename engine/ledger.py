@@ -361,12 +361,14 @@ class Ledger:
     def _name_rest(self) -> None:
         """Name what nobody owns by when it was made and when it was freed."""
         trace, blocks = self.trace, self.blocks
+        # What is alive in a step that goes on, or that an error ended, has no lifetime to be judged by.
+        unfinished = not trace.is_complete
         free = blocks["category"] == Category.UNKNOWN
         # Outputs that the loop keeps hold their graph, and with it tensors that
         # outlive their own step: kept as Python attributes of autograd functions,
         # or leaves of the graph. They go when the next outputs replace them.
         outputs_kept = self._outputs_alive_at_end()
-        held_over = free & (blocks["born"] < 0) & ((blocks["died"] < len(trace.events)) | trace.partial)
+        held_over = free & (blocks["born"] < 0) & ((blocks["died"] < len(trace.events)) | unfinished)
         blocks["category"][held_over] = Category.ACTIVATIONS
         free &= blocks["born"] >= 0
         if not free.any() or not len(trace.marks):
@@ -385,14 +387,14 @@ class Ledger:
         forward, backward = phase == Phase.FORWARD, phase == Phase.BACKWARD
         recompute, optimizer = phase == Phase.RECOMPUTE, phase == Phase.OPTIMIZER
         freed_here = (died_phase == phase) & same_micro
-        # A block still alive in a partial trace may yet be freed in this phase;
+        # A block still alive in a trace of an open step may yet be freed in this phase;
         # made in forward, by far most of what is alive is there to be used in backward.
-        kept = forward & ~freed_here & (~lives_on | trace.partial | outputs_kept)
-        recomputed = recompute & ~freed_here & (~lives_on | trace.partial)
-        at_loss = (forward | backward) & (born["module"] == loss) & (~lives_on | trace.partial)
+        kept = forward & ~freed_here & (~lives_on | unfinished | outputs_kept)
+        recomputed = recompute & ~freed_here & (~lives_on | unfinished)
+        at_loss = (forward | backward) & (born["module"] == loss) & (~lives_on | unfinished)
         gone = freed_here | (~lives_on & (backward | optimizer | (phase == Phase.LOAD) | (phase == Phase.DATA)))
         gone |= ~lives_on & (phase == Phase.ZERO_GRAD)
-        if trace.partial:
+        if unfinished:
             gone |= lives_on & (backward | optimizer)
         category = np.full(len(rows), Category.UNKNOWN, np.int64)
         category[gone] = Category.TEMPORARIES

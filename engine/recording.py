@@ -1,98 +1,149 @@
-"""A recording: the stream in a file. One `.gpumem` file is a zip of JSON and columns.
+"""A recording: Runs in a file. One `.gpumem` file is a zip of JSON and columns.
 
-    gpumem.json             version, environment, configuration, gauge, milestones
-    traces/<n>.json         step, names, phases
-    traces/<n>/<column>.npy events, marks, begin, owners, made
+    gpumem.json                     version and, for each run, its head: identity, kind, configuration,
+                                    environment, gauge, events, number of traces
+    runs/<r>/<t>.json               step, how it ended, names, phases of a trace
+    runs/<r>/<t>/<column>.npy       events, marks, begin, owners, made
 
-Nothing in it is ever unpickled. A replay is a `Source` like any other.
+Nothing in it is ever unpickled. A recording is a `Source` like any other.
+Versions 1 and 2 held one run and are read as well.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
 import tempfile
+import threading
 import zipfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import numpy as np
+import numpy.typing as npt
 
 from . import techniques
-from .config import RunConfig, UserError, one_line
+from .config import UserError, one_line
 from .events import (
     BLOCK,
+    COMPLETE,
     EVENT,
     MADE,
     MARK,
     OWNER,
     Counted,
+    Ending,
     Environment,
     Gauge,
-    Kind,
     Made,
-    Milestone,
-    Phase,
     PhaseSpan,
     StepTrace,
 )
-from .feed import Command, Save, Source, ViewerRole, Work
+from .feed import Command, Save, ViewerRole, Work
+from .run import EventLog, Run, RunId, RunKind
+from .run_events import Note, Refused, RunEvent, Saved, from_plain, placed, to_plain
 
-VERSION = 2
+VERSION = 3
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
-
 
 PIECE = 1 << 20
 """Bytes that are packed before it is asked whether to go on."""
 
 
-def save(command: Save, source: Source, gauge: Gauge | None = None) -> tuple[Kind, str]:
-    """Write a recording as asked, and tell what came of it: saved, cancelled, or why it could not be."""
+class TraceHead(msgspec.Struct):
+    """A `StepTrace` without its columns; fields as there."""
+
+    step: int
+    names: tuple[str, ...]
+    phases: tuple[PhaseSpan, ...]
+    micro_batches: int = 1
+    counted: Counted | None = None
+    descriptions: tuple[Made, ...] = ()
+    ending: Ending = COMPLETE
+
+
+class RunHead(msgspec.Struct):
+    """A `Run` without its traces.
+
+    Attributes:
+        id: Its identity.
+        kind: How it comes to be.
+        config: As `RunConfig.as_dict`.
+        environment: Where.
+        gauge: The last reading from within a training step.
+        events: Of the run, in order.
+        traces: How many there are.
+    """
+
+    id: RunId
+    kind: RunKind
+    config: dict[str, Any]
+    environment: Environment
+    gauge: Gauge | None = None
+    events: list[dict[str, Any]] = []
+    traces: int = 0
+
+
+def head_of(trace: StepTrace) -> TraceHead:
+    """What stands beside a trace's columns."""
+    return TraceHead(**{name: getattr(trace, name) for name in TraceHead.__struct_fields__})
+
+
+def trace_of(head: TraceHead, columns: Mapping[str, Any]) -> StepTrace:
+    """The inverse of `head_of`.
+
+    Args:
+        head: Of the trace.
+        columns: By name, of the layouts in `COLUMNS`.
+    """
+    return StepTrace(**{name: getattr(head, name) for name in TraceHead.__struct_fields__}, **columns)
+
+
+# --- writing --------------------------------------------------------------------------
+
+
+def save(command: Save, run: Run | None) -> RunEvent:
+    """Write a recording as asked, and tell what came of it: saved, cancelled, or why it could not be.
+
+    Args:
+        command: Where to, and which run.
+        run: The one under way, if the command names none.
+    """
     path, work = command.path, command.work
+    chosen = command.run or run
     try:
-        write(path, source, gauge, work)
+        write(path, [chosen] if chosen is not None else [], work)
     except (OSError, UserError) as error:
-        return Kind.NOTE if work.cancelled else Kind.REFUSED, f"{path}: not saved: {one_line(error)}"
+        text = f"{path}: not saved: {one_line(error)}"
+        return Note(text=text, path=str(path)) if work.cancelled else Refused(text=text, path=str(path))
     finally:
         work.over = True
-    return Kind.SAVED, f"saved {path}"
+    return Saved(text=f"saved {path}", path=str(path))
 
 
-def write(path: Path, source: Source, gauge: Gauge | None = None, work: Work | None = None) -> None:
-    """Save what a source has, atomically: the file is there whole or not at all.
+def write(path: Path, runs: Sequence[Run], work: Work | None = None) -> None:
+    """Save runs, atomically: the file is there whole or not at all.
 
     Args:
         path: Where; missing folders are made.
-        source: What.
-        gauge: The reading to save, if not the source's latest.
+        runs: What.
         work: Told how far it is; asked whether to go on.
 
     Raises:
         OSError: It cannot be written there.
         UserError: There is nothing to save yet, or it was cancelled.
     """
-    config, environment, gauge = source.config(), source.environment(), gauge or source.gauge()
-    if config is None or environment is None:
+    if not runs:
         raise UserError("no run has started yet")
-    head = {
-        "version": VERSION,
-        "environment": dataclasses.asdict(environment),
-        "config": config.as_dict(),
-        "gauge": dataclasses.asdict(gauge) if gauge else None,
-        "milestones": [dataclasses.asdict(milestone) for milestone in source.milestones(0)],
-    }
+    work = work or Work()
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
         with os.fdopen(handle, "wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
-            archive.writestr("gpumem.json", json.dumps(head))
-            traces, work = source.traces(), work or Work()
-            whole = sum(getattr(trace, column).nbytes for trace in traces for column in COLUMNS)
-            for number, trace in enumerate(traces):
-                _write_trace(archive, number, trace, work, whole)
+            _write_runs(archive, runs, work)
         Path(temporary).chmod(0o644)
         Path(temporary).replace(path)
     except BaseException:
@@ -100,20 +151,33 @@ def write(path: Path, source: Source, gauge: Gauge | None = None, work: Work | N
         raise
 
 
-def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace, work: Work, whole: int) -> None:
-    plain = {
-        "step": trace.step,
-        "names": trace.names,
-        "phases": trace.phases,
-        "micro_batches": trace.micro_batches,
-        "counted": trace.counted,
-        "descriptions": trace.descriptions,
-    }
-    archive.writestr(f"traces/{number}.json", json.dumps(plain))
+def _write_runs(archive: zipfile.ZipFile, runs: Sequence[Run], work: Work) -> None:
+    traces = [list(run.traces()) for run in runs]
+    heads = [
+        RunHead(
+            id=run.id,
+            kind=run.kind,
+            config=run.config.as_dict(),
+            environment=run.environment,
+            gauge=run.training_gauge or run.gauge,
+            events=to_plain(run.events()),
+            traces=len(kept),
+        )
+        for run, kept in zip(runs, traces, strict=True)
+    ]
+    archive.writestr("gpumem.json", msgspec.json.encode({"version": VERSION, "runs": heads}))
+    whole = sum(getattr(trace, column).nbytes for kept in traces for trace in kept for column in COLUMNS)
+    for r, kept in enumerate(traces):
+        for t, trace in enumerate(kept):
+            _write_trace(archive, f"runs/{r}/{t}", trace, work, whole)
+
+
+def _write_trace(archive: zipfile.ZipFile, where: str, trace: StepTrace, work: Work, whole: int) -> None:
+    archive.writestr(f"{where}.json", msgspec.json.encode(head_of(trace)))
     for column in COLUMNS:
         buffer = io.BytesIO()
         np.save(buffer, getattr(trace, column), allow_pickle=False)
-        with archive.open(f"traces/{number}/{column}.npy", "w") as packed:
+        with archive.open(f"{where}/{column}.npy", "w") as packed:
             for start in range(0, buffer.getbuffer().nbytes, PIECE):
                 if work.cancelled:
                     raise UserError("cancelled")
@@ -121,86 +185,160 @@ def _write_trace(archive: zipfile.ZipFile, number: int, trace: StepTrace, work: 
         work.share += getattr(trace, column).nbytes / max(whole, 1)
 
 
-class Replay:
-    """A recording as a `Source`.
+# --- reading --------------------------------------------------------------------------
+
+
+class Recording:
+    """A recording, or several opened together, as a `Source`.
 
     Args:
-        path: A `.gpumem` file.
+        paths: `.gpumem` files, in the order in which their runs are listed.
 
     Raises:
-        UserError: It is not there, or not a recording this version can read.
+        UserError: One is not there, or not a recording this version can read.
     """
 
     live = False
     role = ViewerRole.OWNER
 
-    def __init__(self, path: Path) -> None:
-        try:
-            with zipfile.ZipFile(path) as archive:
-                head = json.loads(archive.read("gpumem.json"))
-                if head["version"] != VERSION:
-                    raise UserError(
-                        f"{path}: written by another version (file format {head['version']}, this reads {VERSION})"
-                    )
-                count = sum(name.endswith(".json") for name in archive.namelist()) - 1
-                self._traces = [_read_trace(archive, number) for number in range(count)]
-            self._environment = Environment(**head["environment"])
-            self._config = techniques.parse_config(head["config"], str(path))
-            gauge = head["gauge"]
-            self._gauge = Gauge(**(gauge | {"phase": Phase(gauge["phase"])})) if gauge else None
-            self._milestones = [Milestone(**(m | {"kind": Kind(m["kind"])})) for m in head["milestones"]]
-        except OSError as error:
-            raise UserError(f"{path}: {error.strerror or error}") from None
-        except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
-            raise UserError(f"{path}: not a gpumem recording, or a damaged one ({error})") from None
+    def __init__(self, *paths: Path) -> None:
+        stems = [path.stem for path in paths]
+        names = stems if len({*stems}) == len({*paths}) else [str(path.with_suffix("")) for path in paths]
+        self._runs = [run for path, name in zip(paths, names, strict=True) for run in read(path, name)]
+        self._told = EventLog()
+        self._next_index = 0
+
+    @property
+    def run(self) -> Run | None:
+        """The last one."""
+        return self._runs[-1] if self._runs else None
 
     def environment(self) -> Environment | None:
-        """Where it was recorded."""
-        return self._environment
-
-    def config(self) -> RunConfig | None:
-        """The recorded run's."""
-        return self._config
+        """Where the first was recorded."""
+        return self._runs[0].environment if self._runs else None
 
     def gauge(self) -> Gauge | None:
-        """The last reading before it was saved."""
-        return self._gauge
+        """The last reading of the last one."""
+        return self._runs[-1].gauge if self._runs else None
 
-    def trace(self) -> StepTrace | None:
-        """The last one saved."""
-        return self._traces[-1] if self._traces else None
-
-    def traces(self) -> Sequence[StepTrace]:
+    def runs(self) -> Sequence[Run]:
         """All that were saved."""
-        return self._traces
+        return self._runs
 
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        """Milestones from an index on."""
-        return [m for m in self._milestones if m.index >= since]
+    def events(self, since: int = 0) -> Sequence[RunEvent]:
+        """What became of commands; what the runs told is theirs (`Run.events`)."""
+        return self._told.since(since)
 
     def command(self, command: Command) -> None:
-        """Refuse.
+        """Save a run; there is nobody to do anything else.
 
         Raises:
-            UserError: Always: what is recorded has happened.
+            UserError: What is recorded has happened.
         """
-        raise UserError(f"this is a recording: there is no engine to {type(command).__name__.lower()}")
+        if not isinstance(command, Save):
+            raise UserError(f"this is a recording: there is no engine to {type(command).__name__.lower()}")
+        threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
+
+    def _save(self, command: Save) -> None:
+        event = save(command, self.run)
+        self._told.append(placed(event, self._next_index, 0.0, 0))
+        self._next_index += 1
 
 
-def _read_trace(archive: zipfile.ZipFile, number: int) -> StepTrace:
-    plain: dict[str, Any] = json.loads(archive.read(f"traces/{number}.json"))
+def read(path: Path, name: str = "") -> list[Run]:
+    """The runs of a recording.
+
+    Args:
+        path: A `.gpumem` file.
+        name: What the runs' engine is called; the file's name if empty.
+
+    Raises:
+        UserError: It is not there, or not a recording this version can read.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            head = json.loads(archive.read("gpumem.json"))
+            version = head["version"]
+            if not isinstance(version, int) or version > VERSION:
+                raise UserError(
+                    f"{path}: written by a newer version (file format {version}, this reads up to {VERSION})"
+                )
+            heads, folder = (_heads(head), "runs/{r}/{t}") if version > 2 else (_old_heads(head, archive), "traces/{t}")
+            return [
+                _run(run_head, name or path.stem, str(path), [_read_trace(archive, folder.format(r=r, t=t))
+                     for t in range(run_head.traces)])
+                for r, run_head in enumerate(heads)
+            ]  # fmt: skip
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror or error}") from None
+    except UserError as error:
+        text = str(error)
+        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
+    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
+        raise UserError(f"{path}: not a gpumem recording, or a damaged one ({one_line(error)})") from None
+
+
+def _heads(head: dict[str, Any]) -> list[RunHead]:
+    return msgspec.convert(head["runs"], list[RunHead])
+
+
+def _old_heads(head: dict[str, Any], archive: zipfile.ZipFile) -> list[RunHead]:
+    """Versions 1 and 2 held one run: the last of an engine's, with the milestones of all."""
+    told = head["milestones"]
+    number = max((milestone["run"] for milestone in told), default=1)
+    events = [_old_event(milestone) for milestone in told if milestone["run"] == number]
+    environment = msgspec.convert(head["environment"], Environment)
+    traces = sum(name.startswith("traces/") and name.endswith(".json") for name in archive.namelist())
+    kind = RunKind.WATCHED if any(event.get("watched") for event in events) else RunKind.TRAINED
+    return [
+        RunHead(
+            id=RunId("", number, 0, environment.device),
+            kind=kind,
+            config=head["config"],
+            environment=environment,
+            gauge=msgspec.convert(head["gauge"], Gauge | None),
+            events=events,
+            traces=traces,
+        )
+    ]
+
+
+def _old_event(milestone: dict[str, Any]) -> dict[str, Any]:
+    """What was data of a milestone are fields of an event; None stood for what has a default now."""
+    told = {name: value for name, value in milestone["data"].items() if value is not None}
+    return {name: milestone[name] for name in ("kind", "text", "index", "time_s", "run")} | told
+
+
+def _run(head: RunHead, name: str, where: str, traces: Sequence[StepTrace]) -> Run:
+    run = Run(head.id._replace(engine=name), techniques.parse_config(head.config, where), head.environment, head.kind)
+    run.gauge = run.training_gauge = head.gauge
+    for event in from_plain(head.events):
+        run.tell(event)
+    run.keep(traces)
+    return run
+
+
+def _read_trace(archive: zipfile.ZipFile, where: str) -> StepTrace:
+    head = msgspec.json.decode(archive.read(f"{where}.json"), type=TraceHead)
     columns = {}
     for column, dtype in COLUMNS.items():
-        array = np.load(io.BytesIO(archive.read(f"traces/{number}/{column}.npy")), allow_pickle=False)
+        name = f"{where}/{column}.npy"
+        if column == "made" and name not in archive.namelist():  # version 1 had none
+            columns[column] = np.empty(0, dtype)
+            continue
+        array = np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
         if array.dtype != dtype:
-            raise ValueError(f"trace {number}: {column} has another layout")
+            array = _with_new_fields(array, dtype, f"{where}: {column}")
         columns[column] = array
-    return StepTrace(
-        step=plain["step"],
-        names=tuple(plain["names"]),
-        phases=tuple(PhaseSpan(Phase(p[0]), *p[1:]) for p in plain["phases"]),
-        micro_batches=plain["micro_batches"],
-        counted=Counted(*plain["counted"]) if plain["counted"] else None,
-        descriptions=tuple(Made(operator, dtype, tuple(shape)) for operator, dtype, shape in plain["descriptions"]),
-        **columns,
-    )
+    return trace_of(head, columns)
+
+
+def _with_new_fields(array: npt.NDArray[Any], dtype: np.dtype[Any], where: str) -> npt.NDArray[Any]:
+    """A column of an older version: what it had no field for was not known."""
+    fields: Mapping[str, Any] = array.dtype.fields or {}
+    if not fields or any(dtype[name] != fields[name][0] for name in fields if name in (dtype.names or ())):
+        raise ValueError(f"{where} has another layout")
+    made = np.full(array.shape, -1, dtype)
+    for name in fields:
+        made[name] = array[name]
+    return made

@@ -15,16 +15,16 @@ import threading
 from collections import deque
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from . import techniques, wire
 from .advice import advice
 from .config import RunConfig, UserError, one_line
 from .engine_registry import EngineDir
-from .events import Environment, Kind, Milestone
 from .feed import Command, Feed, Published, Save, Start, TakeOver, ViewerRole
 from .launch import Launcher
 from .recording import save
+from .run import Run
+from .run_events import EngineEnded, Refused, RunEvent, placed
 from .wire import TAKE_OVER
 
 ASK_EVERY_S = 0.1
@@ -56,16 +56,15 @@ class Remote(Published):
     ) -> None:
         self.engine_dir, self._launch, self._take, self._version = engine_dir, launch, take, version
         self._ask_every_s = ask_every_s
-        self._feed = Feed()
-        self._environment: Environment | None = None
+        self._feed = Feed(engine_dir.name if engine_dir is not None else "")
         self._welcome: wire.Welcome | None = None
         self._connection: socket.socket | None = None
         self._commands: deque[wire.Do] = deque()
         self._commanding: bool | None = None  # not told yet
         self._taking = False
         self._gone = self._closing = False
-        self._goodbye: Milestone | None = None
-        self._since = self._last_trace = self._config_number = 0
+        self._goodbye: EngineEnded | None = None
+        self._since = self._last_trace = self._last_run = 0
         self._run_offset, self._clock_offset_s = 0, 0.0
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
@@ -84,10 +83,6 @@ class Remote(Published):
         only_looks = self._commanding is False and not self._taking
         return ViewerRole.READ_ONLY if only_looks else ViewerRole.ATTACHED
 
-    def environment(self) -> Environment | None:
-        """Where the engine runs."""
-        return self._environment
-
     def command(self, command: Command) -> None:
         """Pass a command on; saving happens on this side, whoever commands.
 
@@ -99,7 +94,7 @@ class Remote(Published):
             return
         role = self.role
         if role is ViewerRole.WATCHING:
-            raise UserError(advice(command, self))
+            raise UserError(advice(command, self.run))
         if role is ViewerRole.READ_ONLY and not isinstance(command, TakeOver):
             raise UserError("another viewer commands this engine; ! takes over")
         if role is ViewerRole.GONE:
@@ -162,8 +157,8 @@ class Remote(Published):
 
     def _start(self, config: RunConfig) -> None:
         self._gone, self._commanding, self._welcome, self._goodbye = False, None, None, None
-        self._since = self._last_trace = self._config_number = 0
-        self._run_offset, self._clock_offset_s = self._feed.run, self._latest_s()
+        self._since = self._last_trace = self._last_run = 0
+        self._run_offset, self._clock_offset_s = self._feed.run.id.number if self._feed.run else 0, self._latest_s()
         self._commands.clear()
         self._follow(config)
 
@@ -219,7 +214,7 @@ class Remote(Published):
                 message = self._commands.popleft()
                 took |= message.name == TAKE_OVER
                 connection.sendall(wire.frame(message))
-            connection.sendall(wire.frame(wire.Ask(self._since, self._last_trace, self._config_number)))
+            connection.sendall(wire.frame(wire.Ask(self._since, self._last_trace, self._last_run)))
             answer = wire.read_answer(connection)
             if not isinstance(answer, wire.News):
                 raise wire.MalformedError("an answer to something else")
@@ -236,36 +231,49 @@ class Remote(Published):
 
     def _take_in(self, news: wire.News) -> None:
         """Keep what is new, in an order in which a viewer can be told."""
-        feed = self._feed
+        feed, offset, late_s = self._feed, self._run_offset, self._clock_offset_s
         if news.environment is not None:
-            self._environment = news.environment
-        if news.config is not None:
-            feed.begin_run(techniques.parse_config(news.config, "the engine"))
-        self._config_number = news.config_number
+            feed.environment = news.environment
+        for told in news.runs:
+            self._meet(told)
         self._commanding = news.commands
-        for milestone in news.milestones:
-            self._since = milestone.index + 1
-            if milestone.kind is Kind.ENGINE_ENDED:  # said here, as every other end is, when it has
-                self._goodbye = milestone
+        for event in news.events:
+            self._since = event.index + 1
+            if isinstance(event, EngineEnded):  # said here, as every other end is, when it has
+                self._goodbye = event
                 continue
-            feed.run = milestone.run + self._run_offset
-            feed.relay(replace(milestone, run=feed.run, time_s=milestone.time_s + self._clock_offset_s))
+            feed.relay(placed(event, 0, event.time_s + late_s, event.run + offset if event.run else event.run))
         if news.gauge is not None:
-            gauge = replace(news.gauge, time_s=news.gauge.time_s + self._clock_offset_s)
+            gauge = replace(news.gauge, time_s=news.gauge.time_s + late_s)
             if gauge != feed.gauge:
                 feed.publish_gauge(gauge)
         if news.trace is not None:
-            feed.publish_trace(wire.unpack_trace(news.trace))
+            run = self._run(news.trace.run + offset)
+            if run is not None:
+                run.publish_trace(wire.unpack_trace(news.trace))
             self._last_trace = news.trace.number
         if news.refused:
-            self._say(Kind.REFUSED, news.refused)
+            self._say(Refused(text=news.refused))
+
+    def _meet(self, told: wire.RunTold) -> None:
+        """Know of a run, or more of one that is known."""
+        self._last_run = told.number
+        config, number = techniques.parse_config(told.config, "the engine"), told.id.number + self._run_offset
+        run = self._run(number)
+        if run is not None:
+            run.config = config
+        else:
+            self._feed.add_run(Run(told.id._replace(number=number), config, told.environment, told.kind))
+
+    def _run(self, number: int) -> Run | None:
+        return next((run for run in reversed(self._feed.runs()) if run.id.number == number), None)
 
     def _lose(self, why: str) -> None:
         """The engine has gone: say so once, with the last that its log says."""
         if self._closing:
             return
-        data = self._goodbye.data if self._goodbye is not None else {"detail": self._last_words()}
-        what = ["s saves what was seen"] if self._feed.config is not None else []
+        by, detail = (self._goodbye.by, "") if self._goodbye is not None else ("", self._last_words())
+        what = ["s saves what was seen"] if self._feed.run is not None else []
         what += ["r starts the run again"] if self._launch is not None else []
         if self._goodbye is not None:
             why = self._goodbye.text
@@ -274,7 +282,7 @@ class Remote(Published):
             why = f"the engine's process {self._welcome.pid} has ended{f' ({how})' if how else ''}"
         text = f"{why}; {', '.join([*what, 'q quits'])}" if what else why
         self._gone, self._feed.gauge = True, None  # nobody reads it any more
-        self._say(Kind.ENGINE_ENDED, text, **data)
+        self._say(EngineEnded(text=text, by=by, detail=detail))
 
     def _last_words(self) -> str:
         if self._welcome is None:
@@ -286,16 +294,17 @@ class Remote(Published):
         except OSError:
             return ""
 
-    def _say(self, kind: Kind, text: str, **data: Any) -> None:
-        self._feed.relay(Milestone(0, self._latest_s(), kind, self._feed.run, text, data))
+    def _say(self, event: RunEvent) -> None:
+        run = self._feed.run
+        self._feed.relay(placed(event, 0, self._latest_s(), run.id.number if run is not None else 0))
 
     def _latest_s(self) -> float:
         """The engine's clock as far as it is known here."""
-        gauge, told = self._feed.gauge, self._feed.milestones(0)
+        gauge, told = self._feed.gauge, self._feed.events(0)
         return max(gauge.time_s if gauge else 0.0, told[-1].time_s if told else 0.0)
 
     def _save(self, command: Save) -> None:
-        self._say(*save(command, self, self._feed.training_gauge), path=str(command.path))
+        self._say(save(command, self.run))
 
 
 def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:

@@ -1,34 +1,157 @@
-"""A finished run as one document: what `run --json` prints and `sweep` compares."""
+"""A run as one document: what `run --json` prints, and what runs are compared by in figures."""
 
 from __future__ import annotations
 
-import dataclasses
-from typing import Any
+from types import MappingProxyType
+from typing import Any, TypeVar
 
-from .config import RunConfig
+import msgspec
+
 from .difference import owned
-from .events import Category, Environment, Kind, Milestone, Phase, StepTrace
+from .events import Category, Environment, Phase, StepTrace
 from .ledger import Bytes, Ledger
+from .run import Run
+from .run_events import Loaded, OutOfMemory, Recomputed, RunEnded, RunFailed, StepEnded
 
 SCHEMA = "gpumem-run/1"
+Figures = TypeVar("Figures", bound=msgspec.Struct)
+
+
+class Composition(msgspec.Struct, frozen=True):
+    """What is allocated at an instant.
+
+    Attributes:
+        allocated_bytes: Sum over the categories.
+        by_category: By the categories' keys; those of 0 bytes are listed too.
+    """
+
+    allocated_bytes: int
+    by_category: dict[str, int]
+
+
+class TensorFigures(msgspec.Struct, frozen=True):
+    """A block alive at the peak, as `ledger.Block` tells of it."""
+
+    bytes: int
+    category: str
+    owner: str
+    dtype: str
+    shape: tuple[int, ...]
+    made_in: str
+    made_by: str
+    operator: str
+
+
+class PeakFigures(Composition, frozen=True):
+    """The highest peak of a run.
+
+    Attributes:
+        step: In which step it was; 0: while loading.
+        phase: What the loop was doing.
+        micro_batch: From 0.
+        module: Module or optimizer at work.
+        by_layer: Bytes by layer, the model's own under "", and category.
+        by_owner: Bytes by category and owner; layers that repeat are one owner.
+        largest: The largest blocks, largest first.
+    """
+
+    step: int
+    phase: str
+    micro_batch: int
+    module: str
+    by_layer: dict[str, dict[str, int]]
+    by_owner: dict[str, dict[str, int]]
+    largest: list[TensorFigures]
+
+
+class StepFigures(msgspec.Struct, frozen=True):
+    """A step; fields as in `StepEnded`."""
+
+    step: int
+    seconds: float | None
+    loss: float | None
+    tokens: int
+    allocated_bytes: int | None
+    peak_bytes: int | None
+    reserved_bytes: int | None
+
+
+class RecomputeFigures(msgspec.Struct, frozen=True):
+    """A recompute; fields as in `Recomputed`."""
+
+    step: int
+    micro_batch: int
+    layers: tuple[str, ...]
+    bytes: int
+    ms: float | None
+    early_stop: bool
+
+
+class RunDocument(msgspec.Struct, frozen=True):
+    """The whole run. Sizes are whole bytes; what never came to be is None.
+
+    Attributes:
+        schema: Name and version of this form.
+        environment: Where it ran.
+        config: As `RunConfig.as_dict`.
+        parameters: Elements of all parameters.
+        trainable_parameters: Elements of those that are trained.
+        loaded: After loading.
+        after_first_step: After the first `optimizer.step()`, where the reference experiment measures.
+        peak: The highest of all steps traced.
+        highest_by_phase: The most allocated while a phase went on.
+        saved_by_layer: Activations kept as forward ends, in the step of the peak.
+        steps: Those that ended.
+        recomputes: In order.
+        managed_bytes: In CUDA managed memory.
+        workspace_bytes: Kept by libraries from run to run.
+        unknown_bytes_max: The most that no rule could name, at any event.
+        mismatch_bytes_max: The most that the categories' sum was off the allocator's counter.
+        leaked_bytes: Not given back when the run ended.
+        failure: Why it failed, in one line; None: it did not.
+    """
+
+    schema: str
+    environment: Environment
+    config: dict[str, Any]
+    parameters: int | None
+    trainable_parameters: int | None
+    loaded: Composition | None
+    after_first_step: Composition | None
+    peak: PeakFigures | None
+    highest_by_phase: dict[str, int]
+    saved_by_layer: dict[str, int] | None
+    steps: list[StepFigures]
+    recomputes: list[RecomputeFigures]
+    managed_bytes: int | None
+    workspace_bytes: int | None
+    unknown_bytes_max: int
+    mismatch_bytes_max: int
+    leaked_bytes: int | None
+    failure: str | None
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain containers, ready for JSON."""
+        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=_plain)
+        return plain
 
 
 class Report:
-    """Folds a run's traces as they come and its milestones at the end.
+    """Folds a run's traces as they come.
 
     Pass `add` as the session's `on_trace`; of the traces only the one with the highest peak is kept.
     """
 
     def __init__(self) -> None:
-        self._loaded: dict[str, Any] | None = None
-        self._after_first_step: dict[str, Any] | None = None
+        self._loaded: Composition | None = None
+        self._after_first_step: Composition | None = None
         self._highest: Ledger | None = None
         self._by_phase: dict[Phase, Bytes] = {}
         self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
     def add(self, trace: StepTrace) -> None:
-        """Fold one trace; partial ones say nothing final."""
-        if trace.partial:
+        """Fold one trace; those of a step under way, or that an error ended, say nothing final."""
+        if not trace.is_complete:
             return
         ledger = Ledger(trace)
         self._unknown_bytes_max = max(self._unknown_bytes_max, int(ledger.curve[Category.UNKNOWN].max()))
@@ -44,16 +167,6 @@ class Report:
         if self._highest is None or ledger.peak.bytes > self._highest.peak.bytes:
             self._highest = ledger
 
-    def memory(self) -> dict[str, Any]:
-        """The parts of the document that say what held how much, and when; None for what was not traced."""
-        return {
-            "loaded": self._loaded,
-            "after_first_step": self._after_first_step,
-            "peak": None if self._highest is None else peak_of(self._highest),
-            "highest_by_phase": {phase.name.lower(): sum(sizes.values()) for phase, sizes in self._by_phase.items()},
-            "saved_by_layer": None if self._highest is None else self._highest.saved_by_layer,
-        }
-
     def by_phase(self) -> dict[str, dict[str, int]]:
         """Composition at the highest moment of each phase over all steps, by the phases' and categories' keys."""
         return {
@@ -61,68 +174,82 @@ class Report:
             for phase, sizes in self._by_phase.items()
         }
 
-    def document(self, environment: Environment, config: RunConfig, milestones: list[Milestone]) -> dict[str, Any]:
-        """The whole run. Sizes are whole bytes; what never came to be is None.
-
-        Args:
-            environment: Where it ran.
-            config: What ran.
-            milestones: Of this run only.
-        """
-        found = {m.kind: m.data for m in milestones}
-        loaded, ended = found.get(Kind.LOADED, {}), found.get(Kind.RUN_ENDED, {})
-        failure = next((m.text for m in milestones if m.kind in (Kind.RUN_FAILED, Kind.OUT_OF_MEMORY)), None)
-        return {
-            "schema": SCHEMA,
-            "environment": dataclasses.asdict(environment),
-            "config": config.as_dict(),
-            "parameters": loaded.get("parameters"),
-            "trainable_parameters": loaded.get("trainable_parameters"),
-            **self.memory(),
-            "steps": [{key: m.data[key] for key in STEP_KEYS} for m in milestones if m.kind is Kind.STEP_ENDED],
-            "recomputes": [dict(m.data) for m in milestones if m.kind is Kind.RECOMPUTED],
-            "managed_bytes": ended.get("managed_bytes"),
-            "workspace_bytes": ended.get("workspace_bytes"),
-            "unknown_bytes_max": self._unknown_bytes_max,
-            "mismatch_bytes_max": self._mismatch_bytes_max,
-            "leaked_bytes": ended.get("leaked_bytes"),
-            "failure": failure,
-        }
+    def document(self, run: Run) -> RunDocument:
+        """The document of the run that the traces were of."""
+        events = run.events()
+        loaded = next((event for event in events if isinstance(event, Loaded)), None)
+        ended = next((event for event in events if isinstance(event, RunEnded)), None)
+        return RunDocument(
+            schema=SCHEMA,
+            environment=run.environment,
+            config=run.config.as_dict(),
+            parameters=loaded.parameters if loaded else None,
+            trainable_parameters=loaded.trainable_parameters if loaded else None,
+            loaded=self._loaded,
+            after_first_step=self._after_first_step,
+            peak=None if self._highest is None else peak_of(self._highest),
+            highest_by_phase={phase.name.lower(): sum(sizes.values()) for phase, sizes in self._by_phase.items()},
+            saved_by_layer=None if self._highest is None else self._highest.saved_by_layer,
+            steps=[_figures(StepFigures, event) for event in events if isinstance(event, StepEnded)],
+            recomputes=[_figures(RecomputeFigures, event) for event in events if isinstance(event, Recomputed)],
+            managed_bytes=ended.managed_bytes if ended else None,
+            workspace_bytes=ended.workspace_bytes if ended else None,
+            unknown_bytes_max=self._unknown_bytes_max,
+            mismatch_bytes_max=self._mismatch_bytes_max,
+            leaked_bytes=ended.leaked_bytes if ended else None,
+            failure=next((event.text for event in events if isinstance(event, RunFailed | OutOfMemory)), None),
+        )
 
 
-STEP_KEYS = ("step", "seconds", "loss", "tokens", "allocated_bytes", "peak_bytes", "reserved_bytes")
+def report(run: Run) -> RunDocument:
+    """The document of a run, from the traces that are kept of it."""
+    folded = Report()
+    for trace in run.traces():
+        folded.add(trace)
+    return folded.document(run)
 
 
-def peak_of(ledger: Ledger) -> dict[str, Any]:
+def peak_of(ledger: Ledger) -> PeakFigures:
     """A step's peak: what held how much at it, by category, layer and owner, and the largest blocks."""
     peak = ledger.peak
     by_layer = ledger.by_layer(peak.event)
-    return composition(peak.by_category) | {
-        "step": peak.step,
-        "phase": peak.phase.title,
-        "micro_batch": peak.micro_batch,
-        "module": peak.module,
-        "by_layer": {name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
-        "by_owner": {c.key: kinds for c, kinds in owned(ledger, peak.event).items()},
-        "largest": [
-            {
-                "bytes": b.bytes,
-                "category": b.category.key,
-                "owner": b.name,
-                "dtype": b.dtype,
-                "shape": list(b.shape),
-                "made_in": b.phase.title,
-                "made_by": b.module,
-                "operator": b.operator,
-            }
-            for b in ledger.largest(peak.event)
+    held = composition(peak.by_category)
+    return PeakFigures(
+        allocated_bytes=held.allocated_bytes,
+        by_category=held.by_category,
+        step=peak.step,
+        phase=peak.phase.title,
+        micro_batch=peak.micro_batch,
+        module=peak.module,
+        by_layer={name: {c.key: n for c, n in sizes.items()} for name, sizes in by_layer.items()},
+        by_owner={c.key: kinds for c, kinds in owned(ledger, peak.event).items()},
+        largest=[
+            TensorFigures(
+                bytes=block.bytes,
+                category=block.category.key,
+                owner=block.name,
+                dtype=block.dtype,
+                shape=tuple(block.shape),
+                made_in=block.phase.title,
+                made_by=block.module,
+                operator=block.operator,
+            )
+            for block in ledger.largest(peak.event)
         ],
-    }
+    )
 
 
-def composition(sizes: Bytes) -> dict[str, Any]:
-    """A composition with its sum; categories of 0 bytes are listed too."""
-    return {
-        "allocated_bytes": sum(sizes.values()),
-        "by_category": {category.key: size for category, size in sizes.items()},
-    }
+def composition(sizes: Bytes) -> Composition:
+    """A composition with its sum."""
+    return Composition(sum(sizes.values()), {category.key: size for category, size in sizes.items()})
+
+
+def _figures(kind: type[Figures], event: msgspec.Struct) -> Figures:
+    """The fields of an event that a document tells."""
+    return kind(**{name: getattr(event, name) for name in kind.__struct_fields__})
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, MappingProxyType):
+        return dict(value)
+    raise NotImplementedError(type(value).__name__)

@@ -14,21 +14,23 @@ import os
 import selectors
 import socket
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import wire
 from .config import RunConfig, UserError, one_line, show
 from .engine_registry import EngineInfo
-from .events import Kind, StepTrace
+from .events import StepTrace
 from .feed import Command, End, Source
 from .forks import in_child
+from .run import Run
+from .run_events import Loaded, Paused, Refused, Resumed, RunEnded, RunStarted, StepEnded
 from .techniques import changed
 
 log = logging.getLogger("gpumem_tui.server")
 
-MILESTONES_A_TIME = 2_000
+EVENTS_A_TIME = 2_000
 VIEWERS_MAX = 64
 SAY_HELLO_WITHIN_S = 10.0
 FIRST_VIEWER_WITHIN_S = 60.0
@@ -85,8 +87,7 @@ class Server:
         self._commander: _Viewer | None = None
         self._parting = False
         self._accept_again_s: float | None = None
-        self._traces = _Numbered()
-        self._config: tuple[int, RunConfig | None] = (0, None)
+        self._runs, self._traces = _NumberedRuns(), _NumberedTraces()
         self._wake_read, self._wake_write = socket.socketpair()
         self._listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
@@ -272,24 +273,20 @@ class Server:
 
     def _news(self, viewer: _Viewer, ask: wire.Ask) -> wire.News:
         source = self.source
-        config, environment, gauge = source.config(), source.environment(), source.gauge()
-        if config is not self._config[1]:
-            self._config = (self._config[0] + 1, config)
-        milestones = source.milestones(ask.since)
-        # A new run's milestones tell of it before its traces come.
-        whole = len(milestones) <= MILESTONES_A_TIME
-        numbered = self._traces.after(ask.trace, source) if whole else []
-        again = source.config() is not config  # a run began meanwhile, and the traces may be its
-        numbered = [] if again else numbered
+        runs = source.runs()
+        told = self._runs.after(ask.runs, runs)
+        events = source.events(ask.since)
+        # A run's events tell of it before its traces come.
+        whole = len(events) <= EVENTS_A_TIME
+        numbered = self._traces.after(ask.trace, runs) if whole else []
         refused, viewer.refused = viewer.refused, ""
-        more = not whole or again or len(numbered) > 1
+        more = not whole or len(numbered) > 1 or len(source.runs()) != len(runs)
         viewer.closing = self._parting and not more
         return wire.News(
-            config_number=self._config[0],
-            config=config.as_dict() if config is not None and ask.config != self._config[0] else None,
-            environment=environment if ask.config != self._config[0] else None,
-            gauge=gauge,
-            milestones=list(milestones[:MILESTONES_A_TIME]),
+            runs=[wire.pack_run(number, run) for number, run in told],
+            environment=source.environment(),
+            gauge=source.gauge(),
+            events=list(events[:EVENTS_A_TIME]),  # type: ignore[arg-type]
             trace=wire.pack_trace(*numbered[0]) if numbered else None,
             more=more,
             commands=viewer is self._commander,
@@ -298,8 +295,8 @@ class Server:
         )
 
     def _status(self) -> wire.Status:
-        config, environment, gauge = self.source.config(), self.source.environment(), self.source.gauge()
-        info = self.info
+        runs, environment, info = self.source.runs(), self.source.environment(), self.info
+        config, gauge = runs[-1].config if runs else None, self.source.gauge()
         return wire.Status(
             info.name,
             info.kind,
@@ -315,38 +312,60 @@ class Server:
         )
 
 
-class _Numbered:
-    """The traces a source has, by numbers that grow: a viewer asks for what follows its last."""
+class _NumberedRuns:
+    """Runs by numbers that grow with every run and every change of one's configuration."""
 
     def __init__(self) -> None:
-        self._known: list[tuple[int, StepTrace]] = []
+        self._known: dict[Run, tuple[int, RunConfig]] = {}
         self._next = 1
 
-    def after(self, number: int, source: Source) -> list[tuple[int, StepTrace]]:
-        """Traces that are still kept and that the viewer has not seen, in order."""
-        latest = source.trace()
-        there = [*source.traces(), *([latest] if latest is not None else [])]
-        kept = {id(trace) for trace in there}
-        self._known = [pair for pair in self._known if id(pair[1]) in kept]
-        seen = {id(trace) for _, trace in self._known}
-        for trace in there:
+    def after(self, number: int, runs: Sequence[Run]) -> list[tuple[int, Run]]:
+        """Runs that the viewer does not know as they are now, in order."""
+        known = {run: self._known[run] for run in runs if run in self._known}
+        for run in runs:
+            config = run.config
+            if run not in known or known[run][1] is not config:
+                known[run] = (self._next, config)
+                self._next += 1
+        self._known = known
+        return sorted(((n, run) for run, (n, _) in known.items() if n > number), key=lambda pair: pair[0])
+
+
+class _NumberedTraces:
+    """The traces that runs have, by numbers that grow: a viewer asks for what follows its last."""
+
+    def __init__(self) -> None:
+        self._known: list[tuple[int, int, StepTrace]] = []
+        self._next = 1
+
+    def after(self, number: int, runs: Sequence[Run]) -> list[tuple[int, int, StepTrace]]:
+        """Number, run and trace of those that are still kept and that the viewer has not seen, in order."""
+        there = [(run.id.number, trace) for run in runs for trace in (*run.traces(), run.latest) if trace is not None]
+        kept = {id(trace) for _, trace in there}
+        self._known = [known for known in self._known if id(known[2]) in kept]
+        seen = {id(trace) for _, _, trace in self._known}
+        for run, trace in there:
             if id(trace) not in seen:
                 seen.add(id(trace))
-                self._known.append((self._next, trace))
+                self._known.append((self._next, run, trace))
                 self._next += 1
-        return [pair for pair in self._known if pair[0] > number]
+        return [known for known in self._known if known[0] > number]
 
 
 def state_of(source: Source) -> str:
-    """One word for what it is doing, from its latest milestones."""
-    words = {Kind.RUN_STARTED: "loading", Kind.PAUSED: "held", Kind.RUN_ENDED: "", Kind.REFUSED: "refused"}
-    for milestone in reversed(source.milestones(0)):
-        if milestone.kind is Kind.RUN_ENDED:
-            return str(milestone.data.get("reason", "ended"))
-        if milestone.kind in (Kind.STEP_ENDED, Kind.LOADED, Kind.RESUMED):
-            return "training"
-        if milestone.kind in words:
-            return words[milestone.kind]
+    """One word for what it is doing, from its latest events."""
+    for event in reversed(source.events(0)):
+        match event:
+            case RunEnded():
+                return event.reason
+            case StepEnded() | Loaded() | Resumed():
+                return "training"
+            case RunStarted():
+                return "loading"
+            case Paused():
+                return "held"
+            case Refused():
+                return "refused"
     return "starting"
 
 

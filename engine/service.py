@@ -24,9 +24,9 @@ from pathlib import Path
 from . import techniques, wire
 from .config import RunConfig, UserError
 from .engine_registry import EngineInfo, EngineLock
-from .events import Kind
 from .feed import Start
 from .launch import READY
+from .run_events import EngineEnded, Output, Refused, RunFailed
 from .server import Server, state_of
 from .session import Session
 
@@ -133,7 +133,7 @@ def main() -> int:
         log = Log(engine_dir.log)
         info = engine_dir.info()
         assert isinstance(info, EngineInfo)
-        session = Session(config.device)
+        session = Session(config.device, name=engine_dir.name)
         engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]))
         signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
         sys.stdout.write(f"{READY}{engine_dir.name}\n")
@@ -181,7 +181,7 @@ class _Engine:
                 continue
             look_at_s = now_s + LOOK_EVERY_S
             for line in self._log.new_lines():
-                self._session.tell(Kind.OUTPUT, line)
+                self._session.tell(Output(text=line))
             if self._device_is_lost():
                 code = BROKEN_DEVICE
                 break
@@ -193,18 +193,18 @@ class _Engine:
         # The folder first: who waits for the connection to end finds nothing left.
         self._engine_lock.release()
         if self._ended_by:
-            self._session.tell(Kind.ENGINE_ENDED, f"the engine was ended by {self._ended_by}", by=self._ended_by)
+            self._session.tell(EngineEnded(text=f"the engine was ended by {self._ended_by}", by=self._ended_by))
             self._server.part(PART_WITHIN_S)
         self._server.close()
         return code
 
     def _device_is_lost(self) -> bool:
         """A CUDA error stays: every later call in this process fails with it."""
-        milestones = self._session.milestones(self._told)
-        if not milestones:
+        events = self._session.events(self._told)
+        if not events:
             return False
-        self._told = milestones[-1].index + 1
-        lost = any(m.kind is Kind.RUN_FAILED and "CUDA error" in m.text for m in milestones)
+        self._told = events[-1].index + 1
+        lost = any(isinstance(event, RunFailed) and "CUDA error" in event.text for event in events)
         if lost:  # let the viewers hear of it
             until_s = time.monotonic() + 4 * LOOK_EVERY_S
             while (left_s := until_s - time.monotonic()) > 0:
@@ -216,7 +216,7 @@ def _try_start(session: Session, config: RunConfig) -> None:
     try:
         session.command(Start(config))
     except UserError as error:
-        session.tell(Kind.REFUSED, str(error))
+        session.tell(Refused(text=str(error)))
 
 
 def _offer_to_the_oom_killer() -> None:

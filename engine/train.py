@@ -39,21 +39,21 @@ class StepResult:
 
     Attributes:
         step: From 1.
-        loss: Mean over the micro-batches.
+        loss: Mean over the micro-batches; None: not known, in somebody else's loop.
         seconds: Wall time, until the loss was on the host.
         tokens: Tokens trained on.
         allocated_bytes: After `optimizer.step()`, before `zero_grad()`: where
             the article measures.
-        peak_bytes: The most allocated during the step.
+        peak_bytes: The most allocated during the step; None where the counter is not ours to reset.
         reserved_bytes: After `optimizer.step()`; None without a caching allocator.
     """
 
     step: int
-    loss: float
+    loss: float | None
     seconds: float
     tokens: int
     allocated_bytes: int
-    peak_bytes: int
+    peak_bytes: int | None
     reserved_bytes: int | None
 
 

@@ -11,19 +11,22 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import zlib
 from pathlib import Path
-from typing import Any, Final, Literal, TypeVar, get_type_hints
+from typing import Any, Final, Literal, TypeVar
 
 import msgspec
 import numpy as np
 
 from . import techniques
 from .config import UserError, one_line
-from .events import Environment, Gauge, Milestone, StepTrace
+from .events import Environment, Gauge, StepTrace
 from .feed import Command, End, Pause, Start, Stop, TakeOver
-from .recording import COLUMNS
+from .recording import COLUMNS, TraceHead, head_of, trace_of
+from .run import Run, RunId, RunKind
+from .run_events import AnyRunEvent
 
-PROTOCOL = 1
+PROTOCOL = 2
 """Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
 TAKE_OVER: Final = "take over"
 LARGEST_ASK = 1 << 18
@@ -48,11 +51,11 @@ class Peek(msgspec.Struct, tag="peek"):
 
 
 class Ask(msgspec.Struct, tag="ask"):
-    """For what is new: milestones from an index on, a trace after a number, readings of the run."""
+    """For what is new: events from an index on, runs and a trace after a number, the gauge."""
 
     since: int
     trace: int
-    config: int
+    runs: int
 
 
 class Do(msgspec.Struct, tag="do"):
@@ -97,34 +100,65 @@ class Status(msgspec.Struct, tag="status"):
 
 
 class Trace(msgspec.Struct):
-    """A `StepTrace`, its columns as they lie in memory."""
+    """A `StepTrace`, its columns as they lie in memory.
+
+    Attributes:
+        number: Grows with every trace that the engine sends.
+        run: Number of its run.
+        head: All but the columns.
+        columns: By name.
+    """
 
     number: int
-    plain: dict[str, Any]
+    run: int
+    head: TraceHead
     columns: dict[str, bytes]
+
+
+class RunTold(msgspec.Struct):
+    """A run that has begun, or of whose configuration more is known now.
+
+    Attributes:
+        number: Grows with every run told, and with every change.
+        id: See `Run`; likewise the others.
+    """
+
+    number: int
+    id: RunId
+    kind: RunKind
+    config: dict[str, Any]
+    environment: Environment
 
 
 class News(msgspec.Struct, tag="news"):
     """The answer to `Ask`.
 
     Attributes:
-        config_number: Grows with every run.
-        config: Only if the viewer's is older.
+        runs: Those that are new to the viewer, in order.
+        environment: Where a run would happen; None until the engine has looked.
+        trace: The next one that the viewer has not seen.
         more: There is more than fitted; ask again at once.
         commands: Whether this viewer's commands have an effect.
         refused: Why the viewer's last command did nothing.
     """
 
-    config_number: int
-    config: dict[str, Any] | None
+    runs: list[RunTold]
     environment: Environment | None
     gauge: Gauge | None
-    milestones: list[Milestone]
+    events: list[AnyRunEvent]
     trace: Trace | None
     more: bool
     commands: bool
     viewers: int
     refused: str
+
+
+class WholeRun(msgspec.Struct):
+    """A run that is over, in one piece: how a prediction crosses from the process that predicts."""
+
+    told: RunTold
+    events: list[AnyRunEvent]
+    traces: list[Trace]
 
 
 Request = Hello | Peek | Ask | Do
@@ -134,6 +168,7 @@ Message = TypeVar("Message")
 _encoder = msgspec.msgpack.Encoder()
 _requests: msgspec.msgpack.Decoder[Request] = msgspec.msgpack.Decoder(Request)
 _answers: msgspec.msgpack.Decoder[Answer] = msgspec.msgpack.Decoder(Answer)
+_whole_runs = msgspec.msgpack.Decoder(WholeRun)
 
 
 class MalformedError(Exception):
@@ -247,13 +282,11 @@ def is_ours(connection: socket.socket) -> bool:
 
 # --- units to messages and back ---------------------------------------------------
 
-_PLAIN = {name: hint for name, hint in get_type_hints(StepTrace).items() if name not in COLUMNS}
 
-
-def pack_trace(number: int, trace: StepTrace) -> Trace:
+def pack_trace(number: int, run: int, trace: StepTrace) -> Trace:
     """A trace as columns, whatever fields it has."""
     columns = {name: np.ascontiguousarray(getattr(trace, name)).tobytes() for name in COLUMNS}
-    return Trace(number, {name: getattr(trace, name) for name in _PLAIN}, columns)
+    return Trace(number, run, head_of(trace), columns)
 
 
 def unpack_trace(packed: Trace) -> StepTrace:
@@ -264,10 +297,40 @@ def unpack_trace(packed: Trace) -> StepTrace:
     """
     try:
         columns: dict[str, Any] = {name: np.frombuffer(packed.columns[name], dtype) for name, dtype in COLUMNS.items()}
-        plain = {name: msgspec.convert(packed.plain[name], hint) for name, hint in _PLAIN.items()}
-        return StepTrace(**plain, **columns)
-    except (KeyError, ValueError, TypeError) as error:  # msgspec.ValidationError is a ValueError
+    except (KeyError, ValueError) as error:
         raise MalformedError(f"trace {packed.number}: {error}") from None
+    return trace_of(packed.head, columns)
+
+
+def pack_run(number: int, run: Run) -> RunTold:
+    """What a viewer has to know of a run before its events and traces come."""
+    return RunTold(number, run.id, run.kind, run.config.as_dict(), run.environment)
+
+
+def pack_whole_run(run: Run) -> bytes:
+    """A run with its events and traces, deflated: of a few traces that resemble each other little is left."""
+    traces = [pack_trace(number, run.id.number, trace) for number, trace in enumerate(run.traces())]
+    whole = WholeRun(pack_run(0, run), list(run.events()), traces)  # type: ignore[arg-type]
+    return zlib.compress(_encoder.encode(whole), 1)
+
+
+def unpack_whole_run(packed: bytes) -> Run:
+    """The inverse of `pack_whole_run`.
+
+    Raises:
+        MalformedError: It is none.
+    """
+    try:
+        body = zlib.decompress(packed)
+    except zlib.error as error:
+        raise MalformedError(str(error)) from None
+    whole = _decoded(_whole_runs, body)
+    told = whole.told
+    run = Run(told.id, techniques.parse_config(told.config, "the run"), told.environment, told.kind)
+    for event in whole.events:
+        run.tell(event)
+    run.keep([unpack_trace(trace) for trace in whole.traces])
+    return run
 
 
 def pack_command(command: Command) -> Do:

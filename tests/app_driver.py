@@ -10,9 +10,11 @@ from typing import Any
 from textual.pilot import Pilot
 
 from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Start
+from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.run import Run
 from gpumem_tui.tui.app import GpumemApp
-from gpumem_tui.tui.predictions import Prediction
 from gpumem_tui.tui.screens.compare import MODES
 from gpumem_tui.tui.settings import Settings
 
@@ -21,6 +23,17 @@ from .fake_source import MIB, FakeSource
 RECORDINGS = Path(__file__).parent / "recordings"
 SIZES = [(80, 24), (120, 40)]
 GPU_UNIT = 48 * MIB
+
+
+def foretold(config: RunConfig, peak_bytes: int, run: Run | bytes = b"", fits: bool | None = None) -> Prediction:
+    """A prediction of a peak and little else."""
+    fits = peak_bytes < 120 * MIB if fits is None else fits
+    return Prediction(
+        config=config, gpu="H100 80GB", loaded_bytes=0, after_step_bytes=0, peak_bytes=peak_bytes, by_category={},
+        by_phase={},
+        peak_phase="forward", reserved_bytes=peak_bytes, managed_bytes=0, safe_bound_bytes=peak_bytes,
+        available_bytes=peak_bytes if fits else peak_bytes - 1, max_positions=0, seconds=0.0, whole_run=run,
+    )  # fmt: skip
 
 
 class Oracle:
@@ -44,10 +57,13 @@ class Oracle:
         self._asked[repr(config)] = config
         self.hurried.add(hurry)
         peak = self._peak(config)
-        return Prediction(peak, peak < 120 * MIB, {}) if peak is not None else None
+        return foretold(config, peak) if peak is not None else None
 
-    def of_run(self, config: RunConfig) -> Prediction | str:
+    def of_run(self, run: Run) -> Prediction | str:
         return ""
+
+    def look_at(self, environment: Environment) -> None:
+        pass
 
     def waiting(self) -> int:
         return self.queue

@@ -17,10 +17,11 @@ import torch
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Milestone, StepTrace
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.prediction import predictor
 from gpumem_tui.engine.report import Report
+from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.engine.session import Session
 from gpumem_tui.profiles import model_profile, run_fields
 
@@ -55,22 +56,22 @@ class Engine:
 
     def _seen(self, trace: StepTrace) -> None:
         self.report.add(trace)
-        if not trace.partial:
+        if not trace.is_open:
             self.traces.append(trace)
 
     def run(self, config: RunConfig) -> dict[str, Any]:
-        milestones = self.run_milestones(config)
-        environment = self.session.environment()
-        assert environment is not None
-        return self.report.document(environment, config, milestones)
+        before = self.session.run
+        self.run_events(config)
+        number = before.id.number + 1 if before is not None else 1
+        return self.report.document(next(run for run in self.session.runs() if run.id.number == number)).as_dict()
 
-    def run_milestones(self, config: RunConfig) -> list[Milestone]:
+    def run_events(self, config: RunConfig) -> list[RunEvent]:
         self.report = Report()
         self.traces.clear()
-        before = len(self.session.milestones(0))
+        before = len(self.session.events(0))
         self.session.command(Start(config))
         assert self.session.wait(120), "the run did not end"
-        return list(self.session.milestones(0))[before:]
+        return list(self.session.events(0))[before:]
 
 
 @pytest.fixture(scope="module")
@@ -87,7 +88,7 @@ def wait_until(condition: Callable[[], bool], session: Session, seconds: float =
 
     deadline, never = time.monotonic() + seconds, threading.Event()
     while not condition():
-        assert time.monotonic() < deadline, [m.text for m in session.milestones(0)][-5:]
+        assert time.monotonic() < deadline, [m.text for m in session.events(0)][-5:]
         never.wait(0.01)
 
 

@@ -7,7 +7,7 @@ technique changes what is shown.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,19 +17,31 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import (
     BLOCK,
+    COMPLETE,
     EVENT,
     MARK,
+    OPEN,
     OWNER,
     Category,
     Environment,
     Gauge,
-    Kind,
-    Milestone,
     Phase,
     PhaseSpan,
     StepTrace,
 )
-from gpumem_tui.engine.feed import Command, Feed, Pause, Save, Start, Stop, ViewerRole
+from gpumem_tui.engine.feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
+from gpumem_tui.engine.run_events import (
+    Loaded,
+    OutOfMemory,
+    Paused,
+    Recomputed,
+    Resumed,
+    RunEnded,
+    RunFailed,
+    RunStarted,
+    Saved,
+    StepEnded,
+)
 from gpumem_tui.profiles import run_fields
 
 MIB = 1 << 20
@@ -96,7 +108,7 @@ class Sim:
         self.done.append(PhaseSpan(phase, micro_batch, begin, len(self.events), begin_us, self.now_us))
         self.mark(Phase.BACKWARD if phase is Phase.RECOMPUTE else Phase.IDLE, micro_batch, "")
 
-    def trace(self, partial: bool) -> StepTrace:
+    def trace(self, open_: bool) -> StepTrace:
         still = [PhaseSpan(p, m, b, len(self.events), b_us, self.now_us) for p, m, b, b_us in self.spans]
         return StepTrace(
             step=self.step,
@@ -106,7 +118,7 @@ class Sim:
             owners=np.array([(*owner, -1) for owner in self.owners], OWNER),
             names=tuple(self.names),
             phases=tuple(sorted(self.done + still, key=lambda s: s.begin)),
-            partial=partial,
+            ending=OPEN if open_ else COMPLETE,
             micro_batches=self.micro_batches,
         )
 
@@ -234,7 +246,7 @@ class Model:
         yield
 
 
-class FakeSource:
+class FakeSource(Published):
     """A `Source` that a test drives.
 
     Args:
@@ -248,7 +260,7 @@ class FakeSource:
 
     def __init__(self, environment: Environment = CPU, live: bool = True, unit: int = MIB, layers: int = 6) -> None:
         self.live = live
-        self.feed = Feed()
+        self.feed = self._feed = Feed()
         self.feed.environment = environment
         self.unit, self.layers = unit, layers
         self.commands: list[Command] = []
@@ -261,24 +273,6 @@ class FakeSource:
 
     # --- Source -------------------------------------------------------------
 
-    def environment(self) -> Environment | None:
-        return self.feed.environment
-
-    def config(self) -> RunConfig | None:
-        return self.feed.config
-
-    def gauge(self) -> Gauge | None:
-        return self.feed.gauge
-
-    def trace(self) -> StepTrace | None:
-        return self.feed.latest
-
-    def traces(self) -> Sequence[StepTrace]:
-        return self.feed.traces()
-
-    def milestones(self, since: int) -> Sequence[Milestone]:
-        return self.feed.milestones(since)
-
     def command(self, command: Command) -> None:
         if not self.live:
             raise UserError("this is a recording: there is no engine to command")
@@ -288,12 +282,12 @@ class FakeSource:
         match command:
             case Pause(paused):
                 self.paused = paused
-                self.feed.milestone(Kind.PAUSED if paused else Kind.RESUMED, "held" if paused else "goes on")
-            case Save(path, work):
+                self.feed.tell(Paused(text="held") if paused else Resumed(text="goes on"))
+            case Save(path=path, work=work):
                 if self.saves_slowly:
                     return
                 work.over = True
-                self.feed.milestone(Kind.SAVED, f"saved {path}", path=str(path))
+                self.feed.tell(Saved(text=f"saved {path}", path=str(path)))
 
     # --- what a test says -----------------------------------------------------
 
@@ -311,13 +305,13 @@ class FakeSource:
         self.model = Model(config, self.layers, self.unit)
         self._work, self._step = iter(()), 0
         self.feed.begin_run(config)
-        self.feed.milestone(Kind.RUN_STARTED, f"run of {config.model}", config=config.as_dict())
+        self.feed.tell(RunStarted(text=f"run of {config.model}"))
         for _ in self.model.load():
             pass
-        self.feed.publish_trace(self.model.sim.trace(partial=False))
-        self.feed.milestone(
-            Kind.LOADED, "1,331,810,304 parameters", parameters=1_331_810_304, trainable_parameters=1_331_810_304,
-            allocated_bytes=self.model.sim.allocated, seconds=1.0, notes=[],
+        self.feed.publish_trace(self.model.sim.trace(open_=False))
+        self.feed.tell(
+            Loaded(text="1,331,810,304 parameters", parameters=1_331_810_304, trainable_parameters=1_331_810_304,
+                   allocated_bytes=self.model.sim.allocated, seconds=1.0)
         )  # fmt: skip
         self._read_gauge(Phase.LOAD)
 
@@ -341,7 +335,7 @@ class FakeSource:
             next(self._work)
         self._tell_recomputes()
         model.own()
-        self.feed.publish_trace(model.sim.trace(partial=True))
+        self.feed.publish_trace(model.sim.trace(open_=True))
         phase = model.sim.spans[-1][0] if model.sim.spans else Phase.IDLE
         self._read_gauge(phase)
 
@@ -362,13 +356,13 @@ class FakeSource:
         model = self.model
         assert model is not None
         self._tell_recomputes()
-        trace = model.sim.trace(partial=False)
+        trace = model.sim.trace(open_=False)
         self.feed.publish_trace(trace)
         peak = int(trace.begin["bytes"].sum() + max(0, trace.events["bytes"].cumsum().max()))
-        self.feed.milestone(
-            Kind.STEP_ENDED, f"step {self._step}: loss 10.3100, 94 ms", step=self._step, loss=10.31 - self._step / 100,
-            seconds=0.094, tokens=2048, allocated_bytes=model.sim.allocated, peak_bytes=peak, reserved_bytes=peak,
-            traced=True, trace_seconds=0.001 * self._step,
+        self.feed.tell(
+            StepEnded(text=f"step {self._step}: loss 10.3100, 94 ms", step=self._step, loss=10.31 - self._step / 100,
+                      seconds=0.094, tokens=2048, allocated_bytes=model.sim.allocated, peak_bytes=peak,
+                      reserved_bytes=peak, traced=True, trace_seconds=0.001 * self._step)
         )  # fmt: skip
         self._read_gauge(Phase.IDLE)
 
@@ -376,22 +370,26 @@ class FakeSource:
         model = self.model
         assert model is not None
         for event in model.recomputed:
-            self.feed.milestone(Kind.RECOMPUTED, f"step {event['step']}: {event['layers'][0]}", **event)
+            self.feed.tell(Recomputed(text=f"step {event['step']}: {event['layers'][0]}", **event))
         model.recomputed.clear()
 
-    def fail(self, kind: Kind = Kind.RUN_FAILED, text: str = "RuntimeError: it broke") -> None:
+    def fail(self, kind: type[RunFailed | OutOfMemory] = RunFailed, text: str = "RuntimeError: it broke") -> None:
         """End the run with a failure."""
-        data: dict[str, Any] = {"detail": 'Traceback (most recent call last):\n  File "x.py"\nRuntimeError: it broke'}
-        if kind is Kind.OUT_OF_MEMORY:
-            data = {"step": self._step, "phase": "backward", "requested_bytes": 1 << 30, "allocated_bytes": 79 << 30}
-        self.feed.milestone(kind, text, **data)
+        if kind is OutOfMemory:
+            self.feed.tell(
+                OutOfMemory(text=text, step=self._step, phase="backward", requested_bytes=1 << 30,
+                            allocated_bytes=79 << 30)
+            )  # fmt: skip
+        else:
+            detail = 'Traceback (most recent call last):\n  File "x.py"\nRuntimeError: it broke'
+            self.feed.tell(RunFailed(text=text, detail=detail))
         self.end("failed")
 
     def end(self, reason: str, leaked: int = 0) -> None:
         """End the run."""
-        self.feed.milestone(
-            Kind.RUN_ENDED, f"run {reason} after {self._step} steps, {leaked} bytes leaked", reason=reason,
-            leaked_bytes=leaked, workspace_bytes=0, managed_bytes=0, steps=self._step,
+        self.feed.tell(
+            RunEnded(text=f"run {reason} after {self._step} steps, {leaked} bytes leaked", reason=reason,
+                     steps=self._step, leaked_bytes=leaked, workspace_bytes=0, managed_bytes=0)
         )  # fmt: skip
         if self.model is not None:
             self.model.sim.live.clear()
@@ -405,8 +403,9 @@ class FakeSource:
         reserved = allocated + 96 * self.unit if environment.on_gpu else None
         process = (reserved or allocated) + 480 * MIB
         used = process + 256 * MIB
-        self.feed.gauge = Gauge(
+        gauge = Gauge(
             self.feed.clock_s(), allocated, reserved, 0, process, used,
             environment.device_total_bytes, phase, self._step,
             None if process is None or reserved is None else process - reserved,
         )  # fmt: skip
+        self.feed.publish_gauge(gauge)

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.actions import RESERVED, Action, help_lines, offered_here, shown_keys
 from gpumem_tui.tui.board import KINDS, Board, check
 from gpumem_tui.tui.draw import wrap
 from gpumem_tui.tui.palette import Palette
-from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.settings import Settings
 
 from .app_driver import RECORDINGS, shown, trained
@@ -27,8 +27,8 @@ def board(**keys: tuple[str, ...]) -> Board:
     return Board(FakeSource(), settings, Palette())
 
 
-def opened() -> RecordingSet:
-    return RecordingSet([RECORDINGS / "full.gpumem", RECORDINGS / "lora.gpumem"])
+def opened() -> Recording:
+    return Recording(RECORDINGS / "full.gpumem", RECORDINGS / "lora.gpumem")
 
 
 SCREENS = [kind.title for kind in KINDS]

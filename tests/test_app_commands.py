@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import Environment, Kind
+from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Pause, Save, Stop
+from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunEvent, RunFailed
 from gpumem_tui.tui.control import free_name
 from gpumem_tui.tui.state import Filter
 
@@ -38,7 +39,7 @@ async def test_pause_stop_restart() -> None:
         await driver.press("h")
         assert source.commands[-1] == Stop()
         await driver.press("r")
-        assert driver.last_start.config == source.config()
+        assert driver.last_start.config == source.run.config
 
 
 @pytest.mark.parametrize("environment", [CPU, GPU])
@@ -97,7 +98,7 @@ async def test_saving_shows_how_far_it_is_and_escape_cancels_it(tmp_path: Path) 
         await driver.press("escape")
         assert command.work.cancelled
         command.work.over = True
-        source.feed.milestone(Kind.NOTE, f"{command.path}: not saved: cancelled")
+        source.feed.tell(Note(text=f"{command.path}: not saved: cancelled"))
         await driver.tick()
         assert "esc cancels" not in driver.text
         assert "not saved: cancelled" in driver.text
@@ -113,8 +114,8 @@ def test_names_of_recordings_are_safe_and_free(tmp_path: Path) -> None:
     assert free_name(tmp_path, "../EleutherAI/a b:c", {second}, lambda: 0.0) not in (first, second)
 
 
-@pytest.mark.parametrize("kind", [Kind.OUT_OF_MEMORY, Kind.RUN_FAILED])
-async def test_a_failure_is_shown_and_the_app_lives(kind: Kind) -> None:
+@pytest.mark.parametrize("kind", [OutOfMemory, RunFailed])
+async def test_a_failure_is_shown_and_the_app_lives(kind: type[RunEvent]) -> None:
     source = trained(1)
     source.advance(8)
     async with shown(source) as driver:
@@ -126,7 +127,7 @@ async def test_a_failure_is_shown_and_the_app_lives(kind: Kind) -> None:
         await driver.press("6", "f", "f", "up")
         assert "it needs 1 GiB more" in driver.text
         await driver.press("enter")
-        assert ("Traceback" if kind is Kind.RUN_FAILED else "1,073,741,824") in driver.text
+        assert ("Traceback" if kind is RunFailed else "1,073,741,824") in driver.text
         await driver.press("escape", "escape", "1", "r")
         source.obey()
         source.finish_step()
@@ -140,4 +141,4 @@ async def test_a_leak_is_a_problem() -> None:
         source.end("stopped", leaked=512)
         await driver.tick()
         assert "512 bytes leaked" in driver.lines[-2]
-        assert [m.kind for m in driver.app.state.logs[Filter.PROBLEMS]] == [Kind.RUN_ENDED]
+        assert [type(m) for m in driver.app.state.logs[Filter.PROBLEMS]] == [RunEnded]

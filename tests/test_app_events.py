@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.run_events import Recomputed
 
 from .app_driver import shown, trained
 
@@ -25,16 +25,13 @@ async def test_events_scroll_and_filter() -> None:
 
 async def test_details_of_an_event_have_a_row_for_every_figure() -> None:
     source = trained(1)
-    by_category = {"parameters": 2_663_620_608, "buffers": 256}
-    source.feed.milestone(
-        Kind.NOTE, "a note", memory={"loaded": {"allocated_bytes": 2_663_620_864, "by_category": by_category}},
-        layers=["a", "b"], notes=[], other={},
-    )  # fmt: skip
+    layers = ("gpt_neox.layers.4", "gpt_neox.layers.5")
+    source.feed.tell(
+        Recomputed(text="step 1: layers 4 and 5", step=1, micro_batch=0, layers=layers, bytes=2_663_620_608)
+    )
     async with shown(source, (60, 20)) as driver:
-        await driver.press("6", "enter")
-        rows = [line.rstrip() for line in driver.lines[4:12]]
-        assert [row.split() for row in rows] == [
-            ["memory"], ["loaded"], ["allocated_bytes", "2,663,620,864"], ["by_category"],
-            ["parameters", "2,663,620,608"], ["buffers", "256"], ["layers", "a,", "b"], ["notes", "none"],
+        await driver.press("6", "f", "f", "f", "enter")
+        assert [line.split() for line in driver.lines[4:11]] == [
+            ["step", "1"], ["micro_batch", "0"], ["layers", "gpt_neox.layers.4,"], ["gpt_neox.layers.5"],
+            ["bytes", "2,663,620,608"], ["ms", "–"], ["early_stop", "off"],
         ]  # fmt: skip
-        assert [len(row) - len(row.lstrip()) for row in rows] == [1, 3, 5, 5, 7, 7, 1, 1]

@@ -6,10 +6,10 @@ import re
 
 import pytest
 
-from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import Stop
 from gpumem_tui.engine.ledger import Ledger, numbered_layers
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.tui.layer_table import GROUPS, layer_table
 from gpumem_tui.tui.run_state import RunState
 from gpumem_tui.tui.units import IN_GIB, unit_for
@@ -24,7 +24,7 @@ async def test_layers_have_the_ledgers_figures(size: tuple[int, int]) -> None:
     async with shown(source, size) as driver:
         await driver.press("3")
         row = next(line for line in driver.lines if "layers.3" in line).split()
-        ledger = Ledger(source.traces()[-1])
+        ledger = Ledger(source.run.traces()[-1])
         held = sum(ledger.by_layer(ledger.peak.event)["gpt_neox.layers.3"].values())
         # parameters, gradients, two moments; kept input and two recomputed; the layer's scratch
         most, made, times = ["6.0", "6.0", "12.0", "10.0", "9.0"], ["2×8.0"], ["12×"]
@@ -40,8 +40,8 @@ async def test_layers_have_the_ledgers_figures(size: tuple[int, int]) -> None:
 @pytest.mark.parametrize("size", [(60, 20), *SIZES])
 async def test_what_layers_held_at_the_peak_adds_up_to_it(name: str, size: tuple[int, int]) -> None:
     """Nothing is missing: whatever belongs to no layer has a row of its own."""
-    source = Replay(RECORDINGS / f"{name}.gpumem")
-    peak = Ledger(source.traces()[-1]).peak.bytes
+    source = Recording(RECORDINGS / f"{name}.gpumem")
+    peak = Ledger(source.run.traces()[-1]).peak.bytes
     async with shown(source, size) as driver:
         await driver.press("3")
         heads, *cells = driver.app.page.table()
@@ -60,7 +60,7 @@ async def test_what_layers_held_at_the_peak_adds_up_to_it(name: str, size: tuple
 
 async def test_a_kv_cache_is_the_layers_that_it_is_of() -> None:
     """The cache calls its layers `layers.0`, whatever the model calls them."""
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
         await driver.press("3")
         rows = [line for line in driver.lines if "layers.0 " in line]
         assert len(rows) == 1
@@ -95,10 +95,9 @@ async def test_columns_of_recomputes_say_what_a_figure_is_of() -> None:
 def test_the_first_steps_recomputes_are_not_in_the_mean_once_there_are_others() -> None:
     """They load kernels: 70 ms where the next ones take 2."""
     run = RunState()
-    recompute = {"micro_batch": 0, "layers": ["layers.0"], "bytes": 8, "early_stop": True}
     means = []
     for step, ms in ((1, 70.0), (1, 30.0), (2, 2.0), (3, 4.0)):
-        run.fold(Milestone(0, 0.0, Kind.RECOMPUTED, 1, "", recompute | {"step": step, "ms": ms}))
+        run.fold(Recomputed(text="", step=step, micro_batch=0, layers=("layers.0",), bytes=8, ms=ms, early_stop=True))
         means.append(run.recomputes["layers.0"].mean_ms)
     assert means == [70, 50, 2, 3]
     assert run.recomputes["layers.0"].count == 4
@@ -137,7 +136,7 @@ async def test_tables_of_a_small_model_count_in_a_unit_that_shows_it() -> None:
     source.start(checkpointing="layers")
     for _ in range(2):
         source.finish_step()
-    peak = Ledger(source.traces()[-1]).peak.bytes
+    peak = Ledger(source.run.traces()[-1]).peak.bytes
     async with shown(source) as driver:
         await driver.press("3")
         assert driver.line("step 2").split()[2:5] == ["KiB", "peak", f"{peak / 1024:.1f}"]
@@ -165,7 +164,7 @@ async def test_layers_scroll_and_sort() -> None:
 
 def test_layer_table_against_a_slow_count() -> None:
     source = trained(1, checkpointing="layers", accumulation=2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     table = layer_table(ledger)
     most: dict[str, list[int]] = {}
     for event in range(-1, len(ledger.trace.events)):

@@ -11,7 +11,7 @@ import pytest
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import CATEGORIES, Category, Phase
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.explain import explain
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.units import IN_GIB, IN_MIB, percent
@@ -26,10 +26,10 @@ async def test_live_says_what_the_ledger_says(size: tuple[int, int], advances: i
     source = trained(3)
     source.advance(advances)
     async with shown(source, size) as driver:
-        trace = source.trace()
+        trace = source.run.latest
         assert trace is not None
         now = Ledger(trace).end
-        peak = max((Ledger(t).peak for t in [*source.traces(), trace]), key=lambda p: p.bytes)
+        peak = max((Ledger(t).peak for t in [*source.run.traces(), trace]), key=lambda p: p.bytes)
         # What only a watched script can hold has no row here.
         small = "H" if size[1] > 30 else "BIWsH"
         for category, info in CATEGORIES.items():
@@ -96,7 +96,7 @@ async def test_the_sentence_about_the_peak_is_whole_where_there_is_room() -> Non
 
 @pytest.mark.parametrize("name", ["full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora"])
 async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(name: str) -> None:
-    async with shown(Replay(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
+    async with shown(Recording(RECORDINGS / f"{name}.gpumem"), (120, 40)) as driver:
         text = " ".join(driver.text.split())
         (sentence,) = re.findall(r"The peak is [^=]*: ([\d.]+) [MG]iB = (.*?)\.(?!\d)", text)
         total, terms = float(sentence[0]), sentence[1].split(" + ")
@@ -112,11 +112,11 @@ async def test_the_sentence_about_the_peak_is_a_sum_of_what_the_screen_shows(nam
 
 async def test_times_say_which_they_are() -> None:
     """The wall's includes the wait for the loss; the host's ends when the last kernel has been asked for."""
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem")) as driver:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem")) as driver:
         assert "54 ms wall" in driver.line("step 3")
         await driver.press("2")
         assert "47 ms host" in driver.line("step 3")
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (60, 20)) as driver:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem"), (60, 20)) as driver:
         await driver.press("2", "+")
         assert driver.line("step 3").split()[2:7] == ["47", "ms", "host", "peak", "242.1"]
         assert driver.line("step 3").split()[-3:] == ["<", "2", "latest"]
@@ -124,7 +124,7 @@ async def test_times_say_which_they_are() -> None:
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24)])
 async def test_what_is_small_is_in_one_row_that_says_what_it_is(size: tuple[int, int]) -> None:
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
         row = driver.line("all others").split()
         share = row.pop(3) if size[0] == 80 else ""
         assert row[2:5] == ["66.0", "workspace" if share else "W", "66.0"]
@@ -252,7 +252,7 @@ def test_explanations_say_what_is_in_the_ledger() -> None:
     source.start(lora=True)
     source.finish_step()
     source.finish_step()
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     assert ledger.peak.phase in (Phase.FORWARD, Phase.BACKWARD)
     text = explain(ledger, IN_MIB)
     grown = ledger.peak.by_category[Category.ACTIVATIONS] - ledger.at(-1)[Category.ACTIVATIONS]

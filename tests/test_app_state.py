@@ -7,11 +7,11 @@ from collections.abc import Callable
 import pytest
 
 from gpumem_tui.engine import techniques
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.run_events import Note
 from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.profiles import run_fields
-from gpumem_tui.tui.state import KEPT_MILESTONES, Filter, ViewState
+from gpumem_tui.tui.state import KEPT_EVENTS, Filter, ViewState
 
 from .app_driver import trained
 from .fake_source import FakeSource
@@ -39,13 +39,13 @@ def test_state_never_misses_the_peak_of_a_step_it_did_not_see() -> None:
     source = trained(1)
     state = folded(source)
     source.finish_step()
-    highest = Ledger(source.traces()[-1]).peak.bytes
+    highest = Ledger(source.run.traces()[-1]).peak.bytes
     source.finish_step()
     source.advance()
     state.update(source, 1.0)
     assert state.peak is not None
     assert state.peak.peak.bytes == highest
-    assert not state.peak.trace.partial
+    assert not state.peak.trace.is_open
 
 
 def test_a_partial_trace_can_hold_the_peak_and_gives_way_to_its_step() -> None:
@@ -53,11 +53,11 @@ def test_a_partial_trace_can_hold_the_peak_and_gives_way_to_its_step() -> None:
     state = folded(source)
     source.advance(13)
     state.update(source, 1.0)
-    while source.trace() is not None and source.trace().partial:  # type: ignore[union-attr]
+    while source.run.latest is not None and source.run.latest.is_open:  # type: ignore[union-attr]
         source.finish_step()
         state.update(source, 2.0)
     assert state.peak is not None
-    assert not state.peak.trace.partial
+    assert not state.peak.trace.is_open
 
 
 def test_a_new_run_starts_from_nothing() -> None:
@@ -76,13 +76,13 @@ def test_a_new_run_starts_from_nothing() -> None:
 def test_milestones_are_read_once_and_bounded() -> None:
     source = trained(1)
     state = folded(source)
-    for i in range(KEPT_MILESTONES + 10):
-        source.feed.milestone(Kind.NOTE, f"note {i}")
+    for i in range(KEPT_EVENTS + 10):
+        source.feed.tell(Note(text=f"note {i}"))
     state.update(source, 1.0)
-    assert len(state.logs[Filter.ALL]) == KEPT_MILESTONES
+    assert len(state.logs[Filter.ALL]) == KEPT_EVENTS
     seen: list[int] = []
-    original: Callable[[int], object] = source.milestones
-    source.milestones = lambda since: (seen.append(since), original(since))[1]  # type: ignore[assignment]
+    original: Callable[[int], object] = source.events
+    source.events = lambda since: (seen.append(since), original(since))[1]  # type: ignore[assignment]
     state.update(source, 2.0)
     assert seen == [state.logs[Filter.ALL][-1].index + 1]
 

@@ -13,7 +13,7 @@ from .fake_source import MIB
 @pytest.mark.parametrize("size", SIZES)
 async def test_step_points_at_the_peak_and_moves(size: tuple[int, int]) -> None:
     source = trained(2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     async with shown(source, size) as driver:
         await driver.press("2")
         assert f"peak {ledger.peak.bytes / MIB:.1f} MiB" in driver.line("step 2")

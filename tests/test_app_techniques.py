@@ -15,9 +15,9 @@ from .fake_source import CPU, GPU, MIB
 @pytest.mark.parametrize("name", [t.name for t in techniques.registry().values() if t.key])
 async def test_a_techniques_key_flips_it_and_restarts(name: str) -> None:
     source = trained(1, **({"lora": True} if name == "quantization" else {}))
-    source.feed.environment = GPU
+    source.feed.environment = source.run.environment = GPU
     option, key = techniques.registry()[name].switch, techniques.registry()[name].key
-    before = source.config()
+    before = source.run.config
     assert before is not None
     async with shown(source) as driver:
         await driver.press(key)
@@ -97,7 +97,7 @@ async def test_a_technique_that_another_overrules_says_what_it_comes_to_and_why(
 async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tuple[int, int]) -> None:
     for environment, head in ((CPU, "on a CPU"), (GPU, "measured")):
         source = trained(1)
-        source.feed.environment = environment
+        source.feed.environment = source.run.environment = environment
         async with shown(source, size) as driver:
             await driver.press("4")
             assert driver.line("now").rstrip().endswith(f"fits {head}" if size[0] == 60 else head)
@@ -106,7 +106,7 @@ async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tup
 
 async def test_undo_says_before_it_restarts_when_nothing_is_collected_any_more() -> None:
     source = trained(1)
-    before = source.config()
+    before = source.run.config
     async with shown(source) as driver:
         await driver.press("k")
         source.obey()
@@ -128,7 +128,7 @@ async def test_undo_says_before_it_restarts_when_nothing_is_collected_any_more()
 @pytest.mark.parametrize("size", [(60, 20), *SIZES])
 async def test_why_a_setting_cannot_be_had_is_said_in_full(size: tuple[int, int]) -> None:
     source = trained(1)
-    source.feed.environment = GPU
+    source.feed.environment = source.run.environment = GPU
     async with shown(source, size) as driver:
         await driver.press("4")
         names = [line.option.name for line in driver.app.page.lines()]
@@ -187,7 +187,7 @@ async def test_what_cannot_run_here_is_greyed_with_its_reason_and_skipped() -> N
 
 async def test_a_conflict_is_said_and_nothing_is_sent() -> None:
     source = trained(1)
-    source.feed.environment = GPU
+    source.feed.environment = source.run.environment = GPU
     async with shown(source) as driver:
         await driver.press("u")
         assert source.commands == []
@@ -213,9 +213,9 @@ async def test_a_refusal_of_the_source_is_said() -> None:
 
 async def test_what_was_measured_is_remembered_and_nothing_else() -> None:
     source = trained(2)
-    config = source.config()
+    config = source.run.config
     assert config is not None
-    peak = Ledger(source.traces()[-1]).peak.bytes
+    peak = Ledger(source.run.traces()[-1]).peak.bytes
     async with shown(source) as driver:
         await driver.press("4", "l")
         assert "measured last time" not in driver.text

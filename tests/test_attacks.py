@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import Kind
+from gpumem_tui.engine.run_events import RunFailed, StepEnded
 
 from .benchmarks.attacks import Tally, lines, sockets, toml
 from .benchmarks.attacks.__main__ import watched_script
@@ -19,8 +19,8 @@ def test_messages_to_an_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     with an_engine_served(small_run(steps=3)) as (engine_dir, engine):
         assert sockets.attack(engine_dir, seed=1, count=400) == Tally(400)
-        told = engine.run_milestones(small_run(steps=1))
-    assert [m.kind for m in told if m.kind in (Kind.STEP_ENDED, Kind.RUN_FAILED)][-1] is Kind.STEP_ENDED
+        told = engine.run_events(small_run(steps=1))
+    assert isinstance([m for m in told if isinstance(m, StepEnded | RunFailed)][-1], StepEnded)
 
 
 def test_messages_to_a_watched_script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

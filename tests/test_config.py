@@ -15,9 +15,9 @@ from gpumem_tui.engine.config import Architecture, RunConfig, UserError
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.profiles import model_profile, resolved
-from gpumem_tui.tui.recording_set import RecordingSet
+from gpumem_tui.tui.commands.common import opened
 
 from .conftest import small_run
 
@@ -148,7 +148,7 @@ def test_a_run_means_the_same_whatever_becomes_of_its_profile(tmp_path: Path) ->
 
 
 def test_recordings_of_an_older_version_open_with_their_profiles_architecture() -> None:
-    config = RecordingSet([RECORDING]).config()
+    config = opened([RECORDING]).runs()[0].config
     assert config is not None and config.architecture == model_profile("tiny").architecture
 
 
@@ -186,10 +186,10 @@ def test_a_recording_of_fewer_options_opens_and_one_of_impossible_ones_is_refuse
                 new.writestr(name, data)
         return path
 
-    config = Replay(rewritten(keep_outputs=None)).config()
+    config = Recording(rewritten(keep_outputs=None)).run.config
     assert config is not None and config["keep_outputs"] is True
     with pytest.raises(UserError, match=r"other\.gpumem: lora\.r=-3 is not allowed"):
-        Replay(rewritten(**{"lora.r": -3}))
+        Recording(rewritten(**{"lora.r": -3}))
 
 
 def test_module_names_are_refused_also_while_lora_is_off() -> None:

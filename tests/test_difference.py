@@ -14,8 +14,9 @@ from gpumem_tui.engine.difference import Owned, compare, difference, from_docume
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.predict import predict
-from gpumem_tui.engine.recording import Replay
-from gpumem_tui.engine.report import Report
+from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.report import report
+from gpumem_tui.tui.commands.common import opened
 from gpumem_tui.tui.prediction_client import gpu_of
 
 from .app_driver import RECORDINGS
@@ -31,13 +32,8 @@ OWNED = st.dictionaries(
 )
 
 
-def document_of(replay: Replay) -> dict[str, Any]:
-    report = Report()
-    for trace in replay.traces():
-        report.add(trace)
-    environment, config = replay.environment(), replay.config()
-    assert environment is not None and config is not None
-    return report.document(environment, config, list(replay.milestones(0)))
+def document_of(replay: Recording) -> dict[str, Any]:
+    return report(replay.run).as_dict()
 
 
 # --- adding up ------------------------------------------------------------------------
@@ -74,7 +70,7 @@ def test_a_run_differs_from_itself_by_nothing() -> None:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_owners_hold_what_the_categories_hold_slack_too(name: str) -> None:
-    for trace in Replay(RECORDINGS / f"{name}.gpumem").traces():
+    for trace in Recording(RECORDINGS / f"{name}.gpumem").run.traces():
         ledger = Ledger(trace)
         for event in {-1, len(trace.events) // 2, ledger.peak.event, len(trace.events) - 1}:
             held = owned(ledger, event)
@@ -85,7 +81,7 @@ def test_owners_hold_what_the_categories_hold_slack_too(name: str) -> None:
 
 def test_real_slack_has_owners() -> None:
     """The recordings above would not show it if nobody's blocks were ever rounded."""
-    ledger = Ledger(Replay(RECORDINGS / "h100-tiny.gpumem").traces()[-1])
+    ledger = Ledger(Recording(RECORDINGS / "h100-tiny.gpumem").run.traces()[-1])
     assert len(owned(ledger, ledger.peak.event)[Category.SLACK]) > 1
 
 
@@ -123,18 +119,18 @@ def check(predicted: dict[str, Any], measured: dict[str, Any]) -> dict[str, Any]
 
 @pytest.mark.parametrize("name", MEASURED)
 def test_a_run_on_a_gpu_against_its_prediction(name: str) -> None:
-    replay = Replay(RECORDINGS / f"{name}.gpumem")
-    measured, config, environment = document_of(replay), replay.config(), replay.environment()
+    replay = opened([RECORDINGS / f"{name}.gpumem"])
+    measured, config, environment = document_of(replay), replay.run.config, replay.environment()
     assert config is not None and environment is not None
     prediction = predict(config, gpu_of(environment))
-    found = check(prediction.document, measured)
+    found = check(prediction.document.as_dict(), measured)
     assert abs(found["bytes"]) < prediction.peak_bytes // 1000
     places = found["predicted_peak"], found["measured_peak"]
     assert {(place["phase"], place["module"]) for place in places} == {("backward", "loss")}
 
 
 def test_what_was_not_foreseen_has_its_name_and_its_size() -> None:
-    measured = document_of(Replay(RECORDINGS / "h100-tiny.gpumem"))
+    measured = document_of(Recording(RECORDINGS / "h100-tiny.gpumem"))
     predicted = copy.deepcopy(measured)
     kept = predicted["peak"]["by_owner"]["kv_cache"]
     (first, *_) = kept

@@ -17,7 +17,7 @@ from .app_driver import trained
 
 @pytest.mark.parametrize("width", [1, 7, 72, 5000])
 def test_resampling_keeps_the_peak(width: int) -> None:
-    ledger = Ledger(trained(2).traces()[-1])
+    ledger = Ledger(trained(2).run.traces()[-1])
     shown_instants = columns(ledger.total, width)
     assert len(shown_instants) == width
     assert ledger.total[shown_instants].max() == ledger.peak.bytes

@@ -12,16 +12,17 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category, Kind
+from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay, write
+from gpumem_tui.engine.recording import Recording, write
+from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.prediction_client import Background
-from gpumem_tui.tui.recording_set import RecordingSet
-from gpumem_tui.tui.run_summary import of_source
+from gpumem_tui.tui.run_summary import summarize
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
-from gpumem_tui.tui.state import KEPT_RUNS, Filter, ViewState
+from gpumem_tui.tui.state import Filter, ViewState
 
 from .app_driver import RECORDINGS, SIZES, Driver, Oracle, shown, trained
 from .fake_source import GPU, MIB, FakeSource
@@ -29,8 +30,8 @@ from .fake_source import GPU, MIB, FakeSource
 GIB = 1 << 30
 
 
-def opened(*names: str) -> RecordingSet:
-    return RecordingSet([RECORDINGS / f"{name}.gpumem" for name in names])
+def opened(*names: str) -> Recording:
+    return Recording(*(RECORDINGS / f"{name}.gpumem" for name in names))
 
 
 async def restarted(driver: object, *keys: str, steps: int = 2) -> None:
@@ -116,8 +117,9 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
 async def test_a_layer_is_one_row_whatever_wraps_the_model_or_caches_its_keys(size: tuple[int, int]) -> None:
     """A full run with a KV cache beside one of PEFT's: names have no prefix, and are not cut at the useful end."""
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), size) as driver:
-        driver.app.state.finished = [lora := of_source(Replay(RECORDINGS / "h100-tiny-lora.gpumem"), "lora")]
+    async with shown(opened("h100-tiny-lora", "h100-tiny"), size) as driver:
+        await driver.press("j")
+        lora, _ = driver.app.state.runs
         await driver.compare_by(LAYERS)
         names = [line.split()[0] for line in driver.lines[5:-3] if line.strip()]
         assert len(names) == len(set(names))
@@ -195,11 +197,11 @@ async def test_which_layer_saves_most_is_told_at_one_instant_of_all_runs() -> No
         full, checkpointed = driver.app.state.runs
         assert full.saved_by_layer and checkpointed.saved_by_layer
         await driver.press("j")
-        for milestone in driver.app.state.logs[Filter.ALL]:
-            if milestone.kind is Kind.RECOMPUTED:
-                (layer,) = milestone.data["layers"]
+        for event in driver.app.state.logs[Filter.ALL]:
+            if isinstance(event, Recomputed):
+                (layer,) = event.layers
                 kept, less = full.saved_by_layer[layer], checkpointed.saved_by_layer[layer]
-                assert kept - less == milestone.data["bytes"], "what is not kept is what is computed again"
+                assert kept - less == event.bytes, "what is not kept is what is computed again"
                 row = driver.line(layer.removeprefix("gpt_neox.")).split()
                 assert row[1:] == [f"{kept / GIB:.2f}", f"{less / GIB:.2f}", f"{(less - kept) / GIB:+.2f}"]
 
@@ -243,7 +245,7 @@ async def test_the_reference_experiments_table_from_ones_own_runs() -> None:
         await driver.compare_by(REFERENCE)
         assert "the reference experiment's table" in driver.text
         assert "after step" in driver.text
-        ledger = {trace.step: Ledger(trace) for trace in source.traces()}
+        ledger = {trace.step: Ledger(trace) for trace in source.run.traces()}
         loaded, peak = sum(ledger[0].end.values()), max(one.peak.bytes for one in ledger.values())
         row = driver.line("run 2 B8 lora").split()
         assert (row[4], row[-1]) == (f"{loaded / MIB:.1f}", f"{peak / MIB:.1f}")
@@ -278,25 +280,27 @@ async def test_a_run_that_has_ended_can_be_forgotten() -> None:
         assert "still on" in driver.text
 
 
-def test_finished_runs_are_kept_in_small_and_boundedly() -> None:
+def test_runs_that_ended_are_kept_with_few_traces_and_boundedly() -> None:
     source = FakeSource()
     state = ViewState()
-    for i in range(KEPT_RUNS + 4):
+    for i in range(Feed.KEPT_RUNS + 4):
         source.start(batch_size=1 + i)
-        source.finish_step()
+        for _ in range(12):
+            source.finish_step()
         state.update(source, float(i))
-    assert len(state.finished) == KEPT_RUNS
-    assert len(repr(state.finished[0])) < 5000, "figures, and no trace"
+    assert len(state.runs) == len(source.runs()) == Feed.KEPT_RUNS + 1
+    steps = [trace.step for trace in source.runs()[0].traces()]
+    assert steps[:2] == [0, 1] and steps[-1] == 12 and len(steps) <= 4, "load, first step, highest peak, last"
 
 
 def test_a_recording_is_summed_up_as_the_run_was(tmp_path: Path) -> None:
     source = trained(3, checkpointing="layers")
     state = ViewState()
     state.update(source, 0.0)
-    write(tmp_path / "x.gpumem", source)
-    live, replayed = state.summary(), of_source(Replay(tmp_path / "x.gpumem"), "x")
+    write(tmp_path / "x.gpumem", [source.run])
+    live, (run,) = state.summary(), Recording(tmp_path / "x.gpumem").runs()
     assert live is not None
-    assert live._replace(origin="x") == replayed
+    assert live._replace(origin="x", run=run) == summarize(run, "x")
 
 
 # --- step --------------------------------------------------------------------------------------
@@ -304,7 +308,7 @@ def test_a_recording_is_summed_up_as_the_run_was(tmp_path: Path) -> None:
 
 async def test_zooming_shows_a_part_of_the_step_and_the_cursor_stays() -> None:
     source = trained(2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     async with shown(source) as driver:
         await driver.press("2", "+", "+", "+")
         assert "12 % of it" in driver.lines[1]
@@ -321,7 +325,7 @@ async def test_zooming_shows_a_part_of_the_step_and_the_cursor_stays() -> None:
 
 async def test_zoomed_in_far_the_cursor_goes_event_by_event() -> None:
     source = trained(2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     async with shown(source) as driver:
         await driver.press("2", *"+" * 12, "home")
         page = driver.app.board.page
@@ -366,7 +370,7 @@ async def test_a_phase_that_is_narrow_has_a_short_name() -> None:
 
 async def test_the_largest_tensors_follow_the_cursor() -> None:
     source = trained(2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     async with shown(source, (120, 40)) as driver:
         await driver.press("2")
         for event, key in ((ledger.peak.event, "p"), (-1, "home"), (len(ledger.trace.events) - 1, "end")):
@@ -396,7 +400,7 @@ async def test_layers_fold_open_to_their_modules() -> None:
 
 async def test_a_layers_tensors_are_listed_with_all_their_bytes() -> None:
     source = trained(2)
-    ledger = Ledger(source.traces()[-1])
+    ledger = Ledger(source.run.traces()[-1])
     async with shown(source, (100, 40)) as driver:
         await driver.press("3", "down", "enter")
         assert driver.lines[1].startswith(" gpt_neox.layers.0")
@@ -428,7 +432,7 @@ async def test_layers_are_found_by_name() -> None:
 
 
 async def test_modules_within_layers_are_found_too() -> None:
-    async with shown(Replay(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
         await driver.press("3", "/", *"attention.d", "enter")
         names = [line[1:].split()[0] for line in driver.lines[4:-3] if line.strip()]
         wanted = (f"layers.{i}{name}" for i in range(6) for name in ("", ".attention", ".attention.dense"))
@@ -468,7 +472,7 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
         before = driver.app.state.peak
         await restarted(driver, "b", "enter")
         await restarted(driver, "B", "enter")
-        after = driver.app.state.finished[-1].peak_bytes
+        after = driver.app.state.runs[-2].peak_bytes
         assert before is not None
         change = (after - before.peak.bytes) / MIB
         assert driver.line("b   batch size").split()[-1] == f"{change:+.1f}"
@@ -487,7 +491,7 @@ async def test_beside_what_is_collected_a_change_is_its_own_and_the_sum_stands_b
 
 async def test_what_cannot_be_combined_says_why_before_it_is_chosen() -> None:
     source = trained(1)
-    source.feed.environment = GPU
+    source.run.environment = GPU
     async with shown(source) as driver:
         await driver.press("4")
         while "quantization" not in driver.app.board.page.topic().title:
@@ -551,7 +555,7 @@ def recordings(tmp_path_factory: pytest.TempPathFactory) -> list[str]:
     folder = tmp_path_factory.mktemp("recordings")
     paths = []
     for name, settings in (("plain", {}), ("checkpointed", {"checkpointing": "layers"})):
-        write(folder / f"{name}.gpumem", trained(3, **settings))
+        write(folder / f"{name}.gpumem", [trained(3, **settings).run])
         paths.append(str(folder / f"{name}.gpumem"))
     return paths
 
@@ -567,7 +571,9 @@ def test_once_prints_the_live_screen_as_plain_text(recordings: list[str], capsys
 def test_json_says_what_the_screen_shows(recordings: list[str], capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["open", recordings[0], "--json"]) == 0
     document = json.loads(capsys.readouterr().out)
-    ledger = max((Ledger(trace) for trace in Replay(Path(recordings[0])).traces()), key=lambda one: one.peak.bytes)
+    ledger = max(
+        (Ledger(trace) for trace in Recording(Path(recordings[0])).run.traces()), key=lambda one: one.peak.bytes
+    )
     assert document["schema"] == "gpumem-live/1"
     assert document["peak"]["allocated_bytes"] == ledger.peak.bytes
     assert sum(document["peak"]["by_category"].values()) == ledger.peak.bytes
@@ -603,7 +609,7 @@ async def test_every_recording_opened_can_be_looked_at_on_all_screens() -> None:
         await driver.press("j")
         assert "recording lora, 3 of 3" in driver.lines[0]
         assert "recomputed" not in driver.text
-        assert "j J recordings" in driver.lines[-2]
+        assert "j J runs" in driver.lines[-2]
         await driver.press("j", "1")
         assert driver.lines[1:-2] == figures, "round, and as it was"
         await driver.press("J")
@@ -635,23 +641,12 @@ async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
         assert {ledger.trace for ledger in driver.app.state._folds.values()} <= set(driver.app.state.kept)
 
 
-async def test_a_recording_that_has_gone_leaves_the_one_that_is_shown(tmp_path: Path) -> None:
-    paths = [tmp_path / f"{name}.gpumem" for name in ("full", "lora")]
-    for path in paths:
-        shutil.copy(RECORDINGS / path.name, path)
-    async with shown(RecordingSet(paths)) as driver:
-        paths[1].unlink()
-        await driver.press("j")
-        assert driver.app.state.message.problem
-        assert "recording full, 1 of 2" in driver.lines[0]
-
-
 def test_recordings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
     for folder in ("a", "b"):
         (tmp_path / folder).mkdir()
         shutil.copy(RECORDINGS / "full.gpumem", tmp_path / folder)
-    found = RecordingSet([tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem"])
-    assert [run.origin for run in found.runs] == [str(tmp_path / "a/full"), str(tmp_path / "b/full")]
+    found = Recording(tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem")
+    assert [run.id.engine for run in found.runs()] == [str(tmp_path / "a/full"), str(tmp_path / "b/full")]
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -674,11 +669,13 @@ def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> Non
         source.start(rows=64, batch_size=len(name))
         source.finish_step()
         source.finish_step()
-        write(tmp_path / f"{name}.gpumem", source)
-    found = RecordingSet([tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")])
-    assert list(found.measured()) == [memory_key(found.runs[0].config)]
-    found.look_at(1)
-    assert list(found.measured()) == [memory_key(found.runs[1].config)]
+        write(tmp_path / f"{name}.gpumem", [source.run])
+    found = Recording(*(tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")))
+    state = ViewState()
+    state.update(found, 0.0)
+    for run in found.runs():
+        state.look_at(run)
+        assert list(state.measured) == [memory_key(run.config)]
 
 
 async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> None:
@@ -686,7 +683,7 @@ async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> N
     source = trained(2)
     async with shown(source) as driver:
         await restarted(driver, "k", steps=1)
-        config = driver.source.config()
+        config = driver.source.run.config
         assert memory_key(config) not in driver.app.state.measured
         await restarted(driver, "K")
         assert memory_key(config) not in driver.app.state.measured
@@ -707,17 +704,16 @@ def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Pat
         source = FakeSource(replace(GPU, device_name=gpu))
         source.start()
         source.finish_step()
-        write(tmp_path / f"{name}.gpumem", source)
-    found = RecordingSet([tmp_path / f"{name}.gpumem" for name in "hil"])
-    config = found.config()
-    assert config is not None
+        write(tmp_path / f"{name}.gpumem", [source.run])
+    found = Recording(*(tmp_path / f"{name}.gpumem" for name in "hil"))
+    config = found.runs()[0].config
     with closing(Background(found)) as predictions:
         predictions.of(config)
         first = predictions._predictor
-        found.look_at(1)
+        predictions.look_at(found.runs()[1].environment)
         predictions.of(config)
         assert predictions._predictor is first, "one GPU, one process"
-        found.look_at(2)
+        predictions.look_at(found.runs()[2].environment)
         predictions.of(config)
         assert predictions.gpu_name == "NVIDIA L4"
         assert first is not None and first._closed

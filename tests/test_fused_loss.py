@@ -130,4 +130,4 @@ def test_where_logits_were_the_peak_they_are_gone(monkeypatch: pytest.MonkeyPatc
     assert found["full"].by_category["logits_loss"] > logits_bytes
     for loss in ("chunked", "linear-cross-entropy", "liger"):
         assert found["full"].peak_bytes - found[loss].peak_bytes > logits_bytes
-        assert found[loss].document["unknown_bytes_max"] == 0
+        assert found[loss].document.unknown_bytes_max == 0

@@ -14,8 +14,9 @@ import torch
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.device import environment
-from gpumem_tui.engine.events import Category, Kind, Phase, StepTrace
+from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunFailed, StepEnded
 from gpumem_tui.profiles import PresetRow, preset, run_fields
 
 from .conftest import Engine, small_run, wait_until
@@ -96,8 +97,8 @@ def test_paged_state_has_a_ledger_of_its_own(engine: Engine) -> None:
     config = techniques.parse({"optimizer": "paged-adamw", "batch_size": 2, "steps": 2, "dtype": "float16"}, "test")
     large = engine.run(techniques.configure(run_fields("polyglot-ko-1.3b"), config))
     assert large["managed_bytes"] == 10_649_337_856
-    small = engine.run_milestones(small_run(optimizer="paged-adamw", lora="on"))
-    assert any("nothing was paged" in m.text for m in small if m.kind is Kind.NOTE)
+    small = engine.run_events(small_run(optimizer="paged-adamw", lora="on"))
+    assert any("nothing was paged" in m.text for m in small if isinstance(m, Note))
 
 
 def test_the_blocks_are_the_allocators_own_when_a_step_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,13 +134,13 @@ def test_out_of_memory_ends_the_run_and_says_what_filled_the_gpu(engine: Engine)
     """Batch and sequence far beyond any info; the run before is started again."""
     huge = run_fields("polyglot-ko-1.3b")
     settings = {"batch_size": 512, "seq_len": 2048, "rows": 512, "steps": 1}
-    milestones = engine.run_milestones(techniques.configure(huge, techniques.parse(settings, "test")))
-    assert Kind.OUT_OF_MEMORY in [m.kind for m in milestones], [m.text for m in milestones if m.kind is Kind.RUN_FAILED]
-    told = next(m for m in milestones if m.kind is Kind.OUT_OF_MEMORY)
-    assert told.data["phase"] == "forward"
-    assert told.data["requested_bytes"] > 1 << 30
-    ended = next(m for m in milestones if m.kind is Kind.RUN_ENDED)
-    assert ended.data["leaked_bytes"] == 0
+    milestones = engine.run_events(techniques.configure(huge, techniques.parse(settings, "test")))
+    assert OutOfMemory in [type(m) for m in milestones], [m.text for m in milestones if isinstance(m, RunFailed)]
+    told = next(m for m in milestones if isinstance(m, OutOfMemory))
+    assert told.phase == "forward"
+    assert told.requested_bytes > 1 << 30
+    ended = next(m for m in milestones if isinstance(m, RunEnded))
+    assert ended.leaked_bytes == 0
 
 
 def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
@@ -171,7 +172,7 @@ def test_a_long_step_is_shown_while_it_goes_on(engine: Engine) -> None:
     config = techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test"))
     partial: list[StepTrace] = []
     feed = engine.session._feed
-    feed._on_trace = lambda trace: partial.append(trace) if trace.partial else engine._seen(trace)
+    feed._on_trace = lambda trace: partial.append(trace) if trace.is_open else engine._seen(trace)
     try:
         engine.run(replace(config, trace="every"))
     finally:
@@ -208,7 +209,7 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
     session.command(Start(techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test"))))
 
     def trained(run: int) -> bool:
-        return any(m.kind is Kind.STEP_ENDED and m.run == run and m.data["step"] >= 3 for m in session.milestones(0))
+        return any(isinstance(m, StepEnded) and m.run == run and m.step >= 3 for m in session.events(0))
 
     async with app.run_test(size=(80, 24)) as pilot:
         for run, key in enumerate((None, "l", "u", "k"), 1):
@@ -218,11 +219,11 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
             app.tick()
             await pilot.pause()
     session.close()
-    config = session.config()
+    config = session.run.config
     assert config is not None
     assert (config["lora"], config["quantization"], config["checkpointing"]) == (True, "nf4", "layers")
-    ended = [m for m in session.milestones(0) if m.kind is Kind.RUN_ENDED]
-    assert [m.data["leaked_bytes"] for m in ended] == [0, 0, 0, 0]
+    ended = [m for m in session.events(0) if isinstance(m, RunEnded)]
+    assert [m.leaked_bytes for m in ended] == [0, 0, 0, 0]
 
 
 def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_path: Any) -> None:
@@ -267,7 +268,7 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
         good(self, trace)
         latest = self.trace()
         assert latest is not None
-        if not trace.partial:
+        if not trace.is_open:
             traces.append(latest)
 
     def stepped(self: WatchedSource, **data: Any) -> None:

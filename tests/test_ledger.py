@@ -9,8 +9,22 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Kind, Phase, PhaseSpan, StepTrace
+from gpumem_tui.engine.events import (
+    BLOCK,
+    COMPLETE,
+    EVENT,
+    MARK,
+    OPEN,
+    OWNER,
+    Category,
+    Ending,
+    EndKind,
+    Phase,
+    PhaseSpan,
+    StepTrace,
+)
 from gpumem_tui.engine.ledger import LOGITS, LOSS, Ledger, layer_of
+from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
 from .fake_source import FakeSource
@@ -154,7 +168,7 @@ def streams(draw: st.DrawFn) -> StepTrace:
         owners=np.array([(*owner, -1) for owner in owners], OWNER),
         names=NAMES,
         phases=(),
-        partial=draw(st.booleans()),
+        ending=draw(st.sampled_from([OPEN, COMPLETE, Ending(EndKind.ABORTED, "out of memory", 512)])),
     )
 
 
@@ -210,8 +224,8 @@ def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> 
     for checkpointing in ("off", "layers"):
         source = FakeSource()
         source.start(checkpointing=checkpointing, accumulation=2)
-        assert Ledger(source.traces()[0]).saved_by_layer is None, "loading has no forward"
+        assert Ledger(source.run.traces()[0]).saved_by_layer is None, "loading has no forward"
         source.finish_step()
-        kept[checkpointing] = Ledger(source.traces()[-1]).saved_by_layer
-        again = {m.data["layers"][0]: m.data["bytes"] for m in source.milestones(0) if m.kind is Kind.RECOMPUTED}
+        kept[checkpointing] = Ledger(source.run.traces()[-1]).saved_by_layer
+        again = {m.layers[0]: m.bytes for m in source.events(0) if isinstance(m, Recomputed)}
     assert kept["off"] == {layer: kept["layers"][layer] + dropped for layer, dropped in reversed(again.items())}

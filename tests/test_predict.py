@@ -23,11 +23,14 @@ from gpumem_tui.engine.prediction.predict import predict, rehearse
 from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
+from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
 from gpumem_tui.tui.cli import main
 
+from .app_driver import foretold
 from .conftest import Engine, small_run
+from .fake_source import GPU
 from .terminal import until
 
 GIB = 2**30
@@ -47,13 +50,13 @@ def test_the_reference_experiment_is_predicted(row: Any) -> None:
     bare = row.bare_h100
     # The first row's process had no workspaces yet when its model was loaded.
     workspace = 0.064 if not bare["leftover"] else 0.0
-    first_peak, second_peak = (step["peak_bytes"] for step in predicted.document["steps"])
+    first_peak, second_peak = (step.peak_bytes for step in predicted.document.steps)
     assert predicted.loaded_bytes / GIB == pytest.approx(bare["loaded"] + workspace, abs=EXACT)
     assert predicted.after_step_bytes / GIB == pytest.approx(bare["after_step"], abs=EXACT)
     assert first_peak / GIB == pytest.approx(bare["peak_first_step"], abs=EXACT)
     assert max(first_peak, second_peak) / GIB == pytest.approx(bare["peak_all_steps"], abs=EXACT)
     assert bare["peak_all_steps"] * GIB < predicted.safe_bound_bytes <= 1.02 * predicted.peak_bytes
-    assert predicted.document["unknown_bytes_max"] == 0
+    assert predicted.document.unknown_bytes_max == 0
 
 
 # --- the CPU --------------------------------------------------------------------
@@ -63,7 +66,7 @@ def test_a_prediction_sees_what_the_tracker_of_a_real_run_sees(engine: Engine) -
     """The parts of a step in which CUDA does what a CPU does: weights, gradients, state, outputs."""
     config = small_run(optimizer="adamw-single")
     measured = engine.run(config)
-    predicted = predict(config, H100).document
+    predicted = predict(config, H100).document.as_dict()
     for moment in ("loaded", "after_first_step"):
         real, guess = (document[moment]["by_category"] for document in (measured, predicted))
         for category in (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS, Category.KV_CACHE):
@@ -137,7 +140,7 @@ def test_every_technique_is_predictable(settings: dict[str, Any]) -> None:
     assert sum(predicted.by_category.values()) == predicted.peak_bytes < predicted.safe_bound_bytes
     assert predicted.by_category in predicted.by_phase.values()
     assert predicted.reserved_bytes >= predicted.peak_bytes
-    assert predicted.document["unknown_bytes_max"] == 0
+    assert predicted.document.unknown_bytes_max == 0
 
 
 @pytest.mark.parametrize("settings", [{}, {"checkpointing": "layers"}, {"dtype": "mixed", "batch_size": 1}], ids=str)
@@ -148,7 +151,7 @@ def test_flash_attention_is_predicted_without_its_package(settings: dict[str, An
         predict(small_run(attention=kind, **half), gpu("RTX 4090")) for kind in ("flash_attention_2", "sdpa")
     )
     assert own.peak_bytes == built_in.peak_bytes < predict(small_run(attention="eager", **half), H100).peak_bytes
-    assert own.document["unknown_bytes_max"] == 0
+    assert own.document.unknown_bytes_max == 0
 
 
 def test_flash_attention_is_for_gpus_that_have_it() -> None:
@@ -346,12 +349,8 @@ def test_advice_ranks_what_saves_most(capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def predict_template() -> Any:
-    from gpumem_tui.engine.prediction.outcome import Prediction
-
-    return Prediction(
-        small_run(), "H100 80GB", 0, 0, 0, {}, {}, "backward", 0, 0, 0, 78 * GIB, 2048, 0.0,
-        {"recomputes": [], "parameters": 1},
-    )  # fmt: skip
+    template = foretold(small_run(), 0, Run(RunId("H100 80GB", 1), small_run(), GPU, RunKind.PREDICTED))
+    return dataclasses.replace(template, available_bytes=78 * GIB)
 
 
 # --- the command line -----------------------------------------------------------
@@ -489,7 +488,9 @@ def test_layers_that_are_dropped_at_random_are_kept(tmp_path: Path) -> None:
     fields = {"model_type": "opt", "hidden_size": 64, "ffn_dim": 128, "num_hidden_layers": 3, "vocab_size": 512}
     fields |= {"num_attention_heads": 4, "word_embed_proj_dim": 64, "max_position_embeddings": 64, "dtype": "float32"}
     (tmp_path / "config.json").write_text(json.dumps(fields | {"layerdrop": 0.1}))
-    predicted = predict(small_run({"model": str(tmp_path), "pretrained": True}), H100).document["after_first_step"]
+    predicted = predict(small_run({"model": str(tmp_path), "pretrained": True}), H100).document.as_dict()[
+        "after_first_step"
+    ]
     assert predicted["by_category"]["gradients"] == predicted["by_category"]["parameters"]
 
 

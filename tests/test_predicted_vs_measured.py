@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category, Environment, Kind
-from gpumem_tui.engine.report import Report
+from gpumem_tui.engine.events import Category, Environment
+from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.report import report
+from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.tui.cli import main
+from gpumem_tui.tui.commands.common import opened
 from gpumem_tui.tui.prediction_client import WORKING, Background
-from gpumem_tui.tui.predictions import Prediction
-from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
 from gpumem_tui.tui.state import ViewState
 
@@ -44,28 +46,30 @@ class Beside(Oracle):
 
     def __init__(self, ready: bool = True) -> None:
         super().__init__(lambda config: self.document(config)["peak"]["allocated_bytes"], ready)
-        self._documents: dict[str, dict[str, Any]] = {}
+        self._runs: dict[str, Run] = {}
 
     def document(self, config: RunConfig) -> dict[str, Any]:
-        if repr(config) not in self._documents:
-            self._documents[repr(config)] = self._worked_out(config)
-        return self._documents[repr(config)]
+        return report(self.predicted(config)).as_dict()
 
-    def _worked_out(self, config: RunConfig) -> dict[str, Any]:
+    def predicted(self, config: RunConfig) -> Run:
+        if repr(config) not in self._runs:
+            self._runs[repr(config)] = self._worked_out(config)
+        return self._runs[repr(config)]
+
+    def _worked_out(self, config: RunConfig) -> Run:
         source = gpu_run(2)
         source.start(config.with_({"batch_size": config.batch_size - 1}))
-        report = Report()
         for _ in range(2):
             source.finish_step()
-        for trace in source.traces():
-            report.add(trace)
-        environment = source.environment()
-        assert environment is not None
-        return report.document(environment, config, list(source.milestones(0)))
+        run = Run(RunId(self.gpu_name, 1), config, GPU, RunKind.PREDICTED)
+        run.keep([*source.run.traces()])
+        for event in source.run.events():
+            run.tell(event)
+        return run
 
-    def of_run(self, config: RunConfig) -> Prediction | str:
-        found = self.of(config)
-        return found._replace(document=self.document(config)) if found is not None else WORKING
+    def of_run(self, run: Run) -> Prediction | str:
+        found = self.of(run.config)
+        return dataclasses.replace(found, whole_run=self.predicted(run.config)) if found is not None else WORKING
 
 
 LOGITS_OF_A_ROW = 5 * GPU_UNIT // 8
@@ -213,9 +217,7 @@ def chosen(driver: Driver) -> tuple[str, str]:
 async def test_a_script_of_ones_own_is_not_predicted() -> None:
     """What could be told of its settings need not be all of them."""
     source = gpu_run(0)
-    config = source.config()
-    assert config is not None
-    source.feed.milestone(Kind.RUN_STARTED, "watching", config=config.as_dict(), watched=True)
+    source.run.kind = RunKind.WATCHED
     source.finish_step()
     source.finish_step()
     async with shown(source, predictions=Beside()) as driver:
@@ -228,7 +230,7 @@ async def test_a_script_of_ones_own_is_not_predicted() -> None:
 
 
 async def test_an_opened_recording_of_a_gpu_is_compared_with_its_prediction() -> None:
-    replay = RecordingSet([RECORDINGS / "h100-tiny-lora.gpumem"])
+    replay = opened([RECORDINGS / "h100-tiny-lora.gpumem"])
     with closing(Background(replay)) as predictions:
         async with shown(replay, predictions=predictions) as driver:
             predictor = predictions._predictor
@@ -250,7 +252,7 @@ async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) 
     paths = [tmp_path / f"{name}.gpumem" for name in ("one", "two")]
     for path in paths:
         shutil.copy(RECORDINGS / "full.gpumem", path)
-    async with shown(RecordingSet(paths), predictions=Beside()) as driver:
+    async with shown(Recording(*paths), predictions=Beside()) as driver:
         await driver.press("5")
         assert [run.origin for run in driver.app.page.runs()] == ["one", "two", "one, predicted"]
         await driver.press("j")
@@ -274,17 +276,15 @@ async def test_the_prediction_is_of_the_recording_that_is_shown(tmp_path: Path) 
 def test_a_prediction_is_of_the_very_gpu_or_none(wanted: str, here: Environment, expected: str) -> None:
     source = FakeSource(here)
     source.start()
-    config = source.config()
-    assert config is not None
     with closing(Background(source, wanted)) as predictions:
-        found = predictions.of_run(config)
+        found = predictions.of_run(source.run)
         assert isinstance(found, str) and found.startswith(expected)
 
 
 def test_what_is_dropped_is_not_worked_out() -> None:
     source = FakeSource(GPU)
     source.start()
-    config = source.config() or RunConfig()
+    config = source.run.config or RunConfig()
     with closing(Background(source)) as predictions:
         for batch in range(1, 9):
             assert predictions.of(config.with_({"batch_size": batch})) is None
@@ -298,13 +298,13 @@ def test_what_is_dropped_is_not_worked_out() -> None:
 def test_what_cannot_be_predicted_says_why() -> None:
     source = FakeSource(GPU)
     source.start()
-    config = dataclasses.replace(source.config() or RunConfig(), model="no-such-model", architecture=None)
+    source.run.config = dataclasses.replace(source.run.config, model="no-such-model", architecture=None)
     with closing(Background(source)) as predictions:
-        assert predictions.of_run(config) == WORKING
+        assert predictions.of_run(source.run) == WORKING
         assert predictions.waiting() == 1
         assert predictions._predictor is not None and predictions._predictor.wait(100)
         assert predictions.waiting() == 0, "whether anybody looks again or not"
-        found = predictions.of_run(config)
+        found = predictions.of_run(source.run)
         assert isinstance(found, str) and "no-such-model" in found
 
 

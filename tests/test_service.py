@@ -27,12 +27,24 @@ import pytest
 from gpumem_tui.engine import engine_registry, wire
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.engine_registry import EngineDir, EngineLock
-from gpumem_tui.engine.events import Kind, StepTrace
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, TakeOver, ViewerRole
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.run_events import (
+    EngineEnded,
+    Output,
+    Paused,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    Saved,
+    StepEnded,
+)
 from gpumem_tui.engine.server import VIEWERS_MAX
 from gpumem_tui.engine.service import BROKEN_DEVICE, LINGER_S, Linger, Log
 from gpumem_tui.engine.service import _Engine as Served
@@ -97,7 +109,7 @@ class Viewers:
         remote = Remote(launch=Launcher(linger_s))
         self.all.append(remote)
         remote.start(config)
-        until(lambda: remote.milestones(0) and remote.role is ViewerRole.ATTACHED, lambda: remote.milestones(0))
+        until(lambda: remote.events(0) and remote.role is ViewerRole.ATTACHED, lambda: remote.events(0))
         return remote
 
     def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
@@ -116,12 +128,12 @@ def viewers(home: Path) -> Iterator[Viewers]:
         viewer.close()
 
 
-def kinds(viewer: Remote) -> list[Kind]:
-    return [m.kind for m in viewer.milestones(0)]
+def kinds(viewer: Remote) -> list[type[RunEvent]]:
+    return [type(m) for m in viewer.events(0)]
 
 
 def steps(viewer: Remote) -> int:
-    return kinds(viewer).count(Kind.STEP_ENDED)
+    return kinds(viewer).count(StepEnded)
 
 
 # --- the whole story --------------------------------------------------------------
@@ -145,10 +157,10 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     second.sees("tiny")
     second.press("s")
     (saved,) = until(lambda: list(home.glob("*.gpumem")))
-    history = Replay(saved)
-    assert [m.index for m in history.milestones(0)] == list(range(len(history.milestones(0))))
-    assert [m.data["step"] for m in history.milestones(0) if m.kind is Kind.STEP_ENDED][:seen] == [*range(1, seen + 1)]
-    assert [trace.step for trace in history.traces()][:2] == [0, 1]
+    history = Recording(saved)
+    told = history.run.events()
+    assert [m.step for m in told if isinstance(m, StepEnded)][:seen] == [*range(1, seen + 1)]
+    assert [trace.step for trace in history.run.traces()][:2] == [0, 1]
 
     third = Terminal("attach", "tiny", environment=environment, folder=home)
     third.sees("read-only")
@@ -202,7 +214,7 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     monkeypatch.setenv("OMP_DISPLAY_ENV", "TRUE")  # has a native library print to descriptor 2
     first = viewers.start(small_run(steps=0), linger_s=0.0)
     until(lambda: steps(first))
-    until(lambda: any("OMP_NUM_THREADS" in m.text for m in first.milestones(0) if m.kind is Kind.OUTPUT))
+    until(lambda: any("OMP_NUM_THREADS" in m.text for m in first.events(0) if isinstance(m, Output)))
     second, third = viewers.attach(first.engine_dir), viewers.attach(first.engine_dir, take=True)
     until(lambda: first.role is ViewerRole.READ_ONLY)
     until(lambda: third.role is ViewerRole.ATTACHED)
@@ -212,17 +224,17 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
             reader.command(Stop())
     second.command(TakeOver())
     second.command(Pause(True))
-    until(lambda: Kind.PAUSED in kinds(first))
+    until(lambda: Paused in kinds(first))
     second.command(Start(small_run(steps=0, lora="on")))
-    until(lambda: all(v.config() == small_run(steps=0, lora="on") for v in viewers.all))
+    until(lambda: all(v.run is not None and v.run.config == small_run(steps=0, lora="on") for v in viewers.all))
     assert {v.role for v in (first, third)} == {ViewerRole.READ_ONLY}
 
-    runs = kinds(second).count(Kind.RUN_STARTED)
+    runs = kinds(second).count(RunStarted)
     second.command(Start(small_run().with_({"quantization": "nf4"})))
-    until(lambda: Kind.REFUSED in kinds(second))
-    assert "set lora=on" in second.milestones(0)[-1].text
-    assert Kind.REFUSED not in kinds(first), "it is said to the one who asked"
-    assert kinds(second).count(Kind.RUN_STARTED) == runs
+    until(lambda: Refused in kinds(second))
+    assert "set lora=on" in second.events(0)[-1].text
+    assert Refused not in kinds(first), "it is said to the one who asked"
+    assert kinds(second).count(RunStarted) == runs
 
     info = first.engine_dir.info() if first.engine_dir else None
     for viewer in viewers.all:
@@ -244,10 +256,10 @@ def test_whoever_looks_on_is_told_that_the_engine_was_ended_and_by_whom(viewers:
     else:
         os.kill(info.pid, signal.SIGTERM)
     assert second.wait_ended(30)
-    *_, ended, told = second.milestones(0)
-    assert (ended.kind, told.kind) == (Kind.RUN_ENDED, Kind.ENGINE_ENDED)
+    *_, ended, told = second.events(0)
+    assert (type(ended), type(told)) == (RunEnded, EngineEnded)
     assert told.text == f"the engine was ended by {by}; s saves what was seen, q quits"
-    assert told.data == {"by": by}
+    assert told.by == by
 
 
 # --- death ------------------------------------------------------------------------------
@@ -257,30 +269,30 @@ def test_when_the_engine_is_killed_nothing_seen_is_lost_and_it_can_be_started_ag
     viewers: Viewers, home: Path
 ) -> None:
     viewer = viewers.start(small_run(steps=0))
-    until(lambda: steps(viewer) >= 2 and len(viewer.traces()) >= 3)
+    until(lambda: steps(viewer) >= 2 and len(viewer.run.traces()) >= 3)
     status = peek(viewer.engine_dir) if viewer.engine_dir else None
     assert status is not None
     os.kill(status.pid, signal.SIGKILL)
     until(lambda: viewer.role is ViewerRole.GONE)
-    told = viewer.milestones(0)[-1]
+    told = viewer.events(0)[-1]
     assert told.text == (
         f"the engine's process {status.pid} has ended (killed by SIGKILL); "
         "s saves what was seen, r starts the run again, q quits"
     )
     until(lambda: gone(status.pid))  # the lock goes a moment before the process does
     viewer.command(Save(home / "seen.gpumem"))
-    until(lambda: Kind.SAVED in kinds(viewer))
-    assert len(Replay(home / "seen.gpumem").traces()) == len(viewer.traces()) >= 3
+    until(lambda: Saved in kinds(viewer))
+    assert len(Recording(home / "seen.gpumem").run.traces()) == len(viewer.run.traces()) >= 3
     with pytest.raises(UserError, match="the engine has gone"):
         viewer.command(Stop())
 
-    config = viewer.config()
+    config = viewer.run.config
     assert config is not None
     viewer.command(Start(config))
-    until(lambda: viewer.role is ViewerRole.ATTACHED and kinds(viewer)[-1] is Kind.STEP_ENDED)
-    told_all = viewer.milestones(0)
+    until(lambda: viewer.role is ViewerRole.ATTACHED and kinds(viewer)[-1] is StepEnded)
+    told_all = viewer.events(0)
     assert [m.index for m in told_all] == list(range(len(told_all)))
-    assert [m.run for m in told_all if m.kind is Kind.RUN_STARTED] == [1, 2]
+    assert [m.run for m in told_all if isinstance(m, RunStarted)] == [1, 2]
     viewer.command(End())
     assert viewer.wait_ended(30)
     assert left_over(home) == []
@@ -326,18 +338,18 @@ def test_a_viewer_sees_what_the_engine_has_from_the_beginning(
     engine_dir, engine = serving
     late, there = Remote(engine_dir), engine.session
     late.attach()
-    until(lambda: len(late.milestones(0)) == len(there.milestones(0)) and len(late.traces()) == 4)
-    assert list(late.milestones(0)) == list(there.milestones(0))
-    assert (late.config(), late.environment()) == (there.config(), there.environment())
-    for ours, theirs in zip(late.traces(), there.traces(), strict=True):
+    until(lambda: len(late.events(0)) == len(there.events(0)) and late.run is not None and len(late.run.traces()) == 4)
+    assert list(late.events(0)) == list(there.events(0))
+    assert (late.run.config, late.environment()) == (there.run.config, there.environment())
+    for ours, theirs in zip(late.run.traces(), there.run.traces(), strict=True):
         for field in dataclasses.fields(StepTrace):
             mine, original = getattr(ours, field.name), getattr(theirs, field.name)
             assert np.array_equal(mine, original) if isinstance(original, np.ndarray) else mine == original
             assert type(getattr(ours, field.name)) is type(getattr(theirs, field.name))
         assert Ledger(ours).peak == Ledger(theirs).peak
     late.command(Save(tmp_path / "late.gpumem"))
-    until(lambda: Kind.SAVED in kinds(late))
-    assert list(Replay(tmp_path / "late.gpumem").milestones(0)) == list(there.milestones(0))
+    until(lambda: Saved in kinds(late))
+    assert list(Recording(tmp_path / "late.gpumem").run.events()) == list(there.run.events())
     late.close()
 
 
@@ -380,7 +392,7 @@ HELLO = {"type": "hello", "protocol": wire.PROTOCOL, "version": "x"}
     [
         b"GET / HTTP/1.1\r\n\r\n", struct.pack("!I", 0xFFFFFFFF), struct.pack("!I", wire.LARGEST_ASK + 1),
         struct.pack("!I", 3) + b"\xc1\xc1\xc1", pack({"type": "nothing"}), pack([1, 2, 3]), pack({"type": "hello"}),
-        pack({"type": "ask", "since": 0, "trace": 0, "config": 0}), pack(HELLO | {"protocol": "one"}),
+        pack({"type": "ask", "since": 0, "trace": 0, "runs": 0}), pack(HELLO | {"protocol": "one"}),
         pack(HELLO) + pack({"type": "do", "name": "rm"}), pack(HELLO) + pack({"type": "ask", "since": None}),
         struct.pack("!I", 2000) + b"\x91" * 2000, b"\x80\x04\x95" + b"." * 40,
         struct.pack("!I", 8) + b"\x81\xa4type\xa1\xff", pack(HELLO) + struct.pack("!I", 8) + b"\x81\xa4type\xa1\xff",
@@ -396,7 +408,7 @@ def test_nonsense_ends_its_connection_and_nothing_else(served: EngineDir, nonsen
         if greeted:
             assert isinstance(wire.read_answer(connection), wire.Welcome)
         assert ends(connection)
-    until(lambda: bystander.trace() is not None)
+    until(lambda: bystander.run is not None and bystander.run.latest is not None)
     assert bystander.role in (ViewerRole.ATTACHED, ViewerRole.READ_ONLY)
     bystander.close()
 
@@ -420,7 +432,7 @@ def test_a_configuration_that_cannot_run_is_refused_to_whoever_sent_it(
 ) -> None:
     """It starts nothing, and only a viewer that commands learns what is wrong with it."""
     engine_dir, engine = serving
-    before = len(engine.session.milestones(0))
+    before = len(engine.session.events(0))
     with raw(engine_dir) as first, raw(engine_dir) as second:
         for connection in (first, second):
             connection.sendall(pack(HELLO | {"take": connection is first}))
@@ -431,12 +443,12 @@ def test_a_configuration_that_cannot_run_is_refused_to_whoever_sent_it(
         assert told.startswith(why if commands else "another viewer commands this engine")
         assert len(told) <= 300 and told.isprintable()
         assert (more, nothing) == (commands, "")
-    assert len(engine.session.milestones(0)) == before
+    assert len(engine.session.events(0)) == before
 
 
 def news(connection: socket.socket) -> tuple[str, bool]:
     """Why this viewer's last command did nothing, and whether it commands."""
-    connection.sendall(pack({"type": "ask", "since": 1 << 40, "trace": 1 << 40, "config": 0}))
+    connection.sendall(pack({"type": "ask", "since": 1 << 40, "trace": 1 << 40, "runs": 0}))
     answer = wire.read_answer(connection)
     assert isinstance(answer, wire.News)
     return answer.refused, answer.commands
@@ -455,9 +467,9 @@ def test_a_start_that_names_little_has_defaults(viewers: Viewers) -> None:
             },
         )
     )
-    until(lambda: kinds(first).count(Kind.RUN_STARTED) == 2)
-    until(lambda: kinds(first)[-1] is Kind.STEP_ENDED)
-    assert first.config() == dataclasses.replace(small_run(steps=0, batch_size=8, lora="on"), trace="auto")
+    until(lambda: kinds(first).count(RunStarted) == 2)
+    until(lambda: kinds(first)[-1] is StepEnded)
+    assert first.run.config == dataclasses.replace(small_run(steps=0, batch_size=8, lora="on"), trace="auto")
 
 
 def test_a_fault_in_answering_one_viewer_is_that_viewers_alone(
@@ -466,7 +478,7 @@ def test_a_fault_in_answering_one_viewer_is_that_viewers_alone(
     engine_dir, engine = serving
     with raw(engine_dir) as connection, monkeypatch.context() as broken:
         broken.setattr(engine.session, "gauge", lambda: 1 / 0)
-        connection.sendall(pack(HELLO) + pack({"type": "ask", "since": 0, "trace": 0, "config": 0}))
+        connection.sendall(pack(HELLO) + pack({"type": "ask", "since": 0, "trace": 0, "runs": 0}))
         assert isinstance(wire.read_answer(connection), wire.Welcome)
         assert ends(connection)
     assert "a viewer could not be answered: division by zero" in caplog.text
@@ -480,7 +492,7 @@ def test_who_commands_never_reads_read_only(served: EngineDir, monkeypatch: pyte
     assert viewer.role is ViewerRole.ATTACHED
     viewer.attach()
     assert viewer.role is ViewerRole.ATTACHED
-    viewer._take_in(wire.News(0, None, None, None, [], None, more=False, commands=False, viewers=2, refused=""))
+    viewer._take_in(wire.News([], None, None, [], None, more=False, commands=False, viewers=2, refused=""))
     assert viewer.role is ViewerRole.READ_ONLY
     assert viewer._connection is not None
     viewer._connection.close()
@@ -503,7 +515,7 @@ def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: E
     slow = raw(served)
     slow.sendall(pack(HELLO))
     assert isinstance(wire.read_answer(slow), wire.Welcome)
-    ask = pack({"type": "ask", "since": 0, "trace": 0, "config": 0})
+    ask = pack({"type": "ask", "since": 0, "trace": 0, "runs": 0})
     slow.setblocking(False)
     sent = 0
     try:
@@ -513,7 +525,7 @@ def test_a_viewer_that_stops_reading_gets_the_latest_and_never_a_queue(served: E
         pass
     quick = Remote(served)
     quick.attach()
-    until(lambda: len(quick.traces()) == 4)
+    until(lambda: quick.run is not None and len(quick.run.traces()) == 4)
     quick.close()
     slow.setblocking(True)
     answer = wire.read_answer(slow)
@@ -530,7 +542,7 @@ def test_idle_viewers_keep_nobody_out(served: EngineDir) -> None:
     for gone_first in idle[:2]:
         viewer = Remote(served)
         viewer.attach()
-        until(lambda v=viewer: len(v.traces()) == 4)  # type: ignore[misc]
+        until(lambda v=viewer: v.run is not None and len(v.run.traces()) == 4)  # type: ignore[misc]
         assert ends(gone_first)
         idle.append(viewer)  # type: ignore[arg-type]
     for each in idle:
@@ -708,7 +720,7 @@ def test_an_engine_that_has_lost_its_device_ends_and_says_so(home: Path, engine:
     info = engine_lock.engine_dir.info()
     assert info is not None
     served = Served(engine.session, info, engine_lock, Log(engine_lock.engine_dir.log), Linger(None))
-    engine.session.tell(Kind.RUN_FAILED, "CUDA error: device-side assert triggered")
+    engine.session.tell(RunFailed(text="CUDA error: device-side assert triggered"))
     assert served.serve() == BROKEN_DEVICE
     assert left_over(home) == []
 

@@ -9,9 +9,20 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Kind, Phase
+from gpumem_tui.engine.events import Category, EndKind, Phase
 from gpumem_tui.engine.feed import Feed, Pause, Start, Stop
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.run import EventLog
+from gpumem_tui.engine.run_events import (
+    Loaded,
+    OutOfMemory,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    StepEnded,
+)
 from gpumem_tui.engine.session import Session
 
 from .conftest import LAYERS, Engine, small_run, wait_until
@@ -24,8 +35,8 @@ def session() -> Iterator[Session]:
     made.close()
 
 
-def kinds(session: Session) -> list[Kind]:
-    return [m.kind for m in session.milestones(0)]
+def kinds(session: Session) -> list[type[RunEvent]]:
+    return [type(m) for m in session.events(0)]
 
 
 def test_ten_toggles_in_a_row_leak_nothing(session: Session) -> None:
@@ -37,16 +48,16 @@ def test_ten_toggles_in_a_row_leak_nothing(session: Session) -> None:
     ]  # fmt: skip
     for number, toggle in enumerate(toggles, 1):
         session.command(Start(small_run(steps=0, **toggle)))
-        wait_until(lambda n=number: kinds(session).count(Kind.RUN_STARTED) == n, session)  # type: ignore[misc]
+        wait_until(lambda n=number: kinds(session).count(RunStarted) == n, session)  # type: ignore[misc]
         wait_until(
-            lambda n=number: any(m.kind is Kind.STEP_ENDED and m.run == n for m in session.milestones(0)),  # type: ignore[misc]
+            lambda n=number: any(isinstance(m, StepEnded) and m.run == n for m in session.events(0)),  # type: ignore[misc]
             session,
         )
     session.command(Stop())
-    wait_until(lambda: kinds(session).count(Kind.RUN_ENDED) == len(toggles), session)
-    ended = [m for m in session.milestones(0) if m.kind is Kind.RUN_ENDED]
-    assert [m.data["leaked_bytes"] for m in ended] == [0] * len(toggles)
-    assert {m.data["reason"] for m in ended} == {"stopped"}
+    wait_until(lambda: kinds(session).count(RunEnded) == len(toggles), session)
+    ended = [m for m in session.events(0) if isinstance(m, RunEnded)]
+    assert [m.leaked_bytes for m in ended] == [0] * len(toggles)
+    assert {m.reason for m in ended} == {"stopped"}
 
 
 @pytest.mark.parametrize("where", ["forward", "recompute", "backward", "load"])
@@ -86,7 +97,7 @@ def test_a_run_is_left_within_a_step_and_leaks_nothing(
     try:
         checkpointing = "off" if where == "backward" else "layers"
         session.command(Start(small_run(steps=0, checkpointing=checkpointing)))
-        wait_until(lambda: Kind.RUN_ENDED in kinds(session), session)
+        wait_until(lambda: RunEnded in kinds(session), session)
     finally:
         if hook is not None:
             hook.remove()
@@ -94,12 +105,12 @@ def test_a_run_is_left_within_a_step_and_leaks_nothing(
         assert done[-1] == "head"
     else:
         assert len(done) <= 6
-    ended = session.milestones(0)[-1]
-    assert (ended.data["reason"], ended.data["steps"], ended.data["leaked_bytes"]) == ("stopped", 0, 0)
+    ended = session.events(0)[-1]
+    assert (ended.reason, ended.steps, ended.leaked_bytes) == ("stopped", 0, 0)
     monkeypatch.undo()
     session.command(Start(small_run(steps=1)))
-    wait_until(lambda: kinds(session).count(Kind.RUN_ENDED) == 2, session)
-    assert session.milestones(0)[-1].data["reason"] == "done"
+    wait_until(lambda: kinds(session).count(RunEnded) == 2, session)
+    assert session.events(0)[-1].reason == "done"
 
 
 def test_loading_a_checkpoint_tells_of_every_module_and_can_be_left(checkpoint: Path) -> None:
@@ -139,27 +150,27 @@ def test_each_change_changes_what_fills_the_memory(engine: Engine) -> None:
 
 def test_what_is_refused_stops_nothing(session: Session) -> None:
     session.command(Start(small_run(steps=0)))
-    wait_until(lambda: Kind.STEP_ENDED in kinds(session), session)
+    wait_until(lambda: StepEnded in kinds(session), session)
     with pytest.raises(UserError, match="there is no GPU"):
         session.command(Start(small_run().with_({"optimizer": "paged-adamw"})))
     with pytest.raises(UserError, match="set lora=on"):
         session.command(Start(small_run().with_({"quantization": "nf4"})))
-    steps = kinds(session).count(Kind.STEP_ENDED)
-    wait_until(lambda: kinds(session).count(Kind.STEP_ENDED) > steps, session)
-    assert kinds(session).count(Kind.RUN_STARTED) == 1
+    steps = kinds(session).count(StepEnded)
+    wait_until(lambda: kinds(session).count(StepEnded) > steps, session)
+    assert kinds(session).count(RunStarted) == 1
 
 
 def test_a_run_that_cannot_start_gives_way_to_the_one_before(session: Session) -> None:
     session.command(Start(small_run(steps=0)))
-    wait_until(lambda: Kind.STEP_ENDED in kinds(session), session)
+    wait_until(lambda: StepEnded in kinds(session), session)
     session.command(Start(small_run(steps=0, lora="on", lora__targets="no_such_module")))
-    wait_until(lambda: kinds(session).count(Kind.RUN_STARTED) == 3, session)
-    failed = next(m for m in session.milestones(0) if m.kind is Kind.RUN_FAILED)
+    wait_until(lambda: kinds(session).count(RunStarted) == 3, session)
+    failed = next(m for m in session.events(0) if isinstance(m, RunFailed))
     assert "no module is called 'no_such_module'" in failed.text
-    config = session.config()
+    config = session.run.config
     assert config is not None and not config["lora"]
-    ended = [m for m in session.milestones(0) if m.kind is Kind.RUN_ENDED]
-    assert [m.data["leaked_bytes"] for m in ended] == [0, 0]
+    ended = [m for m in session.events(0) if isinstance(m, RunEnded)]
+    assert [m.leaked_bytes for m in ended] == [0, 0]
 
 
 def test_an_exception_in_the_loop_ends_the_run_and_not_the_thread(
@@ -175,11 +186,11 @@ def test_an_exception_in_the_loop_ends_the_run_and_not_the_thread(
         return good(self)
 
     monkeypatch.setattr(Batches, "next", fails_at_the_third)
-    milestones = engine.run_milestones(small_run(steps=5))
-    failure = next(m for m in milestones if m.kind is Kind.RUN_FAILED)
+    milestones = engine.run_events(small_run(steps=5))
+    failure = next(m for m in milestones if isinstance(m, RunFailed))
     assert failure.text == "the loader broke"
-    assert "RuntimeError" in failure.data["detail"]
-    assert milestones[-1].data["leaked_bytes"] == 0
+    assert "RuntimeError" in failure.detail
+    assert milestones[-1].leaked_bytes == 0
     monkeypatch.undo()
     assert engine.run(small_run())["failure"] is None
 
@@ -195,19 +206,21 @@ def test_running_out_of_memory_is_a_milestone_and_the_trace_shows_what_filled_it
     engine.run(small_run())
     with monkeypatch.context() as patch:
         patch.setattr(torch.optim.AdamW, "step", out_of_memory)
-        milestones = engine.run_milestones(small_run())
-    told = next(m for m in milestones if m.kind is Kind.OUT_OF_MEMORY)
+        milestones = engine.run_events(small_run())
+    told = next(m for m in milestones if isinstance(m, OutOfMemory))
     assert "2.00 GiB" in told.text
-    assert (told.data["step"], told.data["phase"]) == (1, "optimizer step")
-    latest = engine.session.trace()
-    assert latest is not None and latest.partial
+    assert (told.step, told.phase) == (1, "optimizer step")
+    latest = engine.session.run.latest
+    assert latest is not None and not latest.is_complete
+    assert latest.ending.kind is EndKind.ABORTED and "2.00 GiB" in latest.ending.error
+    assert engine.session.run.traces()[-1] is latest, "the step that died is kept"
     ledger = Ledger(latest)
     assert ledger.end[Category.GRADIENTS] == ledger.end[Category.PARAMETERS]
 
 
 def test_pause_holds_the_loop_and_resume_lets_it_go_on(session: Session) -> None:
     session.command(Start(small_run(steps=0)))
-    wait_until(lambda: Kind.STEP_ENDED in kinds(session), session)
+    wait_until(lambda: StepEnded in kinds(session), session)
     session.command(Pause(True))
 
     def holding() -> bool:
@@ -216,8 +229,8 @@ def test_pause_holds_the_loop_and_resume_lets_it_go_on(session: Session) -> None
 
     wait_until(holding, session)
     session.command(Pause(False))
-    steps = kinds(session).count(Kind.STEP_ENDED)
-    wait_until(lambda: kinds(session).count(Kind.STEP_ENDED) > steps + 1, session)
+    steps = kinds(session).count(StepEnded)
+    wait_until(lambda: kinds(session).count(StepEnded) > steps + 1, session)
 
 
 def test_an_engine_that_fails_while_cleaning_up_still_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -229,15 +242,15 @@ def test_an_engine_that_fails_while_cleaning_up_still_answers(engine: Engine, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(module.gc, "collect", broken)
-        milestones = engine.run_milestones(small_run())
+        milestones = engine.run_events(small_run())
     assert milestones[-1].text == "CUDA error: device-side assert triggered"
     assert engine.run(small_run())["failure"] is None
 
 
 def test_a_gpu_asked_for_where_there_is_none() -> None:
     session = Session("cuda:7")
-    wait_until(lambda: Kind.REFUSED in kinds(session), session)
-    assert "this machine has" in session.milestones(0)[0].text
+    wait_until(lambda: Refused in kinds(session), session)
+    assert "this machine has" in session.events(0)[0].text
     session.close()
 
 
@@ -250,8 +263,8 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr(device, "memory_for_a_run_bytes", lambda _: 4 * weights - 1)
 
     def failure(**settings: object) -> str:
-        milestones = engine.run_milestones(small_run(**settings))
-        return next((m.text for m in milestones if m.kind is Kind.RUN_FAILED), "")
+        milestones = engine.run_events(small_run(**settings))
+        return next((m.text for m in milestones if isinstance(m, RunFailed)), "")
 
     assert "does not fit: weights, gradients and optimizer state alone take" in failure()
     assert not failure(optimizer="sgd")
@@ -302,7 +315,7 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
 def test_what_was_loaded_is_told_in_a_line_of_a_small_terminal(
     engine: Engine, settings: dict[str, str], said: str
 ) -> None:
-    (loaded,) = [m for m in engine.run_milestones(small_run(**settings)) if m.kind is Kind.LOADED]
+    (loaded,) = [m for m in engine.run_events(small_run(**settings)) if isinstance(m, Loaded)]
     assert said in loaded.text
     assert " MiB, " in loaded.text
     assert len(loaded.text) <= 69
@@ -312,7 +325,7 @@ def test_recomputes_are_told_as_they_happen(engine: Engine) -> None:
     document = engine.run(small_run(checkpointing="segments", checkpointing__every=2, accumulation=2, steps=1))
     told = [(r["micro_batch"], r["layers"]) for r in document["recomputes"]]
     pairs = range(LAYERS - 2, -1, -2)
-    back_to_front = [[f"gpt_neox.layers.{i}", f"gpt_neox.layers.{i + 1}"] for i in pairs]
+    back_to_front = [(f"gpt_neox.layers.{i}", f"gpt_neox.layers.{i + 1}") for i in pairs]
     assert told == [(micro, layers) for micro in (0, 1) for layers in back_to_front]
     assert all(r["bytes"] > 0 and r["ms"] > 0 for r in document["recomputes"])
 
@@ -328,14 +341,14 @@ def test_a_recompute_rematerialises_what_the_ledger_calls_recomputed(engine: Eng
 
 def test_a_feed_forgets_old_steps_and_nothing_else() -> None:
     feed = Feed()
-    feed.milestone(Kind.RUN_STARTED, "first")
-    for number in range(2 * Feed.KEPT_FREQUENT + 10):
-        feed.milestone(Kind.STEP_ENDED, str(number))
-    kept = feed.milestones(0)
-    assert len(kept) <= 2 * Feed.KEPT_FREQUENT
+    feed.tell(RunStarted(text="first"))
+    for number in range(2 * EventLog.KEPT_FREQUENT + 10):
+        feed.tell(StepEnded(text=str(number), step=number))
+    kept = feed.events(0)
+    assert len(kept) <= 2 * EventLog.KEPT_FREQUENT
     assert kept[0].text == "first"
-    assert kept[-1].text == str(2 * Feed.KEPT_FREQUENT + 9)
-    assert [m.index for m in feed.milestones(kept[-1].index)] == [kept[-1].index]
+    assert kept[-1].text == str(2 * EventLog.KEPT_FREQUENT + 9)
+    assert [m.index for m in feed.events(kept[-1].index)] == [kept[-1].index]
 
 
 def test_training_on_a_text_file(engine: Engine, tmp_path: Path, checkpoint: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.cli import main
 
 QUICK = ["--batch-size", "2", "--seq-len", "16", "--steps", "1", "--device", "cpu"]
@@ -101,7 +101,7 @@ def test_what_cannot_be_written_leaves_what_was_there_and_what_else_is_asked_for
     document, recording = tmp_path / "run.json", tmp_path / "run.gpumem"
     assert main(["run", *QUICK, "--json", str(document), "--save", str(recording)]) == 0
     before = document.read_text()
-    assert Replay(recording).config() is not None
+    assert Recording(recording).run is not None
     assert json.loads(before)["failure"] is None
     recording.unlink()
     with a_disk_that_is_full():

@@ -314,7 +314,7 @@ def test_whole_numbers_are_exact() -> None:
 def test_what_a_value_holds_is_predicted(engine: Engine, settings: dict[str, Any]) -> None:
     """Category by category, where a CPU's kernels do as CUDA's: its dropout keeps a mask of another size."""
     config = configured(settings).with_({"lora.dropout": 0.0})
-    measured, predicted = engine.run(config), predict(config, gpu("H100 80GB")).document
+    measured, predicted = engine.run(config), predict(config, gpu("H100 80GB")).document.as_dict()
     assert predicted["unknown_bytes_max"] == 0
     for moment in ("after_first_step", "peak"):
         real, guess = measured[moment]["by_category"], predicted[moment]["by_category"]

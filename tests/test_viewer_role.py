@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.feed import Command, End, Pause, Save, Start, TakeOver, ViewerRole
+from gpumem_tui.engine.run_events import EngineEnded
 from gpumem_tui.tui.app import GpumemApp
 
 from .fake_source import FakeSource
@@ -139,7 +139,7 @@ async def test_an_engine_that_was_ended_has_not_failed() -> None:
         app.tick()
         engine.role = ViewerRole.GONE
         engine.end("stopped")
-        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine was ended by somebody; q quits", by="somebody")
+        engine.feed.tell(EngineEnded(text="the engine was ended by somebody; q quits", by="somebody"))
         app.tick()
         assert shown(app).startswith(" ■ ended")
         assert "the engine was ended by somebody; q quits" in shown(app)
@@ -152,7 +152,7 @@ async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
     async with app.run_test(size=(80, 24)):
         engine.role = ViewerRole.GONE
         engine.end("done")
-        engine.feed.milestone(Kind.ENGINE_ENDED, "the engine's process 7 has ended; q quits", detail="x")
+        engine.feed.tell(EngineEnded(text="the engine's process 7 has ended; q quits", detail="x"))
         app.tick()
         assert app.state.status == "done"
 
@@ -162,9 +162,7 @@ async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> N
     app = GpumemApp(engine, refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:
         engine.role = ViewerRole.GONE
-        engine.feed.milestone(
-            Kind.ENGINE_ENDED, "the engine's process 7 has ended (killed by SIGKILL); s saves", detail="x"
-        )
+        engine.feed.tell(EngineEnded(text="the engine's process 7 has ended (killed by SIGKILL); s saves", detail="x"))
         app.tick()
         await pilot.pause()
         assert "killed by SIGKILL" in shown(app)

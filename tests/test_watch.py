@@ -22,11 +22,23 @@ from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gpumem_tui.engine import engine_registry, server
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Kind, Milestone, Phase, StepTrace
+from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.feed import Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.publisher import RunPublisher
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.remote import Remote
+from gpumem_tui.engine.run_events import (
+    EngineEnded,
+    OutOfMemory,
+    Recomputed,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunStarted,
+    Saved,
+    StepEnded,
+)
 from gpumem_tui.engine.tracing import hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.engine.tracing.tracer import Tracer
@@ -75,8 +87,8 @@ class Seen:
     def ledgers(self) -> list[Ledger]:
         return [Ledger(trace) for trace in self.traces]
 
-    def told(self, kind: Kind) -> list[Milestone]:
-        return [m for m in self.windows[-1].milestones(0) if m.kind is kind]
+    def told(self, kind: type[RunEvent]) -> list[RunEvent]:
+        return [m for m in self.windows[-1].events(0) if isinstance(m, kind)]
 
 
 @pytest.fixture
@@ -91,7 +103,7 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
         def keep(trace: StepTrace) -> None:
             publish(trace)
-            if not trace.partial:
+            if not trace.is_open:
                 made.traces.append(trace)
 
         self._feed.publish_trace = keep  # type: ignore[method-assign]
@@ -144,14 +156,14 @@ def hook_tables(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> lis
 
 def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
     """At every event everything has a name; the sums are the recorder's own at its readings."""
-    steps = {m.data["step"]: m.data for m in seen.told(Kind.STEP_ENDED)}
+    steps = {m.step: m for m in seen.told(StepEnded)}
     assert [trace.step for trace in seen.traces] == sorted(steps)
     for ledger in seen.ledgers:
         told, after = steps[ledger.trace.step], ledger.after(Phase.OPTIMIZER)
         assert ledger.curve[Category.UNKNOWN].max() == 0
         assert ledger.unmatched_frees == 0
-        assert after is not None and sum(after.values()) == told["allocated_bytes"]
-        assert ledger.peak.bytes == told["peak_bytes"]
+        assert after is not None and sum(after.values()) == told.allocated_bytes
+        assert ledger.peak.bytes == told.peak_bytes
         held = ledger.by_name(len(ledger.trace.events) - 1, Category.HELD_BY_SCRIPT)
         assert held.get(SCRIPT, 0) <= script_bytes_max, held
 
@@ -159,8 +171,8 @@ def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
 def test_a_plain_loop(seen: Seen) -> None:
     losses = plain_loop.main(4)
     check_exact(seen)
-    assert [started.data["watched"] for started in seen.told(Kind.RUN_STARTED)] == [True]
-    told = [m.data["step"] for m in seen.told(Kind.STEP_ENDED)]
+    assert [started.watched for started in seen.told(RunStarted)] == [True]
+    told = [m.step for m in seen.told(StepEnded)]
     assert told == [1, 2, 3, 4] and len(losses) == 4
     ledger = seen.ledgers[-1]
     after = ledger.after(Phase.OPTIMIZER)
@@ -179,10 +191,10 @@ def test_a_trainer_with_lora_and_checkpointing(seen: Seen) -> None:
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     after = seen.ledgers[-1].after(Phase.OPTIMIZER)
     assert after is not None and after[Category.GRADIENTS] == trained
-    config = seen.windows[-1].config()
+    config = seen.windows[-1].run.config
     assert config is not None
     assert (config["lora"], config["checkpointing"], config["batch_size"]) == (True, "layers", 4)
-    recomputed = [m.data["layers"] for m in seen.told(Kind.RECOMPUTED)]
+    recomputed = [m.layers for m in seen.told(Recomputed)]
     assert len(recomputed) == 2 * 3
     assert all(layers[0].endswith(("layers.0", "layers.1")) for layers in recomputed)
 
@@ -261,7 +273,7 @@ def test_an_optimizer_in_backward(seen: Seen) -> None:
     held = sum(p.nbytes for p in model.parameters())
     after = ledger.after(Phase.OPTIMIZER)
     assert after is not None and after[Category.OPTIMIZER_STATE] > 2 * held and after[Category.GRADIENTS] == 0
-    assert [m.data["step"] for m in seen.told(Kind.STEP_ENDED)] == [1, 2, 3]
+    assert [m.step for m in seen.told(StepEnded)] == [1, 2, 3]
 
 
 # --- no trace of us -------------------------------------------------------------------
@@ -287,7 +299,7 @@ def test_watching_keeps_nothing_alive(seen: Seen) -> None:
     alive = [weakref.ref(thing) for thing in (model, optimizer, *model.parameters())]
     del model, optimizer
     gc.collect()
-    assert watched.source.milestones(0)
+    assert watched.source.events(0)
     assert [reference() for reference in alive] == [None] * len(alive)
 
 
@@ -341,7 +353,7 @@ OFTEN: list[tuple[Any, str]] = [
     (watcher, "_of_outputs"),
     *[(WatchedSource, name) for name in ("publish", "stepped", "recomputed")],
     (watched_source, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
-    (recorders, "tree_leaves"), (WatchedSource, "_read_gauge"),
+    (recorders, "tree_leaves"), (RunPublisher, "read_gauge"),
 ]  # fmt: skip
 
 
@@ -396,13 +408,13 @@ def test_a_fault_in_serving_costs_the_viewers_only(
 
 def test_exceptions_of_the_script_are_the_scripts(seen: Seen) -> None:
     model, optimizer = small_model()
-    with pytest.raises(IndexError), watch(model, optimizer) as watched:
+    with pytest.raises(IndexError), watch(model, optimizer):
         model(input_ids=torch.full((1, 4), 1_000_000))
-    assert not watched.source.milestones(0)[-1].data.get("detail")
+    assert not seen.told(Refused), "watching itself has not failed"
     with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer):
         train(model, optimizer, 1)
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert "2.00 GiB" in seen.told(Kind.OUT_OF_MEMORY)[0].text
+    assert "2.00 GiB" in seen.told(OutOfMemory)[0].text
     with pytest.raises(TypeError, match=r"is no torch\.optim\.Optimizer"):
         watch(model, "adamw")
 
@@ -441,8 +453,8 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path)
         train(model, optimizer, 2)
         remote = Remote(engine_registry.find("mine"))
         remote.attach()
-        until(lambda: remote.trace() is not None and len(remote.traces()) == 2)
-        config = remote.config()
+        until(lambda: remote.run is not None and remote.run.latest is not None and len(remote.run.traces()) == 2)
+        config = remote.run.config
         assert remote.role is ViewerRole.WATCHING and config is not None
         assert (config.model, config["checkpointing"], config.batch_size) == ("GPTNeoXForCausalLM", "layers", 2)
         wanted = config.with_({"kv_cache": not config["kv_cache"]})
@@ -452,11 +464,11 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path)
             with pytest.raises(UserError, match="the loop is your own script's"):
                 remote.command(command)
         remote.command(Save(home / "mine.gpumem"))
-        until(lambda: remote.milestones(0)[-1].kind is Kind.SAVED)
-        assert [t.step for t in Replay(home / "mine.gpumem").traces()] == [1, 2]
+        until(lambda: isinstance(remote.events(0)[-1], Saved))
+        assert [t.step for t in Recording(home / "mine.gpumem").run.traces()] == [1, 2]
         train(model, optimizer, 1)
     until(lambda: remote.role is ViewerRole.GONE)
-    assert [m.kind for m in remote.milestones(0)][-2:] == [Kind.RUN_ENDED, Kind.ENGINE_ENDED]
+    assert [type(m) for m in remote.events(0)][-2:] == [RunEnded, EngineEnded]
     remote.close()
 
 
@@ -481,13 +493,13 @@ def test_a_script_that_was_not_edited() -> None:
         (engine_dir,) = until(engine_registry.engines)
         remote = Remote(engine_dir)
         remote.attach()
-        steps: Callable[[], list[Milestone]] = lambda: [  # noqa: E731
-            m for m in remote.milestones(0) if m.kind is Kind.STEP_ENDED
+        steps: Callable[[], list[RunEvent]] = lambda: [  # noqa: E731
+            m for m in remote.events(0) if isinstance(m, StepEnded)
         ]
         until(lambda: len(steps()) > 3)
         assert engine_dir.name == "unedited"
-        assert [m.data["step"] for m in steps()[:3]] == [1, 2, 3]
-        trace = until(lambda: next((t for t in remote.traces() if t.step >= 3), None))
+        assert [m.step for m in steps()[:3]] == [1, 2, 3]
+        trace = until(lambda: next((t for t in remote.run.traces() if t.step >= 3), None))
         after = Ledger(trace).after(Phase.OPTIMIZER)
         assert after is not None
         assert after[Category.PARAMETERS] == after[Category.GRADIENTS] == after[Category.OPTIMIZER_STATE] > 0

@@ -31,7 +31,7 @@ class Action(NamedTuple):
         run: Gets the app, or the screen whose action it is.
         label: In the screen's row of keys; empty: not there.
         acts: It takes an engine: on a recording it is not offered, and refused.
-        several: It takes recordings opened together, likewise.
+        several: It takes another run to look at, likewise.
     """
 
     name: str
@@ -50,7 +50,7 @@ def offered_here(actions: Iterable[Action], live: bool, several: bool) -> tuple[
     Args:
         actions: Some.
         live: Whether there is an engine.
-        several: Whether recordings were opened together.
+        several: Whether there is another run to look at.
     """
     return tuple(action for action in actions if (live or not action.acts) and (several or not action.several))
 
@@ -77,7 +77,7 @@ def everywhere(titles: Sequence[str]) -> tuple[Action, ...]:
     return (*screens, *EVERYWHERE)
 
 
-_OTHER = "the next of the recordings opened together, the one before, on all screens"
+_OTHER = "the next run, the one before, on all screens: runs of this session, recordings, the prediction"
 
 EVERYWHERE: tuple[Action, ...] = (
     Action("help", ("?",), "Explain this", "explain what is selected; keys; what the bytes are",
@@ -97,9 +97,9 @@ EVERYWHERE: tuple[Action, ...] = (
     Action("stop", ("x",), "Stop the run", "stop the run and free everything", lambda app: app.control.stop(),
            acts=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
-           lambda app: app.control.save(), acts=True),
-    Action("recording.next", ("j",), "Next recording", _OTHER, lambda app: app.control.look_on(1), several=True),
-    Action("recording.before", ("J",), "Recording before", _OTHER, lambda app: app.control.look_on(-1), several=True),
+           lambda app: app.control.save()),
+    Action("run.next", ("j",), "Look at the next run", _OTHER, lambda app: app.control.look_on(1), several=True),
+    Action("run.before", ("J",), "Look at the run before", _OTHER, lambda app: app.control.look_on(-1), several=True),
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
            lambda app: app.copy_table()),
     Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),

@@ -194,7 +194,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         if action.acts and not self.state.live:
             self.state.say("this is a recording: it can be looked at, nothing in it can be run or changed")
         elif action.several and not self.state.several:
-            self.state.say("there is no other recording: gpumem-tui open A.gpumem B.gpumem opens several")
+            self.state.say("there is no other run to look at; gpumem-tui open A.gpumem B.gpumem opens several")
         else:
             action.run(target)
         if not self.board.frozen:

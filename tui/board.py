@@ -213,7 +213,7 @@ class Board:
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
         keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
         if self.state.several:
-            keys += f" · {self._name('recording.next')} {self._name('recording.before')} recordings"
+            keys += f" · {self._name('run.next')} {self._name('run.before')} runs"
         return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, role: ViewerRole) -> Row:

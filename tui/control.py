@@ -12,10 +12,10 @@ from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
 from ..engine.prediction.advice import single_changes
+from ..engine.run import Run
 from ..engine.technique import Technique
 from .predictions import Predictions
-from .recording_set import RecordingSet
-from .run_summary import RunSummary, of_prediction
+from .run_summary import RunSummary, predicted_beside
 from .state import ViewState
 
 WORKLOAD = (
@@ -65,9 +65,6 @@ class Control:
     ) -> None:
         self.source, self.state, self.save_dir = source, state, save_dir
         self._predictions, self.predicts = predictions, True
-        if isinstance(source, RecordingSet):
-            state.opened = source
-            state.begin_again()
         self.on_command: Callable[[], None] = lambda: None
         self.on_turn: Callable[[], None] = lambda: None
         self.pending: dict[str, Value] = {}
@@ -75,7 +72,7 @@ class Control:
         self._before: list[RunConfig] = []
         self._saved: set[Path] = set()
         self._saving: Save | None = None
-        self._foreseen: tuple[object, RunSummary | str] | None = None
+        self._prediction: tuple[object, RunSummary | str] | None = None
 
     # --- predictions ----------------------------------------------------------
 
@@ -99,7 +96,7 @@ class Control:
 
     def base(self) -> RunConfig | None:
         """The configuration that changes start from: what was sent last, or what runs."""
-        return self.state.requested or self.source.config()
+        return self.state.requested or self.state.config
 
     def wanted(self) -> RunConfig | None:
         """The base with the collected changes."""
@@ -162,27 +159,27 @@ class Control:
                 found.append(best)
         return Strongest(tuple(found), tried, len(configs))
 
-    def foreseen(self) -> RunSummary | str:
-        """The run that is shown as it was predicted, as a run of its own.
+    def prediction(self) -> RunSummary | str:
+        """The run on the screens as it was predicted, a run of its own; if it is a prediction, itself.
 
         Returns:
             A line that says why there is none to set beside it, empty if nobody predicts.
         """
-        run, predictions = self.state.run, self.predictions
-        if predictions is None or run.config is None:
+        shown, predictions, state = self.state.shown, self.predictions, self.state
+        if shown is None:
             return ""
-        if run.watched:
+        if state.run.predicted:
+            return state.summary_of(shown)
+        if predictions is None:
+            return ""
+        if state.run.watched:
             return "No prediction is set beside this run: the loop is a script's own."
-        key = (run.config, run.number, self.state.origin, self.state.environment, predictions.answers())
-        if self._foreseen is None or self._foreseen[0] != key:
-            found = predictions.of_run(run.config)
-            if not isinstance(found, str):
-                packages = self.state.environment.packages if self.state.environment else {}
-                origin = self.state.origin or f"run {run.number}"
-                self._foreseen = (key, of_prediction(found.document, run.config, origin, packages))
-            else:
-                self._foreseen = (key, found)
-        return self._foreseen[1]
+        key = (shown, shown.config, predictions.answers())
+        if self._prediction is None or self._prediction[0] != key:
+            found = predictions.of_run(shown)
+            said = found if isinstance(found, str) else predicted_beside(found.run, shown, state.origin_of(shown))
+            self._prediction = (key, said)
+        return self._prediction[1]
 
     # --- changes ----------------------------------------------------------------
 
@@ -315,32 +312,38 @@ class Control:
         if self.saving is not None:
             self.state.say(f"{self.saving.path.name} is being saved")
             return
-        command = Save(free_name(self.save_dir, config.model, self._saved))
+        command = Save(free_name(self.save_dir, config.model, self._saved), self.state.shown)
         if self._send(command):
             self._saved.add(command.path)
             self._saving = command
 
-    # --- recordings opened together -------------------------------------------------
+    # --- runs to look at ------------------------------------------------------------
+
+    def lookable(self) -> list[Run]:
+        """The runs that can be had on the screens, as compare lists them: each kind of run, the prediction last."""
+        found = [group[-1] for group in self.state.listed]
+        predicted = self.prediction()
+        return found if isinstance(predicted, str) else [*found, predicted.run]
 
     def look_at(self, index: int) -> None:
-        """Have another recording on all screens; what is collected was meant for the one before."""
-        opened = self.state.opened
-        if opened is None:
-            return
-        try:
-            opened.look_at(index)
-        except UserError as error:
-            self.state.say(str(error), problem=True)
+        """Have another run on all screens; what is collected was meant for the one before."""
+        runs = self.lookable()
+        if not 0 <= index < len(runs):
             return
         self.pending = {}
         self._undo.clear()
-        self.state.begin_again()
+        self.state.look_at(runs[index])
+        if self._predictions is not None:
+            self._predictions.look_at(runs[index].environment)
         self.on_turn()
         self.on_command()
 
     def look_on(self, by: int) -> None:
-        """Have the next recording, or the one before, on all screens."""
-        self.look_at((self.state.place + by) % len(self.state.runs))
+        """Have the next run, or the one before, on all screens."""
+        runs = self.lookable()
+        at = next((i for i, run in enumerate(runs) if run is self.state.shown), self.state.place)
+        if runs:
+            self.look_at((at + by) % len(runs))
 
     def _send(self, command: Command) -> bool:
         try:

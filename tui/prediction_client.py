@@ -9,8 +9,9 @@ from ..engine.config import RunConfig, UserError
 from ..engine.events import Environment
 from ..engine.feed import Source
 from ..engine.prediction.gpus import Gpu, gpu
+from ..engine.prediction.outcome import Prediction
 from ..engine.prediction.predictor import Predictor
-from .predictions import Prediction
+from ..engine.run import Run
 
 WITHOUT_A_GPU = "H100 80GB"
 """Which GPU is asked about where there is none, if nobody says."""
@@ -38,9 +39,14 @@ class Background:
         self._gpu = gpu(wanted) if wanted else None
         self._predictor: Predictor | None = None
         self._here: Environment | None = None
+        self._looked_at: Environment | None = None
         self._target: Gpu | None = None
         self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self.gpu_name = ""
+
+    def look_at(self, environment: Environment) -> None:
+        """Predict for where this is from now on: the run on the screens is of that machine."""
+        self._looked_at = environment
 
     def waiting(self) -> int:
         """How many are still being worked out."""
@@ -57,7 +63,7 @@ class Background:
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         """What is known; a wish if nothing is."""
-        environment = self._source.environment()
+        environment = self._looked_at or self._source.environment()
         if environment is None:
             return None
         predictor = self._for(environment)
@@ -65,9 +71,7 @@ class Background:
         key = repr(config)
         if answer is not None:
             self._asked.pop(key, None)
-            if isinstance(answer, UserError):
-                return None
-            return Prediction(answer.peak_bytes, answer.fits, answer.document)
+            return None if isinstance(answer, UserError) else answer
         if key not in self._asked or hurry > self._asked[key][1]:
             self._asked.pop(key, None)
             self._asked[key] = config, hurry
@@ -94,11 +98,9 @@ class Background:
         if self._predictor is not None:
             self._predictor.want([])
 
-    def of_run(self, config: RunConfig) -> Prediction | str:
-        """What is known of a run here; why nothing can be set beside it."""
-        environment = self._source.environment()
-        if environment is None:
-            return WORKING
+    def of_run(self, run: Run) -> Prediction | str:
+        """What is known of a run; why nothing can be set beside it."""
+        environment, config = run.environment, run.config
         if not environment.on_gpu:
             return "No prediction is set beside this run: it is on a CPU, predictions are of GPUs."
         here = gpu_of(environment)
@@ -125,12 +127,10 @@ def gpu_of(environment: Environment) -> Gpu:
     """The engine's GPU with the memory it really has; without one, `WITHOUT_A_GPU`."""
     if not environment.on_gpu:
         return gpu(WITHOUT_A_GPU)
-    memory = environment.device_total_bytes
+    name, memory = environment.device_name, environment.device_total_bytes
     try:
-        return replace(gpu(environment.device_name.removeprefix("NVIDIA ")), memory_bytes=memory)
+        return replace(gpu(name.removeprefix("NVIDIA ")), name=name, memory_bytes=memory)
     except UserError:
         major, _, minor = (environment.capability or "8.0").partition(".")
         akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
-        return replace(
-            akin, name=environment.device_name, memory_bytes=memory, capability=(int(major), int(minor or 0))
-        )  # fmt: skip
+        return replace(akin, name=name, memory_bytes=memory, capability=(int(major), int(minor or 0)))

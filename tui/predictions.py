@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Protocol
 
 from ..engine.config import RunConfig
-
-
-class Prediction(NamedTuple):
-    """Of one configuration.
-
-    Attributes:
-        peak_bytes: Highest allocated during a step.
-        fits: Whether the device holds it; None: not known.
-        document: What `run --json` would say of its memory (`predictor.TOLD`).
-    """
-
-    peak_bytes: int
-    fits: bool | None
-    document: dict[str, Any]
+from ..engine.events import Environment
+from ..engine.prediction.outcome import Prediction
+from ..engine.run import Run
 
 
 class Predictions(Protocol):
@@ -31,6 +20,10 @@ class Predictions(Protocol):
 
     gpu_name: str
 
+    def look_at(self, environment: Environment) -> None:
+        """Predict for where this is from now on."""
+        ...
+
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         """What is known of a configuration; returns at once, None while it is being worked out.
 
@@ -40,8 +33,8 @@ class Predictions(Protocol):
         """
         ...
 
-    def of_run(self, config: RunConfig) -> Prediction | str:
-        """Of a run of the source's own device; a line that says why nothing can be set beside it."""
+    def of_run(self, run: Run) -> Prediction | str:
+        """Of a run, for the GPU it ran on; a line that says why nothing can be set beside it."""
         ...
 
     def waiting(self) -> int:

@@ -1,14 +1,24 @@
-"""What one run has told so far, folded from its milestones one by one."""
+"""What one run has told so far, folded from its events one by one."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any
 
-from ..engine import techniques
-from ..engine.config import RunConfig, UserError
-from ..engine.events import Kind, Milestone, Recompute
-from ..profiles import resolved
+from ..engine.config import RunConfig
+from ..engine.run import Run, RunKind
+from ..engine.run_events import (
+    EngineEnded,
+    Loaded,
+    OutOfMemory,
+    Paused,
+    Recomputed,
+    Resumed,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    StepEnded,
+)
 
 STEADY_STEPS = 2
 """From this step on a run holds all it will hold."""
@@ -22,9 +32,9 @@ class LayerRecomputes:
         count: How often in this run.
         bytes: What the latest one held afterwards; None: it is part of a
             segment, and counted at the segment's first layer.
-        timed: How many `seconds` is the sum of: not those of the run's first step,
-            in which kernels are loaded, as soon as there are others.
-        seconds: Of these together; None likewise.
+        timed: Number of recomputes that `seconds` is the sum of. The first step loads
+            kernels, so its recomputes count only until there are others.
+        seconds: Their sum; None: none is known.
     """
 
     count: int = 0
@@ -38,8 +48,10 @@ class LayerRecomputes:
         """Milliseconds of one recompute."""
         return None if self.seconds is None else self.seconds * 1e3 / self.timed
 
-    def time(self, event: Recompute) -> None:
-        """Take in how long one took."""
+    def time(self, event: Recomputed) -> None:
+        """Take in how long one took; a predicted one says nothing of it."""
+        if event.ms is None:
+            return
         if event.step > 1 and not self._warm:
             self.timed, self.seconds, self._warm = 0, None, True
         self.timed += 1
@@ -48,14 +60,12 @@ class LayerRecomputes:
 
 @dataclass
 class RunState:
-    """One run.
+    """One run, as far as its events tell.
 
     Attributes:
-        number: From 1; 0 before the first.
-        status: loading, training, held, stopped, done, failed, ended; starting
+        run: Whose; None before the first.
+        status: loading, training, held, stopped, done, failed, ended, predicted; starting
             before the first run.
-        config: What it runs.
-        watched: The loop is somebody's own: the configuration says what could be told of it.
         step: Last step that ended; 0 before the first.
         loss: Of that step.
         seconds: It took.
@@ -65,19 +75,18 @@ class RunState:
         trace_seconds: Of these, spent on tracing.
         peak_bytes: Highest of all steps by the allocator's own counter.
         peak_step: Where that was.
+        loaded_bytes: Allocated after loading.
         parameters: Of the model.
         trainable: Of these, trained.
         recomputes: By layer.
         lit: Layers recomputed so far in the micro-batch under way, in order.
         last_recompute: The latest.
         began_s: When it was started, on the engine's clock.
-        memory: What the engine says of it once it has ended (`Report.memory`).
+        next_index: Of the first event that is not folded yet.
     """
 
-    number: int = 0
+    run: Run | None = None
     status: str = "starting"
-    config: RunConfig | None = None
-    watched: bool = False
     step: int = 0
     loss: float | None = None
     seconds: float | None = None
@@ -87,13 +96,34 @@ class RunState:
     trace_seconds: float | None = None
     peak_bytes: int | None = None
     peak_step: int = 0
+    loaded_bytes: int | None = None
     parameters: int | None = None
     trainable: int | None = None
     recomputes: dict[str, LayerRecomputes] = field(default_factory=dict)
     lit: list[str] = field(default_factory=list)
-    last_recompute: Recompute | None = None
+    last_recompute: Recomputed | None = None
     began_s: float = 0.0
-    memory: dict[str, Any] | None = None
+    next_index: int = 0
+
+    @property
+    def number(self) -> int:
+        """From 1; 0 before the first."""
+        return self.run.id.number if self.run is not None else 0
+
+    @property
+    def config(self) -> RunConfig | None:
+        """What it runs."""
+        return self.run.config if self.run is not None else None
+
+    @property
+    def watched(self) -> bool:
+        """Whether the loop is somebody's own."""
+        return self.run is not None and self.run.kind is RunKind.WATCHED
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it has not happened."""
+        return self.run is not None and self.run.kind is RunKind.PREDICTED
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -107,32 +137,38 @@ class RunState:
             return None
         return min(1.0, self.trace_seconds / self.train_seconds)
 
-    def fold(self, milestone: Milestone) -> None:
-        """Take in one milestone of this run."""
-        data = milestone.data
-        match milestone.kind:
-            case Kind.RUN_STARTED:
-                self.status, self.config, self.began_s = "loading", _config_of(data), milestone.time_s
-                self.watched = bool(data.get("watched"))
-            case Kind.LOADED:
-                self.parameters, self.trainable = data.get("parameters"), data.get("trainable_parameters")
-                self.status = "training"
-            case Kind.PAUSED:
+    def fold_new(self) -> bool:
+        """Fold what the run has told since the last call; returns whether that was anything."""
+        events = self.run.events(self.next_index) if self.run is not None else ()
+        for event in events:
+            self.next_index = event.index + 1
+            self.fold(event)
+        return bool(events)
+
+    def fold(self, event: RunEvent) -> None:
+        """Take in one event of this run."""
+        match event:
+            case RunStarted():
+                self.status, self.began_s = "loading", event.time_s
+            case Loaded():
+                self.parameters, self.trainable = event.parameters, event.trainable_parameters
+                self.loaded_bytes, self.status = event.allocated_bytes, "training"
+            case Paused():
                 self.status = "held" if self.running else self.status
-            case Kind.RESUMED:
+            case Resumed():
                 self.status = "training" if self.status == "held" else self.status
-            case Kind.STEP_ENDED:
-                self._fold_step(data)
-            case Kind.RECOMPUTED:
-                self._fold_recompute(data)
-            case Kind.OUT_OF_MEMORY | Kind.RUN_FAILED:
+            case StepEnded():
+                self._fold_step(event)
+            case Recomputed():
+                self._fold_recompute(event)
+            case OutOfMemory() | RunFailed():
                 self.status = "failed"
-            case Kind.ENGINE_ENDED if milestone.data.get("by"):
+            case EngineEnded() if event.by:
                 self.status = "ended"
-            case Kind.ENGINE_ENDED if self.running or self.status == "starting":
+            case EngineEnded() if self.running or self.status == "starting":
                 self.status = "failed"
-            case Kind.RUN_ENDED:
-                self.status, self.memory = str(data.get("reason", "stopped")), data.get("memory")
+            case RunEnded():
+                self.status = event.reason
             case _:
                 pass
 
@@ -146,20 +182,15 @@ class RunState:
         """Whether there is something to hold or stop."""
         return self.status in ("loading", "training", "held")
 
-    def _fold_step(self, data: dict[str, Any]) -> None:
-        self.step, self.loss = int(data["step"]), data.get("loss")
-        self.seconds, self.tokens = data.get("seconds"), int(data.get("tokens") or 0)
-        self.traced, self.trace_seconds = bool(data.get("traced")), data.get("trace_seconds")
-        self.train_seconds += self.seconds or 0.0
-        peak = data.get("peak_bytes")
+    def _fold_step(self, event: StepEnded) -> None:
+        self.step, self.loss, self.seconds, self.tokens = event.step, event.loss, event.seconds, event.tokens
+        self.traced, self.trace_seconds = event.traced, event.trace_seconds
+        self.train_seconds += event.seconds or 0.0
+        peak = event.peak_bytes
         if peak is not None and (self.peak_bytes is None or peak > self.peak_bytes):
-            self.peak_bytes, self.peak_step = int(peak), self.step
+            self.peak_bytes, self.peak_step = peak, event.step
 
-    def _fold_recompute(self, data: dict[str, Any]) -> None:
-        event = Recompute(
-            int(data["step"]), int(data["micro_batch"]), tuple(data["layers"]),
-            int(data["bytes"]), float(data["ms"]), bool(data["early_stop"]),
-        )  # fmt: skip
+    def _fold_recompute(self, event: Recomputed) -> None:
         last = self.last_recompute
         if last is None or (last.step, last.micro_batch) != (event.step, event.micro_batch):
             self.lit.clear()
@@ -173,8 +204,8 @@ class RunState:
                 known.time(event)
 
 
-def _config_of(data: dict[str, Any]) -> RunConfig | None:
-    try:
-        return resolved(techniques.parse_config(data["config"], "the run"))
-    except (KeyError, UserError):
-        return None
+def state_of(run: Run) -> RunState:
+    """All that a run has told."""
+    state = RunState(run)
+    state.fold_new()
+    return state

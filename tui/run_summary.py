@@ -1,20 +1,20 @@
-"""A run in small: what is left of it when the next one has begun, and what is compared.
+"""A Run in small, for what compares runs: one function of a Run, whatever kind it is.
 
 A summary holds no trace: a few hundred numbers, whatever the run's length.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from typing import NamedTuple
 
 from ..engine import techniques
-from ..engine.config import RunConfig, UserError, show
-from ..engine.difference import Owned, from_document, owned
-from ..engine.events import Category, Milestone, Phase
-from ..engine.feed import Source
+from ..engine.config import RunConfig, show
+from ..engine.difference import Owned, owned
+from ..engine.events import Category, Phase, StepTrace
 from ..engine.ledger import Bytes, Ledger
-from .run_state import RunState
+from ..engine.run import Run, RunKind
+from .run_state import RunState, state_of
 
 ROUTINE = ("rows", "steps", "seed")
 """Without influence on memory: in no label."""
@@ -24,6 +24,7 @@ class RunSummary(NamedTuple):
     """One run.
 
     Attributes:
+        run: Whose.
         label: Short; what tells it from the others' defaults: `B8 lora k=layers`.
         origin: `run 2`, or a recording's file name.
         config: What it ran.
@@ -41,10 +42,10 @@ class RunSummary(NamedTuple):
         steps: That ended.
         highest_bytes: By the allocator's own counter, of untraced steps too; None: not known.
         times: How many runs of this configuration it stands for: named after the first, with the figures of the latest.
-        predicted: It has not happened.
         caveat: What to know when it is compared with the run that has.
     """
 
+    run: Run
     label: str
     origin: str
     config: RunConfig
@@ -62,8 +63,12 @@ class RunSummary(NamedTuple):
     steps: int
     highest_bytes: int | None = None
     times: int = 1
-    predicted: bool = False
     caveat: str = ""
+
+    @property
+    def predicted(self) -> bool:
+        """Whether it has not happened."""
+        return self.run.kind is RunKind.PREDICTED
 
     @property
     def peak_bytes(self) -> int:
@@ -80,107 +85,60 @@ def label(config: RunConfig) -> str:
     return " ".join(words)
 
 
-def summarize(run: RunState, ledgers: Sequence[Ledger], origin: str = "") -> RunSummary:
-    """Fold what is kept of a run.
+def summarize(
+    run: Run, origin: str, state: RunState | None = None, fold: Callable[[StepTrace], Ledger] = Ledger
+) -> RunSummary:
+    """A run in small, from the traces that are kept of it; of one without any, all is empty.
 
     Args:
-        run: What it told; has a configuration.
-        ledgers: Of its complete traces; at least one.
-        origin: Where it is from; `run <n>` if empty.
+        run: Which; a step that an error ended counts as far as it came.
+        origin: Where it is from: `run 2`, or a recording's name.
+        state: What it told, if that is folded already.
+        fold: Folds a trace, or knows its fold.
     """
-    assert run.config is not None
-    highest = max(ledgers, key=lambda ledger: ledger.peak.bytes)
-    peak = highest.peak
-    by_step = {ledger.trace.step: ledger for ledger in ledgers}
+    told = state or state_of(run)
+    ledgers = [fold(trace) for trace in run.traces()]
+    highest = max(ledgers, key=lambda ledger: ledger.peak.bytes, default=None)
+    complete = {ledger.trace.step: ledger for ledger in ledgers if ledger.trace.is_complete}
     by_phase: dict[Phase, int] = {}
     for ledger in ledgers:
         for phase, most in ledger.highest_by_phase.items():
             by_phase[phase] = max(by_phase.get(phase, 0), most)
-    by_layer = {layer: sum(sizes.values()) for layer, sizes in highest.by_layer(peak.event).items()}
     return RunSummary(
+        run=run,
         label=label(run.config),
-        origin=origin or f"run {run.number}",
+        origin=origin,
         config=run.config,
-        loaded=by_step[0].end if 0 in by_step else None,
-        after_step=by_step[1].after(Phase.OPTIMIZER) if 1 in by_step else None,
-        peak=peak.by_category,
-        peak_where=_where(peak.step, peak.phase.title),
-        peak_module=peak.module,
+        loaded=complete[0].end if 0 in complete else None,
+        after_step=complete[1].after(Phase.OPTIMIZER) if 1 in complete else None,
+        peak=highest.peak.by_category if highest else dict.fromkeys(Category, 0),
+        peak_where=_where(highest.peak.step, highest.peak.phase.title) if highest else "",
+        peak_module=highest.peak.module if highest else "",
         by_phase=by_phase,
-        by_layer=by_layer,
-        by_owner=owned(highest, peak.event),
-        saved_by_layer=highest.saved_by_layer,
-        seconds=run.seconds,
-        tokens_per_s=run.tokens_per_s,
-        steps=run.step,
-        highest_bytes=run.peak_bytes,
+        by_layer=_by_layer(highest) if highest else {},
+        by_owner=owned(highest, highest.peak.event) if highest else {},
+        saved_by_layer=highest.saved_by_layer if highest else None,
+        seconds=told.seconds,
+        tokens_per_s=told.tokens_per_s,
+        steps=told.step,
+        highest_bytes=told.peak_bytes,
     )
 
 
-def of_source(source: Source, origin: str) -> RunSummary:
-    """A recording in small.
-
-    Raises:
-        UserError: It holds no complete step.
-    """
-    ledgers = [Ledger(trace) for trace in source.traces()]
-    run = RunState()
-    milestones: Sequence[Milestone] = source.milestones(0)
-    for milestone in milestones:
-        run.fold(milestone)
-    run.config = run.config or source.config()
-    if not ledgers or run.config is None:
-        raise UserError(f"{origin}: it holds no step to compare")
-    return summarize(run, ledgers, origin)
+def _by_layer(ledger: Ledger) -> dict[str, int]:
+    return {layer: sum(sizes.values()) for layer, sizes in ledger.by_layer(ledger.peak.event).items()}
 
 
-def of_prediction(
-    document: Mapping[str, Any], config: RunConfig, origin: str, packages: Mapping[str, str]
-) -> RunSummary:
-    """A run that has happened as it was predicted, in small.
+def predicted_beside(prediction: Run, run: Run, origin: str) -> RunSummary:
+    """A run as it was predicted, in small, to be set beside the run itself.
 
     Args:
-        document: Of the prediction.
-        config: What was predicted.
-        origin: Of the run.
-        packages: By which it ran; others are worth a word.
+        prediction: Of the run's configuration.
+        run: The one that happened.
+        origin: Of that run.
     """
-    return _of_memory(document, config, f"{origin}, predicted")._replace(
-        steps=len(document["steps"]),
-        predicted=True,
-        caveat=_other_versions(document["environment"]["packages"], packages),
-    )
-
-
-def of_ended(run: RunState) -> RunSummary | None:
-    """A run that nobody here has seen, as the engine left it; None if it went through no step."""
-    if run.memory is None or run.config is None:
-        return None
-    return _of_memory(run.memory, run.config, f"run {run.number}")._replace(
-        seconds=run.seconds, tokens_per_s=run.tokens_per_s, steps=run.step, highest_bytes=run.peak_bytes
-    )
-
-
-def _of_memory(document: Mapping[str, Any], config: RunConfig, origin: str) -> RunSummary:
-    """What the parts of a document say that `Report.memory` lists."""
-    peak, phases = document["peak"], document["highest_by_phase"]
-    return RunSummary(
-        label=label(config),
-        origin=origin,
-        config=config,
-        loaded=_sizes(document["loaded"]),
-        after_step=_sizes(document["after_first_step"]),
-        peak=_sizes(peak) or {},
-        peak_where=_where(peak["step"], peak["phase"]),
-        peak_module=peak["module"],
-        by_phase={phase: phases[phase.name.lower()] for phase in Phase if phase.name.lower() in phases},
-        by_layer={layer: sum(sizes.values()) for layer, sizes in peak["by_layer"].items()},
-        by_owner=from_document(peak),
-        saved_by_layer=document.get("saved_by_layer"),  # an older recording of several runs has none
-        seconds=None,
-        tokens_per_s=None,
-        steps=0,
-    )
+    caveat = _other_versions(prediction.environment.packages, run.environment.packages)
+    return summarize(prediction, f"{origin}, predicted")._replace(caveat=caveat)
 
 
 def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -> str:
@@ -189,12 +147,6 @@ def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -
             for name, version in predicting.items() if name in running}  # fmt: skip
     told = [f"{name} {one} (run: {other})" for name, (one, other) in both.items() if one != other]
     return f"~ predicted with {', '.join(told)}" if told else ""
-
-
-def _sizes(composition: Mapping[str, Any] | None) -> Bytes | None:
-    if composition is None:
-        return None
-    return {category: composition["by_category"][category.key] for category in Category}
 
 
 def _where(step: int, phase: str) -> str:

@@ -1,35 +1,48 @@
-"""What the screens show, folded from a source. Plain Python: no terminal, no Textual.
+"""What the screens show, folded from a source and the Run of it that is looked at. Plain Python: no terminal.
 
-Every tick asks the source for what is new and folds only that: a trace when it
-is another object than before, milestones from the last index on.
+Every tick asks for what is new and folds only that: a trace when it is another
+object than before, events from the last index on.
 """
 
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import TYPE_CHECKING
+from typing import Any, TypeVar
 
 from ..engine.config import RunConfig
-from ..engine.events import Category, Environment, Gauge, Kind, Milestone, Phase, StepTrace
-from ..engine.feed import Source, ViewerRole, peak_bytes
+from ..engine.events import Category, Environment, Gauge, Phase, StepTrace
+from ..engine.feed import Source, ViewerRole
 from ..engine.ledger import Bytes, Ledger
+from ..engine.run import Run, RunKind, peak_bytes
+from ..engine.run_events import (
+    EngineEnded,
+    Note,
+    OutOfMemory,
+    Recomputed,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    Saved,
+    StepEnded,
+)
 from ..engine.techniques import memory_key
 from .run_state import STEADY_STEPS, RunState
-from .run_summary import RunSummary, of_ended, summarize
+from .run_summary import RunSummary, summarize
 from .units import MIB, Unit, unit_for
 
-if TYPE_CHECKING:
-    from .recording_set import RecordingSet
+Found = TypeVar("Found")
 
-KEPT_MILESTONES = 20_000
-KEPT_RUNS = 50
+KEPT_EVENTS = 20_000
 INFO_SHOWN_S, PROBLEM_SHOWN_S = 6.0, 60.0
 
 
 class Filter(IntEnum):
-    """Which milestones the log shows."""
+    """Which events the log shows."""
 
     ALL = 0
     NO_RECOMPUTES = 1
@@ -41,34 +54,16 @@ class Filter(IntEnum):
         """For people."""
         return ("everything", "without recomputes", "without steps and recomputes", "problems only")[self]
 
-    def admits(self, milestone: Milestone) -> bool:
-        """Whether a milestone is shown."""
+    def admits(self, event: RunEvent) -> bool:
+        """Whether an event is shown."""
         match self:
             case Filter.ALL:
                 return True
             case Filter.NO_RECOMPUTES:
-                return milestone.kind is not Kind.RECOMPUTED
+                return not isinstance(event, Recomputed)
             case Filter.NOTABLE:
-                return milestone.kind not in (Kind.RECOMPUTED, Kind.STEP_ENDED)
-        return is_problem(milestone)
-
-
-def is_problem(milestone: Milestone) -> bool:
-    """Whether something went wrong, a leak included."""
-    if milestone.kind is Kind.RUN_ENDED:
-        return bool(milestone.data.get("leaked_bytes"))
-    if milestone.kind is Kind.ENGINE_ENDED:
-        return not milestone.data.get("by")
-    return milestone.kind in (Kind.OUT_OF_MEMORY, Kind.RUN_FAILED, Kind.REFUSED)
-
-
-def _with(runs: list[RunSummary], latest: RunSummary) -> list[RunSummary]:
-    """Runs and one more; one that ran before counts again, with the latest figures unless it was cut short."""
-    for i, run in enumerate(runs):
-        if memory_key(run.config) == memory_key(latest.config):
-            stays = latest if latest.steps >= min(run.steps, STEADY_STEPS) else run
-            return [*runs[:i], stays._replace(origin=run.origin, times=run.times + 1), *runs[i + 1 :]]
-    return [*runs, latest]
+                return not isinstance(event, Recomputed | StepEnded)
+        return event.is_problem
 
 
 @dataclass(frozen=True)
@@ -81,27 +76,20 @@ class Message:
 
 
 class ViewState:
-    """The state behind all screens.
+    """The state behind all screens: one Run of a source is looked at, the others are known in small.
 
     Attributes:
         live: Whether commands have an effect.
         units: The setting: GiB or GB.
-        opened: The recordings that are looked at, if they are.
-        environment: Where it runs, once known.
-        config: The run's, under way or last ended.
+        shown: The run on the screens: the latest, unless another is looked at; None before the first.
         requested: A configuration that was sent and has not started yet.
         stopping: A stop or restart was asked for and has not happened yet.
         gauge: Latest reading.
-        run: What the run told.
-        now: Fold of the latest trace.
-        complete: Fold of the latest complete trace.
-        peak: Fold of the trace with the highest peak of the run.
-        kept: Complete traces of the run that can be looked at.
-        logs: Milestones by filter, oldest first.
-        finished: Summaries of the runs before this one.
-        measured: Highest peak by configuration, of all runs of this session or of what was opened together,
-            as far as they have come to hold all they will.
-        loaded: Bytes allocated after loading, by configuration.
+        run: What the run on the screens told.
+        now: Fold of its latest trace.
+        peak: Fold of its trace with the highest peak.
+        kept: Its traces that can be looked at.
+        logs: Events by filter, oldest first.
         leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
         version: Grows with every change.
@@ -110,33 +98,30 @@ class ViewState:
     def __init__(self) -> None:
         self.live = True
         self.units = "GiB"
-        self.opened: RecordingSet | None = None
-        self.message: Message | None = None
-        self.version = 0
-        self._clock_s = 0.0
-        self._role: ViewerRole | None = None
-        self.begin_again()
-
-    def begin_again(self) -> None:
-        """Know nothing of any run: what is looked at is another recording."""
-        self.environment: Environment | None = None
-        self.config: RunConfig | None = None
         self.requested: RunConfig | None = None
         self.stopping = False
+        self.leaked_bytes: int | None = None
+        self.message: Message | None = None
+        self.version = 0
+        self.shown: Run | None = None
         self.gauge: Gauge | None = None
+        self.logs: dict[Filter, deque[RunEvent]] = {f: deque(maxlen=KEPT_EVENTS) for f in Filter}
+        self._source: Source | None = None
+        self._runs: Sequence[Run] = ()
+        self._states: dict[Run, RunState] = {}
+        self._summaries: dict[Run, tuple[object, RunSummary]] = {}
+        self._forgotten: set[Run] = set()
+        self._known: dict[str, tuple[int, Any]] = {}
+        self._following = True
+        self._clock_s = 0.0
+        self._role: ViewerRole | None = None
+        self._next_index = self._next_logged = 0
+        self._ever: tuple[object, set[Category]] | None = None
+        self._environment: Environment | None = None
         self.run = RunState()
         self.now: Ledger | None = None
         self.peak: Ledger | None = None
         self.kept: tuple[StepTrace, ...] = ()
-        self.logs: dict[Filter, deque[Milestone]] = {f: deque(maxlen=KEPT_MILESTONES) for f in Filter}
-        self.finished: list[RunSummary] = []
-        self.measured: dict[str, int] = self.opened.measured() if self.opened is not None else {}
-        self.loaded: dict[str, int] = {}
-        self.leaked_bytes: int | None = None
-        self.version += 1
-        self._summary: tuple[object, RunSummary] | None = None
-        self._ever: tuple[object, set[Category]] | None = None
-        self._next_index = 0
         self._trace: StepTrace | None = None
         self._weighed: set[StepTrace] = set()
         self._folds: dict[StepTrace, Ledger] = {}
@@ -154,77 +139,109 @@ class ViewState:
             Whether anything changed.
         """
         before = self.version
-        self._clock_s = clock_s
-        self.live = source.live
+        self._clock_s, self._source, self.live = clock_s, source, source.live
         if self.message is not None and clock_s >= self.message.until_s:
             self.dismiss()
-        for name in ("environment", "config", "gauge"):
-            value = getattr(source, name)()
-            if value is not getattr(self, name):
-                setattr(self, name, value)
-                self.version += 1
+        self._runs = source.runs()
         if source.role is ViewerRole.READ_ONLY and self._role is ViewerRole.ATTACHED:
             self.say("another viewer commands this engine now, this one looks on; ! takes over")
         self._role = source.role
-        self._read_milestones(source)
-        self._read_trace(source)
+        if not self.live:
+            self._follow()
+        self._read_events(source)
+        self._follow()
+        for name, value in (("_environment", source.environment()), ("gauge", self._gauge_of(source))):
+            if value is not getattr(self, name):
+                setattr(self, name, value)
+                self.version += 1
+        self.version += self.run.fold_new()
+        self._read_trace()
         return self.version != before
 
-    def _read_milestones(self, source: Source) -> None:
-        for milestone in source.milestones(self._next_index):
-            self._next_index = milestone.index + 1
-            self.version += 1
-            for kind, log in self.logs.items():
-                if kind.admits(milestone):
-                    log.append(milestone)
-            self._fold(milestone)
+    def look_at(self, run: Run) -> None:
+        """Have a run on the screens: one of the source's, or one of nobody's, as a prediction is."""
+        self._following = self.live and bool(self._runs) and run is self._runs[-1]
+        self._look(run)
 
-    def _fold(self, milestone: Milestone) -> None:
-        if milestone.kind is Kind.RUN_STARTED:
-            if summary := self.summary() or of_ended(self.run):
-                self.finished = _with(self.finished, summary)[-KEPT_RUNS:]
-            self.run = RunState(number=milestone.run)
-            self._forget_traces()
-        self.run.fold(milestone)
-        self._settle(milestone)
-        if milestone.kind is Kind.RUN_ENDED:
-            self.leaked_bytes = milestone.data.get("leaked_bytes")
-        if milestone.kind is Kind.LOADED and self.run.config and "allocated_bytes" in milestone.data:
-            self.loaded[memory_key(self.run.config)] = milestone.data["allocated_bytes"]
-        if milestone.kind is Kind.STEP_ENDED and self.run.config and self.run.steady and self.run.peak_bytes:
-            key = memory_key(self.run.config)
-            self.measured[key] = max(self.measured.get(key, 0), self.run.peak_bytes)
-        if not self.live:
+    def _look(self, run: Run) -> None:
+        self.shown, self.run = run, self.state_of(run)
+        self._forget_traces()
+        if not self.live:  # the log of a recording is that of the run looked at
+            for log in self.logs.values():
+                log.clear()
+            self._next_logged = 0
+        self.version += 1
+
+    def _follow(self) -> None:
+        """A live source's latest run comes on the screens as it begins; of recordings the first is looked at."""
+        if not self._runs:
             return
-        if is_problem(milestone) or milestone.kind in (Kind.SAVED, Kind.ENGINE_ENDED):
-            self.say(milestone.text, problem=is_problem(milestone))
-        elif milestone.kind is Kind.NOTE and not (self.message and self.message.problem):
-            self.say(milestone.text)
+        if self.live and self._following:
+            if self.shown is not self._runs[-1]:
+                self._look(self._runs[-1])
+        elif self.shown is None:
+            self._look(self._runs[0])
 
-    def _settle(self, milestone: Milestone) -> None:
+    def _gauge_of(self, source: Source) -> Gauge | None:
+        return source.gauge() if self.under_way or self.shown is None else self.shown.gauge
+
+    def _read_events(self, source: Source) -> None:
+        """A live source's log tells of all its runs; that of a recording is of the run looked at."""
+        for event in source.events(self._next_index):
+            self._next_index = event.index + 1
+            self._take_in(event)
+            if self.live:
+                self._log(event)
+        if not self.live and self.shown is not None:
+            for event in self.shown.events(self._next_logged):
+                self._next_logged = event.index + 1
+                self._log(event)
+
+    def _log(self, event: RunEvent) -> None:
+        self.version += 1
+        for kind, log in self.logs.items():
+            if kind.admits(event):
+                log.append(event)
+
+    def _take_in(self, event: RunEvent) -> None:
+        if isinstance(event, RunStarted):
+            self._following = True
+        if isinstance(event, RunEnded):
+            self.leaked_bytes = event.leaked_bytes
+        if isinstance(event, EngineEnded) and self.shown is None:  # no run tells of it
+            self.run.fold(event)
+        self._settle(event)
+        self.version += 1
+        if event.is_problem or isinstance(event, Saved | EngineEnded):
+            self.say(event.text, problem=event.is_problem)
+        elif isinstance(event, Note) and not (self.message and self.message.problem):
+            self.say(event.text)
+
+    def _settle(self, event: RunEvent) -> None:
         """Take note of what was asked for and has now happened, or will not."""
-        match milestone.kind:
-            case Kind.RUN_STARTED:
-                started = self.requested is None or self.requested == self.run.config
-            case Kind.REFUSED | Kind.RUN_FAILED | Kind.OUT_OF_MEMORY | Kind.ENGINE_ENDED:
+        match event:
+            case RunStarted():
+                config = next((run.config for run in reversed(self._runs) if run.id.number == event.run), None)
+                started = self.requested is None or self.requested == config
+            case Refused() | RunFailed() | OutOfMemory() | EngineEnded():
                 started = True
-            case Kind.RUN_ENDED:
+            case RunEnded():
                 started = self.requested is None
             case _:
                 return
         if started:
             self.requested, self.stopping = None, False
 
-    def _read_trace(self, source: Source) -> None:
-        trace = source.trace()
+    def _read_trace(self) -> None:
+        trace = self.shown.latest if self.shown is not None else None
         if trace is self._trace:
             return
         self._trace = trace
         self.version += 1
-        if trace is None:
+        if trace is None or self.shown is None:
             self._forget_traces()
             return
-        self.kept = tuple(source.traces())
+        self.kept = tuple(self.shown.traces())
         self._weighed &= set(self.kept)
         self._folds = {t: ledger for t, ledger in self._folds.items() if t in self._weighed}
         for kept in self.kept:
@@ -237,7 +254,7 @@ class ViewState:
     def _weigh(self, trace: StepTrace, highest_bytes: int) -> None:
         """Keep the trace's fold if its peak is the highest so far.
 
-        A complete trace replaces the partial one of its own step: it knows
+        A complete trace replaces the open one of its own step: it knows
         better what the blocks were for. Of two equal ones the first stays,
         unless it is the first step's, in which the optimizer's state was new.
         """
@@ -245,8 +262,8 @@ class ViewState:
         if peak is not None:
             if highest_bytes < peak.peak.bytes or peak.trace is trace:
                 return
-            same_step = peak.trace.step == trace.step and peak.trace.partial
-            settled = peak.trace.step > 1 or trace.partial
+            same_step = peak.trace.step == trace.step and peak.trace.is_open
+            settled = peak.trace.step > 1 or trace.is_open
             if highest_bytes == peak.peak.bytes and settled and not same_step:
                 return
         self.peak = self.fold(trace)
@@ -257,7 +274,7 @@ class ViewState:
             if ledger is not None and ledger.trace is trace:
                 return ledger
         ledger = Ledger(trace)
-        if not trace.partial:
+        if not trace.is_open:
             self._folds[trace] = ledger
         return ledger
 
@@ -267,47 +284,145 @@ class ViewState:
         self._weighed.clear()
         self._folds.clear()
 
-    # --- what screens ask -----------------------------------------------------
+    # --- the runs there are ---------------------------------------------------
 
-    def summary(self) -> RunSummary | None:
-        """The run in small, to be set beside others; None before its first complete step."""
-        if not self.kept or not self.kept[-1].step or self.run.config is None:
-            return None
-        key = (self.run.number, self.run.step, self.kept)
-        if self._summary is None or self._summary[0] != key:
-            self._summary = (key, summarize(self.run, [self.fold(trace) for trace in self.kept], self.origin))
-        return self._summary[1]
+    def state_of(self, run: Run) -> RunState:
+        """What a run has told by now."""
+        state = self._states.setdefault(run, RunState(run))
+        state.fold_new()
+        return state
+
+    def origin_of(self, run: Run) -> str:
+        """Where a run is from, for people: `run 2`, a recording's name, the GPU it is predicted for."""
+        if run.kind is RunKind.PREDICTED and run not in self._runs:
+            return f"predicted for {run.id.engine}"
+        if self.live:
+            return f"run {run.id.number}"
+        same = sum(other.id.engine == run.id.engine for other in self._runs)
+        return run.id.engine + f", run {run.id.number}" * (same > 1)
+
+    def summary_of(self, run: Run) -> RunSummary:
+        """A run in small, done once for what is known of it now."""
+        state, traces = self.state_of(run), run.traces()
+        key = (state.step, len(traces), traces[-1] if traces else None, run.config)
+        known = self._summaries.get(run)
+        if known is None or known[0] != key:
+            known = (key, summarize(run, self.origin_of(run), state, self._fold_of(run)))
+            self._summaries[run] = known
+        return known[1]
+
+    def _fold_of(self, run: Run) -> Callable[[StepTrace], Ledger]:
+        return self.fold if run is self.shown else Ledger
 
     @property
-    def origin(self) -> str:
-        """A recording's name; empty: runs have numbers."""
-        return self.opened.name if self.opened is not None else ""
+    def listed(self) -> list[list[Run]]:
+        """The runs to compare and to look at, in the order they began; those of one configuration are one.
 
-    @property
-    def several(self) -> bool:
-        """Whether recordings were opened together."""
-        return self.opened is not None and len(self.opened.runs) > 1
+        Of an engine's runs those that hold a step; of recordings all.
+        """
+        return self._once("listed", self._list)
+
+    def _list(self) -> list[list[Run]]:
+        groups: dict[object, list[Run]] = {}
+        for run in self._runs:
+            if run in self._forgotten:
+                continue
+            if not self.live:
+                groups[run] = [run]
+            elif any(trace.step for trace in run.traces()):
+                # The one under way is not counted to those before it until it has ended.
+                key = run if run is self._runs[-1] else memory_key(run.config)
+                groups.setdefault(key, []).append(run)
+        return list(groups.values())
 
     @property
     def runs(self) -> list[RunSummary]:
-        """What was opened together, in the order named; or the runs before this one, then this one."""
-        if self.opened is not None and self.several:
-            return self.opened.runs
-        now = self.summary()
-        return [*self.finished, now] if now else self.finished
+        """The runs in `listed`, in small: each with its latest figures, unless that run was cut short."""
+        found = []
+        for group in self.listed:
+            summaries = [self.summary_of(run) for run in group]
+            chosen = summaries[0]
+            for summary in summaries[1:]:
+                chosen = summary if summary.steps >= min(chosen.steps, STEADY_STEPS) else chosen
+            found.append(chosen._replace(origin=summaries[0].origin, times=len(group)))
+        return found
+
+    def _once(self, name: str, work_out: Callable[[], Found]) -> Found:
+        """Something that is asked for many times while one picture is drawn."""
+        known = self._known.get(name)
+        if known is None or known[0] != self.version:
+            known = self._known[name] = (self.version, work_out())
+        found: Found = known[1]
+        return found
 
     @property
     def place(self) -> int:
-        """Of the run on the screens, among `runs`; beyond them as long as it has no summary."""
-        return self.opened.at if self.opened is not None and self.several else len(self.finished)
+        """Of the run on the screens, among `runs`; beyond them if it is not there."""
+        groups = self.listed
+        return next((i for i, group in enumerate(groups) if self.shown in group), len(groups))
+
+    @property
+    def several(self) -> bool:
+        """Whether there is another run to look at."""
+        return len(self.listed) > 1 or self.place >= len(self.listed) > 0
+
+    @property
+    def under_way(self) -> bool:
+        """Whether what is on the screens is the engine's latest run."""
+        return self.live and self.shown is not None and bool(self._runs) and self.shown is self._runs[-1]
 
     def forget(self, index: int) -> None:
         """Drop one of `runs` that is not on the screens."""
-        if self.opened is not None and self.several:
-            self.opened.forget(index)
-        else:
-            del self.finished[index]
+        self._forgotten.update(self.listed[index])
         self.version += 1
+
+    @property
+    def measured(self) -> dict[str, int]:
+        """Highest peak by configuration, of the runs that ran where the one on the screens did.
+
+        The same device and the same libraries: with others, a difference would not be the technique's.
+        """
+        return self._once("measured", self._measure)
+
+    def _measure(self) -> dict[str, int]:
+        found: dict[str, int] = {}
+        for run in self._runs:
+            if run.kind is RunKind.PREDICTED or self.shown is None or not _same_place(run, self.shown):
+                continue
+            state = self.state_of(run)
+            if state.steady and state.peak_bytes:
+                key = memory_key(run.config)
+                found[key] = max(found.get(key, 0), state.peak_bytes)
+        return found
+
+    @property
+    def loaded(self) -> dict[str, int]:
+        """Bytes allocated after loading, by configuration."""
+        states = ((memory_key(run.config), self.state_of(run)) for run in self._runs)
+        return {key: state.loaded_bytes for key, state in states if state.loaded_bytes is not None}
+
+    # --- what screens ask -----------------------------------------------------
+
+    @property
+    def environment(self) -> Environment | None:
+        """Where the run on the screens is, or where one would be; None until the engine has looked."""
+        return self.shown.environment if self.shown is not None else self._environment
+
+    @property
+    def config(self) -> RunConfig | None:
+        """Of the run on the screens."""
+        return self.shown.config if self.shown is not None else None
+
+    def summary(self) -> RunSummary | None:
+        """The run on the screens in small; None before its first step that is kept."""
+        if self.shown is None or not self.kept or not self.kept[-1].step:
+            return None
+        return self.summary_of(self.shown)
+
+    @property
+    def origin(self) -> str:
+        """Where the run on the screens is from; empty: it is the engine's latest."""
+        return "" if self.shown is None or self.under_way else self.origin_of(self.shown)
 
     @property
     def complete(self) -> Ledger | None:
@@ -319,8 +434,12 @@ class ViewState:
     @property
     def status(self) -> str:
         """One word for what the engine is doing."""
+        if self.run.predicted:
+            return "prediction"
         if not self.live:
             return "recording"
+        if not self.under_way:
+            return self.run.status
         if self.stopping:
             return "restarting" if self.requested is not None else "stopping"
         return self.run.status
@@ -328,7 +447,7 @@ class ViewState:
     @property
     def over(self) -> bool:
         """Whether the run has ended here: what is allocated since then, no trace says."""
-        return self.live and self.run.number > 0 and not self.run.running
+        return self.under_way and not self.run.running
 
     @property
     def current(self) -> bool:
@@ -386,3 +505,8 @@ class ViewState:
         """Take the message away."""
         self.message = None
         self.version += 1
+
+
+def _same_place(one: Run, other: Run) -> bool:
+    places = [(run.environment.device_name, run.environment.packages) for run in (one, other)]
+    return places[0] == places[1]

@@ -106,10 +106,10 @@ def _try(config: RunConfig, changes: Changes, now: Prediction, predict: Predict)
 def _costs(changes: Changes, predicted: Prediction) -> str:
     known = techniques.registry()
     words = [known[name].cost_of(value) for name, value in changes.items() if name in known]
-    layers = {layer for recompute in predicted.document["recomputes"] for layer in recompute["layers"]}
+    layers = {layer for recompute in predicted.document.recomputes for layer in recompute.layers}
     if layers and any(name.startswith("checkpointing") for name in changes):
         tokens = predicted.config.batch_size * predicted.config.seq_len * predicted.config.integer("accumulation")
-        flops = 2 * predicted.document["parameters"] * tokens
+        flops = 2 * (predicted.document.parameters or 0) * tokens
         words.append(f"{len(layers)} layers are computed twice, up to {flops / 1e12:.3g} TFLOP more a step")
     if predicted.managed_bytes:
         words.append(f"up to {2 * predicted.managed_bytes / 2**30:.2f} GiB over PCIe a step, there and back")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 from ..config import RunConfig
+from ..report import RunDocument, report
+from ..run import Run
+from ..wire import unpack_whole_run
 
 SAFE_SHARE = 0.015
 SAFE_BYTES = 4 << 20
@@ -21,9 +25,9 @@ def safe_bound_bytes(peak_bytes: int) -> int:
     return peak_bytes + int(peak_bytes * SAFE_SHARE) + SAFE_BYTES
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Prediction:
-    """A run that has not happened.
+    """The figures of a run that has not happened, and the run itself.
 
     Attributes:
         config: What was asked about.
@@ -41,8 +45,7 @@ class Prediction:
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         seconds: What predicting took.
-        document: What `run --json` would say of the run, with the same keys; of one told by
-            another process, what a comparison needs.
+        whole_run: The run itself, or as it came from the process that predicts.
     """
 
     config: RunConfig
@@ -59,11 +62,21 @@ class Prediction:
     available_bytes: int
     max_positions: int
     seconds: float
-    document: dict[str, Any] = field(default_factory=dict, repr=False)
+    whole_run: Run | bytes = field(repr=False)
+
+    @cached_property
+    def run(self) -> Run:
+        """Loading and some steps over fake tensors: what can be done with a run can be done with it."""
+        return self.whole_run if isinstance(self.whole_run, Run) else unpack_whole_run(self.whole_run)
+
+    @cached_property
+    def document(self) -> RunDocument:
+        """What `run --json` would say of the run."""
+        return report(self.run)
 
     def as_document(self) -> dict[str, Any]:
         """The document of `run`, and what only a prediction has to say."""
-        return self.document | {
+        return self.document.as_dict() | {
             "predicted": True,
             "gpu": self.gpu,
             "fits": self.fits,

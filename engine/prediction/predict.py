@@ -25,9 +25,11 @@ import torch
 from .. import techniques
 from ..config import RunConfig, UserError, Value, one_line
 from ..device import installed_packages
-from ..events import Environment, Kind, Milestone, Phase, Recompute, StepTrace
+from ..events import Environment, Phase, Recompute, StepTrace
 from ..ledger import strip_wrappers
 from ..report import Report
+from ..run import Run, RunId, RunKind
+from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
 from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, train
@@ -116,24 +118,31 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
     here = environment(gpu)
     techniques.check(config, dataclasses.replace(here, packages={**here.packages, **MODELLED}))
     done = rehearse(config, gpu, steps)
-    document, by_phase = _document(config, gpu, done)
-    peak = document["peak"]
+    run = _run(config, gpu, done)
+    folded = Report()
+    for trace in done.traces:
+        folded.add(trace)
+    document = folded.document(run)
+    loaded, after, peak = document.loaded, document.after_first_step, document.peak
+    assert loaded is not None
+    assert after is not None
+    assert peak is not None
     return Prediction(
         config=config,
         gpu=gpu.name,
-        loaded_bytes=document["loaded"]["allocated_bytes"],
-        after_step_bytes=document["after_first_step"]["allocated_bytes"],
-        peak_bytes=peak["allocated_bytes"],
-        by_category=peak["by_category"],
-        by_phase=by_phase,
-        peak_phase=peak["phase"],
+        loaded_bytes=loaded.allocated_bytes,
+        after_step_bytes=after.allocated_bytes,
+        peak_bytes=peak.allocated_bytes,
+        by_category=peak.by_category,
+        by_phase=folded.by_phase(),
+        peak_phase=peak.phase,
         reserved_bytes=done.reserved_bytes,
         managed_bytes=done.managed_bytes,
-        safe_bound_bytes=safe_bound_bytes(peak["allocated_bytes"]),
+        safe_bound_bytes=safe_bound_bytes(peak.allocated_bytes),
         available_bytes=gpu.memory_bytes - gpu.context_bytes,
         max_positions=done.max_positions,
         seconds=time.perf_counter() - began,
-        document=document,
+        whole_run=run,
     )
 
 
@@ -263,7 +272,7 @@ class _Rehearsing:
         )
 
     def _keep(self, trace: StepTrace) -> None:
-        if not trace.partial:
+        if not trace.is_open:
             self.traces.append(trace)
 
     def _times(self, name: str) -> int:
@@ -313,22 +322,52 @@ def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replay
     )
 
 
-def _document(config: RunConfig, gpu: Gpu, done: Rehearsal) -> tuple[dict[str, Any], dict[str, dict[str, int]]]:
-    """The document of `run`, from the traces and the milestones that a session would have told; and by phase."""
-    report = Report()
-    for trace in done.traces:
-        report.add(trace)
-    said: list[tuple[Kind, dict[str, Any]]] = [
-        (Kind.LOADED, {"parameters": done.parameters, "trainable_parameters": done.trainable_parameters}),
-        *((Kind.STEP_ENDED, dataclasses.asdict(step) | {"loss": None, "seconds": None}) for step in done.steps),
-        *((Kind.RECOMPUTED, r._asdict() | {"ms": None}) for r in done.recomputes),
-        (
-            Kind.RUN_ENDED,
-            {"managed_bytes": done.managed_bytes, "workspace_bytes": done.workspace_bytes, "leaked_bytes": 0},
+def _run(config: RunConfig, gpu: Gpu, done: Rehearsal) -> Run:
+    """The run, with what a session would have told of it; losses and times are not known."""
+    where = environment(gpu)
+    run = Run(RunId(gpu.name, 1, 0, where.device), config, where, RunKind.PREDICTED)
+    steps, loaded = f"{len(done.steps)} steps predicted", done.traces[0].counted
+    told: list[RunEvent] = [
+        RunStarted(text="predicted"),
+        Loaded(
+            text=f"{done.parameters:,} parameters",
+            parameters=done.parameters,
+            trainable_parameters=done.trainable_parameters,
+            allocated_bytes=loaded.end_bytes if loaded else None,
         ),
     ]
-    milestones = [Milestone(i, 0.0, kind, 1, "", data) for i, (kind, data) in enumerate(said)]
-    return report.document(environment(gpu), config, milestones), report.by_phase()
+    for step in done.steps:
+        told += [_recomputed(recompute) for recompute in done.recomputes if recompute.step == step.step]
+        told.append(
+            StepEnded(
+                text=f"step {step.step}",
+                step=step.step,
+                tokens=step.tokens,
+                allocated_bytes=step.allocated_bytes,
+                peak_bytes=step.peak_bytes,
+                reserved_bytes=step.reserved_bytes,
+                traced=True,
+            )
+        )
+    told.append(
+        RunEnded(
+            text=steps,
+            reason="predicted",
+            steps=len(done.steps),
+            leaked_bytes=0,
+            workspace_bytes=done.workspace_bytes,
+            managed_bytes=done.managed_bytes,
+        )
+    )
+    for index, event in enumerate(told):
+        run.tell(placed(event, index, 0.0, 1))
+    run.keep(done.traces)
+    return run
+
+
+def _recomputed(recompute: Recompute) -> Recomputed:
+    text = f"step {recompute.step}: {recompute.layers[0]}, {recompute.bytes / 2**20:.1f} MiB"
+    return Recomputed(text=text, **(recompute._asdict() | {"ms": None}))
 
 
 def _expandable_segments() -> bool:

@@ -12,24 +12,24 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import os
+import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any, TypeVar
+
+import msgspec
 
 from .. import techniques
 from ..config import RunConfig, UserError
 from ..techniques import memory_key
+from ..wire import pack_whole_run
 from .gpus import Gpu
 from .outcome import Prediction
-
-TOLD = ("environment", "loaded", "after_first_step", "peak", "highest_by_phase", "saved_by_layer", "steps")
-"""Of a prediction's document, what is told: enough to be compared with a measured run, some kilobytes."""
 
 NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
@@ -41,6 +41,7 @@ LONGEST_REST_S = 5.0
 """The first answer takes as long as loading the libraries."""
 
 Answer = Prediction | UserError
+Message = TypeVar("Message")
 
 
 class Predictor:
@@ -56,7 +57,7 @@ class Predictor:
         self._wanted: list[tuple[RunConfig, bool]] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._process: subprocess.Popen[str] | None = None
+        self._process: subprocess.Popen[bytes] | None = None
         self._thread: threading.Thread | None = None
 
     def want(self, configs: Sequence[RunConfig], unhurried: Sequence[RunConfig] = ()) -> None:
@@ -125,28 +126,26 @@ class Predictor:
             process.kill()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(json.dumps({"config": config.as_dict(), "gpu": dataclasses.asdict(self._gpu)}) + "\n")
+            process.stdin.write(_framed(Question(config.as_dict(), self._gpu)))
             process.stdin.flush()
-            line = process.stdout.readline()
+            answer = _read(process.stdout, _answers)
         except OSError:
-            line = ""
-        if not line:
+            answer = None
+        if answer is None:
             _bury(process)
             self._process = None  # the next wish starts another one
             return UserError("the process that predicts has ended")
-        answer: dict[str, Any] = json.loads(line)
-        if "error" in answer:
-            return UserError(answer["error"])
-        return Prediction(config=config, **answer)
+        if answer.error:
+            return UserError(answer.error)
+        return Prediction(config=config, whole_run=answer.run, **answer.figures)
 
-    def _started(self) -> subprocess.Popen[str]:
+    def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import serve; serve({NICENESS})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                text=True,
                 start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
                 # It models a GPU; the one that may be here is the training's.
                 env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
@@ -154,7 +153,7 @@ class Predictor:
         return self._process
 
 
-def _bury(process: subprocess.Popen[str]) -> None:
+def _bury(process: subprocess.Popen[bytes]) -> None:
     """Wait for a process that has ended and close its pipes."""
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -163,28 +162,70 @@ def _bury(process: subprocess.Popen[str]) -> None:
                 pipe.close()
 
 
+class Question(msgspec.Struct):
+    """What is asked of the process: a configuration as `RunConfig.as_dict`, and for which GPU."""
+
+    config: dict[str, Any]
+    gpu: Gpu
+
+
+class Told(msgspec.Struct):
+    """The answer.
+
+    Attributes:
+        error: Why there is none; empty otherwise.
+        figures: Those of `Prediction`, by name.
+        run: As `wire.pack_whole_run` packs it.
+    """
+
+    error: str = ""
+    figures: dict[str, Any] = {}
+    run: bytes = b""
+
+
+_LENGTH = struct.Struct("!I")
+_encoder = msgspec.msgpack.Encoder()
+_questions, _answers = msgspec.msgpack.Decoder(Question), msgspec.msgpack.Decoder(Told)
+
+
+def _framed(message: Question | Told) -> bytes:
+    body = _encoder.encode(message)
+    return _LENGTH.pack(len(body)) + body
+
+
+def _read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[Message]) -> Message | None:
+    """The next message of a pipe; None at its end."""
+    head = pipe.read(_LENGTH.size)
+    if len(head) < _LENGTH.size:
+        return None
+    (length,) = _LENGTH.unpack(head)
+    body = pipe.read(length)
+    return decoder.decode(body) if len(body) == length else None
+
+
 def serve(niceness: int) -> None:
-    """The process: one JSON request a line on standard input, one answer a line on standard output."""
+    """The process: one question after the other on standard input, one answer to each on standard output."""
     if niceness:
         _give_way(niceness)
-    answers, sys.stdout = sys.stdout, sys.stderr  # whatever a library prints is no answer
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # whatever a library prints is no answer
     from .predict import predict
 
-    for line in sys.stdin:
-        request = json.loads(line)
-        card = request["gpu"] | {"capability": tuple(request["gpu"]["capability"])}
-        try:
-            prediction = predict(techniques.parse_config(request["config"], "the request"), Gpu(**card))
-            fields = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
-            answer = {name: value for name, value in fields.items() if name != "config"}
-            answer["document"] = {name: prediction.document[name] for name in TOLD}
-            answer["document"]["peak"] = {k: v for k, v in prediction.document["peak"].items() if k != "largest"}
-        except UserError as error:
-            answer = {"error": str(error)}
-        except Exception as error:  # one configuration that breaks must not end the others
-            answer = {"error": f"this cannot be predicted: {type(error).__name__}: {error}"}
-        answers.write(json.dumps(answer) + "\n")
+    while (question := _read(sys.stdin.buffer, _questions)) is not None:
+        answers.write(_framed(_answer(question, predict)))
         answers.flush()
+
+
+def _answer(question: Question, predict: Callable[[RunConfig, Gpu], Prediction]) -> Told:
+    try:
+        prediction = predict(techniques.parse_config(question.config, "the request"), question.gpu)
+    except UserError as error:
+        return Told(error=str(error))
+    except Exception as error:  # one configuration that breaks must not end the others
+        return Told(error=f"this cannot be predicted: {type(error).__name__}: {error}")
+    told = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
+    figures = {name: value for name, value in told.items() if name not in ("config", "whole_run")}
+    return Told(figures=figures, run=pack_whole_run(prediction.run))
 
 
 def _give_way(niceness: int) -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..events import BLOCK, MADE, MARK, OWNER, Counted, Made, Phase, PhaseSpan, StepTrace
+from ..events import BLOCK, COMPLETE, MADE, MARK, OWNER, Counted, Ending, Made, Phase, PhaseSpan, StepTrace
 from ..ledger import allocation_keys
 from .recorder import Raw, Recorder, columns
 
@@ -58,7 +58,8 @@ class Taken:
         spans: Phases and recomputes.
         names: By index.
         descriptions: By index.
-        counted: None if the step goes on.
+        counted: The allocator's own counters; None if the step goes on.
+        ending: How the step ended, if it has.
         operators: Pairs of a mark and the description of the operator that set it.
         outputs: Triples of a mark, an address and the description of the tensor there.
         taken_us: When.
@@ -75,6 +76,7 @@ class Taken:
     names: tuple[str, ...]
     descriptions: tuple[Made, ...]
     counted: Counted | None
+    ending: Ending
     operators: array[int]
     outputs: array[int]
     taken_us: int
@@ -153,7 +155,7 @@ class Assembler:
         self._chunks = [np.concatenate([*self._chunks, self._recorder.events(taken.drained)])]
         events, marks = self._chunks[0].copy(), _marks(taken.marks)
         events["mark"] = _settled(events["mark"] - taken.first_mark)
-        if taken.counted and taken.operators:
+        if taken.ending is COMPLETE and taken.operators:
             self._made = _learned(events, marks, taken)
         return StepTrace(
             step=taken.number,
@@ -163,7 +165,7 @@ class Assembler:
             owners=np.concatenate([*taken.fixed, columns(taken.owners, OWNER)]),
             names=taken.names,
             phases=_spans(taken, events["mark"]),
-            partial=taken.counted is None,
+            ending=taken.ending,
             micro_batches=taken.micro_batches,
             counted=taken.counted,
             made=self._made,

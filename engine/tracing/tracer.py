@@ -18,7 +18,8 @@ from typing import Any
 import torch
 
 from .. import recompute
-from ..events import Category, Counted, Made, Phase
+from ..config import one_line
+from ..events import COMPLETE, OPEN, Category, Counted, Ending, EndKind, Made, Phase
 from ..ledger import LOSS
 from . import owners
 from .assembly import MODULE_BITS, Assembler, Publish, Span, Taken, pack
@@ -55,7 +56,7 @@ class Tracer:
 
     Args:
         recorder: Where allocations are seen.
-        publish: Gets every trace, partial ones too.
+        publish: Gets every trace, those of a step under way too.
         on_recompute: Gets every recompute, in traced steps and in others.
         publish_every_s: How often a step under way is published; the trace is
             read inside the step for it.
@@ -200,10 +201,10 @@ class Tracer:
         try:
             with self._watch() if watching else nullcontext():
                 yield
-        except BaseException:
-            self._end_step(held, partial=True)
+        except BaseException as error:
+            self._end_step(held, _ending(error, self.recorder))
             raise
-        self._end_step(held, partial=False)
+        self._end_step(held, COMPLETE)
 
     def _hook_modules(self) -> None:
         """Only while steps are traced: idle hooks would cost the others of a launch-bound run 2 %."""
@@ -288,7 +289,7 @@ class Tracer:
         if time.perf_counter() >= self._next_publish_s and phase is not Phase.IDLE:
             with self._costing():
                 self._own_gradients()
-                self._take(step, None)
+                self._take(step, OPEN)
             self._next_publish_s = time.perf_counter() + self._publish_every_s
 
     def step_in_backward(self, optimizer: torch.optim.Optimizer) -> Callable[[], None]:
@@ -348,20 +349,22 @@ class Tracer:
 
     # --- handing on ---------------------------------------------------------
 
-    def _end_step(self, held: Callable[[], Iterable[owners.Owned]], partial: bool) -> None:
+    def _end_step(self, held: Callable[[], Iterable[owners.Owned]], ending: Ending) -> None:
         step = self._step
         if step is not None:
             with self._costing():
                 self._own_model(anew=step.number <= SETTLED_AFTER)
                 self._own_all(held())
-                peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
-                counted = Counted(self.recorder.allocated_bytes(), peak)
-                self._take(step, None if partial else counted)
+                self._take(step, ending)
                 self.tagging, self._step = False, None
-        self._recomputes.flush(wait=not partial)
+        self._recomputes.flush(wait=ending is COMPLETE)
 
-    def _take(self, step: _Step, counted: Counted | None) -> None:
+    def _take(self, step: _Step, ending: Ending) -> None:
         """Hand on the step as far as it has come: what goes on changing is copied."""
+        counted = None
+        if ending is COMPLETE:
+            peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
+            counted = Counted(self.recorder.allocated_bytes(), peak)
         self._assembler.add(
             Taken(
                 number=step.number,
@@ -375,6 +378,7 @@ class Tracer:
                 names=self._labels.names,
                 descriptions=self._labels.descriptions,
                 counted=counted,
+                ending=ending,
                 operators=step.operators[:],
                 outputs=step.outputs[:],
                 taken_us=_now_us(),
@@ -425,3 +429,31 @@ class Tracer:
 
 def _now_us() -> int:
     return time.time_ns() // 1000
+
+
+class StepLeft(BaseException):
+    """Raised into `Tracer.step` by whoever leaves a step that is somebody else's.
+
+    Never the script's own error: a context that an error passes through sets
+    its traceback, and fails if it cannot.
+
+    Args:
+        ending: How the step ended.
+    """
+
+    def __init__(self, ending: Ending = OPEN) -> None:
+        super().__init__()
+        self.ending = ending
+
+
+def aborted(error: Exception, recorder: Recorder) -> Ending:
+    """The ending of a step that an error ended where it was."""
+    refused = recorder.refused_bytes if isinstance(error, torch.OutOfMemoryError) else None
+    return Ending(EndKind.ABORTED, one_line(error), refused)
+
+
+def _ending(error: BaseException, recorder: Recorder) -> Ending:
+    """A step that is left on request never ends."""
+    if isinstance(error, StepLeft):
+        return error.ending
+    return aborted(error, recorder) if isinstance(error, Exception) else OPEN

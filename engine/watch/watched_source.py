@@ -12,20 +12,22 @@ from typing import Any
 
 import torch
 
-from .. import device as devices
 from .. import wire
 from ..advice import advice
-from ..config import RunConfig, UserError, one_line
+from ..config import RunConfig, UserError
 from ..engine_registry import EngineLock
-from ..events import Gauge, Kind, Phase, Recompute, StepTrace
+from ..events import Phase, Recompute, StepTrace
 from ..feed import Command, Feed, Published, Save, ViewerRole
-from ..meter import LIBRARIES_LOADED, Meter
+from ..publisher import RunPublisher
 from ..recording import write
+from ..run import RunKind
+from ..run_events import Refused, RunEnded
 from ..server import Server
 from ..service import version
-from ..session import GAUGE_EVERY_S, describe, trained
+from ..session import describe
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
+from ..train import StepResult
 from .describe import script_name
 from .fault_barrier import FaultBarrier, log
 from .leftovers import name_leftovers
@@ -43,7 +45,7 @@ class WatchedSource(Published):
     Attributes:
         barrier: Between all of this and the script.
         micro_batches: By step, as far as they are known.
-        managed_bytes: In CUDA managed memory.
+        publisher: Tells of the run.
     """
 
     live = True
@@ -51,13 +53,10 @@ class WatchedSource(Published):
 
     def __init__(self, name: str | None) -> None:
         self._name = name or script_name()
-        self._feed = Feed()
+        self._feed = Feed(self._name)
+        self.publisher = RunPublisher(self._feed)
         self.micro_batches: dict[int, int] = {}
-        self.managed_bytes = 0
         self.barrier = FaultBarrier(self.failed)
-        self._recorder: Recorder | None = None
-        self._tracer: Tracer | None = None
-        self._meter: Meter | None = None
         self._server: Server | None = None
         self._engine_lock: EngineLock | None = None
         self._closing = threading.Event()
@@ -72,21 +71,20 @@ class WatchedSource(Published):
             UserError: The loop is the script's own.
         """
         if not isinstance(command, Save):
-            raise UserError(advice(command, self))
-        write(command.path, self, self._feed.training_gauge)
+            raise UserError(advice(command, self.run))
+        write(command.path, [self.run] if self.run is not None else [])
 
     # --- what the watcher tells -------------------------------------------------
 
-    def open(self, recorder: Recorder, tracer: Tracer, device: torch.device) -> None:
+    def open(self, recorder: Recorder, tracer: Tracer, device: torch.device, every_step: bool) -> None:
         """Begin to read the gauge and to serve.
 
         A socket that cannot be had is said in one line; the watching goes on for what it is worth.
         """
-        self._recorder, self._tracer = recorder, tracer
-        self._feed.environment = environment = devices.environment(device)
-        nvml = devices.Nvml(device) if device.type == "cuda" else None
-        self._meter = Meter(nvml, environment.device_total_bytes)
-        self._run_thread("gpumem-tui gauge", self._gauge_forever)
+        self.publisher.look_around(device)
+        self.publisher.attach(recorder, tracer, every_step)
+        read = self.barrier.guard(self.publisher.read_gauge)
+        self._run_thread("gpumem-tui gauge", lambda: self.publisher.gauge_forever(self._closing, read))
         try:
             self._engine_lock = engine_lock = EngineLock(self._name, "watch", wire.PROTOCOL, version())
             info = engine_lock.engine_dir.info()
@@ -104,65 +102,49 @@ class WatchedSource(Published):
 
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
-        self._feed.begin_run(config)
-        self._feed.milestone(Kind.RUN_STARTED, f"watching {describe(config)}", config=config.as_dict(), watched=True)
+        self.publisher.begin(config, RunKind.WATCHED, f"watching {describe(config)}")
         parameters = sum(p.numel() for p in model.parameters())
-        trainable = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        self._feed.milestone(
-            Kind.LOADED, f"{parameters:,} parameters, {trained(parameters, trainable)}",
-            parameters=parameters, trainable_parameters=trainable,
-            allocated_bytes=self._recorder.allocated_bytes() if self._recorder else 0, seconds=0.0,
-        )  # fmt: skip
+        self.publisher.loaded(parameters, sum(p.numel() for p in model.parameters() if p.requires_grad), None)
 
     def publish(self, trace: StepTrace) -> None:
         """A trace, with what the script holds named and its micro-batches counted."""
         count = self.micro_batches.get(trace.step, 1)
-        if not trace.partial:
+        if not trace.is_open:
             self.micro_batches = {step: n for step, n in self.micro_batches.items() if step > trace.step}
-        self._feed.publish_trace(dataclasses.replace(name_leftovers(trace), micro_batches=count))
+        if self._feed.run is not None:  # what comes before the first forward belongs to no run yet
+            self.publisher.publish_trace(dataclasses.replace(name_leftovers(trace), micro_batches=count))
 
-    def stepped(self, *, step: int, loss: float | None, seconds: float, **data: Any) -> None:
+    def stepped(self, result: StepResult) -> None:
         """A step of the optimizer has ended."""
-        said = "" if loss is None else f"loss {loss:.4f}, "
-        text = f"step {step}: {said}{seconds * 1e3:.0f} ms"
-        if self._meter is not None and self._recorder is not None and step <= LIBRARIES_LOADED:
-            self._meter.measure_context(self._recorder)
-        if self._feed.training_gauge is None:
-            self._feed.publish_gauge(dataclasses.replace(self._read_gauge(), phase=Phase.OPTIMIZER))
-        self._feed.milestone(Kind.STEP_ENDED, text, step=step, loss=loss, seconds=seconds, **data)
+        self.publisher.stepped(result)
+        run = self._feed.run
+        if run is not None and run.gauge is None:  # a loop may be over before the gauge's first tick
+            self._feed.publish_gauge(dataclasses.replace(self.publisher.read_gauge(), phase=Phase.OPTIMIZER))
 
     def recomputed(self, event: Recompute) -> None:
         """A checkpointed segment was computed again."""
-        self._feed.milestone(
-            Kind.RECOMPUTED,
-            f"step {event.step}: {event.layers[0]}, {event.bytes / 2**20:.1f} MiB in {event.ms:.2f} ms",
-            **(event._asdict() | {"layers": list(event.layers)}),
-        )  # fmt: skip
+        self.publisher.recomputed(event)
 
-    def out_of_memory(self, error: BaseException, tracer: Tracer, step: int, phase: Phase) -> None:
+    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
         """The script ran out of memory."""
-        recorder = tracer.recorder
-        self._feed.milestone(
-            Kind.OUT_OF_MEMORY, one_line(error), step=step, phase=phase.title,
-            requested_bytes=recorder.refused_bytes, allocated_bytes=recorder.allocated_bytes(),
-        )  # fmt: skip
+        self.publisher.out_of_memory(error, step, phase)
 
     def failed(self, text: str, detail: str) -> None:
         """Watching itself has failed; the script goes on and viewers keep what they have."""
-        self._feed.milestone(Kind.REFUSED, f"watching failed, the script goes on: {text}", detail=detail)
+        self._feed.tell(Refused(text=f"watching failed, the script goes on: {text}", detail=detail))
 
     def close(self, steps: int, error: BaseException | None) -> None:
         """The loop is over: say so, and leave nothing behind."""
         if self._closing.is_set():
             return
         reason = "failed" if error is not None else "done"
-        self._feed.milestone(Kind.RUN_ENDED, f"the loop has ended after {steps} steps", reason=reason, steps=steps)
+        self._feed.tell(RunEnded(text=f"the loop has ended after {steps} steps", reason=reason, steps=steps))
         self._closing.set()
         if self._server is not None:
             self._server.wake()
         for thread in self._threads:
             thread.join(10.0)
-        self._recorder = self._tracer = None
+        self.publisher.detach()
 
     # --- threads ----------------------------------------------------------------
 
@@ -187,12 +169,3 @@ class WatchedSource(Published):
             engine_lock.release()
             with contextlib.suppress(OSError):
                 server.close()
-
-    def _gauge_forever(self) -> None:
-        read = self.barrier.guard(self._read_gauge)
-        while not self._closing.wait(GAUGE_EVERY_S) and (gauge := read()) is not None:
-            self._feed.publish_gauge(gauge)
-
-    def _read_gauge(self) -> Gauge:
-        assert self._meter is not None
-        return self._meter.read(self._feed.clock_s(), self._recorder, self._tracer, self.managed_bytes)

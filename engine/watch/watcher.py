@@ -21,14 +21,15 @@ from typing import Any, Self
 import torch
 
 from .. import recompute
-from ..events import Category, Phase, Recompute
+from ..events import OPEN, Category, Phase, Recompute
 from ..forks import in_child
 from ..ledger import LOGITS, LOSS
+from ..publisher import GAUGE_EVERY_S
 from ..recompute import in_backward
-from ..session import GAUGE_EVERY_S, TRACE_SHARE
 from ..tracing import owners
 from ..tracing.recorder import Recorder
-from ..tracing.tracer import SETTLED_AFTER, Tracer
+from ..tracing.tracer import SETTLED_AFTER, StepLeft, Tracer, aborted
+from ..train import StepResult
 from .describe import config_of, device_of, optimizers_in
 from .loss import Losses
 from .others import find_others
@@ -75,8 +76,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._phase = Phase.IDLE
         self._started = self._removed = False
         self._micro_batch = self._forwards = self._tokens = self._step = 0
-        self._began_s = self._step_began_s = 0.0
-        self._cost_before_s = 0.0
+        self._step_began_s = 0.0
         self._peak_before = self._most_held_bytes = 0
         self._batch: list[Weak] = []
         self._outputs: list[Weak] = []
@@ -136,10 +136,9 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         tracer.adopt(self._model, *self._optimizers)
         self._look_for_others()
         self._install(tracer)
-        self.source.open(recorder, tracer, device)
+        self.source.open(recorder, tracer, device, self._every_step)
         atexit.register(self._at_exit)
         in_child(self._forget_in_child)
-        self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
         self._begin_step()
 
     def _install(self, tracer: Tracer) -> None:
@@ -193,10 +192,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             return
         if isinstance(error, torch.OutOfMemoryError):
             phase, step = self._phase, tracer.step_now
-            self._leave_step(_Unfinished())
-            self.source.out_of_memory(error, tracer, step, phase)
+            self._leave_step(StepLeft(aborted(error, tracer.recorder)))
+            self.source.out_of_memory(error, step, phase)
         else:
-            self._leave_step(_Unfinished())
+            self._leave_step(StepLeft(aborted(error, tracer.recorder) if isinstance(error, Exception) else OPEN))
         settle = getattr(tracer, "settle", None)
         if settle is not None:
             settle()
@@ -269,14 +268,20 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._step += 1
         if self._step == 1:
             states = chain.from_iterable(optimizer.state.values() for optimizer in self._optimizers)
-            self.source.managed_bytes = owners.paged_bytes(states)
+            self.source.publisher.managed_bytes = owners.paged_bytes(states)
+        # A counter that is the script's own is not reset: it tells of a step that exceeds all before.
+        counts = recorder.always_on or peak > self._peak_before
         self.source.stepped(
-            step=self._step, loss=self._losses.read(), seconds=seconds, tokens=self._tokens,
-            allocated_bytes=allocated, reserved_bytes=reserved, traced=tracer.last_traced == self._step,
-            # A counter that is the script's own is not reset: it tells of a step that exceeds all before.
-            peak_bytes=peak if recorder.always_on or peak > self._peak_before else None,
-            trace_seconds=tracer.cost_s - self._cost_before_s,
-        )  # fmt: skip
+            StepResult(
+                step=self._step,
+                loss=self._losses.read(),
+                seconds=seconds,
+                tokens=self._tokens,
+                allocated_bytes=allocated,
+                peak_bytes=peak if counts else None,
+                reserved_bytes=reserved,
+            )
+        )
         self._begin_step()
 
     def _look_for_others(self) -> None:
@@ -295,18 +300,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             recorder.reset_peak()
         self._peak_before = recorder.peak_bytes()
         self._step_began_s = time.perf_counter()
-        context = tracer.step(self._step + 1, 1, self._wants(self._step + 1), self._held)
+        context = tracer.step(self._step + 1, 1, self.source.publisher.wants(self._step + 1), self._held)
         context.__enter__()
         self._step_context = context
         self._switch(Phase.DATA)
-
-    def _wants(self, step: int) -> bool:
-        """The governor of our own loop: all on a CPU, on a GPU as many as take their share of the time."""
-        assert self._recorder is not None
-        assert self._tracer is not None
-        if self._every_step or self._recorder.always_on or step <= 2:
-            return True
-        return self._tracer.cost_s - self._cost_before_s < TRACE_SHARE * (time.perf_counter() - self._began_s)
 
     def _switch(self, phase: Phase) -> None:
         assert self._tracer is not None
@@ -316,11 +313,11 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         context.__enter__()
         self._phase_context, self._phase = context, phase
 
-    def _leave_phase(self, error: _Unfinished | None) -> None:
+    def _leave_phase(self, error: StepLeft | None) -> None:
         context, self._phase_context, self._phase = self._phase_context, None, Phase.IDLE
         _leave(context, error)
 
-    def _leave_step(self, error: _Unfinished | None) -> None:
+    def _leave_step(self, error: StepLeft | None) -> None:
         self._leave_phase(error)
         self.source.micro_batches[self._step + 1] = self._micro_batch + 1
         context, self._step_context = self._step_context, None
@@ -340,21 +337,13 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self.source.recomputed(event)
 
 
-class _Unfinished(BaseException):
-    """Leaves a step that will not be finished.
-
-    Never the script's own error: a context that an error passes through sets
-    its traceback, and fails if it cannot.
-    """
-
-
-def _leave(context: Any, error: _Unfinished | None) -> None:
+def _leave(context: Any, error: StepLeft | None) -> None:
     """Leave a context as if its body had raised, without raising that again."""
     if context is None:
         return
     try:
         context.__exit__(type(error) if error else None, error, None)
-    except _Unfinished as same:
+    except StepLeft as same:
         if same is not error:
             raise
 

@@ -8,7 +8,8 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from gpumem_tui.engine.events import Gauge, Milestone, StepTrace
+from gpumem_tui.engine.events import Gauge, StepTrace
+from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.settings import Settings
 
@@ -28,9 +29,9 @@ class Animated(FakeSource):
         self.frames: list[tuple[Gauge | None, StepTrace | None, Sequence[StepTrace], int]] = []
         for _ in range(frames):
             self.advance()
-            seen = self.feed.milestones(0)
+            seen = self.feed.events(0)
             self.frames.append((self.feed.gauge, self.feed.latest, self.feed.traces(), len(seen)))
-        self.told = list(self.feed.milestones(0))
+        self.told = list(self.feed.events(0))
         self.began = time.monotonic()
 
     @property
@@ -46,7 +47,7 @@ class Animated(FakeSource):
     def traces(self) -> Sequence[StepTrace]:
         return self._frame[2]
 
-    def milestones(self, since: int) -> Sequence[Milestone]:
+    def milestones(self, since: int) -> Sequence[RunEvent]:
         return self.told[since : self._frame[3]]
 
 

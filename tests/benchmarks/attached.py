@@ -25,10 +25,10 @@ from pathlib import Path
 
 from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import End
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.run_events import RunEvent, StepEnded
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.commands.app import LOCAL_HZ
 
@@ -49,19 +49,17 @@ class Engine:
         self.viewer.start(config)
         self._offsets_s: list[float] = []
 
-    def steps(self) -> list[Milestone]:
+    def steps(self) -> list[RunEvent]:
         """All that were told of so far."""
         gauge = self.viewer.gauge()
         if gauge is not None:
             self._offsets_s.append(time.monotonic() - gauge.time_s)
-        return [m for m in self.viewer.milestones(0) if m.kind is Kind.STEP_ENDED]
+        return [m for m in self.viewer.events(0) if isinstance(m, StepEnded)]
 
     def during(self, window: tuple[float, float]) -> list[float]:
         """Seconds of the steps that lie within a window of the monotonic clock."""
         begin_s, end_s = (at - min(self._offsets_s) for at in window)
-        return [
-            m.data["seconds"] for m in self.steps() if begin_s <= m.time_s - m.data["seconds"] and m.time_s <= end_s
-        ]
+        return [m.seconds for m in self.steps() if begin_s <= m.time_s - m.seconds and m.time_s <= end_s]
 
     def wait(self, seconds: float) -> tuple[float, float]:
         """Let it train; returns the window without its margin."""
@@ -87,7 +85,7 @@ def main() -> int:
     engine = Engine(techniques.configure(run_fields(chosen.profile), techniques.parse(typed, "--set")))
     pairs: list[tuple[tuple[float, float], tuple[float, float]]] = []
     try:
-        until(lambda: len(engine.steps()) > 10, lambda: engine.viewer.milestones(0), seconds=600)
+        until(lambda: len(engine.steps()) > 10, lambda: engine.viewer.events(0), seconds=600)
         before = engine.wait(COMING_UP_S / 2)
         app = Terminal("attach", "--hz", f"{LOCAL_HZ:g}", environment=environment, folder=home)
         coming_up = engine.wait(COMING_UP_S)

@@ -21,9 +21,10 @@ from typing import Any
 import torch
 
 from gpumem_tui.engine import techniques
-from gpumem_tui.engine.events import Category, Kind, StepTrace
+from gpumem_tui.engine.events import Category, StepTrace
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.run_events import OutOfMemory, Recomputed, Refused, RunEnded, RunFailed
 from gpumem_tui.engine.session import Session
 from gpumem_tui.profiles import model_profile, run_fields
 
@@ -98,16 +99,16 @@ def main(arguments: list[str] | None = None) -> int:
         parsed = techniques.parse(settings | small | {"steps": 3}, "matrix")
         config = replace(techniques.configure(run_fields(model), parsed), trace="every")
         check = Check()
-        before = len(session.milestones(0))
+        before = len(session.events(0))
         session.command(Start(config))
         session.wait()
-        milestones = list(session.milestones(0))[before:]
+        events = list(session.events(0))[before:]
         size = {"off": 0, "layers": 1}.get(config.text("checkpointing"), config.integer("checkpointing.every"))
         layers = model_profile(model).config["num_hidden_layers"]
         expected = math.ceil(layers / size) * 3 * config.integer("accumulation") if size else 0
-        seen = sum(m.kind is Kind.RECOMPUTED for m in milestones)
-        failed = [m.text for m in milestones if m.kind in (Kind.RUN_FAILED, Kind.OUT_OF_MEMORY, Kind.REFUSED)]
-        leaked = sum(m.data["leaked_bytes"] for m in milestones if m.kind is Kind.RUN_ENDED)
+        seen = sum(isinstance(m, Recomputed) for m in events)
+        failed = [m.text for m in events if isinstance(m, RunFailed | OutOfMemory | Refused)]
+        leaked = sum(m.leaked_bytes for m in events if isinstance(m, RunEnded))
         label = f"{model} " + " ".join(str(v) for v in settings.values() if v != "on")
         print(
             f"{label:<74}{check.events:>8}{check.unknown:>9}{check.mismatch:>9}"

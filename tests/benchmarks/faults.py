@@ -26,11 +26,11 @@ from pathlib import Path
 
 from gpumem_tui.engine import engine_registry
 from gpumem_tui.engine.engine_registry import EngineDir
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.feed import End, Save, ViewerRole
 from gpumem_tui.engine.launch import Launcher
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.run_events import Refused, StepEnded
 
 from ..conftest import small_run
 from ..terminal import Terminal, until
@@ -53,7 +53,7 @@ class Bench:
         if self._viewer is None or self._viewer.role is ViewerRole.GONE:
             self._viewer = viewer = Remote(launch=Launcher())
             viewer.start(small_run(steps=0))
-            until(lambda: steps(viewer) >= 2, lambda: viewer.milestones(0))
+            until(lambda: steps(viewer) >= 2, lambda: viewer.events(0))
         return self._viewer
 
     @property
@@ -78,7 +78,7 @@ class Bench:
         """The engine trains and answers."""
         viewer = self.viewer()
         now = steps(viewer)
-        until(lambda: steps(viewer) > now, lambda: viewer.milestones(0)[-3:])
+        until(lambda: steps(viewer) > now, lambda: viewer.events(0)[-3:])
 
     def whole(self) -> None:
         """What the viewer saw can be saved, with every step that was told, the engine alive or not."""
@@ -87,7 +87,7 @@ class Bench:
         path = self.home / f"{self.random.random()}.gpumem"
         viewer.command(Save(path))
         until(path.exists)
-        told = [m.data["step"] for m in Replay(path).milestones(0) if m.kind is Kind.STEP_ENDED]
+        told = [m.step for m in Recording(path).events(0) if isinstance(m, StepEnded)]
         assert told and told == list(range(1, len(told) + 1)), told
         path.unlink()
 
@@ -110,7 +110,7 @@ def leave(terminal: Terminal) -> None:
 
 
 def steps(viewer: Remote) -> int:
-    return sum(m.kind is Kind.STEP_ENDED for m in viewer.milestones(0))
+    return sum(isinstance(m, StepEnded) for m in viewer.events(0))
 
 
 def engine_killed(bench: Bench) -> float:
@@ -127,7 +127,7 @@ def engine_killed(bench: Bench) -> float:
     terminal.press("s")
     (saved,) = until(lambda: list(bench.home.glob("*.gpumem")), lambda: terminal.output[-600:])
     # The app asks ten times a second: of the last tenth it may know less than this viewer.
-    told = [m.data["step"] for m in Replay(saved).milestones(0) if m.kind is Kind.STEP_ENDED]
+    told = [m.step for m in Recording(saved).events(0) if isinstance(m, StepEnded)]
     assert told and told == list(range(1, len(told) + 1)), told
     assert steps(viewer) >= seen, (steps(viewer), seen)
     bench.whole()
@@ -211,10 +211,10 @@ def resize_storm(bench: Bench) -> float:
 def disk_full(bench: Bench) -> float:
     """Saving where there is no room: said in one line, no half of a file, and elsewhere it can be saved."""
     viewer, full = bench.viewer(), bench.home / "full"
-    before = sum(m.kind is Kind.REFUSED for m in viewer.milestones(0))
+    before = sum(isinstance(m, Refused) for m in viewer.events(0))
     began = time.monotonic()
     viewer.command(Save(full / "run.gpumem"))
-    until(lambda: sum(m.kind is Kind.REFUSED for m in viewer.milestones(0)) > before)
+    until(lambda: sum(isinstance(m, Refused) for m in viewer.events(0)) > before)
     known = time.monotonic() - began
     assert list(full.iterdir()) == []
     bench.goes_on()

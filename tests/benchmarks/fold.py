@@ -16,9 +16,10 @@ import time
 import numpy as np
 import psutil
 
-from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Kind, Phase, StepTrace
+from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Phase, StepTrace
 from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.run_events import StepEnded
 
 
 def synthetic(events: int, seed: int = 0) -> StepTrace:
@@ -64,10 +65,10 @@ def main() -> int:
     for step in range(1, steps + 1):
         copied = StepTrace(step, trace.events.copy(), trace.marks, trace.begin, trace.owners, trace.names, ())
         feed.publish_trace(copied)
-        feed.milestone(Kind.STEP_ENDED, f"step {step}", step=step, loss=1.0, seconds=0.1)
+        feed.tell(StepEnded(text=f"step {step}", step=step, loss=1.0, seconds=0.1))
         if step % max(1, steps // 10) == 0:
-            resident, kept = process.memory_info().rss / 2**20, len(feed.milestones(0))
-            print(f"after {step:>7,} steps: {resident:7.1f} MiB, {kept:,} milestones")
+            resident, kept = process.memory_info().rss / 2**20, len(feed.events(0))
+            print(f"after {step:>7,} steps: {resident:7.1f} MiB, {kept:,} events")
     return 0
 
 

@@ -29,9 +29,9 @@ from pathlib import Path
 import psutil
 
 from gpumem_tui.engine.engine_registry import EngineLock
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote
+from gpumem_tui.engine.run_events import StepEnded
 
 from ..app_driver import RECORDINGS
 from ..conftest import small_run
@@ -123,7 +123,7 @@ def _company(command: str, environment: dict[str, str]) -> Iterator[set[int]]:
         if command == "attach":
             viewer = Remote(launch=Launcher())
             viewer.start(small_run(steps=0))
-            until(lambda: any(m.kind is Kind.STEP_ENDED for m in viewer.milestones(0)), lambda: viewer.milestones(0))
+            until(lambda: any(isinstance(m, StepEnded) for m in viewer.events(0)), lambda: viewer.events(0))
             info = viewer.engine_dir.info() if viewer.engine_dir else None
             assert info is not None
             yield {info.pid}

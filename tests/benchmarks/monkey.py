@@ -14,8 +14,8 @@ import time
 from collections import deque
 from pathlib import Path
 
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.feed import Start, Stop
+from gpumem_tui.engine.run_events import OutOfMemory, RunFailed
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.settings import Settings
 
@@ -72,7 +72,7 @@ def obey(source: FakeSource, rnd: random.Random, done: dict[str, int]) -> None:
     elif source.model is None:
         source.start()
     elif rnd.random() < 0.02:
-        source.fail(rnd.choice((Kind.RUN_FAILED, Kind.OUT_OF_MEMORY)))
+        source.fail(rnd.choice((RunFailed, OutOfMemory)))
     else:
         source.advance(rnd.randint(1, 9))
 

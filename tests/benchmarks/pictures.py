@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from gpumem_tui.tui.app import GpumemApp
+from gpumem_tui.tui.commands.common import opened
 from gpumem_tui.tui.prediction_client import Background
-from gpumem_tui.tui.recording_set import RecordingSet
 from gpumem_tui.tui.settings import Settings
 
 ASSETS = Path(__file__).parent.parent.parent / ".assets"
@@ -57,7 +57,7 @@ PICTURES = {
 
 async def picture(wanted: Picture, folder: Path) -> str:
     """The screen as SVG, as `i` saves it."""
-    source = RecordingSet([folder / f"{name}.gpumem" for name in (wanted.run, *wanted.beside)])
+    source = opened([folder / f"{name}.gpumem" for name in (wanted.run, *wanted.beside)])
     with closing(Background(source)) as predictions:
         app = GpumemApp(
             source, refresh_hz=0, settings=Settings(Path("/proc/none/config.toml")), predictions=predictions

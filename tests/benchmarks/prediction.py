@@ -19,9 +19,9 @@ from typing import Any
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.events import Kind
 from gpumem_tui.engine.prediction.predict import gpu_here
 from gpumem_tui.engine.prediction.predictor import Answer, Predictor
+from gpumem_tui.engine.run_events import OutOfMemory, RunFailed, StepEnded
 from gpumem_tui.engine.session import Session, describe
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.commands.common import run_to_end
@@ -116,9 +116,9 @@ def configs() -> list[tuple[RunConfig, bool]]:
 
 def measure(session: Session, config: RunConfig) -> tuple[list[dict[str, Any]], str | None]:
     """Run it; returns its steps, and why it failed, if it did."""
-    milestones = run_to_end(session, dataclasses.replace(config, trace="auto"))
-    failures = [m.text for m in milestones if m.kind in (Kind.RUN_FAILED, Kind.OUT_OF_MEMORY)]
-    return [m.data for m in milestones if m.kind is Kind.STEP_ENDED], failures[0] if failures else None
+    events = run_to_end(session, dataclasses.replace(config, trace="auto")).events()
+    failures = [event.text for event in events if isinstance(event, RunFailed | OutOfMemory)]
+    return [event.figures() for event in events if isinstance(event, StepEnded)], failures[0] if failures else None
 
 
 def compare(config: RunConfig, predicted: Answer, steps: list[dict[str, Any]], failure: str | None) -> dict[str, Any]:

@@ -28,8 +28,17 @@ import torch
 from gpumem_tui.engine import device as devices
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Kind, Milestone
 from gpumem_tui.engine.feed import Start, Stop
+from gpumem_tui.engine.run_events import (
+    Loaded,
+    OutOfMemory,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    StepEnded,
+)
 from gpumem_tui.engine.session import Session
 from gpumem_tui.engine.workload import build, prepare
 from gpumem_tui.profiles import run_fields
@@ -74,28 +83,28 @@ class Toggled:
 
     def restart(self, before: RunConfig, after: RunConfig) -> tuple[float, float, float]:
         """Seconds from the command to the end of the old run, from there to the new one loaded, of its first step."""
-        settled = self._start(before, SETTLED)[Kind.STEP_ENDED]
-        time.sleep(random.uniform(0, settled.data["seconds"]))
+        settled = self._start(before, SETTLED)[StepEnded]
+        time.sleep(random.uniform(0, settled.seconds))
         began = time.perf_counter()
         told = self._start(after, 1)
         seconds = time.perf_counter() - began
         self.session.command(Stop())
         assert self.session.wait(600)
-        loading = told[Kind.LOADED].time_s - told[Kind.RUN_ENDED].time_s
-        stepping = told[Kind.STEP_ENDED].time_s - told[Kind.LOADED].time_s
+        loading = told[Loaded].time_s - told[RunEnded].time_s
+        stepping = told[StepEnded].time_s - told[Loaded].time_s
         return seconds - loading - stepping, loading, stepping
 
-    def _start(self, config: RunConfig, steps: int) -> dict[Kind, Milestone]:
-        """Start, and wait for a step; returns the last milestone of every kind."""
+    def _start(self, config: RunConfig, steps: int) -> dict[type[RunEvent], RunEvent]:
+        """Start, and wait for a step; returns the last event of every kind."""
         self.session.command(Start(config))
-        told: dict[Kind, Milestone] = {}
+        told: dict[type[RunEvent], RunEvent] = {}
         while True:
-            for milestone in self.session.milestones(self.next_index):
-                self.next_index = milestone.index + 1
-                told[milestone.kind] = milestone
-                assert milestone.kind not in (Kind.RUN_FAILED, Kind.REFUSED, Kind.OUT_OF_MEMORY), milestone.text
-                loaded_here = Kind.LOADED in told and told[Kind.LOADED].index > told[Kind.RUN_STARTED].index
-                if loaded_here and milestone.kind is Kind.STEP_ENDED and milestone.data["step"] >= steps:
+            for event in self.session.events(self.next_index):
+                self.next_index = event.index + 1
+                told[type(event)] = event
+                assert not isinstance(event, RunFailed | Refused | OutOfMemory), event.text
+                loaded_here = Loaded in told and told[Loaded].index > told[RunStarted].index
+                if loaded_here and isinstance(event, StepEnded) and event.step >= steps:
                     return told
             time.sleep(0.001)
 

@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from gpumem_tui.engine.recording import write
+from gpumem_tui.engine.run import Run
+from gpumem_tui.engine.run_events import placed
 
 from ..fake_source import GPU, MIB, FakeSource
 
@@ -35,11 +37,14 @@ def make(path: Path, settings: dict[str, Any]) -> None:
     for _ in range(3):
         source.finish_step()
     # Times of the wall clock would be others every time.
-    milestones = [dataclasses.replace(m, time_s=m.index * 0.1) for m in source.milestones(0)]
-    source.milestones = lambda since: milestones[since:]  # type: ignore[method-assign]
-    gauge = source.gauge()
-    assert gauge is not None
-    write(path, source, dataclasses.replace(gauge, time_s=len(milestones) * 0.1))
+    live = source.run
+    assert live is not None and live.gauge is not None
+    run = Run(live.id, live.config, live.environment)
+    for event in live.events():
+        run.tell(placed(event, event.index, event.index * 0.1, event.run))
+    run.keep(live.traces())
+    run.gauge = dataclasses.replace(live.gauge, time_s=len(live.events()) * 0.1)
+    write(path, [run])
 
 
 if __name__ == "__main__":

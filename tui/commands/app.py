@@ -17,7 +17,7 @@ from ..interrupt import answered_by
 from ..settings import Settings
 from ..terminal_background import asked_background
 from . import frames
-from .common import add_run_flags, config_from, seconds
+from .common import add_run_flags, config_from, opened, seconds
 
 if TYPE_CHECKING:
     from ...engine.config import RunConfig
@@ -135,14 +135,12 @@ def goes_on(name: str, ours: bool) -> str:
 
 def open_recordings(flags: argparse.Namespace) -> int:
     """Show recordings, the first one first."""
-    from ..recording_set import RecordingSet
-
     settings = display_settings(flags)
-    opened = RecordingSet([Path(name) for name in flags.files])
+    found = opened([Path(name) for name in flags.files])
     if frames.wanted(flags):
-        return frames.show(opened, flags, settings, refresh_hz(settings))
+        return frames.show(found, flags, settings, refresh_hz(settings))
     require_terminal()
-    return show(opened, settings).return_code or 0
+    return show(found, settings).return_code or 0
 
 
 def display_settings(flags: argparse.Namespace) -> Settings:

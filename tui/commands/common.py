@@ -9,7 +9,7 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,9 +19,11 @@ from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
 from .. import interrupt
 
 if TYPE_CHECKING:
-    from ...engine.events import Milestone
     from ...engine.prediction.gpus import Gpu
     from ...engine.prediction.outcome import Prediction
+    from ...engine.recording import Recording
+    from ...engine.run import Run
+    from ...engine.run_events import RunEvent
     from ...engine.session import Session
 
 FAILED = 3
@@ -127,55 +129,65 @@ def _flag(name: str) -> str:
     return f"--{name.replace('_', '-')}"
 
 
-def run_to_end(
-    session: Session, config: RunConfig, say: Callable[[Milestone], None] = lambda _: None
-) -> list[Milestone]:
-    """Start a run and return its milestones when it has ended.
+def run_to_end(session: Session, config: RunConfig, say: Callable[[RunEvent], None] = lambda _: None) -> Run:
+    """Start a run and return it when it has ended.
 
     Raises:
         UserError: It was refused.
     """
-    from ...engine.events import Kind
     from ...engine.feed import Start
+    from ...engine.run_events import Refused
 
-    seen = [*session.milestones(0)]
-    next_index = seen[-1].index + 1 if seen else 0
+    seen = session.events()
+    next_index, before = seen[-1].index + 1 if seen else 0, session.run
     session.command(Start(config))
-    mine: list[Milestone] = []
     finished = False
     while not finished:
         finished = session.wait(0.1)
-        for milestone in session.milestones(next_index):
-            next_index = milestone.index + 1
-            mine.append(milestone)
-            say(milestone)
-            if milestone.kind is Kind.REFUSED:
-                raise UserError(milestone.text)
-    return mine
+        for event in session.events(next_index):
+            next_index = event.index + 1
+            say(event)
+            if isinstance(event, Refused):
+                raise UserError(event.text)
+    # If it failed at once, the engine may have gone back to the run before it.
+    return next(run for run in session.runs() if before is None or run.id.number > before.id.number)
+
+
+def opened(paths: Sequence[Path]) -> Recording:
+    """Recordings opened together; what an older one did not hold of a profile is as the profile is now.
+
+    Raises:
+        UserError: One is not there, or not a recording this version can read.
+    """
+    from ...engine.recording import Recording
+    from ...profiles import resolved
+
+    found = Recording(*paths)
+    for run in found.runs():
+        run.config = resolved(run.config)
+    return found
 
 
 def reported_run(
     session_of: Callable[[Callable[[Any], None]], Session],
     config: RunConfig,
-    say: Callable[[Milestone], None] = lambda _: None,
+    say: Callable[[RunEvent], None] = lambda _: None,
 ) -> tuple[dict[str, Any], Session]:
     """Run on a new session with a report listening."""
     from ...engine.report import Report
 
     report = Report()
     session = session_of(report.add)
-    milestones = run_to_end(session, config, say)
-    environment = session.environment()
-    assert environment is not None
-    return report.document(environment, config, milestones), session
+    run = run_to_end(session, config, say)
+    return report.document(run).as_dict(), session
 
 
-def progress(milestone: Milestone) -> None:
+def progress(event: RunEvent) -> None:
     """Tell a person at a terminal how far it is; standard output stays clean."""
-    from ...engine.events import Kind
+    from ...engine.run_events import Loaded, Note, RunStarted, StepEnded
 
-    if milestone.kind in (Kind.RUN_STARTED, Kind.LOADED, Kind.STEP_ENDED, Kind.NOTE):
-        tell(milestone.text)
+    if isinstance(event, RunStarted | Loaded | StepEnded | Note):
+        tell(event.text)
 
 
 def tell(text: str) -> None:

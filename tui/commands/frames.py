@@ -59,6 +59,7 @@ def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: floa
 
 
 def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) -> Iterator[str]:
+    from ...engine.run_events import to_plain
     from ..state import Filter
 
     state, told = board.state, -1
@@ -71,12 +72,14 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
                 return
         elif flags.jsonl:
             if changed or over:
-                yield json.dumps(frame(state))
+                new = source.events(told + 1)
+                told = new[-1].index if new else told
+                yield json.dumps(frame(state) | {"events": to_plain(new)})
         else:
-            for milestone in state.logs[Filter.NO_RECOMPUTES]:
-                if milestone.index > told:
-                    told = milestone.index
-                    yield f"{clock(milestone.time_s):>8}  {milestone.kind.words:<14} {milestone.text}"
+            for event in state.logs[Filter.NO_RECOMPUTES]:
+                if event.index > told:
+                    told = event.index
+                    yield f"{clock(event.time_s):>8}  {event.words:<14} {event.text}"
         if over:
             if not (flags.once or flags.json or flags.jsonl):
                 yield text(board)
@@ -86,11 +89,11 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
 
 def _over(state: ViewState) -> bool:
     """Whether nothing more will come: the run has ended, or was never begun."""
-    from ...engine.events import Kind
+    from ...engine.run_events import Refused, RunEnded
     from ..state import Filter
 
     log = state.logs[Filter.NOTABLE]
-    ended = bool(log) and log[-1].kind in (Kind.RUN_ENDED, Kind.REFUSED)
+    ended = bool(log) and isinstance(log[-1], RunEnded | Refused)
     return ended and not state.run.running
 
 

@@ -61,12 +61,10 @@ def main(flags: argparse.Namespace) -> int:
 
 def _run_row(session: Session, report: Report, config: RunConfig) -> dict[str, Any]:
     try:
-        milestones = run_to_end(session, config, progress)
+        run = run_to_end(session, config, progress)
     except UserError as error:  # this row cannot run here; the others may
         return {"failure": str(error), "config": config.as_dict()}
-    environment = session.environment()
-    assert environment is not None
-    return report.document(environment, config, milestones)
+    return report.document(run).as_dict()
 
 
 def _result(row: PresetRow, document: dict[str, Any]) -> dict[str, Any]:

@@ -46,8 +46,8 @@ class ComparePage(Page):
         return (
             Action("compare.before", ("left",), "Run before", text, lambda page: page.choose(-1), "run"),
             Action("compare.next", ("right",), "Next run", text, lambda page: page.choose(1), "run"),
-            Action("compare.look", ("o",), "Look at this recording", "look at the recording chosen, on all screens",
-                   lambda page: page.look(), "look at it", several=True),
+            Action("compare.look", ("o",), "Look at this run", "look at the run chosen, on all screens",
+                   lambda page: page.look(), "look at it"),
             Action("compare.by", ("tab",), "Compare by ...", "by category, layer, phase or owner; the reference "
                    "experiment's table", lambda page: page.next_mode(), "compare by"),
             Action("compare.base", ("enter",), "Compare with this run", "the run that differences are from",
@@ -107,19 +107,17 @@ class ComparePage(Page):
             self.base -= self.base > self.selected
 
     def look(self) -> None:
-        """Have the recording chosen on all screens."""
-        if self.selected >= len(self.state.runs):
-            self.state.say("this is a prediction: what there is of it is on this screen")
-        else:
-            self.control.look_at(self.selected)
+        """Have the run chosen on all screens."""
+        self.control.look_at(self.selected)
 
     # --- what is compared -------------------------------------------------------------
 
     def runs(self) -> list[RunSummary]:
         """Those of the state, and at the end, once it is steady, what was predicted of the one on the screens."""
-        runs, predicted = self.state.runs, self.control.foreseen()
+        runs, predicted = self.state.runs, self.control.prediction()
         steady = self.state.run.steady and self.state.summary() is not None
-        return runs if isinstance(predicted, str) or not steady else [*runs, predicted]
+        listed = isinstance(predicted, str) or predicted.run in (run.run for run in runs) or not steady
+        return runs if isinstance(predicted, str) or listed else [*runs, predicted]
 
     def other(self, n_runs: int) -> int:
         """The run set against the base: the one chosen, or else the one on the screens, or else the next."""
@@ -242,7 +240,7 @@ class ComparePage(Page):
 
     def _footnote(self, width: int) -> list[Row]:
         """What to know of the prediction; owner by owner, where it is looked for, why there is none."""
-        predicted = self.control.foreseen()
+        predicted = self.control.prediction()
         word = predicted * (self.mode == OWNERS) if isinstance(predicted, str) else predicted.caveat
         return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 

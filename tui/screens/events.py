@@ -8,23 +8,35 @@ from itertools import islice
 from rich.style import Style
 
 from ...engine.config import show
-from ...engine.events import Kind, Milestone
+from ...engine.run_events import (
+    Loaded,
+    OutOfMemory,
+    Output,
+    Recomputed,
+    Refused,
+    RunEnded,
+    RunEvent,
+    RunFailed,
+    RunStarted,
+    Saved,
+    StepEnded,
+)
 from ..actions import Action, moves
 from ..draw import Row, wrap
-from ..state import Filter, is_problem
+from ..state import Filter
 from ..units import clock, count, shorten
 from .page import Page, Table, Topic
 
-MEANINGS = {
-    Kind.RUN_STARTED: "A run began; its configuration is in the details.",
-    Kind.LOADED: "The model is on the device. What is allocated now are its parameters and buffers.",
-    Kind.STEP_ENDED: "An optimizer step ended. The peak is the allocator's own counter, of traced and untraced steps.",
-    Kind.RECOMPUTED: "Backward computed a checkpointed segment again: the bytes held for that, and the time it took.",
-    Kind.OUT_OF_MEMORY: "The device refused an allocation. The run has ended, everything of it is freed.",
-    Kind.RUN_FAILED: "The run raised an error. The traceback is in the details.",
-    Kind.REFUSED: "The engine did not do what was asked, and says why.",
-    Kind.RUN_ENDED: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
-    Kind.SAVED: "A recording was written; gpumem-tui open FILE shows it again.",
+MEANINGS: dict[type[RunEvent], str] = {
+    RunStarted: "A run began; its configuration is in the header.",
+    Loaded: "The model is on the device. What is allocated now are its parameters and buffers.",
+    StepEnded: "An optimizer step ended. The peak is the allocator's own counter, of traced and untraced steps.",
+    Recomputed: "Backward computed a checkpointed segment again: the bytes held for that, and the time it took.",
+    OutOfMemory: "The device refused an allocation. The run has ended, everything of it is freed.",
+    RunFailed: "The run raised an error. The traceback is in the details.",
+    Refused: "The engine did not do what was asked, and says why.",
+    RunEnded: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
+    Saved: "A recording was written; gpumem-tui open FILE shows it again.",
 }
 
 
@@ -38,12 +50,12 @@ class EventsPage(Page):
     title = "events"
     filter = Filter.NO_RECOMPUTES
     selected: int | None = None
-    """Index of the milestone selected; None: the latest, whatever comes."""
+    """Index of the event selected; None: the latest, whatever comes."""
     detailed = False
     detail_top = 0
 
     @property
-    def log(self) -> deque[Milestone]:
+    def log(self) -> deque[RunEvent]:
         """What the filter admits."""
         return self.state.logs[self.filter]
 
@@ -58,18 +70,18 @@ class EventsPage(Page):
         )  # fmt: skip
 
     def topic(self) -> Topic:
-        """The kind of milestone selected, or the log."""
+        """The kind of event selected, or the log."""
         if self.selected is None or not self.log:
             text = (
                 "Everything the engine tells, with the time since it began: runs, steps, recomputes, failures, notes."
             )
             return Topic("the log", text)
-        kind = self.log[self._position()].kind
-        return Topic(kind.words, MEANINGS.get(kind, "A note of the engine."))
+        event = self.log[self._position()]
+        return Topic(event.words, MEANINGS.get(type(event), "A note of the engine."))
 
     def table(self) -> Table:
         """The log, as filtered."""
-        return [["time", "kind", "text"], *([clock(m.time_s), str(m.kind), m.text] for m in self.log)]
+        return [["time", "kind", "text"], *([clock(m.time_s), m.kind, m.text] for m in self.log)]
 
     def next_filter(self) -> None:
         """Show less, then everything again."""
@@ -97,7 +109,7 @@ class EventsPage(Page):
             self.selected = None if at == len(self.log) - 1 else self.log[at].index
 
     def _position(self) -> int:
-        """Where in the log the selected milestone is; the oldest, if it has been dropped."""
+        """Where in the log the selected event is; the oldest, if it has been dropped."""
         log = self.log
         if self.selected is None:
             return len(log) - 1
@@ -110,7 +122,7 @@ class EventsPage(Page):
     # --- drawing ----------------------------------------------------------------
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """A title and the log, or the details of one milestone."""
+        """A title and the log, or the details of one event."""
         log, palette = self.log, self.palette
         title = Row().add(" events", palette.bold).add(f"  {self.filter.title}", palette.accent)
         title.add(f"  {count(len(log))}", palette.dim)
@@ -124,27 +136,27 @@ class EventsPage(Page):
         body = height - 1
         top = max(0, min(at - body // 2 if self.selected is not None else len(log) - body, len(log) - body))
         rows = [title]
-        for i, milestone in enumerate(islice(log, top, top + body), top):
-            rows.append(self._line(milestone, width, i == at and self.selected is not None))
+        for i, event in enumerate(islice(log, top, top + body), top):
+            rows.append(self._line(event, width, i == at and self.selected is not None))
         return rows
 
-    def _line(self, milestone: Milestone, width: int, selected: bool) -> Row:
+    def _line(self, event: RunEvent, width: int, selected: bool) -> Row:
         palette = self.palette
         style = palette.cursor if selected else palette.plain
         mark = " "
-        if milestone.data.get("detail"):
+        if getattr(event, "detail", ""):
             mark = "+"
-        row = Row().add(f" {clock(milestone.time_s):>7} ", palette.dim)
-        row.add(f"{milestone.kind.words:<14}", palette.cursor if selected else kind_style(milestone, self))
-        return row.add(f"{mark} {shorten(milestone.text, width - row.width - 3)}", style)
+        row = Row().add(f" {clock(event.time_s):>7} ", palette.dim)
+        row.add(f"{event.words:<14}", palette.cursor if selected else kind_style(event, self))
+        return row.add(f"{mark} {shorten(event.text, width - row.width - 3)}", style)
 
-    def _details(self, milestone: Milestone, width: int, height: int) -> list[Row]:
+    def _details(self, event: RunEvent, width: int, height: int) -> list[Row]:
         """The whole text, a traceback line by line, and the plain values."""
         palette = self.palette
-        rows = [Row().add(f" {milestone.kind.words}", kind_style(milestone, self))]
-        rows[0].add(f"  {clock(milestone.time_s)}  run {milestone.run}  no. {milestone.index}", palette.dim)
-        rows += [Row().add(f" {line}") for line in wrap(milestone.text, width - 2)]
-        for name, value in milestone.data.items():
+        rows = [Row().add(f" {event.words}", kind_style(event, self))]
+        rows[0].add(f"  {clock(event.time_s)}  run {event.run}  no. {event.index}", palette.dim)
+        rows += [Row().add(f" {line}") for line in wrap(event.text, width - 2)]
+        for name, value in event.figures().items():
             if name == "detail":
                 rows += [Row().add(f" {line}", palette.dim) for line in str(value).splitlines()]
             else:
@@ -163,21 +175,21 @@ class EventsPage(Page):
         return [Row().add(f" {name}" if not i else "", dim).to(edge).add(line) for i, line in enumerate(lines)]
 
 
-def kind_style(milestone: Milestone, page: Page) -> Style:
+def kind_style(event: RunEvent, page: Page) -> Style:
     """Problems stand out, routine recedes."""
     palette = page.palette
-    if is_problem(milestone):
+    if event.is_problem:
         return palette.bad
-    match milestone.kind:
-        case Kind.RUN_STARTED | Kind.LOADED | Kind.SAVED:
+    match event:
+        case RunStarted() | Loaded() | Saved():
             return palette.good
-        case Kind.STEP_ENDED | Kind.RECOMPUTED | Kind.OUTPUT:
+        case StepEnded() | Recomputed() | Output():
             return palette.dim
     return palette.busy
 
 
 def _shown(value: object) -> str:
-    """A milestone's value for reading."""
+    """A event's value for reading."""
     if isinstance(value, dict | list | tuple):
         return ", ".join(map(_shown, value)) or "none"
     if isinstance(value, int) and not isinstance(value, bool):

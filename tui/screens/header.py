@@ -32,10 +32,10 @@ def header(state: ViewState, palette: Palette, width: int, frozen: bool = False)
     # What changes most stands leftmost: a row is sent from its left end.
     text = "view paused" if frozen else status_text(state)
     row = Row().add(f" {mark} ", style).add(text, palette.cursor if frozen else style)
-    if state.opened is None:
+    if not state.origin:
         row.to(18)
     else:
-        number = f", {state.place + 1} of {len(state.runs)}" * state.several
+        number = f", {state.place + 1} of {len(state.listed)}" * (state.several and state.place < len(state.listed))
         row.add(f" {tail(state.origin, width // 4)}", palette.bold).add(f"{number}  ")
     config = state.config
     if config is None:
@@ -60,7 +60,7 @@ def status_style(state: ViewState, palette: Palette) -> tuple[str, Style]:
         return ("*" if palette.ascii else "●"), palette.good
     if status == "failed":
         return ("!" if palette.ascii else "✗"), palette.bad
-    if status in ("stopped", "ended", "recording"):
+    if status in ("stopped", "ended", "recording", "prediction"):
         return ("-" if palette.ascii else "■"), palette.dim
     if status == "held":
         return ("=" if palette.ascii else "‖"), palette.busy

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from functools import partial
 
 from ...engine.config import Option
-from ...engine.events import Category, Milestone, Phase, StepTrace
+from ...engine.events import Category, Phase, StepTrace
 from ...engine.ledger import Bytes, numbered_layers
+from ...engine.run_events import RunEvent
 from ..actions import Action, changes, moves
 from ..control import offered
 from ..draw import Row, wrap
 from ..explain import explain
-from ..state import Filter, is_problem
+from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, percent, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
@@ -196,9 +197,9 @@ class LivePage(Page):
             # An instant of a step under way, or the end of the latest traced: steps between may not be.
             trace = state.now.trace
             phase, micro_batch, _ = state.now.where(len(trace.events) - 1)
-            at = _within(phase, micro_batch, trace) if trace.partial else "its end"
+            at = _within(phase, micro_batch, trace) if trace.is_open else "its end"
             step = f" step {trace.step}" if trace.step else " loading"
-            short = (f" {at}", f" {phase.title}") if trace.partial else (step,)
+            short = (f" {at}", f" {phase.title}") if trace.is_open else (step,)
             row.add(_fitting((f"{step}, {at}", *short), second - row.width), palette.dim)
         row.to(second).right("peak", second + FIGURE_WIDTH, palette.bold)
         if state.peak is not None:
@@ -268,7 +269,7 @@ class LivePage(Page):
 
     def _predicted(self, row: Row, peak_bytes: int | None, width: int) -> Row:
         """The predicted peak, and how far beyond it the measured one is, as far as there is room."""
-        predicted, unit = self.control.foreseen(), self.state.unit
+        predicted, unit = self.control.prediction(), self.state.unit
         if isinstance(predicted, str):
             return row
         figure, beyond = f"~{unit.show(predicted.peak_bytes)}", ""
@@ -311,7 +312,7 @@ class LivePage(Page):
         if len(event.layers) > 1:
             name += "–" + event.layers[-1].rsplit(".", 1)[-1]
         row.add(f" {len(set(state.run.lit)):>2}/{len(layers)} recomputed; layer {name:<3}", palette.dim)
-        made = f" {state.unit.full(event.bytes)} in {duration(event.ms / 1e3)}"
+        made = f" {state.unit.full(event.bytes)}" + (f" in {duration(event.ms / 1e3)}" if event.ms is not None else "")
         row.add(_fitting((f" made{made}", made), width - row.width), palette.dim)
         if row.width + len(keys) + 3 < width:
             return [row.right(keys, width - 1, palette.accent)]
@@ -321,15 +322,15 @@ class LivePage(Page):
         """The latest that happened, newest last; steps and recomputes have places of their own."""
         room, log = max(0, min(room, 8)), self.state.logs[Filter.NOTABLE]
         latest = log[-1] if log else None
-        return self.kept("last", (latest, room, width), partial(self._milestones, log, room, width))
+        return self.kept("last", (latest, room, width), partial(self._events, log, room, width))
 
-    def _milestones(self, log: deque[Milestone], room: int, width: int) -> list[Row]:
+    def _events(self, log: deque[RunEvent], room: int, width: int) -> list[Row]:
         recent = [log[i] for i in range(max(0, len(log) - room), len(log))]
         rows = []
-        for milestone in recent:
-            bad = is_problem(milestone)
-            row = Row().add(f" {clock(milestone.time_s):>7} ", self.palette.dim)
-            rows.append(row.add(shorten(milestone.text, width - 10), self.palette.bad if bad else self.palette.dim))
+        for event in recent:
+            bad = event.is_problem
+            row = Row().add(f" {clock(event.time_s):>7} ", self.palette.dim)
+            rows.append(row.add(shorten(event.text, width - 10), self.palette.bad if bad else self.palette.dim))
         return rows
 
 

@@ -222,7 +222,7 @@ class StepPage(Page):
         for some, gap in ((events + host, "   "), (host, "   "), (host, " "), ("", " ")):
             row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
             row.add(f"{some}  peak ", palette.dim).add(self.state.unit.full(ledger.peak.bytes), palette.bold)
-            row.add(share, palette.busy).add("  under way" if trace.partial else "", palette.busy)
+            row.add(share, palette.busy).add("  under way" if trace.is_open else "", palette.busy)
             steps = self._steps(trace, gap)
             if row.width + len(steps) + 2 <= width:
                 break

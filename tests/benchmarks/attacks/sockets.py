@@ -125,6 +125,6 @@ def attack(engine_dir: EngineDir, seed: int, count: int) -> Tally:
             )
             break
     if bystander.role is ViewerRole.GONE:
-        tally.failed.append(f"a bystander's connection ended: {bystander.milestones(0)[-1].text}")
+        tally.failed.append(f"a bystander's connection ended: {bystander.events(0)[-1].text}")
     bystander.close()
     return tally

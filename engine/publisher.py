@@ -1,0 +1,209 @@
+"""What a run publishes while it trains: written once, for the engine's own loop and for a watched script.
+
+    publisher = RunPublisher(feed)
+    publisher.look_around(device)               environment and meter; the gauge may be read
+    publisher.begin(config, kind, text)         a run
+    publisher.attach(recorder, tracer, every)   where its allocations are seen
+    publisher.loaded(...), .stepped(...), .recomputed(...), .out_of_memory(...)
+
+Loads no torch until there is a device to look at.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from threading import Event
+from typing import TYPE_CHECKING
+
+from .config import RunConfig, one_line
+from .events import Gauge, Phase, Recompute, StepTrace
+from .feed import Feed
+from .meter import LIBRARIES_LOADED, Meter
+from .run import Run, RunKind
+from .run_events import Loaded, Note, OutOfMemory, Recomputed, RunStarted, StepEnded
+
+if TYPE_CHECKING:
+    import torch
+
+    from .tracing.recorder import Recorder
+    from .tracing.tracer import Tracer
+    from .train import StepResult
+
+GAUGE_EVERY_S = 0.1
+TRACE_SHARE = 0.01
+"""Of the run's wall time that tracing may take when left to the governor."""
+
+
+class RunPublisher:
+    """Publishes one run after another to a feed.
+
+    Args:
+        feed: Gets everything.
+
+    Attributes:
+        recorder: Where allocations are seen; None before the first run.
+        managed_bytes: In CUDA managed memory, outside of the allocator.
+        steps: That ended in this run.
+    """
+
+    def __init__(self, feed: Feed) -> None:
+        self.feed = feed
+        self.recorder: Recorder | None = None
+        self.managed_bytes = 0
+        self.steps = 0
+        self._tracer: Tracer | None = None
+        self._meter: Meter | None = None
+        self._every_step = False
+        self._began_s = self._cost_before_s = 0.0
+
+    def look_around(self, device: torch.device) -> None:
+        """Publish the environment, and be able to read the device's gauge."""
+        from . import device as devices
+
+        self.feed.environment = environment = devices.environment(device)
+        nvml = devices.Nvml(device) if device.type == "cuda" else None
+        self._meter = Meter(nvml, environment.device_total_bytes)
+
+    def attach(self, recorder: Recorder, tracer: Tracer, every_step: bool) -> None:
+        """Read from these from now on.
+
+        Args:
+            recorder: Where allocations are seen.
+            tracer: Which phase it is, and what tracing costs.
+            every_step: Whether every step is to be traced, whatever that costs.
+        """
+        self.recorder, self._tracer, self._every_step = recorder, tracer, every_step
+        self._began_s, self._cost_before_s = time.perf_counter(), tracer.cost_s
+
+    def detach(self) -> None:
+        """Refer to nothing of the run any more."""
+        self.recorder = self._tracer = None
+
+    # --- a run ------------------------------------------------------------------------
+
+    def begin(self, config: RunConfig, kind: RunKind, text: str) -> Run:
+        """A run begins."""
+        self.steps, self.managed_bytes = 0, 0
+        run = self.feed.begin_run(config, kind)
+        self.feed.tell(RunStarted(text=text, watched=kind is RunKind.WATCHED))
+        return run
+
+    def loaded(self, parameters: int, trainable: int, seconds: float | None) -> None:
+        """The model is there.
+
+        Args:
+            parameters: Elements of all parameters.
+            trainable: Elements of those that are trained.
+            seconds: Loading took; None: it was there before.
+        """
+        allocated = self.recorder.allocated_bytes() if self.recorder is not None else None
+        words = [f"{parameters:,} parameters", trained(parameters, trainable)]
+        if seconds is not None and allocated is not None:
+            size = f"{allocated / 2**30:.3f} GiB" if allocated >= 2**30 else f"{allocated / 2**20:.1f} MiB"
+            words += [size, f"{seconds:.1f} s"]
+        self.feed.tell(
+            Loaded(
+                text=", ".join(words),
+                parameters=parameters,
+                trainable_parameters=trainable,
+                allocated_bytes=allocated,
+                seconds=seconds,
+            )
+        )
+
+    def wants(self, step: int) -> bool:
+        """The governor: whether a step is traced, so that tracing stays under its share of the time.
+
+        On a CPU every one, since the op tracker cannot be switched off between steps.
+        """
+        recorder, tracer = self.recorder, self._tracer
+        assert recorder is not None
+        assert tracer is not None
+        if self._every_step or recorder.always_on or step <= 2:
+            return True
+        elapsed_s = time.perf_counter() - self._began_s
+        return tracer.cost_s - self._cost_before_s < TRACE_SHARE * elapsed_s
+
+    def stepped(self, result: StepResult) -> None:
+        """An optimizer step has ended."""
+        tracer, run = self._tracer, self.feed.run
+        assert tracer is not None
+        assert run is not None
+        self.steps = result.step
+        said = "" if result.loss is None else f"loss {result.loss:.4f}, "
+        self.feed.tell(
+            StepEnded(
+                text=f"step {result.step}: {said}{result.seconds * 1e3:.0f} ms",
+                step=result.step,
+                loss=result.loss,
+                seconds=result.seconds,
+                tokens=result.tokens,
+                allocated_bytes=result.allocated_bytes,
+                peak_bytes=result.peak_bytes,
+                reserved_bytes=result.reserved_bytes,
+                traced=tracer.last_traced == result.step,
+                trace_seconds=tracer.cost_s - self._cost_before_s,
+            )
+        )
+        if result.step <= LIBRARIES_LOADED:
+            self.measure_context()
+        if run.training_gauge is None:  # a run may be over before the gauge's first tick in it
+            run.training_gauge = self.read_gauge()
+
+    def recomputed(self, event: Recompute) -> None:
+        """A checkpointed segment was computed again."""
+        layers = event.layers[0] if len(event.layers) == 1 else f"{event.layers[0]} to {event.layers[-1]}"
+        text = f"step {event.step}: {layers}, {event.bytes / 2**20:.1f} MiB in {event.ms:.2f} ms"
+        self.feed.tell(Recomputed(text=text, **event._asdict()))
+
+    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
+        """An allocation was refused."""
+        recorder = self.recorder
+        assert recorder is not None
+        self.feed.tell(
+            OutOfMemory(
+                text=one_line(error),
+                step=step,
+                phase=phase.title,
+                requested_bytes=recorder.refused_bytes,
+                allocated_bytes=recorder.allocated_bytes(),
+            )
+        )
+
+    def publish_trace(self, trace: StepTrace) -> None:
+        """Hand on a trace."""
+        self.feed.publish_trace(trace)
+
+    # --- the gauge --------------------------------------------------------------------
+
+    def read_gauge(self) -> Gauge:
+        """Read the counters now."""
+        assert self._meter is not None
+        return self._meter.read(self.feed.clock_s(), self.recorder, self._tracer, self.managed_bytes)
+
+    def gauge_forever(self, closing: Event, read: Callable[[], Gauge | None] | None = None) -> None:
+        """Publish readings, until it is over or none can be had.
+
+        Args:
+            closing: Set when it is over.
+            read: Instead of `read_gauge`: None ends it.
+        """
+        read = read or self.read_gauge
+        while not closing.wait(GAUGE_EVERY_S) and (gauge := read()) is not None:
+            self.feed.publish_gauge(gauge)
+
+    def measure_context(self) -> None:
+        """Kernels are loaded when they are first used: once at a run's start, and again after its first steps."""
+        if self._meter is None or self.recorder is None:
+            return
+        if not self._meter.measure_context(self.recorder) and self.steps == 1:
+            text = "NVML shows no processes here (a container?): CUDA context and others are one figure"
+            self.feed.tell(Note(text=text))
+
+
+def trained(parameters: int, trainable: int) -> str:
+    """How many of the parameters are trained."""
+    if trainable == parameters:
+        return "all trained"
+    return f"{trainable:,} trained ({100 * trainable / parameters:.4f} %)"
