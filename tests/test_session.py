@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -231,6 +232,20 @@ def test_pause_holds_the_loop_and_resume_lets_it_go_on(session: Session) -> None
     session.command(Pause(False))
     steps = kinds(session).count(StepEnded)
     wait_until(lambda: kinds(session).count(StepEnded) > steps + 1, session)
+
+
+def test_a_step_takes_no_longer_because_the_run_was_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    held_s, clock = 0.0, time.perf_counter
+
+    def hold(_session: Session) -> None:
+        nonlocal held_s
+        held_s += 1000.0
+
+    monkeypatch.setattr(time, "perf_counter", lambda: clock() + held_s)
+    monkeypatch.setattr(Session, "_between", hold)
+    document = engine.run(small_run(accumulation=3, steps=2))
+    assert held_s == 6000.0
+    assert all(step["seconds"] < 1000.0 for step in document["steps"])
 
 
 def test_an_engine_that_fails_while_cleaning_up_still_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

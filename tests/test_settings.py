@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.tui.app import tour_unseen
 from gpumem_tui.tui.cli import COMMANDS, main, parser
+from gpumem_tui.tui.commands.app import tour_note
 from gpumem_tui.tui.commands.completion import SHELLS, commands
 from gpumem_tui.tui.settings import NO_HOME, OPTIONS, Settings, config_path, with_key, without_key
 
@@ -144,13 +144,24 @@ async def test_where_nothing_can_be_written_it_holds_for_the_session() -> None:
         assert driver.line("MB")
 
 
-def test_the_tour_is_shown_once(home: Path) -> None:
-    assert tour_unseen()
-    assert not tour_unseen()
+@pytest.mark.parametrize("key", ["escape", "2"])
+async def test_the_tour_is_begun_with_until_it_has_been_left(home: Path, key: str) -> None:
+    note = tour_note()
+    assert note is not None
+    async with shown(trained(), tour=note.touch) as driver:
+        await driver.press("enter")
+        assert tour_note() == note, "whoever is interrupted in it sees it again"
+        await driver.press(key)
+        assert tour_note() is None
+
+
+def test_where_it_cannot_be_noted_there_is_no_tour(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", "/proc/none")
+    assert tour_note() is None
 
 
 async def test_the_tour_goes_through_its_stops_and_ends() -> None:
-    async with shown(trained(), tour=True) as driver:
+    async with shown(trained(), tour=lambda: None) as driver:
         seen = []
         while driver.app.board.tour is not None:
             seen.append(next(line for line in driver.lines if line.startswith(" tour")))
@@ -179,7 +190,7 @@ async def test_the_tour_hides_nothing_that_it_talks_about(size: tuple[int, int])
 
 
 async def test_a_key_that_is_not_the_tours_ends_it_and_does_what_it_does(tmp_path: Path) -> None:
-    async with shown(trained(), save_dir=tmp_path, tour=True) as driver:
+    async with shown(trained(), save_dir=tmp_path, tour=lambda: None) as driver:
         for key, seen in (("s", "saved"), ("2", "largest now"), ("down", "▸")):
             await driver.press("w", key)
             assert "tour" not in driver.text.replace(str(tmp_path), "")
@@ -191,14 +202,31 @@ async def test_a_key_that_is_not_the_tours_ends_it_and_does_what_it_does(tmp_pat
         assert "it broke" in driver.text, "what has gone wrong is not hidden either"
 
 
-def test_the_tour_takes_half_a_minute_at_most() -> None:
-    from gpumem_tui.tui.screens.tour import STOP_S, STOPS, Tour
+async def test_the_tour_waits_for_its_reader_and_goes_on_where_it_was_left() -> None:
+    async with shown(trained(), tour=lambda: None) as driver:
+        await driver.press("enter")
+        driver.source.finish_step()
+        await driver.tick()
+        assert "tour 2 of 5" in driver.text
+        await driver.press("2")
+        assert "tour" not in driver.text
+        await driver.press("w")
+        assert "tour 2 of 5" in driver.text
+        driver.source.fail(text="it broke")
+        await driver.tick()
+        assert "it broke" in driver.text, "what has gone wrong is not hidden"
+        await driver.press("escape")
+        assert "tour" not in driver.text
 
-    assert STOP_S * len(STOPS) <= 30
-    tour, clock_s = Tour(100.0), 100.0
-    while tour.tick(clock_s):
-        clock_s += 0.1
-    assert clock_s <= 131
+
+async def test_back_at_the_rate_that_suits_the_link_it_is_the_automatic_one_again(home: Path) -> None:
+    async with shown(trained(), settings=Settings.load()) as driver:
+        driver.app.refresh_hz = 10.0
+        await driver.press("[")
+        assert Settings.load()["refresh"] == 4.0
+        await driver.press("]")
+        assert Settings.load()["refresh"] == 0.0
+        assert "10 refreshes a second, as the link suggests" in driver.text
 
 
 def test_a_key_is_taken_out_and_the_rest_stays() -> None:
@@ -239,7 +267,7 @@ def homeless(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_without_a_home_settings_hold_for_the_session(homeless: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert config_path() is None
-    assert not tour_unseen()
+    assert tour_note() is None
     settings = Settings.load()
     with pytest.raises(UserError, match="there is no home folder"):
         settings.set("units", "GB")
@@ -353,7 +381,12 @@ def test_completion_knows_every_command_and_flag(shell: str, capsys: pytest.Capt
         ("gpumem-tui sw", {"sweep"}), ("gpumem-tui --preset low", {"low-memory"}),
         ("gpumem-tui config s", {"show", "set"}),
         ("gpumem-tui run --profile tin", {"tiny"}), ("gpumem-tui sweep --format j", {"json"}),
-        ("gpumem-tui config set th", {"theme="}), ("gpumem-tui completion z", {"zsh"}),
+        ("gpumem-tui config set prof", {"profile="}), ("gpumem-tui completion z", {"zsh"}),
+        ("gpumem-tui config set theme = d", {"dark"}),
+        ("gpumem-tui estimate --gpu H1", {"H100-80GB", "H100-PCIe-80GB"}),
+        ("gpumem-tui --set learn", {"learning_rate="}), ("gpumem-tui --set lora =", {"on", "off"}),
+        ("gpumem-tui run --set quantization = nf", {"nf4"}),
+        ("gpumem-tui run --set quantization=nf", {"quantization=nf4"}),
     ],
 )  # fmt: skip
 def test_bash_completes(typed: str, expected: set[str], capsys: pytest.CaptureFixture[str]) -> None:

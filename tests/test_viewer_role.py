@@ -81,7 +81,7 @@ async def test_ctrl_c_asks_once_there_is_a_run_to_lose_and_is_an_answer(
 
 
 async def test_quitting_during_the_tour_asks_where_it_can_be_seen() -> None:
-    app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0, tour=True)
+    app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0, tour=lambda: None)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("q")
         assert "d detach" in shown(app)

@@ -27,7 +27,7 @@ from .interrupt import INTERRUPTED, end
 from .palette import Palette
 from .predictions import Predictions
 from .screens.tour import Tour
-from .settings import NAMED, Settings, config_path, state_path
+from .settings import NAMED, Settings, automatic_hz, config_path
 from .stopped import outlive_sigstop
 from .themes import THEMES
 from .widgets.canvas import Canvas
@@ -52,7 +52,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         settings: The config file; None: the defaults.
         background: What the terminal's background was found to be, for the theme `auto`.
         predictions: Peaks of configurations that have not run.
-        tour: Begin with the tour.
+        tour: Begin with the tour, and call this when it has been left; None: begin without.
         on_shown: Called once the first frame has been drawn.
     """
 
@@ -74,7 +74,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         settings: Settings | None = None,
         background: str = "dark",
         predictions: Predictions | None = None,
-        tour: bool = False,
+        tour: Callable[[], object] | None = None,
         on_shown: Callable[[], object] = lambda: None,
     ) -> None:
         # The terminal's own colours have to be known before Textual decides how
@@ -89,7 +89,8 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.control.on_command = self._unfreeze
         self.canvas = Canvas(self.draw, partial(send, self))
         self.ended = self.interrupted = False
-        self._wants_tour, self._on_shown = tour, on_shown
+        self._wants_tour, self._on_shown = tour is not None, on_shown
+        self._tour, self._on_tour_left = Tour(), tour or (lambda: None)
         self._began_s = time.monotonic()
         self._ticks: list[float] = []
 
@@ -122,7 +123,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         if writing(self):
             return
         now = time.monotonic()
-        changed = self._count(now) | self._tour_goes_on(now) | self.board.moved()
+        changed = self._count(now) | self.board.moved()
         if not self.board.frozen:
             changed |= self.state.update(self.source, now)
         if changed:
@@ -164,10 +165,11 @@ class GpumemApp(App[None], inherit_bindings=False):
             return
         if self.board.question:
             self._answer(key)
-        elif self.board.tour is not None and key in ("enter", "escape"):
-            self._tour_goes_on(time.monotonic(), at_once=True, over=key == "escape")
+        elif self.board.touring is not None and key in ("enter", "escape"):
+            if key == "escape" or not self._tour.next():
+                self._leave_tour()
         else:
-            self.board.tour = None
+            self._leave_tour()
             self._act(key)
         self.draw()
 
@@ -302,16 +304,12 @@ class GpumemApp(App[None], inherit_bindings=False):
         """The tour, on the live screen."""
         self.board.go(0)
         self.state.dismiss()
-        self.board.tour = Tour(time.monotonic())
+        self.board.tour = self._tour
 
-    def _tour_goes_on(self, now: float, at_once: bool = False, over: bool = False) -> bool:
-        tour, message = self.board.tour, self.state.message
-        if tour is None:
-            return False
-        over |= message is not None and message.problem  # which it would hide
-        if over or not (tour.next(now) if at_once else tour.tick(now)):
+    def _leave_tour(self) -> None:
+        if self.board.tour is not None:
             self.board.tour = None
-        return True
+            self._on_tour_left()
 
     def copy_table(self) -> None:
         """The whole table to the terminal's clipboard, tab-separated; the screen's text if it has none."""
@@ -349,15 +347,15 @@ class GpumemApp(App[None], inherit_bindings=False):
         theme = THEMES[self.background if name == "auto" else name]
         return Palette(theme, ascii=bool(self.settings["ascii"]), mono=self.no_color)
 
-    def _set(self, name: str, value: object) -> None:
-        """Change a setting, in the config file too."""
+    def _set(self, name: str, value: object, said: str = "") -> None:
+        """Change a setting, in the config file too, and say so."""
         try:
             self.settings.set(name, value)
         except UserError as error:
             self.settings.values[name] = NAMED[name].parse(value, name)
             self.state.say(f"for this session only: {error}", problem=True)
         else:
-            self.state.say(f"{name} {show(self.settings[name])}")
+            self.state.say(said or f"{name} {show(self.settings[name])}")
 
     def next_theme(self) -> None:
         """The next theme."""
@@ -383,19 +381,6 @@ class GpumemApp(App[None], inherit_bindings=False):
             self._timer.stop()
             self._timer = self.set_interval(1 / self.refresh_hz, self.tick)
         self._ticks.clear()
-        self._set("refresh", self.refresh_hz)
-
-
-def tour_unseen() -> bool:
-    """Whether this is the first start; notes that it was, so that it is only once."""
-    path = state_path("tour-seen")
-    if path is None:
-        return False
-    try:
-        if path.exists():
-            return False
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
-    except OSError:
-        return False  # nowhere to note it: better never than every time
-    return True
+        automatic = self.refresh_hz == automatic_hz()
+        said = f"{self.refresh_hz:g} refreshes a second, as the link suggests" if automatic else ""
+        self._set("refresh", 0.0 if automatic else self.refresh_hz, said)

@@ -146,16 +146,24 @@ class Board:
         for page in (*self.pages, self.help):
             page.palette = palette
 
+    @property
+    def touring(self) -> Tour | None:
+        """The tour where it is seen: not over a question, nor over what has gone wrong."""
+        message = self.state.message
+        hidden = self.question or (message is not None and message.problem)
+        return None if hidden else self.tour
+
     # --- drawing ----------------------------------------------------------------------
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The whole terminal."""
         if not fits(width, height):
             return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
-        said = self.tour.rows(self.palette, width) if self.tour is not None else self._said(width)
+        tour = self.touring
+        said = tour.rows(self.palette, width) if tour is not None else self._said(width)
         rows = [header(self.state, self.palette, width, self.frozen)]
         # A message lies over the page for a moment; the tour, which talks about the page, beside it.
-        rows += self._page_rows(width, height - 2 - (len(said) if self.tour is not None else 1))
+        rows += self._page_rows(width, height - 2 - (len(said) if tour is not None else 1))
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
         role = self.control.source.role

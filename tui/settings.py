@@ -26,6 +26,9 @@ from ..engine.atomic_file import replacing
 from ..engine.config import Option, UserError, Value
 from .interrupt import answered_by, raise_interrupt
 
+LOCAL_HZ, SSH_HZ = 10.0, 4.0
+"""Refreshes a second where nobody has set any."""
+
 OPTIONS: tuple[Option, ...] = (
     Option("theme", "auto", "colours; auto asks the terminal for its background", ("auto", "dark", "light", "ansi")),
     Option("refresh", 0.0, "refreshes a second; 0: 10, and 4 over SSH", (), False, 0, 60),
@@ -42,6 +45,11 @@ NAMED = {option.name: option for option in OPTIONS}
 
 
 NO_HOME = "there is no home folder for a config file; HOME or XDG_CONFIG_HOME would name one"
+
+
+def automatic_hz() -> float:
+    """Refreshes a second that suit the link."""
+    return SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ
 
 
 def config_path() -> Path | None:

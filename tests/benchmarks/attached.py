@@ -30,7 +30,7 @@ from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.engine.run_events import RunEvent, StepEnded
 from gpumem_tui.profiles import run_fields
-from gpumem_tui.tui.commands.app import LOCAL_HZ
+from gpumem_tui.tui.settings import LOCAL_HZ
 
 from ..terminal import Terminal, until
 

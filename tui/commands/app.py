@@ -7,14 +7,15 @@ import gc
 import os
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError
 from ..hang_up import end_with_terminal
 from ..interrupt import answered_by
-from ..settings import Settings
+from ..settings import Settings, automatic_hz, state_path
 from ..terminal_background import asked_background
 from . import frames
 from .common import add_run_flags, config_from, opened, seconds
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from ...engine.remote import Remote
     from ..app import GpumemApp
 
-LOCAL_HZ, SSH_HZ = 10.0, 4.0
 SLOWEST_HZ, FASTEST_HZ = 0.1, 60.0
 PRINTED_AFTERWARDS_BYTES = 8192
 
@@ -158,7 +158,7 @@ def refresh_hz(settings: Settings) -> float:
     """As set, or what suits the link."""
     if set_hz := float(settings["refresh"]):
         return max(set_hz, SLOWEST_HZ)
-    return SSH_HZ if "SSH_CONNECTION" in os.environ else LOCAL_HZ
+    return automatic_hz()
 
 
 def require_terminal() -> None:
@@ -180,22 +180,39 @@ def show(source: Source, settings: Settings, on_shown: Callable[[], object] = la
         on_shown: Called once it is seen.
     """
     with asked_background(settings["theme"] == "auto") as background:
-        from ..app import GpumemApp, tour_unseen
+        from ..app import GpumemApp
 
         found = background()
     from ..prediction_client import Background
 
     with closing(Background(source, str(settings["gpu"]))) as predictions, _native_output_kept():
-        tour = source.live and tour_unseen()
+        note = tour_note() if source.live else None
         app = GpumemApp(
             source, refresh_hz=refresh_hz(settings), settings=settings, background=found,
-            predictions=predictions, tour=tour, on_shown=on_shown,
+            predictions=predictions, tour=partial(_touch, note) if note else None, on_shown=on_shown,
         )  # fmt: skip
         gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
         end_with_terminal(sys.stdin.fileno())
         with answered_by(app.interrupt_by_signal):
             app.run(mouse=bool(settings["mouse"]))
     return app
+
+
+def tour_note() -> Path | None:
+    """The file that is to say that the tour has been seen; None if it does, or cannot be: better never than always."""
+    path = state_path("tour-seen")
+    try:
+        if path is None or path.exists():
+            return None
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError:
+        return None
+    return path if os.access(path.parent, os.W_OK) else None
+
+
+def _touch(path: Path) -> None:
+    with suppress(OSError):
+        path.touch()
 
 
 @contextmanager

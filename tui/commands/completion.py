@@ -7,9 +7,12 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
+from ...engine.config import Option, show
+from ...engine.prediction.gpus import gpus
+from ...engine.techniques import all_options
 from ...profiles import model_profiles, presets
 from ..settings import OPTIONS
 
@@ -45,9 +48,10 @@ def main(flags: argparse.Namespace) -> int:
 
 def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Iterator[Command]:
     """A parser and all below it."""
+    gpu_names = tuple(name.replace(" ", "-") for name in gpus())
     known = {
-        "--profile": tuple(model_profiles()), "--preset": tuple(presets()),
-        "KEY=VALUE": tuple(f"{option.name}=" for option in OPTIONS),
+        "--profile": tuple(model_profiles()), "--preset": tuple(presets()), "--gpu": gpu_names, "--predict": gpu_names,
+        "--set": _pairs(all_options().values()), "KEY=VALUE": _pairs(OPTIONS),
     }  # fmt: skip
     words: list[tuple[str, str]] = []
     values: dict[str, tuple[str, ...]] = {}
@@ -69,11 +73,37 @@ def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Ite
         yield from commands(inner, (*path, name))
 
 
+def _pairs(options: Iterable[Option]) -> tuple[str, ...]:
+    """`name=value` for what can be listed, `name=` for what cannot."""
+    pairs: list[str] = []
+    for option in options:
+        values = (False, True) if isinstance(option.default, bool) else option.choices
+        pairs += [f"{option.name}={show(value)}" for value in values] or [f"{option.name}="]
+    return tuple(pairs)
+
+
+BASH = """\
+_gpumem_tui() {
+  local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}" before=""
+  # bash takes a = for a word: name=va is three.
+  if [[ $cur == "=" ]]; then
+    before="$prev=" cur="" prev="${COMP_WORDS[COMP_CWORD-2]}"
+  elif [[ $prev == "=" ]]; then
+    before="${COMP_WORDS[COMP_CWORD-2]}=" prev="${COMP_WORDS[COMP_CWORD-3]}"
+  fi
+  _gpumem_tui_words "$before$cur" "$prev"
+  COMPREPLY=("${COMPREPLY[@]#"$before"}")
+}
+_gpumem_tui_words() {
+  local path="" word cur="$1" prev="$2"
+  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+    case "$path $word" in
+"""
+
+
 def bash(found: list[Command]) -> str:
     """For bash: one function, a case a command."""
-    lines = ["_gpumem_tui() {", '  local path="" word',
-             '  local cur="${COMP_WORDS[COMP_CWORD]}" prev="${COMP_WORDS[COMP_CWORD-1]}"',
-             '  for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do', '    case "$path $word" in']  # fmt: skip
+    lines = []
     for command in found[1:]:
         before, name = " ".join(command.path[:-1]), command.path[-1]
         lines.append(f'      "{before} {name}") path="{" ".join(command.path)}" ;;')
@@ -86,7 +116,7 @@ def bash(found: list[Command]) -> str:
     for command in found:
         words = " ".join([*(word for word, _ in command.words), *command.positional])
         lines.append(f'    "{" ".join(command.path)}") COMPREPLY=($(compgen -W "{words}" -- "$cur")) ;;')
-    return "\n".join([*lines, "  esac", "}", f"complete -o default -F _gpumem_tui {PROGRAM}"]) + "\n"
+    return BASH + "\n".join([*lines, "  esac", "}", f"complete -o default -F _gpumem_tui {PROGRAM}"]) + "\n"
 
 
 def zsh(found: list[Command]) -> str:

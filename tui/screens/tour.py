@@ -1,4 +1,4 @@
-"""The tour of the first start: a few sentences below the live screen, half a minute in all."""
+"""The tour of the first start: a few sentences below the live screen."""
 
 from __future__ import annotations
 
@@ -10,35 +10,25 @@ STOPS = (
     "Below: what each category holds now, what it held at the peak, and why the peak is there.",
     "2 shows one step event by event, 3 the layers. Arrows select, and ? explains that.",
     "4 lists LoRA, checkpointing, quantization: a letter changes one, enter restarts the run.",
-    "5 sets your runs side by side, 6 is the log. : finds every action; s saves, q quits.",
+    "5 compares runs, 6 is the log. : finds every action; s saves, q quits, w is this tour.",
 )
-STOP_S = 6.0
 KEYS = ("enter next, esc ends", "enter, esc", "")
 """What is said of them, as far as there is room."""
 
 
 class Tour:
-    """Where the tour is.
+    """Where the tour is: it waits for its reader, and goes on from there when it is asked for again.
 
-    Enter and escape are its own; every other key ends it and does what it always does.
-
-    Args:
-        clock_s: When it began, by the clock of `tick`.
+    Enter and escape are its own; every other key leaves it and does what it always does.
     """
 
-    def __init__(self, clock_s: float) -> None:
-        self._at, self._since_s = 0, clock_s
+    def __init__(self) -> None:
+        self._at = 0
 
-    def tick(self, clock_s: float) -> bool:
-        """Go on when a stop's time is up; False: it is over."""
-        if clock_s - self._since_s >= STOP_S:
-            return self.next(clock_s)
-        return True
-
-    def next(self, clock_s: float) -> bool:
-        """Go on at once; False: it is over."""
-        self._at, self._since_s = self._at + 1, clock_s
-        return self._at < len(STOPS)
+    def next(self) -> bool:
+        """Go on; False: it is over, and begins anew the next time."""
+        self._at = (self._at + 1) % len(STOPS)
+        return self._at > 0
 
     def rows(self, palette: Palette, width: int) -> list[Row]:
         """The stop and its keys in two rows, at the foot of the screen."""
