@@ -45,6 +45,7 @@ class Recipe:
         state_bytes: Of optimizer state per trained parameter, at the least.
         weight_bits: Of a stored weight, at the least; 0: as many as the dtype has.
         libraries: Packages whose own kernels run beside PyTorch's.
+        last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
     """
 
@@ -62,6 +63,7 @@ class Recipe:
     state_bytes: int = 0
     weight_bits: int = 0
     libraries: set[str] = field(default_factory=set)
+    last_layers: int = 0
     layer_period: int = 1
 
 

@@ -67,6 +67,9 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
         ("gpt2", {"checkpointing": "input", "optimizer": "adamw-single"}),
         ("gpt2", {"dtype": "mixed", "optimizer": "adamw-fused"}),
         ("gpt2", {"optimizer": "paged-adamw-8bit", "attention": "eager"}),
+        ("gpt2", {"trainable": "last-layers", "trainable.layers": 3, "checkpointing": "layers"}),
+        ("gpt2", {"trainable": "norms-biases", "loss": "chunked"}),
+        ("gpt2", {"optimizer_in_backward": True}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "nf4"}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "int8", "dtype": "float16"}),
     ],
@@ -75,7 +78,7 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
 def test_all_layers_follow_from_a_few(model: str, settings: dict[str, Any]) -> None:
     config = run_of(model, **settings)
     few, all_ = rehearse(config, H100), rehearse(config, H100, every_layer=True)
-    assert few.traced_layers == 6
+    assert few.traced_layers == 6 + int(settings.get("trainable.layers", 0))
     assert all_.traced_layers is None
     assert_same(few, all_)
 

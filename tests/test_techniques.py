@@ -85,7 +85,8 @@ def check(engine: Engine, settings: dict[str, Any]) -> None:
 
 def segments(config: Any, layers: int = LAYERS) -> int:
     size = {"off": 0, "layers": 1, "segments": config["checkpointing.every"], "input": layers}[config["checkpointing"]]
-    return math.ceil(layers / size) if size else 0
+    first = layers - config["trainable.layers"] if config["trainable"] == "last-layers" else 0
+    return math.ceil(layers / size) - first // size if size else 0  # what is frozen has nothing to compute again
 
 
 @pytest.mark.parametrize("settings", SINGLES, ids=_label)
@@ -157,7 +158,7 @@ def test_a_technique_is_recognised_by_what_it_leaves(settings: dict[str, Any]) -
         "quantization.compute": "float32",
     }
     expected = {
-        name: said[name] if value in ("auto", "profile", "dtype") else value
+        name: said.get(name, value) if value in ("auto", "profile", "dtype") else value
         for name, value in config.options.items()
         if name in found
     }
@@ -344,3 +345,34 @@ def test_a_scaled_loss_is_told_as_the_model_has_it(engine: Engine) -> None:
     scaled = engine.run(configured({"dtype": "mixed-float16", "loss_scaling": "on"}))["steps"]
     plain = engine.run(configured({"dtype": "mixed"}))["steps"]
     assert scaled[0]["loss"] == pytest.approx(plain[0]["loss"], rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"trainable": "norms-biases", "lora": "on"}, "lora=on trains adapters and nothing else"),
+        ({"trainable.embeddings": "off", "lora": "on"}, "lora=on trains adapters and nothing else"),
+        (
+            {"trainable": "last-layers", "checkpointing": "layers", "checkpointing.reentrant": "on"},
+            "reentrant=on gives",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_so_is_refused(settings: dict[str, Any], reason: str) -> None:
+    with pytest.raises(UserError, match=reason):
+        configured(settings)
+
+
+def test_what_is_frozen_has_no_gradient_and_what_is_below_it_keeps_nothing(engine: Engine) -> None:
+    parameters, peaks, saved = [], [], []
+    for count in (1, 3, LAYERS):
+        document = engine.run(configured({"trainable": "last-layers", "trainable.layers": count}))
+        after = document["after_first_step"]["by_category"]
+        assert after["gradients"] == 4 * document["trainable_parameters"]
+        parameters.append(document["trainable_parameters"])
+        peaks.append(document["peak"]["allocated_bytes"])
+        saved.append({name for name in document["saved_by_layer"] if "layers." in name})
+    a_layer = (parameters[1] - parameters[0]) // 2
+    assert parameters[2] - parameters[1] == (LAYERS - 3) * a_layer
+    assert peaks == sorted(peaks)
+    assert [len(names) for names in saved] == [2, 4, LAYERS], "the input of the first is what the layer before has made"

@@ -5,7 +5,7 @@ is read off the modules, never off a model's name:
 
     head   at least the first two: the first has no layer before it, which the second may notice
     group  three times a period of layers; the middle one stands for what was left out
-    tail   at least the last
+    tail   at least the last; all that are treated otherwise, and the one before them
 
 Three groups, because only by comparing them can be told that they do the same
 (`layer_extrapolation`). Where no period is found, every layer is traced.
@@ -107,7 +107,7 @@ class Layers:
 
 def shortened(plan: Plan) -> tuple[Plan, Layers | None]:
     """A plan of fewer layers for the same prediction; the plan itself where that cannot be."""
-    found = _alike(plan.shell, plan.architecture, plan.recipe.layer_period)
+    found = _alike(plan.shell, plan.architecture, plan.recipe.layer_period, plan.recipe.last_layers)
     if found is None:
         return plan, None
     layers, kept, signatures = found
@@ -122,7 +122,9 @@ def shortened(plan: Plan) -> tuple[Plan, Layers | None]:
     return dataclasses.replace(plan, architecture=architecture, shell=shell), layers
 
 
-def _alike(shell: Any, architecture: Any, layer_period: int) -> tuple[Layers, list[int], list[Any]] | None:
+def _alike(
+    shell: Any, architecture: Any, layer_period: int, last_layers: int
+) -> tuple[Layers, list[int], list[Any]] | None:
     """The shortest head and period that the layers have; which to keep; all signatures."""
     count = int(getattr(architecture, "num_hidden_layers", 0) or 0)
     lists = [
@@ -131,11 +133,12 @@ def _alike(shell: Any, architecture: Any, layer_period: int) -> tuple[Layers, li
     if len(lists) != 1:
         return None
     signatures = [_signature(i, layer) for i, layer in enumerate(shell.get_submodule(lists[0]))]
+    shortest_tail = last_layers + 1
     shortest_head = -(-2 // layer_period) * layer_period
     for head in range(shortest_head, shortest_head + LONGEST_HEAD, layer_period):
         for shortest in range(1, LONGEST_PERIOD + 1):
             period = math.lcm(shortest, layer_period)
-            tail = 1 + (count - head - GROUPS * period - 1) % period
+            tail = shortest_tail + (count - head - GROUPS * period - shortest_tail) % period
             left_out = count - head - GROUPS * period - tail
             if left_out <= 0:
                 continue

@@ -1,0 +1,139 @@
+"""Which of the model's own parameters are trained; the others have neither gradients nor optimizer state."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from typing import TYPE_CHECKING, Any
+
+from ..config import Option, RunConfig, Value
+from ..events import Category
+from ..technique import Mathematics, Technique
+
+if TYPE_CHECKING:
+    from ..workload import Recipe
+
+
+def apply(config: RunConfig, recipe: Recipe) -> None:
+    """Freeze the rest once the model is loaded."""
+    kind, embeddings = config.text("trainable"), config.text("trainable.embeddings")
+    if kind == "all" and embeddings != "off":
+        return
+    recipe.trains_all = False
+    count = config.integer("trainable.layers")
+    if kind == "last-layers":
+        recipe.last_layers = count
+
+    def freeze(model: Any) -> Any:
+        last = {id(p) for layer in _layers(model)[-count:] for p in layer.parameters()}
+        earlier = {id(p) for layer in _layers(model)[:-count] for p in layer.parameters()}
+        of_embeddings = set(map(id, _embeddings(model)))
+        for parameter in model.parameters():
+            wanted = {
+                "all": True,
+                "last-layers": id(parameter) in last or id(parameter) not in earlier,
+                "norms-biases": parameter.dim() < 2,
+            }[kind]
+            if id(parameter) in of_embeddings:
+                wanted = embeddings == "on"
+            parameter.requires_grad_(wanted)
+        return model
+
+    recipe.transforms.append(freeze)
+
+
+def _layers(model: Any) -> list[Any]:
+    """The model's repeated layers."""
+    from torch.nn import ModuleList
+
+    count = int(getattr(getattr(model, "config", None), "num_hidden_layers", 0) or 0)
+    found = (m for m in model.modules() if isinstance(m, ModuleList) and len(m) == count)
+    return list(next(found, []))
+
+
+def _embeddings(model: Any) -> Iterator[Any]:
+    """Of tokens and positions, and the head."""
+    from torch.nn import Embedding
+
+    head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    for module in model.modules():
+        if module is head or isinstance(module, Embedding):
+            yield from module.parameters(recurse=False)
+
+
+def conflict(config: RunConfig) -> str | None:
+    """Adapters train beside a model that is frozen altogether; reentrant checkpoints want inputs with gradients."""
+    if config.text("trainable") == "all" and config.text("trainable.embeddings") != "off":
+        return None
+    if config.flag("lora"):
+        return "lora=on trains adapters and nothing else: set trainable=all and trainable.embeddings=auto, or lora=off"
+    if config.text("checkpointing") != "off" and config.flag("checkpointing.reentrant"):
+        return "checkpointing.reentrant=on gives nothing a gradient behind frozen embeddings: switch it off"
+    return None
+
+
+def mathematics(config: RunConfig) -> Mathematics:
+    """Other parameters are trained."""
+    if config.text("trainable") == "all" and config.text("trainable.embeddings") != "off":
+        return Mathematics()
+    return Mathematics(" ".join(str(config[option.name]) for option in TECHNIQUE.options))
+
+
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """What has `requires_grad`, if it is one of these choices; adapters are LoRA's."""
+    if getattr(model, "peft_config", None):
+        return {}
+    of_embeddings = {id(p): p.requires_grad for p in _embeddings(model)}
+    trained = any(of_embeddings.values())
+    others = {id(p): p for p in model.parameters() if id(p) not in of_embeddings}
+    if all(p.requires_grad for p in others.values()):
+        return {"trainable": "all", "trainable.embeddings": "auto" if trained or not of_embeddings else "off"}
+    found: dict[str, Value] = {"trainable.embeddings": "on" if trained else "auto"}
+    if all(p.requires_grad == (p.dim() < 2) for p in others.values()):
+        return found | {"trainable": "norms-biases"}
+    layers = [all(p.requires_grad for p in layer.parameters()) for layer in _layers(model)]
+    count = sum(layers)
+    if 0 < count < len(layers) and all(layers[-count:]):
+        return found | {"trainable": "last-layers", "trainable.layers": count}
+    return {}
+
+
+TECHNIQUE = Technique(
+    name="trainable",
+    title="trained part",
+    summary="frozen parameters have no gradient and no optimizer state; layers below the first trained keep nothing",
+    formula="gradients and optimizer state of what is trained; activations from the first trained layer on",
+    source="https://arxiv.org/abs/2106.10199",
+    cost={
+        "all": "nothing",
+        "last-layers": "none, it is faster: backward ends at the first trained layer; it learns less",
+        "norms-biases": "none, it is faster: no weight has a gradient; it learns less",
+    },
+    order=35,
+    options=(
+        Option(
+            "trainable",
+            "all",
+            "last-layers: the last few and the final norm; norms-biases: whatever is no matrix",
+            ("all", "last-layers", "norms-biases"),
+        ),
+        Option("trainable.layers", 2, "how many last layers", (1, 2, 4, 8, 16), True, 1, 10_000),
+        Option(
+            "trainable.embeddings",
+            "auto",
+            "embeddings and head too; auto: only where all is",
+            ("auto", "on", "off"),
+        ),
+    ),
+    in_script="parameter.requires_grad_(False)",
+    acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.ACTIVATIONS),
+    variants=(
+        {"trainable": "last-layers", "trainable.layers": 2},
+        {"trainable": "norms-biases"},
+        {"trainable": "norms-biases", "trainable.embeddings": "on"},
+        {"trainable": "all", "trainable.embeddings": "off"},
+    ),
+    apply=apply,
+    conflict=conflict,
+    mathematics=mathematics,
+    recognise=recognise,
+)
