@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import sys
 import tomllib
@@ -48,7 +49,9 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
         if name.split("/")[0] in ("engine", "tui", "profiles") and not name.endswith(".md")
     }
     assert wanted <= held, wanted - held
-    assert "gpumem_tui/watch/__init__.py" in held
+    assert {"gpumem_tui/watch/__init__.py", "gpumem_tui/watch/py.typed"} <= held
+    (licence,) = (name for name in held if name.endswith("LICENSE"))
+    assert "Apache License" in zipfile.ZipFile(wheel).read(licence).decode()
     tops = {name.split("/")[0] for name in held if ".dist-info" not in name}
     assert tops == {"gpumem_tui"}, "nothing of ours may lie beside other people's packages"
 
@@ -86,6 +89,18 @@ def test_what_the_app_needs_loads_no_torch(module: str) -> None:
         code = code.replace("; loaded", "; gpumem_tui.engine.techniques.registry(); loaded")
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_what_ci_runs_is_there() -> None:
+    for name in re.findall(r"run: (\.ci/\w+)", (ROOT / ".github/workflows/ci.yml").read_text()):
+        assert os.access(ROOT / name, os.X_OK), name
+
+
+def test_documents_lead_to_what_is_there() -> None:
+    patterns = ("README.md", ".github/*.md", "engine/*.md", "tests/**/*.md")
+    for document in (path for pattern in patterns for path in ROOT.glob(pattern)):
+        for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
+            assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
 
 
 def test_only_these_things_are_at_the_top() -> None:
