@@ -279,9 +279,10 @@ class RunConfig:
         learning_rate: The optimizer's learning rate.
         seed: Seeds weights and token ids.
         trace: Which steps are traced: one of TRACES.
-        architecture: Of the model; None: `pretrained` says where it is read,
-            or it is not known (somebody's own model, a recording of an older
-            version), and the model cannot be built.
+        architecture: Of the model; never of one that is `pretrained`: its own is
+            read where its weights are. None otherwise: it is not known
+            (somebody's own model, a recording of an older version), and the
+            model cannot be built.
         options: Value of every technique option, by name.
     """
 
@@ -301,6 +302,8 @@ class RunConfig:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        if self.pretrained:
+            object.__setattr__(self, "architecture", None)
 
     def __getitem__(self, name: str) -> Value:
         """Value of a technique option or workload setting by name."""
