@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING
 
 from . import techniques
 from .config import RunConfig, UserError, one_line, show
-from .events import Phase, StepTrace
+from .events import StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
 from .publisher import GAUGE_EVERY_S, RunPublisher
 from .recording import save, write
@@ -280,22 +280,9 @@ class Session(Published):
 
     def _train(self, config: RunConfig, plan: Plan, tracer: Tracer) -> None:
         from .tracing.owners import paged
-        from .train import train
-        from .workload import build
+        from .train import loaded, train
 
         began = time.perf_counter()
-
-        with tracer.step(0, 1, True, tuple):
-            with tracer.phase(Phase.LOAD):
-                tag = tracer.loader(plan.shell)
-
-                def reading(module: str) -> None:
-                    self._leave_if_asked()
-                    tag(module)
-
-                workload = build(plan, reading)
-            tracer.adopt(workload.model, workload.optimizer)
-        self._publisher.loaded(workload.parameters, workload.trainable_parameters, time.perf_counter() - began)
 
         def on_step(result: StepResult) -> None:
             if result.step == 1:
@@ -304,7 +291,8 @@ class Session(Published):
                 self._note_paging(config)
             self._publisher.stepped(result)
 
-        with tracer.attached():
+        with loaded(plan, tracer, self._leave_if_asked) as workload:
+            self._publisher.loaded(workload.parameters, workload.trainable_parameters, time.perf_counter() - began)
             train(config, workload, tracer, self._publisher.wants, self._between, on_step)
 
     def _between(self) -> None:

@@ -1,5 +1,6 @@
-"""The training loop, top to bottom.
+"""The training loop, top to bottom, of a run and of a prediction alike.
 
+    load                              parameters, buffers
     for every step:
         for every micro-batch:
             batch                     inputs
@@ -19,7 +20,7 @@ from __future__ import annotations
 import itertools
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,7 +31,7 @@ from .events import Category, Phase
 from .ledger import LOSS
 from .tracing import owners
 from .tracing.tracer import Tracer
-from .workload import Workload
+from .workload import Plan, Workload, build
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,6 +73,32 @@ class Held:
         yield from owners.of_outputs(self.outputs)
         yield from owners.of_scaler(self.scaler)
         yield from owners.of_tensors(Category.LOGITS_LOSS, [(LOSS, loss) for loss in self.losses])
+
+
+@contextmanager
+def loaded(plan: Plan, tracer: Tracer, between: Callable[[], None] = lambda: None) -> Iterator[Workload]:
+    """Load a run's model, traced as step 0, and have the tracer's hooks on it for as long as it is trained.
+
+    Args:
+        plan: The run.
+        tracer: Told what is being done.
+        between: Called before every module's weights; raises to end the loading.
+
+    Raises:
+        UserError: As `build`.
+    """
+    with tracer.step(0, 1, True, tuple):
+        with tracer.phase(Phase.LOAD):
+            tag = tracer.loader(plan.shell)
+
+            def reading(module: str) -> None:
+                between()
+                tag(module)
+
+            workload = build(plan, reading)
+        tracer.adopt(workload.model, workload.optimizer)
+    with tracer.attached():
+        yield workload
 
 
 def train(

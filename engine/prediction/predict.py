@@ -32,7 +32,7 @@ from ..run import Run, RunId, RunKind
 from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
 from ..tracing import owners
 from ..tracing.tracer import Tracer
-from ..train import StepResult, train
+from ..train import StepResult, loaded, train
 from ..workload import Plan, build, numel, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
@@ -281,10 +281,6 @@ class _Rehearsing:
 
     def _train(self, tracer: Tracer, recorder: FakeCuda) -> tuple[int, int, int]:
         """Returns the parameters, those trained, and the bytes in managed memory."""
-        with tracer.step(0, 1, True, tuple):
-            with tracer.phase(Phase.LOAD):
-                workload = build(self.plan, tracer.loader(self.plan.shell))
-            tracer.adopt(workload.model, workload.optimizer)
 
         def on_step(result: StepResult) -> None:
             self.steps.append(result)
@@ -292,7 +288,7 @@ class _Rehearsing:
                 recorder.close()
                 tracer.settle()
 
-        with tracer.attached(), warnings.catch_warnings():
+        with loaded(self.plan, tracer) as workload, warnings.catch_warnings():
             warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
             train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
         names = {parameter: name for name, parameter in workload.model.named_parameters()}
