@@ -27,7 +27,7 @@ def test_state_folds_only_what_is_new(monkeypatch: pytest.MonkeyPatch) -> None:
     source = trained(2)
     state = folded(source)
     folds: list[int] = []
-    monkeypatch.setattr("gpumem_tui.tui.state.Ledger", lambda trace: folds.append(trace.step) or Ledger(trace))
+    monkeypatch.setattr("gpumem_tui.tui.shown_traces.Ledger", lambda trace: folds.append(trace.step) or Ledger(trace))
     assert not state.update(source, 1.0)
     source.advance()
     assert state.update(source, 2.0)

@@ -638,7 +638,7 @@ async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
         assert "frozen" not in driver.text and "view paused" not in driver.text
         trace = driver.app.state.kept[-1]
         assert driver.app.page.ledger.trace is trace
-        assert {ledger.trace for ledger in driver.app.state._folds.values()} <= set(driver.app.state.kept)
+        assert {ledger.trace for ledger in driver.app.state.traces._folds.values()} <= set(driver.app.state.kept)
 
 
 def test_recordings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:

@@ -150,7 +150,7 @@ def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
     """
     settings = {"steps": 40, "batch_size": 4, "seq_len": 256, "dtype": "float16", "optimizer": "paged-adamw-8bit"}
     engine.run(techniques.configure(run_fields("polyglot-ko-1.3b"), techniques.parse(settings, "test")))
-    gauge = engine.session._feed.training_gauge
+    gauge = engine.session.run.training_gauge
     assert gauge is not None and gauge.step > 3
     if gauge.process_bytes is None:
         pytest.skip("NVML sees no processes here")
@@ -159,7 +159,7 @@ def test_the_device_reconciles_with_nvml(engine: Engine) -> None:
     assert 0.1 * GIB < gauge.context_bytes < 2 * GIB
     assert gauge.unaccounted_bytes is not None
     assert abs(gauge.unaccounted_bytes) < 16 * 2**20
-    after = engine.session._read_gauge()
+    after = engine.session._publisher.read_gauge()
     assert after.managed_bytes == 0
     assert gauge.device_used_bytes is not None and after.device_used_bytes is not None
     given_back = gauge.device_used_bytes - after.device_used_bytes
@@ -236,6 +236,7 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
     from peft import LoraConfig, get_peft_model
     from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
 
+    from gpumem_tui.engine.train import StepResult
     from gpumem_tui.engine.watch.leftovers import SCRIPT
     from gpumem_tui.engine.watch.watched_source import WatchedSource
     from gpumem_tui.profiles import model_profile
@@ -266,18 +267,18 @@ def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_pa
 
     def publish(self: WatchedSource, trace: StepTrace) -> None:
         good(self, trace)
-        latest = self.trace()
-        assert latest is not None
-        if not trace.is_open:
+        latest = self.run.latest if self.run is not None else None
+        if latest is not None and not trace.is_open:
             traces.append(latest)
 
-    def stepped(self: WatchedSource, **data: Any) -> None:
-        ends[data["step"]] = data["allocated_bytes"]
+    def stepped(self: WatchedSource, result: StepResult) -> None:
+        ends[result.step] = result.allocated_bytes
+        told(self, result)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(WatchedSource, "publish", publish)
         told = WatchedSource.stepped
-        patch.setattr(WatchedSource, "stepped", lambda self, **data: (stepped(self, **data), told(self, **data))[1])
+        patch.setattr(WatchedSource, "stepped", stepped)
         arguments = TrainingArguments(
             str(tmp_path), max_steps=5, per_device_train_batch_size=8, gradient_accumulation_steps=2, report_to=[],
             disable_tqdm=True, save_strategy="no", max_grad_norm=1.0,

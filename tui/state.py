@@ -7,16 +7,15 @@ object than before, events from the last index on.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
-from typing import Any, TypeVar
 
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Phase, StepTrace
 from ..engine.feed import Source, ViewerRole
 from ..engine.ledger import Bytes, Ledger
-from ..engine.run import Run, RunKind, peak_bytes
+from ..engine.run import Run
 from ..engine.run_events import (
     EngineEnded,
     Note,
@@ -30,12 +29,11 @@ from ..engine.run_events import (
     Saved,
     StepEnded,
 )
-from ..engine.techniques import memory_key
-from .run_state import STEADY_STEPS, RunState
-from .run_summary import RunSummary, summarize
+from .run_list import RunList
+from .run_state import RunState
+from .run_summary import RunSummary
+from .shown_traces import ShownTraces
 from .units import MIB, Unit, unit_for
-
-Found = TypeVar("Found")
 
 KEPT_EVENTS = 20_000
 INFO_SHOWN_S, PROBLEM_SHOWN_S = 6.0, 60.0
@@ -86,9 +84,8 @@ class ViewState:
         stopping: A stop or restart was asked for and has not happened yet.
         gauge: Latest reading.
         run: What the run on the screens told.
-        now: Fold of its latest trace.
-        peak: Fold of its trace with the highest peak.
-        kept: Its traces that can be looked at.
+        run_list: The runs there are.
+        traces: Those of the run on the screens, folded.
         logs: Events by filter, oldest first.
         leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
@@ -107,24 +104,16 @@ class ViewState:
         self.gauge: Gauge | None = None
         self.logs: dict[Filter, deque[RunEvent]] = {f: deque(maxlen=KEPT_EVENTS) for f in Filter}
         self._source: Source | None = None
-        self._runs: Sequence[Run] = ()
-        self._states: dict[Run, RunState] = {}
-        self._summaries: dict[Run, tuple[object, RunSummary]] = {}
-        self._forgotten: set[Run] = set()
-        self._known: dict[str, tuple[int, Any]] = {}
+        self.run_list = RunList()
+        self.traces = ShownTraces()
         self._following = True
         self._clock_s = 0.0
         self._role: ViewerRole | None = None
         self._next_index = self._next_logged = 0
         self._ever: tuple[object, set[Category]] | None = None
+        self._measured: tuple[int, dict[str, int]] | None = None
         self._environment: Environment | None = None
         self.run = RunState()
-        self.now: Ledger | None = None
-        self.peak: Ledger | None = None
-        self.kept: tuple[StepTrace, ...] = ()
-        self._trace: StepTrace | None = None
-        self._weighed: set[StepTrace] = set()
-        self._folds: dict[StepTrace, Ledger] = {}
 
     # --- folding ------------------------------------------------------------
 
@@ -142,7 +131,7 @@ class ViewState:
         self._clock_s, self._source, self.live = clock_s, source, source.live
         if self.message is not None and clock_s >= self.message.until_s:
             self.dismiss()
-        self._runs = source.runs()
+        self.run_list.update(source)
         if source.role is ViewerRole.READ_ONLY and self._role is ViewerRole.ATTACHED:
             self.say("another viewer commands this engine now, this one looks on; ! takes over")
         self._role = source.role
@@ -155,17 +144,17 @@ class ViewState:
                 setattr(self, name, value)
                 self.version += 1
         self.version += self.run.fold_new()
-        self._read_trace()
+        self.version += self.traces.read(self.shown)
         return self.version != before
 
     def look_at(self, run: Run) -> None:
         """Have a run on the screens: one of the source's, or one of nobody's, as a prediction is."""
-        self._following = self.live and bool(self._runs) and run is self._runs[-1]
+        self._following = self.live and run is self.run_list.latest
         self._look(run)
 
     def _look(self, run: Run) -> None:
-        self.shown, self.run = run, self.state_of(run)
-        self._forget_traces()
+        self.shown, self.run = run, self.run_list.state_of(run)
+        self.traces.forget()
         if not self.live:  # the log of a recording is that of the run looked at
             for log in self.logs.values():
                 log.clear()
@@ -174,13 +163,14 @@ class ViewState:
 
     def _follow(self) -> None:
         """A live source's latest run comes on the screens as it begins; of recordings the first is looked at."""
-        if not self._runs:
+        runs = self.run_list.runs
+        if not runs:
             return
         if self.live and self._following:
-            if self.shown is not self._runs[-1]:
-                self._look(self._runs[-1])
+            if self.shown is not runs[-1]:
+                self._look(runs[-1])
         elif self.shown is None:
-            self._look(self._runs[0])
+            self._look(runs[0])
 
     def _gauge_of(self, source: Source) -> Gauge | None:
         return source.gauge() if self.under_way or self.shown is None else self.shown.gauge
@@ -221,7 +211,7 @@ class ViewState:
         """Take note of what was asked for and has now happened, or will not."""
         match event:
             case RunStarted():
-                config = next((run.config for run in reversed(self._runs) if run.id.number == event.run), None)
+                config = next((run.config for run in reversed(self.run_list.runs) if run.id.number == event.run), None)
                 started = self.requested is None or self.requested == config
             case Refused() | RunFailed() | OutOfMemory() | EngineEnded():
                 started = True
@@ -232,134 +222,57 @@ class ViewState:
         if started:
             self.requested, self.stopping = None, False
 
-    def _read_trace(self) -> None:
-        trace = self.shown.latest if self.shown is not None else None
-        if trace is self._trace:
-            return
-        self._trace = trace
-        self.version += 1
-        if trace is None or self.shown is None:
-            self._forget_traces()
-            return
-        self.kept = tuple(self.shown.traces())
-        self._weighed &= set(self.kept)
-        self._folds = {t: ledger for t, ledger in self._folds.items() if t in self._weighed}
-        for kept in self.kept:
-            if kept not in self._weighed:
-                self._weighed.add(kept)
-                self._weigh(kept, peak_bytes(kept))
-        self.now = self.fold(trace)
-        self._weigh(trace, peak_bytes(trace))
-
-    def _weigh(self, trace: StepTrace, highest_bytes: int) -> None:
-        """Keep the trace's fold if its peak is the highest so far.
-
-        A complete trace replaces the open one of its own step: it knows
-        better what the blocks were for. Of two equal ones the first stays,
-        unless it is the first step's, in which the optimizer's state was new.
-        """
-        peak = self.peak
-        if peak is not None:
-            if highest_bytes < peak.peak.bytes or peak.trace is trace:
-                return
-            same_step = peak.trace.step == trace.step and peak.trace.is_open
-            settled = peak.trace.step > 1 or trace.is_open
-            if highest_bytes == peak.peak.bytes and settled and not same_step:
-                return
-        self.peak = self.fold(trace)
-
-    def fold(self, trace: StepTrace) -> Ledger:
-        """The fold of a trace, done once for those that are kept."""
-        for ledger in (self.now, self.peak, self._folds.get(trace)):
-            if ledger is not None and ledger.trace is trace:
-                return ledger
-        ledger = Ledger(trace)
-        if not trace.is_open:
-            self._folds[trace] = ledger
-        return ledger
-
-    def _forget_traces(self) -> None:
-        self.now = self.peak = self._trace = None
-        self.kept = ()
-        self._weighed.clear()
-        self._folds.clear()
-
     # --- the runs there are ---------------------------------------------------
 
-    def state_of(self, run: Run) -> RunState:
-        """What a run has told by now."""
-        state = self._states.setdefault(run, RunState(run))
-        state.fold_new()
-        return state
+    @property
+    def now(self) -> Ledger | None:
+        """Fold of the latest trace of the run on the screens."""
+        return self.traces.now
+
+    @property
+    def peak(self) -> Ledger | None:
+        """Fold of its trace with the highest peak."""
+        return self.traces.peak
+
+    @property
+    def kept(self) -> tuple[StepTrace, ...]:
+        """Its traces that can be looked at."""
+        return self.traces.kept
+
+    @property
+    def complete(self) -> Ledger | None:
+        """Fold of its latest complete trace."""
+        return self.traces.complete
+
+    def fold(self, trace: StepTrace) -> Ledger:
+        """The fold of one of its traces, done once."""
+        return self.traces.fold(trace)
 
     def origin_of(self, run: Run) -> str:
-        """Where a run is from, for people: `run 2`, a recording's name, the GPU it is predicted for."""
-        if run.kind is RunKind.PREDICTED and run not in self._runs:
-            return f"predicted for {run.id.engine}"
-        if self.live:
-            return f"run {run.id.number}"
-        same = sum(other.id.engine == run.id.engine for other in self._runs)
-        return run.id.engine + f", run {run.id.number}" * (same > 1)
+        """Where a run is from, for people."""
+        return self.run_list.origin_of(run)
 
     def summary_of(self, run: Run) -> RunSummary:
-        """A run in small, done once for what is known of it now."""
-        state, traces = self.state_of(run), run.traces()
-        key = (state.step, len(traces), traces[-1] if traces else None, run.config)
-        known = self._summaries.get(run)
-        if known is None or known[0] != key:
-            known = (key, summarize(run, self.origin_of(run), state, self._fold_of(run)))
-            self._summaries[run] = known
-        return known[1]
+        """A run in small."""
+        return self.run_list.summary_of(run, self._fold_of(run))
 
     def _fold_of(self, run: Run) -> Callable[[StepTrace], Ledger]:
-        return self.fold if run is self.shown else Ledger
+        return self.traces.fold if run is self.shown else Ledger
 
     @property
     def listed(self) -> list[list[Run]]:
-        """The runs to compare and to look at, in the order they began; those of one configuration are one.
-
-        Of an engine's runs those that hold a step; of recordings all.
-        """
-        return self._once("listed", self._list)
-
-    def _list(self) -> list[list[Run]]:
-        groups: dict[object, list[Run]] = {}
-        for run in self._runs:
-            if run in self._forgotten:
-                continue
-            if not self.live:
-                groups[run] = [run]
-            elif any(trace.step for trace in run.traces()):
-                # The one under way is not counted to those before it until it has ended.
-                key = run if run is self._runs[-1] else memory_key(run.config)
-                groups.setdefault(key, []).append(run)
-        return list(groups.values())
+        """The runs to compare and to look at; those of one configuration are one."""
+        return self.run_list.listed
 
     @property
     def runs(self) -> list[RunSummary]:
-        """The runs in `listed`, in small: each with its latest figures, unless that run was cut short."""
-        found = []
-        for group in self.listed:
-            summaries = [self.summary_of(run) for run in group]
-            chosen = summaries[0]
-            for summary in summaries[1:]:
-                chosen = summary if summary.steps >= min(chosen.steps, STEADY_STEPS) else chosen
-            found.append(chosen._replace(origin=summaries[0].origin, times=len(group)))
-        return found
-
-    def _once(self, name: str, work_out: Callable[[], Found]) -> Found:
-        """Something that is asked for many times while one picture is drawn."""
-        known = self._known.get(name)
-        if known is None or known[0] != self.version:
-            known = self._known[name] = (self.version, work_out())
-        found: Found = known[1]
-        return found
+        """The runs in `listed`, in small."""
+        return self.run_list.summaries(self._fold_of)
 
     @property
     def place(self) -> int:
         """Of the run on the screens, among `runs`; beyond them if it is not there."""
-        groups = self.listed
-        return next((i for i, group in enumerate(groups) if self.shown in group), len(groups))
+        return self.run_list.place_of(self.shown)
 
     @property
     def several(self) -> bool:
@@ -369,37 +282,24 @@ class ViewState:
     @property
     def under_way(self) -> bool:
         """Whether what is on the screens is the engine's latest run."""
-        return self.live and self.shown is not None and bool(self._runs) and self.shown is self._runs[-1]
+        return self.live and self.shown is not None and self.shown is self.run_list.latest
 
     def forget(self, index: int) -> None:
         """Drop one of `runs` that is not on the screens."""
-        self._forgotten.update(self.listed[index])
+        self.run_list.forget(index)
         self.version += 1
 
     @property
     def measured(self) -> dict[str, int]:
-        """Highest peak by configuration, of the runs that ran where the one on the screens did.
-
-        The same device and the same libraries: with others, a difference would not be the technique's.
-        """
-        return self._once("measured", self._measure)
-
-    def _measure(self) -> dict[str, int]:
-        found: dict[str, int] = {}
-        for run in self._runs:
-            if run.kind is RunKind.PREDICTED or self.shown is None or not _same_place(run, self.shown):
-                continue
-            state = self.state_of(run)
-            if state.steady and state.peak_bytes:
-                key = memory_key(run.config)
-                found[key] = max(found.get(key, 0), state.peak_bytes)
-        return found
+        """Highest peak by what decides memory, of the runs that ran where the one on the screens did."""
+        if self._measured is None or self._measured[0] != self.version:
+            self._measured = (self.version, self.run_list.measured(self.shown))
+        return self._measured[1]
 
     @property
     def loaded(self) -> dict[str, int]:
-        """Bytes allocated after loading, by configuration."""
-        states = ((memory_key(run.config), self.state_of(run)) for run in self._runs)
-        return {key: state.loaded_bytes for key, state in states if state.loaded_bytes is not None}
+        """Bytes allocated after loading, by what decides memory."""
+        return self.run_list.loaded
 
     # --- what screens ask -----------------------------------------------------
 
@@ -423,13 +323,6 @@ class ViewState:
     def origin(self) -> str:
         """Where the run on the screens is from; empty: it is the engine's latest."""
         return "" if self.shown is None or self.under_way else self.origin_of(self.shown)
-
-    @property
-    def complete(self) -> Ledger | None:
-        """Fold of the latest complete trace; of the first one under way while there is none."""
-        if not self.kept or (self.kept[-1].step == 0 and self.now is not None):
-            return self.now
-        return self.fold(self.kept[-1])
 
     @property
     def status(self) -> str:
@@ -505,8 +398,3 @@ class ViewState:
         """Take the message away."""
         self.message = None
         self.version += 1
-
-
-def _same_place(one: Run, other: Run) -> bool:
-    places = [(run.environment.device_name, run.environment.packages) for run in (one, other)]
-    return places[0] == places[1]
