@@ -247,6 +247,11 @@ class StepTrace:
         return self.ending.kind is EndKind.OPEN
 
     @property
+    def is_aborted(self) -> bool:
+        """Whether an error ended the step where it was."""
+        return self.ending.kind is EndKind.ABORTED
+
+    @property
     def is_complete(self) -> bool:
         """Whether the step went through to its end."""
         return self.ending.kind is EndKind.COMPLETE

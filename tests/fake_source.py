@@ -8,7 +8,7 @@ technique changes what is shown.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,8 @@ from gpumem_tui.engine.events import (
     OPEN,
     OWNER,
     Category,
+    Ending,
+    EndKind,
     Environment,
     Gauge,
     Phase,
@@ -372,6 +374,13 @@ class FakeSource(Published):
         for event in model.recomputed:
             self.feed.tell(Recomputed(text=f"step {event['step']}: {event['layers'][0]}", **event))
         model.recomputed.clear()
+
+    def abort_step(self, error: str = "out of memory", requested_bytes: int | None = None) -> None:
+        """End the step under way by an error, in the middle of whatever it does."""
+        model = self.model
+        assert model is not None
+        trace = model.sim.trace(open_=True)
+        self.feed.publish_trace(replace(trace, ending=Ending(EndKind.ABORTED, error, requested_bytes)))
 
     def fail(self, kind: type[RunFailed | OutOfMemory] = RunFailed, text: str = "RuntimeError: it broke") -> None:
         """End the run with a failure."""

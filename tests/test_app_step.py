@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import Recording, read, write
+from gpumem_tui.engine.run_events import OutOfMemory
 
 from .app_driver import SIZES, shown, trained
 from .fake_source import MIB
@@ -50,3 +54,21 @@ async def test_step_freezes_and_leafs_through_what_is_kept() -> None:
         await driver.press(">", ">")
         assert "latest" in driver.text
         assert driver.line("step 5")
+
+
+async def test_a_step_that_an_error_ended_is_kept_and_shown_to_its_last_event(tmp_path: Path) -> None:
+    source = trained(1)
+    source.advance(9)
+    source.abort_step("CUDA out of memory", 1 << 30)
+    source.fail(OutOfMemory, "CUDA out of memory")
+    async with shown(source) as driver:
+        await driver.press("2")
+        assert "ended by an error" in driver.line("step 2")
+        assert driver.app.page.ledger.trace is source.run.traces()[-1]
+    write(tmp_path / "died.gpumem", [source.run])
+    (died,) = read(tmp_path / "died.gpumem")
+    assert died.traces()[-1].ending == source.run.traces()[-1].ending
+    assert died.traces()[-1].ending.requested_bytes == 1 << 30
+    async with shown(Recording(tmp_path / "died.gpumem")) as driver:
+        await driver.press("2")
+        assert "ended by an error" in driver.line("step 2")

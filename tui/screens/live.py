@@ -197,9 +197,9 @@ class LivePage(Page):
             # An instant of a step under way, or the end of the latest traced: steps between may not be.
             trace = state.now.trace
             phase, micro_batch, _ = state.now.where(len(trace.events) - 1)
-            at = _within(phase, micro_batch, trace) if trace.is_open else "its end"
+            at = "its end" if trace.is_complete else _within(phase, micro_batch, trace)
             step = f" step {trace.step}" if trace.step else " loading"
-            short = (f" {at}", f" {phase.title}") if trace.is_open else (step,)
+            short = (f" {at}", f" {phase.title}") if not trace.is_complete else (step,)
             row.add(_fitting((f"{step}, {at}", *short), second - row.width), palette.dim)
         row.to(second).right("peak", second + FIGURE_WIDTH, palette.bold)
         if state.peak is not None:

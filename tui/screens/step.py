@@ -222,7 +222,8 @@ class StepPage(Page):
         for some, gap in ((events + host, "   "), (host, "   "), (host, " "), ("", " ")):
             row = Row().add(f" step {trace.step}" if trace.step else " loading", palette.bold)
             row.add(f"{some}  peak ", palette.dim).add(self.state.unit.full(ledger.peak.bytes), palette.bold)
-            row.add(share, palette.busy).add("  under way" if trace.is_open else "", palette.busy)
+            row.add(share, palette.busy).add("  under way" * trace.is_open, palette.busy)
+            row.add("  ended by an error" * trace.is_aborted, palette.bad)
             steps = self._steps(trace, gap)
             if row.width + len(steps) + 2 <= width:
                 break
