@@ -20,29 +20,34 @@ class Effect(enum.IntEnum):
     NONE = 0
     NUMERICS = 1
     TRAINING = 2
+    UNSOUND = 3
 
     @property
     def title(self) -> str:
         """For people."""
-        return ("same mathematics", "other rounding", "another training")[self]
+        return ("same mathematics", "other rounding", "another training", "may not train at all")[self]
 
 
 class Mathematics(NamedTuple):
     """What a configuration computes, as far as one technique decides it.
 
-    Two configurations that agree in both fields make the same updates, up to the
+    Two configurations that agree in all fields make the same updates, up to the
     order in which numbers are added.
 
     Attributes:
         training: Which parameters are updated, by which rule, from which tokens.
         numerics: In how many bits.
+        unsound: Why the loss may become nan, or nothing be learnt; empty: no reason known.
     """
 
     training: str = ""
     numerics: str = ""
+    unsound: str = ""
 
     def effect(self, other: Mathematics) -> Effect:
         """What going over to another one changes."""
+        if other.unsound and not self.unsound:
+            return Effect.UNSOUND
         if self.training != other.training:
             return Effect.TRAINING
         return Effect.NUMERICS if self.numerics != other.numerics else Effect.NONE

@@ -16,21 +16,17 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.prediction.advice import advise
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu, gpus, understand
 from gpumem_tui.engine.prediction.predict import predict, rehearse
 from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
-from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
 from gpumem_tui.tui.cli import main
 
-from .app_driver import foretold
 from .conftest import Engine, small_run
-from .fake_source import GPU
 from .terminal import until
 
 GIB = 2**30
@@ -325,32 +321,6 @@ def test_a_gpu_s_memory_may_be_given_after_a_colon() -> None:
     for wrong in ("A100:", "A100:20", "A100:nanGB", "A100:0GB"):
         with pytest.raises(UserError, match="after the colon comes how much memory there is"):
             gpu(wrong)
-
-
-def test_advice_ranks_what_saves_most(capsys: pytest.CaptureFixture[str]) -> None:
-    def pretend(config: RunConfig) -> Any:
-        """A prediction by hand: what is tested is the ranking."""
-        if config["quantization"] != "none" and not config["lora"]:
-            raise UserError("needs lora")
-        saved = 40 * bool(config["lora"]) + 30 * (config["checkpointing"] == "layers")
-        saved += 10 * (config["quantization"] == "nf4")
-        peak = (100 - saved) * GIB
-        template = predict_template()
-        return dataclasses.replace(template, config=config, peak_bytes=peak, safe_bound_bytes=peak)
-
-    now, alone, combined = advise(small_run(), pretend)
-    assert now.peak_bytes == 100 * GIB
-    assert [advice.text for advice in alone] == ["lora=on", "checkpointing=layers"]
-    assert [advice.saved_bytes // GIB for advice in alone] == [40, 30]
-    assert alone[0].costs
-    assert combined[0].changes == {"lora": True, "checkpointing": "layers", "quantization": "nf4"}
-    assert combined[0].saved_bytes == 80 * GIB
-    assert {"lora": True, "checkpointing": "layers"} in [advice.changes for advice in combined]
-
-
-def predict_template() -> Any:
-    template = foretold(small_run(), 0, Run(RunId("H100 80GB", 1), small_run(), GPU, RunKind.PREDICTED))
-    return dataclasses.replace(template, available_bytes=78 * GIB)
 
 
 # --- the command line -----------------------------------------------------------

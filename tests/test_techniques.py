@@ -128,13 +128,15 @@ def test_a_technique_says_all_of_itself() -> None:
         ({"optimizer": "sgd"}, {"optimizer": "sgd-momentum"}, Effect.TRAINING),
         ({}, {"dtype": "bfloat16"}, Effect.NUMERICS),
         ({}, {"dtype": "mixed"}, Effect.NUMERICS),
-        ({}, {"dtype": "float16"}, Effect.TRAINING),  # the loss becomes nan
+        ({}, {"dtype": "float16"}, Effect.UNSOUND),  # the loss becomes nan
         ({"lora": "on"}, {"quantization": "nf4"}, Effect.NUMERICS),
         ({}, {"lora": "on"}, Effect.TRAINING),
         ({"lora": "on"}, {"lora.r": 4}, Effect.TRAINING),
         ({"batch_size": 8}, {"batch_size": 2, "accumulation": 4}, Effect.NONE),
         ({}, {"accumulation": 4}, Effect.TRAINING),
         ({}, {"seq_len": 32}, Effect.TRAINING),
+        ({}, {"seq_len": 32, "dtype": "float16"}, Effect.UNSOUND),
+        ({"dtype": "float16"}, {"checkpointing": "layers", "dtype": "float16"}, Effect.NONE),
     ],
 )
 def test_whether_a_change_keeps_the_mathematics_is_known(

@@ -1,18 +1,37 @@
-"""Which techniques help most: predicted one by one, and in the combinations that promise something."""
+"""Which changes of a configuration help most: each predicted alone, and of their combinations those that promise most.
+
+Some changes help only together: with 4-bit weights alone a model may need more than without, since its
+activations become float32, and with each layer checkpointed as well it needs least. All combinations are too
+many to predict, so that what is known of some has to tell which others are worth it (`Outlook`).
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import combinations, product
 
 from .. import techniques
 from ..config import RunConfig, UserError, Value, show
+from ..technique import Effect
 from .outcome import Prediction
+from .outlook import LEAST_EFFECT, Change, Combination, Outlook
 
-Predict = Callable[[RunConfig], Prediction]
-Changes = Mapping[str, Value]
+Answer = Prediction | UserError
+PredictAll = Callable[[Sequence[RunConfig]], Sequence[Answer]]
 
 LARGEST_COMBINATION = 4
+MOST_ROUNDS, EACH_ROUND = 4, 2
+"""In each, what promises most is predicted, and what comes of it is learnt from."""
+
+LEAST_GAIN = 0.01
+"""Of the peak: what a combination has to promise beyond the best known to be predicted."""
+
+MOST_PESSIMISM = 0.1
+"""Of the peak: what is expected to be worse than the best by more is."""
+
+LEAST_SAVING_BYTES = 1 << 20
+"""A saving of less is none."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,12 +42,14 @@ class Advice:
         changes: Settings by name.
         prediction: Of the changed run.
         saved_bytes: At the peak, against the run as it is.
+        effect: On what is computed.
         costs: In time, in words.
     """
 
     changes: dict[str, Value]
     prediction: Prediction
     saved_bytes: int
+    effect: Effect
     costs: str
 
     @property
@@ -37,80 +58,203 @@ class Advice:
         return " ".join(f"{name}={show(value)}" for name, value in self.changes.items())
 
 
-def advise(config: RunConfig, predict: Predict) -> tuple[Prediction, list[Advice], list[Advice]]:
-    """Rank techniques by the bytes they save at the predicted peak.
+@dataclass(frozen=True, slots=True)
+class Advised:
+    """What has been found out.
+
+    Attributes:
+        now: The run as it is.
+        alone: Single changes that save something: what keeps the mathematics first, and of that the most.
+        combined: Combinations in which every change counts, in the same order.
+    """
+
+    now: Prediction
+    alone: list[Advice]
+    combined: list[Advice]
+
+
+def advise(config: RunConfig, predict_all: PredictAll) -> Advised:
+    """Find the changes that save most at the predicted peak.
 
     Args:
         config: The run as it is.
-        predict: Predicts one configuration; raises UserError for one that cannot run.
+        predict_all: Predicts several configurations; an error for one that cannot run.
 
-    Returns:
-        The run as it is; single changes that save something, most first; and
-        what fits of the combinations, most saved first.
+    Raises:
+        UserError: The run as it is cannot be predicted.
     """
-    now = predict(config)
-    alone: list[Advice] = []
-    together: list[Changes] = []  # need another technique to be possible at all
-    for changes in single_changes(config):
-        advice = _try(config, changes, now, predict)
-        if advice is None:
-            together.append(changes)
-        elif advice.saved_bytes > 0:
-            alone.append(advice)
-    alone.sort(key=lambda advice: -advice.saved_bytes)
-    combined = [advice for advice in _combined(config, alone, together, now, predict) if advice.prediction.fits]
-    combined.sort(key=lambda advice: -advice.saved_bytes)
-    return now, alone, combined
+    search = _Search(config, predict_all)
+    search.alone()
+    search.beside_others()
+    search.together()
+    return search.result()
 
 
-def single_changes(config: RunConfig) -> Iterator[Changes]:
-    """Every other value of every switch, possible or not; accumulation at the same effective batch."""
+def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
+    """Every other value of every switch, possible or not, but for what may not train at all.
+
+    Accumulation is at the same effective batch.
+    """
     for technique in techniques.registry().values():
+        overruled = technique.overruled(config)
+        same = (config[technique.name], overruled[0] if overruled else None)
         for value in technique.switch.choices:
-            if value == config[technique.name]:
-                continue
-            if technique.name != "accumulation":
-                yield {technique.name: value}
-            elif int(value) > config.integer("accumulation") and not config.batch_size % (
-                parts := int(value) // config.integer("accumulation")
-            ):
-                yield {"accumulation": value, "batch_size": config.batch_size // parts}
+            changes = {technique.name: value}
+            if technique.name == "accumulation":
+                parts, rest = divmod(int(value), config.integer("accumulation"))
+                if rest or parts < 1 or config.batch_size % parts:
+                    continue
+                changes["batch_size"] = config.batch_size // parts
+            if value not in same and _is_sound(config, changes):
+                yield changes
 
 
-def _combined(
-    config: RunConfig, alone: list[Advice], together: list[Changes], now: Prediction, predict: Predict
-) -> Iterator[Advice]:
-    """The best change with each other technique's best, the best of those with each other's again, and so on."""
-    best: dict[str, Changes] = {}
-    for changes in (*(advice.changes for advice in alone), *together):
-        best.setdefault(next(iter(changes)), changes)
-    so_far: Changes = alone[0].changes if alone else {}
-    for _ in range(1, LARGEST_COMBINATION):
-        others = [changes for name, changes in best.items() if name not in so_far]
-        larger = [a for other in others if (a := _try(config, {**so_far, **other}, now, predict)) is not None]
-        yield from larger
-        if not larger:
-            return
-        so_far = max(larger, key=lambda advice: advice.saved_bytes).changes
+def _is_sound(config: RunConfig, changes: Mapping[str, Value]) -> bool:
+    return techniques.effect(config, config.with_(changes)) is not Effect.UNSOUND
 
 
-def _try(config: RunConfig, changes: Changes, now: Prediction, predict: Predict) -> Advice | None:
-    try:
-        predicted = predict(config.with_(changes))
-    except UserError:
-        return None
-    saved = now.peak_bytes - predicted.peak_bytes
-    return Advice(dict(changes), predicted, saved, _costs(changes, predicted))
+class _Search:
+    """One search, from the changes alone to their combinations.
+
+    Args:
+        config: The run as it is.
+        predict_all: Predicts several configurations.
+    """
+
+    def __init__(self, config: RunConfig, predict_all: PredictAll) -> None:
+        self._config, self._predict_all = config, predict_all
+        answer = predict_all([config])[0]
+        if isinstance(answer, UserError):
+            raise answer
+        self.now = answer
+        self._outlook = Outlook(answer)
+        self._asked: set[Combination] = {Combination()}
+        self._effects: dict[Change, Effect] = {}
+        for settings in single_changes(config):
+            change = Change(tuple(settings.items()))
+            if self._could_help(change):
+                self._effects[change] = techniques.effect(config, config.with_(settings))
+
+    def alone(self) -> None:
+        """Predict each change by itself, where it can be."""
+        self._ask([Combination((change,)) for change in self._effects if self._is_allowed([change])])
+
+    def beside_others(self) -> None:
+        """Predict what cannot be by itself beside the change that leaves the least of those that it can be beside."""
+        known = self._outlook.known
+        partners = sorted(self._outlook.changes, key=lambda change: known[Combination((change,))].peak_bytes)
+        pairs = []
+        for change in self._effects:
+            if not self._is_allowed([change]):
+                others = (other for other in partners if other.technique != change.technique)
+                partner = next((other for other in others if self._is_allowed([change, other])), None)
+                pairs += [Combination((change, partner))] if partner is not None else []
+        self._ask(pairs)
+
+    def together(self) -> None:
+        """Predict the combinations that promise most, again and again, until none promises more than what is known."""
+        for _ in range(MOST_ROUNDS):
+            promised = {one: self._outlook.expected_peak_bytes(one) for one in self._combinations()}
+            wanted = [one for effect in Effect for one in self._most_promising(promised, effect)]
+            if not wanted:
+                return
+            self._ask(wanted)
+
+    def result(self) -> Advised:
+        """What is known by now."""
+        found = [self._advice(one) for one in self._outlook.known if one and self._counts(one)]
+        found.sort(key=lambda advice: (advice.effect, -advice.saved_bytes))
+        single = {id(advice) for advice in found if sum(name in techniques.registry() for name in advice.changes) == 1}
+        return Advised(
+            self.now,
+            [advice for advice in found if id(advice) in single],
+            [advice for advice in found if id(advice) not in single],
+        )
+
+    def _could_help(self, change: Change) -> bool:
+        """Whether what its technique acts on is a part of any phase's highest moment to speak of."""
+        acts_on = [category.key for category in techniques.registry()[change.technique].acts_on]
+        held = (sum(moment.get(key, 0) for key in acts_on) for moment in self.now.by_phase.values())
+        return max(held, default=0) >= LEAST_EFFECT * self.now.peak_bytes
+
+    def _is_allowed(self, changes: Sequence[Change]) -> bool:
+        try:
+            techniques.check(self._config.with_(Combination(changes).settings))
+        except UserError:
+            return False
+        return True
+
+    def _ask(self, wanted: Sequence[Combination]) -> None:
+        new = [one for one in dict.fromkeys(wanted) if one not in self._asked]
+        self._asked.update(new)
+        answers = self._predict_all([self._config.with_(one.settings) for one in new])
+        for one, answer in zip(new, answers, strict=True):
+            if isinstance(answer, Prediction):
+                self._outlook.learn(one, answer)
+
+    def _combinations(self) -> Iterator[Combination]:
+        """Those not asked for yet, of changes of different techniques that lower something."""
+        by_technique: dict[str, list[Change]] = {}
+        for change in self._outlook.useful(self._effects):
+            by_technique.setdefault(change.technique, []).append(change)
+        for size in range(2, LARGEST_COMBINATION + 1):
+            for some in combinations(by_technique.values(), size):
+                yield from (one for one in map(Combination, product(*some)) if one not in self._asked)
+
+    def _most_promising(self, promised: Mapping[Combination, int], effect: Effect) -> list[Combination]:
+        """What is worth predicting of that with no more effect than this.
+
+        First what is expected to be better than the best that is known. When there is nothing left, that with one
+        change more than the best, if it is not expected to be much worse: a change may turn out well where another
+        has taken away what it is bad for. Of what promises as much, the smallest.
+        """
+        known = self._outlook.known
+        best = min((one for one in known if self._effect(one) <= effect), key=lambda one: known[one].peak_bytes)
+        peak = known[best].peak_bytes
+        step = max(1, int(peak * LEAST_GAIN))
+        allowed = {one: size for one, size in promised.items() if self._effect(one) <= effect}
+        worth_it = [one for one, size in allowed.items() if size < peak - step]
+        worth_it = worth_it or [
+            one for one, size in allowed.items() if one > best and step < size - peak < peak * MOST_PESSIMISM
+        ]
+        chosen: list[Combination] = []
+        for one in sorted(worth_it, key=lambda one: (promised[one] // step, len(one))):
+            if len(chosen) == EACH_ROUND:
+                break
+            more = any(part < one and promised[part] - promised[one] < step for part in chosen)
+            if not more and self._is_allowed([*one]):
+                chosen.append(one)
+        return chosen
+
+    def _effect(self, one: Combination) -> Effect:
+        return max((self._effects[change] for change in one), default=Effect.NONE)
+
+    def _counts(self, one: Combination) -> bool:
+        """Whether it saves something, and more than any part of it that is known."""
+        known = self._outlook.known
+        parts = (known[part].peak_bytes for part in one.parts() if part in known)
+        return min(parts) - known[one].peak_bytes >= LEAST_SAVING_BYTES
+
+    def _advice(self, one: Combination) -> Advice:
+        predicted = self._outlook.known[one]
+        order = list(techniques.registry())
+        ordered = sorted(one, key=lambda change: order.index(change.technique))
+        settings = {name: value for change in ordered for name, value in change.settings}
+        saved = self.now.peak_bytes - predicted.peak_bytes
+        effect = techniques.effect(self._config, predicted.config)
+        return Advice(settings, predicted, saved, effect, _costs(settings, predicted))
 
 
-def _costs(changes: Changes, predicted: Prediction) -> str:
+def _costs(changes: Mapping[str, Value], predicted: Prediction) -> str:
     known = techniques.registry()
     words = [known[name].cost_of(value) for name, value in changes.items() if name in known]
-    layers = {layer for recompute in predicted.document.recomputes for layer in recompute.layers}
-    if layers and any(name.startswith("checkpointing") for name in changes):
+    if any(name.startswith("checkpointing") for name in changes):
+        document = predicted.document
+        layers = {layer for recompute in document.recomputes for layer in recompute.layers}
         tokens = predicted.config.batch_size * predicted.config.seq_len * predicted.config.integer("accumulation")
-        flops = 2 * (predicted.document.parameters or 0) * tokens
-        words.append(f"{len(layers)} layers are computed twice, up to {flops / 1e12:.3g} TFLOP more a step")
+        flops = 2 * (document.parameters or 0) * tokens
+        if layers:
+            words.append(f"{len(layers)} layers are computed twice, up to {flops / 1e12:.3g} TFLOP more a step")
     if predicted.managed_bytes:
         words.append(f"up to {2 * predicted.managed_bytes / 2**30:.2f} GiB over PCIe a step, there and back")
     return "; ".join(words)

@@ -167,9 +167,9 @@ def memory_key(config: RunConfig) -> str:
 
 def effect(old: RunConfig, new: RunConfig) -> Effect:
     """What a change of the configuration does to the training, beside its memory."""
-    if old.seq_len != new.seq_len or old.learning_rate != new.learning_rate:
-        return Effect.TRAINING
-    return max(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values())
+    same = (old.seq_len, old.learning_rate) == (new.seq_len, new.learning_rate)
+    of_workload = Effect.NONE if same else Effect.TRAINING
+    return max(of_workload, *(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values()))
 
 
 def recognise(model: Any, optimizer: Any) -> dict[str, Value]:

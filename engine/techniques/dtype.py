@@ -36,7 +36,7 @@ def mathematics(config: RunConfig) -> Mathematics:
     """The range of float16 is too small for gradients: they vanish, and sums overflow to inf and nan."""
     value = config.text("dtype")
     unscaled = AUTOCAST.get(value, value) == "float16" and not config.flag("loss_scaling")
-    return Mathematics("float16 without loss scaling" if unscaled else "", value)
+    return Mathematics(numerics=value, unsound="float16 without loss scaling" if unscaled else "")
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:

@@ -7,14 +7,15 @@ import shutil
 import sys
 import textwrap
 from contextlib import ExitStack
+from itertools import groupby
 from typing import Any
 
 from ...engine.config import RunConfig
-from ...engine.prediction.advice import Advice, advise
+from ...engine.prediction.advice import Advice, Advised, advise
 from ...engine.prediction.outcome import Prediction
 from ...engine.session import describe
 from ..units import GIB, Unit
-from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
+from .common import add_run_flags, config_from, each, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, chosen_gpu
 
 GIB_3 = Unit("GiB", GIB, 3)
@@ -36,7 +37,7 @@ def main(flags: argparse.Namespace) -> int:
     refuse_unwritable("json", flags.json)
     from ...engine.prediction.predict import predict
 
-    now, alone, combined = advise(config, telling(predict, card))
+    advised = advise(config, each(telling(predict, card)))
     end_progress()
     with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
         if flags.json:
@@ -45,13 +46,13 @@ def main(flags: argparse.Namespace) -> int:
                 "predicted": True,
                 "gpu": card.name,
                 "config": config.as_dict(),
-                "now": _figures(now),
-                "single": [_entry(advice) for advice in alone],
-                "combinations": [_entry(advice) for advice in combined],
+                "now": _figures(advised.now),
+                "single": [_entry(advice) for advice in advised.alone],
+                "combinations": [_entry(advice) for advice in advised.combined],
             }
             results.callback(write_document, document, flags.json)
         if flags.json != "-":
-            sys.stdout.write(_text(config, now, alone, combined))
+            sys.stdout.write(_text(config, advised))
     return 0
 
 
@@ -69,35 +70,42 @@ def _entry(advice: Advice) -> dict[str, Any]:
     return {
         "changes": advice.changes,
         "saved_bytes": advice.saved_bytes,
+        "effect": advice.effect.title,
         "costs": advice.costs,
         **_figures(advice.prediction),
     }
 
 
-def _text(config: RunConfig, now: Prediction, alone: list[Advice], combined: list[Advice]) -> str:
-    fits = "fits" if now.fits else "does not fit"
+def _text(config: RunConfig, advised: Advised) -> str:
+    now, combined = advised.now, advised.combined
+    fits = [advice for advice in combined if advice.prediction.fits]
     lines = [
-        f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, {fits}",
+        f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, "
+        + ("fits" if now.fits else "does not fit"),
         "",
-        *_table("one change", alone),
+        *_table("one change", advised.alone),
     ]
-    if combined:
-        lines += ["", *_table("together, what fits", combined)]
-    elif not now.fits:
+    if fits:
+        lines += ["", *_table("together, what fits", fits)]
+    elif combined:
+        lines += ["", *_table("together; nothing that was tried fits", combined)]
+    elif not now.fits and not any(advice.prediction.fits for advice in advised.alone):
         lines += ["", "No combination that was tried fits."]
     return "\n".join(lines) + "\n"
 
 
 def _table(title: str, listed: list[Advice]) -> list[str]:
-    """Figures and the change, and below it what it costs, within the terminal's width."""
+    """Figures and the change, and below it what it costs, within the terminal's width; by what is computed."""
     if not listed:
         return [f"{title}: nothing saves anything"]
     columns = shutil.get_terminal_size().columns - 1
     lines = [f"{'saves GiB':>10}{'peak GiB':>10}  fits  {title}"]
-    for a in listed[:SHOWN]:
-        fits = "yes" if a.prediction.fits else "no"
-        figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
-        lines += textwrap.wrap(a.text, columns, initial_indent=figures, subsequent_indent=" " * len(figures))
-        indent = " " * 4
-        lines += textwrap.wrap(f"costs {a.costs}", columns, initial_indent=indent, subsequent_indent=indent)
+    for effect, some in groupby(listed[:SHOWN], lambda advice: advice.effect):
+        lines.append(f"{effect.title}:")
+        for a in some:
+            fits = "yes" if a.prediction.fits else "no"
+            figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
+            lines += textwrap.wrap(a.text, columns, initial_indent=figures, subsequent_indent=" " * len(figures))
+            indent = " " * 4
+            lines += textwrap.wrap(f"costs {a.costs}", columns, initial_indent=indent, subsequent_indent=indent)
     return lines

@@ -208,6 +208,18 @@ def telling(predict: Callable[[RunConfig, Gpu], Prediction], gpu: Gpu) -> Callab
     return predicted
 
 
+def each(predict: Callable[[RunConfig], Prediction]) -> Callable[[Sequence[RunConfig]], list[Prediction | UserError]]:
+    """Predictions one after the other; an error for what cannot run."""
+
+    def answer(config: RunConfig) -> Prediction | UserError:
+        try:
+            return predict(config)
+        except UserError as error:
+            return error
+
+    return lambda configs: [answer(config) for config in configs]
+
+
 def end_progress() -> None:
     """Clear the line that `tell` wrote."""
     if sys.stderr.isatty():

@@ -1,0 +1,125 @@
+"""What combinations of changes promise, told from some that are known."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from itertools import chain, combinations
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..config import Value
+from ..events import Category, Phase
+from ..technique import Effect
+from .outcome import Prediction
+
+Moments = npt.NDArray[np.float64]
+"""Bytes at the highest moment of each phase, shape [phases, categories]."""
+
+FLOOR_BYTES = float(1 << 20)
+"""Added to each figure, so that what comes up from nothing has a share as well."""
+
+LEAST_EFFECT = 0.005
+"""Of the peak: what lowers no phase by so much helps nothing."""
+
+
+@dataclass(frozen=True, slots=True)
+class Change:
+    """Settings that are changed together: a switch, and what has to go with it.
+
+    Attributes:
+        settings: The technique's switch first.
+    """
+
+    settings: tuple[tuple[str, Value], ...]
+
+    @property
+    def technique(self) -> str:
+        """Whose switch it is."""
+        return self.settings[0][0]
+
+
+class Combination(frozenset[Change]):
+    """Changes of different techniques."""
+
+    @property
+    def settings(self) -> dict[str, Value]:
+        """All of them, by name."""
+        return {name: value for change in self for name, value in change.settings}
+
+    def parts(self) -> Iterator[Combination]:
+        """The combinations of some of its changes, largest first; the last is of none."""
+        sizes = range(len(self) - 1, -1, -1)
+        return map(Combination, chain.from_iterable(combinations(self, size) for size in sizes))
+
+
+class Outlook:
+    """Tells the peak of a combination from those that are known.
+
+    A change makes of a category at the highest moment of a phase a certain share, alone about the same as
+    beside others: shares below one are multiplied. Those above one are not, the largest counts: what makes
+    activations float32 does so once. The more of a combination is known, the less is left to be told.
+
+    Args:
+        now: The run without a change.
+
+    Attributes:
+        known: What has been predicted.
+    """
+
+    def __init__(self, now: Prediction) -> None:
+        self.known: dict[Combination, Prediction] = {Combination(): now}
+        self._moments: dict[Combination, Moments] = {Combination(): _moments(now)}
+        self._shares: dict[Change, Moments] = {}
+
+    def learn(self, combination: Combination, prediction: Prediction) -> None:
+        """What came of a combination; of a pair one of which is new, also what that one does."""
+        self.known[combination] = prediction
+        self._moments[combination] = _moments(prediction)
+        new = [change for change in combination if change not in self._shares]
+        rest = Combination(combination - {*new})
+        if len(new) == 1 and rest in self._moments:
+            self._shares[new[0]] = self._moments[combination] / self._moments[rest]
+
+    def knows(self, change: Change) -> bool:
+        """Whether it is known what a change does."""
+        return change in self._shares
+
+    @property
+    def changes(self) -> list[Change]:
+        """Those of which it is known what they do alone."""
+        return [next(iter(one)) for one in self.known if len(one) == 1]
+
+    def useful(self, effects: Mapping[Change, Effect]) -> list[Change]:
+        """The changes that lower something, without those that one of the same technique and no more harm betters."""
+        now, peak = self._moments[Combination()], self.known[Combination()].peak_bytes
+        lowering = [
+            change
+            for change, shares in self._shares.items()
+            if (now * (1 - np.minimum(shares, 1))).sum(axis=1).max() >= LEAST_EFFECT * peak
+        ]
+        useful: list[Change] = []
+        for change in sorted(lowering, key=lambda change: effects[change]):
+            rivals = [one for one in useful if one.technique == change.technique]
+            if not any((self._shares[one] <= self._shares[change] * (1 + LEAST_EFFECT)).all() for one in rivals):
+                useful.append(change)
+        return useful
+
+    def expected_peak_bytes(self, combination: Combination) -> int:
+        """What a combination of changes that are all known about is expected to need."""
+        start = next(part for part in combination.parts() if part in self._moments)
+        shares = np.stack([self._shares[change] for change in combination - start])
+        together = np.minimum(shares, 1).prod(axis=0) * np.maximum(shares, 1).max(axis=0)
+        return int((self._moments[start] * together).sum(axis=1).max())
+
+
+def _moments(prediction: Prediction) -> Moments:
+    """A prediction's highest moments; what is recomputed counts as the activations that it is, in backward."""
+    phases = [phase.name.lower() for phase in Phase if phase is not Phase.RECOMPUTE]
+    rows: list[Any] = [prediction.by_phase.get(phase, {}) for phase in phases]
+    moments = np.array([[row.get(category.key, 0) for category in Category] for row in rows], np.float64)
+    moments[:, Category.ACTIVATIONS] += moments[:, Category.RECOMPUTED]
+    moments[:, Category.RECOMPUTED] = 0
+    return moments + FLOOR_BYTES

@@ -1,0 +1,193 @@
+"""Which changes save most: the search for combinations against all of them, and what is said of each."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig, UserError, Value
+from gpumem_tui.engine.prediction import advice
+from gpumem_tui.engine.prediction.advice import Advised, Answer, advise
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.run import Run, RunId, RunKind
+from gpumem_tui.engine.technique import Effect
+
+from .app_driver import foretold
+from .benchmarks.combinations import CASES, DATA, Case
+from .conftest import small_run
+from .fake_source import GPU
+
+GIB = 2**30
+
+
+class Recorded:
+    """Predictions made beforehand: of every single change, pair and triple of a run."""
+
+    def __init__(self, name: str) -> None:
+        self.case: Case = CASES[name]
+        self.config, self.asked = self.case.config, 0
+        with np.load(DATA / f"combinations-{name}.npz", allow_pickle=False) as data:
+            self.phases, self.categories = data["phases"].tolist(), data["categories"].tolist()
+            settings = [json.loads(text) for text in data["settings"].tolist()]
+            self.bytes = {frozenset(some.items()): table for some, table in zip(settings, data["bytes"], strict=True)}
+
+    def peak_bytes(self, changes: Mapping[str, Value]) -> int:
+        return int(self.bytes[frozenset(changes.items())].sum(axis=1).max())
+
+    def effect(self, changes: Mapping[str, Value]) -> Effect:
+        return techniques.effect(self.config, self.config.with_(changes))
+
+    def predict_all(self, configs: Sequence[RunConfig]) -> list[Answer]:
+        return [self._predict(config) for config in configs]
+
+    def _predict(self, config: RunConfig) -> Answer:
+        changes = {name: config[name] for name in techniques.all_options() if config[name] != self.config[name]}
+        table = self.bytes.get(frozenset(changes.items()))
+        if table is None:  # a combination of more than three
+            return UserError("not recorded")
+        self.asked += 1
+        rows = [dict(zip(self.categories, row, strict=True)) for row in table.tolist()]
+        by_phase = dict(zip(self.phases, rows, strict=True))
+        return outcome(config, by_phase, gpu(self.case.gpu).memory_bytes)
+
+
+def outcome(config: RunConfig, by_phase: dict[str, dict[str, int]], memory_bytes: int) -> Prediction:
+    """A prediction that says what a search reads."""
+    highest = max(by_phase.values(), key=lambda sizes: sum(sizes.values()))
+    peak = sum(highest.values())
+    run = Run(RunId("H100 80GB", 1), config, GPU, RunKind.PREDICTED)
+    return dataclasses.replace(
+        foretold(config, peak, run, peak <= memory_bytes), by_category=highest, by_phase=by_phase
+    )
+
+
+def searched(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Advised]:
+    recorded = Recorded(name)
+    monkeypatch.setattr(advice, "single_changes", lambda _: map(dict, recorded.case.changes))
+    return recorded, advise(recorded.config, recorded.predict_all)
+
+
+@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("most", [Effect.NONE, Effect.NUMERICS, Effect.TRAINING], ids=lambda effect: effect.title)
+def test_nothing_that_saves_more_is_missed_among_all_pairs_and_triples(
+    name: str, most: Effect, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Within 1 %, of what keeps the mathematics, of what only rounds otherwise, and of all."""
+    recorded, advised = searched(name, monkeypatch)
+    best = min(map(recorded.peak_bytes, (c for c in map(dict, recorded.bytes) if recorded.effect(c) <= most)))
+    found = [a.prediction.peak_bytes for a in (*advised.alone, *advised.combined) if a.effect <= most]
+    assert min([advised.now.peak_bytes, *found]) <= best * 1.01
+    assert recorded.asked <= 1 + len(recorded.case.changes) + advice.MOST_ROUNDS * advice.EACH_ROUND * len(Effect)
+    assert recorded.asked < len(recorded.bytes) / 3
+
+
+def test_changes_that_help_only_together_are_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    """4-bit weights alone need more than 16-bit ones, since activations become float32; checkpointed as well, least."""
+    recorded, advised = searched("lora", monkeypatch)
+    assert recorded.peak_bytes({"quantization": "nf4"}) > advised.now.peak_bytes
+    by_text = {one.text: one for one in advised.combined}
+    both = by_text["quantization=nf4 checkpointing=layers"]
+    assert both.prediction.peak_bytes / GIB == pytest.approx(12.69, abs=0.01)
+    assert both.effect is Effect.NUMERICS
+
+
+def test_what_is_recorded_is_what_is_predicted() -> None:
+    recorded = Recorded("lora")
+    changes = {"quantization": "nf4", "checkpointing": "layers"}
+    now = predict(recorded.config.with_(changes), gpu(recorded.case.gpu))
+    assert now.peak_bytes == recorded.peak_bytes(changes)
+
+
+def test_what_cannot_help_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Adapters have next to no optimizer state: no optimizer is tried."""
+    recorded, advised = searched("lora", monkeypatch)
+    tried = {name for one in (*advised.alone, *advised.combined) for name in one.changes}
+    assert "optimizer" not in tried
+    assert recorded.asked <= 17
+
+
+# --- by hand ------------------------------------------------------------------------
+
+
+def pretended(config: RunConfig) -> Answer:
+    """100 GiB, and what each technique takes away; 4-bit weights only with adapters."""
+    if config["quantization"] != "none" and not config["lora"]:
+        return UserError("needs lora")
+    sizes = {
+        "parameters": 30 if config["quantization"] == "none" else 8,
+        "optimizer_state": {"adamw": 40, "sgd": 0, "adamw-8bit": 10}.get(config.text("optimizer"), 40),
+        "gradients": 10,
+        "activations": 20 if config["checkpointing"] == "off" else 2,
+    }
+    if config["lora"]:
+        sizes |= {"gradients": 0, "optimizer_state": 0}
+    by_phase = {"optimizer": {name: size * GIB for name, size in sizes.items()}}
+    return outcome(config, by_phase, 60 * GIB)
+
+
+def pretend(configs: Sequence[RunConfig]) -> list[Answer]:
+    return [pretended(config) for config in configs]
+
+
+def test_what_keeps_the_mathematics_comes_first_and_another_optimizer_last() -> None:
+    advised = advise(small_run(), pretend)
+    assert advised.now.peak_bytes == 100 * GIB
+    alone = [(one.text, one.effect, one.saved_bytes // GIB) for one in advised.alone]
+    assert alone[:3] == [(f"checkpointing={value}", Effect.NONE, 18) for value in ("layers", "segments", "input")]
+    assert alone[3] == ("optimizer=adamw-8bit", Effect.NUMERICS, 30)
+    assert ("optimizer=sgd", Effect.TRAINING, 40) in alone[4:]
+    assert all(one.costs for one in advised.alone)
+    assert [one.effect for one in advised.combined] == sorted(one.effect for one in advised.combined)
+
+
+def test_what_needs_another_change_to_be_possible_is_tried_beside_it() -> None:
+    advised = advise(small_run(), pretend)
+    best = min(advised.combined, key=lambda one: one.prediction.peak_bytes)
+    assert set(best.changes) == {"lora", "checkpointing", "quantization"}
+    assert best.prediction.peak_bytes == 10 * GIB
+
+
+def test_every_change_of_a_combination_counts() -> None:
+    """Adapters leave no optimizer state: another optimizer beside them is no advice."""
+    assert not any({"lora", "optimizer"} <= set(one.changes) for one in advise(small_run(), pretend).combined)
+
+
+def test_float16_without_loss_scaling_is_no_advice() -> None:
+    """Its gradients vanish, and the loss becomes nan."""
+    changes = [dict(some) for some in advice.single_changes(small_run())]
+    assert {"dtype": "bfloat16"} in changes
+    assert not any(some.get("dtype") == "float16" for some in changes)
+
+
+def test_what_another_setting_decides_is_no_advice() -> None:
+    """Checkpointed layers take no KV cache, whatever it is set to."""
+    assert {"kv_cache": False} in [*advice.single_changes(small_run())]
+    assert not any("kv_cache" in some for some in advice.single_changes(small_run(checkpointing="layers")))
+
+
+def test_a_saving_under_a_mebibyte_is_none() -> None:
+    def nearly_the_same(configs: Sequence[RunConfig]) -> list[Answer]:
+        answers = pretend(configs)
+        for n, config in enumerate(configs):
+            found = answers[n]
+            if isinstance(found, Prediction) and config["attention"] == "sdpa":
+                answers[n] = dataclasses.replace(found, peak_bytes=found.peak_bytes - 1000)
+        return answers
+
+    assert not any("attention" in one.changes for one in advise(small_run(), nearly_the_same).alone)
+
+
+def test_a_run_that_cannot_be_predicted_gets_no_advice() -> None:
+    def nothing(configs: Sequence[RunConfig]) -> list[Any]:
+        return [UserError("this cannot be predicted") for _ in configs]
+
+    with pytest.raises(UserError, match="this cannot be predicted"):
+        advise(small_run(), nothing)
