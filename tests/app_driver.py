@@ -12,7 +12,7 @@ from textual.pilot import Pilot
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Start
-from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
 from gpumem_tui.engine.run import Run
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.screens.compare import MODES
@@ -31,7 +31,8 @@ def foretold(config: RunConfig, peak_bytes: int, run: Run | bytes = b"", fits: b
     return Prediction(
         config=config, gpu="H100 80GB", loaded_bytes=0, after_step_bytes=0, peak_bytes=peak_bytes, by_category={},
         by_phase={},
-        peak_phase="forward", reserved_bytes=peak_bytes, managed_bytes=0, safe_bound_bytes=peak_bytes,
+        peak_phase="forward", reserved_bytes=peak_bytes, expandable_bytes=None,
+        verdict=Verdict.FITS if fits else Verdict.TOO_LARGE, managed_bytes=0, safe_bound_bytes=peak_bytes,
         available_bytes=peak_bytes if fits else peak_bytes - 1, max_positions=0, seconds=0.0, whole_run=run,
     )  # fmt: skip
 

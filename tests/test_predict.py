@@ -18,13 +18,15 @@ from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu, gpus, understand
-from gpumem_tui.engine.prediction.predict import predict, rehearse
+from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
+from gpumem_tui.engine.prediction.predict import largest_that_fit, predict, rehearse
 from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
 from gpumem_tui.engine.prediction.search import largest
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
 from gpumem_tui.tui.cli import main
+from gpumem_tui.tui.commands.estimate import verdict
 
 from .conftest import Engine, small_run
 from .terminal import until
@@ -262,6 +264,40 @@ def test_the_largest_that_fits_is_found_in_few_questions() -> None:
     assert largest(lambda n: 37 * n, 8, 1000, 65_536) == 27
     assert largest(lambda _: 10, 8, 5, 100) == 0
     assert largest(lambda _: 1, 8, 5, 100) == 100
+
+
+def test_gaps_between_blocks_are_part_of_the_one_verdict() -> None:
+    """The smaller the GPU, the more has to be given back; what is allocated would fit in all but the smallest."""
+    config = small_run()
+    plenty = predict(config, H100)
+    bound, gaps = plenty.safe_bound_bytes, plenty.reserved_bytes - plenty.peak_bytes
+
+    def on(share_of_gaps: float) -> Prediction:
+        available = int(bound + share_of_gaps * gaps)
+        return predict(config, dataclasses.replace(H100, name="mine", memory_bytes=H100.context_bytes + available))
+
+    found = {share: on(share) for share in (-0.01, 0.0, 0.7, 1.0)}
+    assert [one.verdict for one in found.values()] == [
+        Verdict.TOO_LARGE,
+        Verdict.FRAGMENTED,
+        Verdict.TIGHT,
+        Verdict.FITS,
+    ]
+    assert [one.fits for one in found.values()] == [False, False, True, True]
+    assert all(one.reserved_bytes == plenty.reserved_bytes for one in found.values())
+    assert found[1.0].expandable_bytes is None
+    assert plenty.peak_bytes < (found[0.7].expandable_bytes or 0) < plenty.reserved_bytes
+    assert "MiB too little" in verdict(found[-0.01]) or "GiB too little" in verdict(found[-0.01])
+    assert "gaps between blocks" in verdict(found[0.0]) and "It does not fit" in verdict(found[0.0])
+    assert "tightly" in verdict(found[0.7]) and "expandable_segments:True it would be" in verdict(found[0.7])
+    assert "the allocator reserves" in verdict(found[1.0])
+
+
+def test_the_largest_batch_that_fits_is_one_that_fits_with_its_gaps() -> None:
+    card = gpu("RTX 3060:2GiB")
+    now = predict(small_run(), card)
+    found = largest_that_fit(now, lambda config: predict(config, card))["max_batch_size"]
+    assert predict(small_run(batch_size=found), card).fits
 
 
 def test_gpus_are_found_by_what_people_call_them() -> None:

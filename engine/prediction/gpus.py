@@ -37,6 +37,11 @@ class Gpu:
     threads: int
     context_bytes: int = 850 << 20
 
+    @property
+    def available_bytes(self) -> int:
+        """What there is for the allocator."""
+        return self.memory_bytes - self.context_bytes
+
 
 class Understood(NamedTuple):
     """What was meant by a name.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import enum
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -25,6 +26,21 @@ def safe_bound_bytes(peak_bytes: int) -> int:
     return peak_bytes + int(peak_bytes * SAFE_SHARE) + SAFE_BYTES
 
 
+EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
+
+
+class Verdict(enum.StrEnum):
+    """Whether a run goes through in a GPU's memory."""
+
+    FITS = "fits"
+    """Also with the gaps between blocks that the caching allocator keeps."""
+    TIGHT = "fits tightly"
+    """The allocator has to give CUDA cached blocks back and ask again."""
+    FRAGMENTED = "does not fit: fragmented"
+    """What is allocated would, but not with the gaps between blocks."""
+    TOO_LARGE = "does not fit"
+
+
 @dataclass(frozen=True)
 class Prediction:
     """The figures of a run that has not happened, and the run itself.
@@ -39,7 +55,10 @@ class Prediction:
         by_phase: Composition at the highest moment of each phase, by the phases' and the
             categories' keys.
         peak_phase: What the loop is doing then.
-        reserved_bytes: The most the caching allocator holds.
+        reserved_bytes: The most the caching allocator holds where there is plenty.
+        expandable_bytes: The most it would hold with expandable segments; None: not asked, since it makes no
+            difference to what fits.
+        verdict: Whether it fits, gaps between blocks included.
         managed_bytes: Of paged optimizers, outside the allocator.
         safe_bound_bytes: Above what will be measured.
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
@@ -57,6 +76,8 @@ class Prediction:
     by_phase: dict[str, dict[str, int]]
     peak_phase: str
     reserved_bytes: int
+    expandable_bytes: int | None
+    verdict: Verdict
     managed_bytes: int
     safe_bound_bytes: int
     available_bytes: int
@@ -80,6 +101,8 @@ class Prediction:
             "predicted": True,
             "gpu": self.gpu,
             "fits": self.fits,
+            "verdict": self.verdict.value,
+            "expandable_bytes": self.expandable_bytes,
             "margin_bytes": self.margin_bytes,
             "safe_bound_bytes": self.safe_bound_bytes,
             "reserved_bytes": self.reserved_bytes,
@@ -87,8 +110,8 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether the safe bound is within what the GPU has."""
-        return self.margin_bytes >= 0
+        """Whether the run goes through."""
+        return self.verdict in (Verdict.FITS, Verdict.TIGHT)
 
     @property
     def margin_bytes(self) -> int:

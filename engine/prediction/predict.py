@@ -37,7 +37,7 @@ from ..workload import Plan, build, numel, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play
-from .caching_allocator import CachingAllocator
+from .caching_allocator import CachingAllocator, OutOfMemoryError
 from .cuda_kernels import kernels, take_workspaces
 from .cuda_patches import cuda_paths, sets_in_order
 from .fake_cuda import DEVICE, FakeCuda
@@ -47,7 +47,7 @@ from .layer_passes import UnlikeError
 from .layers import Layers, shortened
 from .libraries_loading import libraries_loading
 from .op_cache import op_cache
-from .outcome import Prediction, safe_bound_bytes
+from .outcome import Prediction, Verdict, safe_bound_bytes
 from .search import largest
 from .steady_state import repeat
 
@@ -72,6 +72,8 @@ class Rehearsal:
         workspace_bytes: Of cuBLAS.
         managed_bytes: Of paged optimizers.
         reserved_bytes: The most the allocator held.
+        expandable_bytes: The most it held with expandable segments; None: not asked.
+        verdict: Whether it goes through in the GPU's memory.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         traced_layers: How many layers were traced to know of all; None: each.
     """
@@ -84,6 +86,8 @@ class Rehearsal:
     workspace_bytes: int
     managed_bytes: int
     reserved_bytes: int
+    expandable_bytes: int | None
+    verdict: Verdict
     max_positions: int
     traced_layers: int | None
 
@@ -137,9 +141,11 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         by_phase=folded.by_phase(),
         peak_phase=peak.phase,
         reserved_bytes=done.reserved_bytes,
+        expandable_bytes=done.expandable_bytes,
+        verdict=done.verdict,
         managed_bytes=done.managed_bytes,
         safe_bound_bytes=safe_bound_bytes(peak.allocated_bytes),
-        available_bytes=gpu.memory_bytes - gpu.context_bytes,
+        available_bytes=gpu.available_bytes,
         max_positions=done.max_positions,
         seconds=time.perf_counter() - began,
         whole_run=run,
@@ -160,9 +166,9 @@ def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Pr
 
     def search(name: str, smallest: int, most: int) -> int:
         def bound_at(value: int) -> int:
-            if value == config[name]:
-                return prediction.safe_bound_bytes
-            return predicted(config.with_({name: value})).safe_bound_bytes
+            found = prediction if value == config[name] else predicted(config.with_({name: value}))
+            # Gaps between blocks are no part of the bound.
+            return found.available_bytes + 1 if found.verdict is Verdict.FRAGMENTED else found.safe_bound_bytes
 
         found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
         return found if found >= smallest else 0
@@ -254,9 +260,8 @@ class _Rehearsing:
         )
         if self.layers is not None:
             requests = extrapolate(requests, self.layers)
-        allocator = CachingAllocator(expandable=_expandable_segments())
-        played = play(requests, allocator)
-        repeat(allocator, *played.traces[-2:])
+        played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
+        verdict, expandable = _verdict(requests, int(played.allocated.max()), reserved, self.gpu)
         positions = int(getattr(self.plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
         return Rehearsal(
             traces=played.traces,
@@ -266,7 +271,9 @@ class _Rehearsing:
             trainable_parameters=counts[1],
             workspace_bytes=workspace,
             managed_bytes=counts[2],
-            reserved_bytes=allocator.peak_reserved_bytes,
+            reserved_bytes=reserved,
+            expandable_bytes=expandable,
+            verdict=verdict,
             max_positions=positions,
             traced_layers=self.layers.traced if self.layers else None,
         )
@@ -316,6 +323,31 @@ def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replay
         peak_bytes=counted.peak_bytes,
         reserved_bytes=int(played.reserved[row]),
     )
+
+
+def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Replayed, int]:
+    """Play requests, and one more step, to an allocator that has not been used; also returns the most it held."""
+    played = play(requests, allocator)
+    repeat(allocator, *played.traces[-2:])
+    return played, allocator.peak_reserved_bytes
+
+
+def _verdict(requests: AllocRequests, peak_bytes: int, reserved_bytes: int, gpu: Gpu) -> tuple[Verdict, int | None]:
+    """Whether requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
+    margin = safe_bound_bytes(peak_bytes) - peak_bytes
+    capacity = gpu.available_bytes - margin
+    if peak_bytes > capacity:
+        return Verdict.TOO_LARGE, None
+    if reserved_bytes <= capacity:
+        return Verdict.FITS, None
+    if _expandable_segments():
+        return Verdict.FRAGMENTED, reserved_bytes
+    _, expandable = _replay(requests, CachingAllocator(expandable=True))
+    try:
+        _replay(requests, CachingAllocator(capacity))
+    except OutOfMemoryError:
+        return Verdict.FRAGMENTED, expandable
+    return Verdict.TIGHT, expandable
 
 
 def _run(config: RunConfig, gpu: Gpu, done: Rehearsal) -> Run:

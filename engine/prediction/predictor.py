@@ -29,7 +29,7 @@ from ..config import RunConfig, UserError
 from ..techniques import memory_key
 from ..wire import pack_whole_run
 from .gpus import Gpu
-from .outcome import Prediction
+from .outcome import Prediction, Verdict
 
 NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
@@ -137,7 +137,8 @@ class Predictor:
             return UserError("the process that predicts has ended")
         if answer.error:
             return UserError(answer.error)
-        return Prediction(config=config, whole_run=answer.run, **answer.figures)
+        figures = answer.figures | {"verdict": Verdict(answer.figures["verdict"])}
+        return Prediction(config=config, whole_run=answer.run, **figures)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

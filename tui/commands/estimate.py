@@ -10,7 +10,7 @@ from typing import Any
 from ...engine.config import RunConfig
 from ...engine.events import CATEGORIES, Category
 from ...engine.prediction.gpus import Gpu, gpu, understand
-from ...engine.prediction.outcome import Prediction
+from ...engine.prediction.outcome import EXPANDABLE, Prediction, Verdict
 from ...engine.session import describe
 from ..units import GIB, MIB, Unit
 from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
@@ -86,23 +86,38 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
             lines.append(f"{info.letter} {info.title:<14}" + "".join(f"{show(size):>18}" for size in sizes))
     lines.append(f"{'allocated':<16}" + "".join(f"{show(m['allocated_bytes']):>18}" for m in moments.values()))
     peak = document["peak"]
-    lines += [
-        "",
-        f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}.",
-        f"Reserved by the allocator: {show(prediction.reserved_bytes)} {unit.name}.",
-    ]
+    lines += ["", f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}."]
     if prediction.managed_bytes:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
-    gib = Unit("GiB", GIB, 2).full
-    verdict = "fits" if prediction.fits else "does not fit"
-    margin = f"{gib(abs(prediction.margin_bytes))} {'to spare' if prediction.fits else 'too little'}"
     lines += [
-        f"It {verdict} in the {gib(prediction.available_bytes)} of {prediction.gpu}: at most "
-        f"{gib(prediction.safe_bound_bytes)}, {margin}.",
+        verdict(prediction),
         f"Largest batch size that fits: {document['max_batch_size'] or 'none'}; "
         f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}.",
     ]
     return "\n".join(lines)
+
+
+def verdict(prediction: Prediction) -> str:
+    """Whether it fits and why, in a line."""
+    gib = Unit("GiB", GIB, 2).full
+    there = f"the {gib(prediction.available_bytes)} of {prediction.gpu}"
+    bound, reserved = gib(prediction.safe_bound_bytes), gib(prediction.reserved_bytes)
+    margin = gib(abs(prediction.margin_bytes))
+    if prediction.verdict is Verdict.TOO_LARGE:
+        return f"It does not fit in {there}: at most {bound}, {margin} too little."
+    if prediction.verdict is Verdict.FITS:
+        return f"It fits in {there}: at most {bound}, {margin} to spare; the allocator reserves {reserved} for it."
+    gaps = f"gaps between blocks would have the allocator reserve {reserved}"
+    hint, expandable = "", prediction.expandable_bytes
+    if expandable is not None:
+        fits = expandable + prediction.safe_bound_bytes - prediction.peak_bytes <= prediction.available_bytes
+        hint = f"; with {EXPANDABLE} it would be {gib(expandable)}, " + ("which fits" if fits else "still too much")
+    if prediction.verdict is Verdict.TIGHT:
+        return (
+            f"It fits in {there}, tightly: at most {bound} are allocated; {gaps}, "
+            f"so that it gives cached blocks back and asks again, which takes time{hint}."
+        )
+    return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
 
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
