@@ -315,6 +315,6 @@ class Session(Published):
 
 
 def describe(config: RunConfig) -> str:
-    """A run in one line: the model, and what differs from the defaults."""
-    changes = " ".join(f"{name}={show(value)}" for name, value in techniques.changed(config))
-    return f"{config.model} {changes}".strip()
+    """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
+    said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(techniques.changed(config))
+    return f"{config.model} {' '.join(f'{name}={show(value)}' for name, value in said.items())}"

@@ -44,6 +44,7 @@ class Recipe:
         keeps_gradients: Whether all gradients are there at once.
         state_bytes: Of optimizer state per trained parameter, at the least.
         weight_bits: Of a stored weight, at the least; 0: as many as the dtype has.
+        makes_logits: Whether the logits of a whole batch are there at once.
         libraries: Packages whose own kernels run beside PyTorch's.
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
@@ -62,6 +63,7 @@ class Recipe:
     keeps_gradients: bool = True
     state_bytes: int = 0
     weight_bits: int = 0
+    makes_logits: bool = True
     libraries: set[str] = field(default_factory=set)
     last_layers: int = 0
     layer_period: int = 1
@@ -153,10 +155,11 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     for technique in registry().values():
         if problem := technique.unsuitable(config, shell):
             raise UserError(problem)
+    _refuse_too_long(config, shell, architecture)
     if shapes_only:
         ids = labels = torch.zeros((1, 1), dtype=torch.int64).expand(config.batch_size, config.seq_len)
     else:
-        _refuse_too_large(config.model, shell, recipe, device)
+        _refuse_too_large(config, shell, recipe, device)
         ids, labels = _file_rows(config) if config.data else _random_rows(config, int(architecture.vocab_size))
     batches = Batches(ids, labels, config.batch_size, device)
     return Plan(config, architecture, shell, recipe, batches, device, shapes_only)
@@ -259,11 +262,33 @@ def _shell(described: _Described) -> Model:
         return AutoModelForCausalLM.from_config(described.hf_config)
 
 
-def _refuse_too_large(name: str, shell: Model, recipe: Recipe, device: torch.device) -> None:
-    """Refuse a model before loading it, if what it needs without any activation is too much.
+def positions(architecture: Any) -> int:
+    """Tokens in a row that a model was made for; 0: not said."""
+    return int(getattr(architecture.get_text_config(), "max_position_embeddings", 0) or 0)
 
-    On a GPU the allocator would say so later; on a CPU the kernel would end
-    the process, and the app with it.
+
+def _refuse_too_long(config: RunConfig, shell: Model, architecture: Any) -> None:
+    """Refuse rows longer than a table of learned positions: on a GPU, looking there ends CUDA for the process.
+
+    Rotary positions can be computed for any length.
+    """
+    most = positions(architecture)
+    if not 0 < most < config.seq_len:
+        return
+    tables = [module for module in shell.modules() if isinstance(module, torch.nn.Embedding)]
+    # Some models keep a few positions for padding.
+    learned = [t for t in tables if t is not shell.get_input_embeddings() and most <= t.num_embeddings < most + 8]
+    if learned:
+        raise UserError(
+            f"{config.model} has learned positions for {most} tokens in a row: seq_len={config.seq_len} is too long"
+        )
+
+
+def _refuse_too_large(config: RunConfig, shell: Model, recipe: Recipe, device: torch.device) -> None:
+    """Refuse a run before loading anything, if what it needs at the least is too much.
+
+    On a GPU the allocator would say so later, and of a batch it should; on a CPU
+    the kernel would end the process, and the app with it.
     """
     from .device import memory_for_a_run_bytes
 
@@ -275,7 +300,22 @@ def _refuse_too_large(name: str, shell: Model, recipe: Recipe, device: torch.dev
         what = f"weights{', gradients' * recipe.keeps_gradients} and optimizer state alone take"
     there = memory_for_a_run_bytes(device)
     if needed > there:
-        raise UserError(f"{name} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB")
+        raise UserError(
+            f"{config.model} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB"
+        )
+    batch = _least_of_a_batch(config, shell, recipe)
+    if device.type == "cpu" and needed + batch > there:
+        raise UserError(
+            f"batch_size={config.batch_size} seq_len={config.seq_len} does not fit: {config.rows} rows and one batch "
+            f"of them take at least {batch / 2**30:.1f} GiB beside the model, {device} has {there / 2**30:.1f} GiB"
+        )
+
+
+def _least_of_a_batch(config: RunConfig, shell: Model, recipe: Recipe) -> int:
+    """Bytes of all token ids, and of one batch's logits and their float32 copy for the loss."""
+    ids = config.rows * config.seq_len * torch.int64.itemsize
+    vocabulary = int(getattr(shell.config.get_text_config(), "vocab_size", 0) or 0) if recipe.makes_logits else 0
+    return ids + config.batch_size * config.seq_len * vocabulary * (recipe.dtype.itemsize + torch.float32.itemsize)
 
 
 def _load(plan: Plan, reading: Callable[[str], None]) -> Model:

@@ -25,6 +25,7 @@ from gpumem_tui.engine.run_events import (
     StepEnded,
 )
 from gpumem_tui.engine.session import Session
+from gpumem_tui.profiles import run_fields
 
 from .conftest import LAYERS, Engine, small_run, wait_until
 
@@ -287,6 +288,21 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
     monkeypatch.setattr(device, "memory_for_a_run_bytes", lambda _: weights - 1)
     assert "does not fit: its weights alone take" in failure(lora="on")
     assert not failure(lora="on", quantization="nf4")
+
+
+def test_a_batch_that_cannot_fit_beside_the_model_is_refused_before_anything_is_loaded(engine: Engine) -> None:
+    """On a CPU the kernel would end the process."""
+    milestones = engine.run_milestones(small_run(seq_len=1 << 20, batch_size=4096))
+    kinds = [m.kind for m in milestones]
+    failed = milestones[kinds.index(Kind.RUN_FAILED)].text
+    assert failed.startswith("batch_size=4096 seq_len=1048576 does not fit: 8 rows and one batch of them take at least")
+    assert Kind.LOADED not in kinds[: kinds.index(Kind.RUN_FAILED)]
+
+
+def test_rows_longer_than_a_table_of_learned_positions_are_refused(engine: Engine) -> None:
+    milestones = engine.run_milestones(small_run(run_fields("gpt2"), seq_len=1025))
+    failed = next(m.text for m in milestones if m.kind is Kind.RUN_FAILED)
+    assert failed == "gpt2 has learned positions for 1024 tokens in a row: seq_len=1025 is too long"
 
 
 def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
