@@ -122,6 +122,8 @@ class Technique:
             None. Sees the model on the meta device, before anything is loaded.
         unavailable: Why a value of the switch cannot be used on a machine (one
             line), or None.
+        caution: What of a configuration's memory surprises where this technique is used (one
+            line), or None.
         mathematics: What a configuration computes, as far as it decides that.
         recognise: Its settings in a watched script, by name, from the model and
             the optimizer while the model's forward is entered; without those
@@ -146,6 +148,7 @@ class Technique:
     conflict: Callable[[RunConfig], str | None] = _never
     unsuitable: Callable[[RunConfig, Model], str | None] = _any_model
     unavailable: Callable[[Value, Environment], str | None] = _always
+    caution: Callable[[RunConfig], str | None] = _never
     mathematics: Callable[[RunConfig], Mathematics] = _the_same
     recognise: Recognise = _not_visible
 

@@ -18,7 +18,7 @@ import time
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -33,7 +33,7 @@ from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, Ste
 from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, loaded, train
-from ..workload import Plan, build, numel, prepare
+from ..workload import Plan, build, numel, positions, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play
@@ -262,7 +262,6 @@ class _Rehearsing:
             requests = extrapolate(requests, self.layers)
         played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
         verdict, expandable = _verdict(requests, int(played.allocated.max()), reserved, self.gpu)
-        positions = int(getattr(self.plan.architecture.get_text_config(), "max_position_embeddings", 0) or 0)
         return Rehearsal(
             traces=played.traces,
             steps=[_counted(step, n, requests, played) for n, step in enumerate(self.steps, 1)],
@@ -274,7 +273,7 @@ class _Rehearsing:
             reserved_bytes=reserved,
             expandable_bytes=expandable,
             verdict=verdict,
-            max_positions=positions,
+            max_positions=positions(self.plan.architecture),
             traced_layers=self.layers.traced if self.layers else None,
         )
 
@@ -404,12 +403,27 @@ def _expandable_segments() -> bool:
     return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
 
 
-CALCULATOR: dict[str, dict[str, Value]] = {
-    "float32": {"dtype": "float32"},
-    "float16/bfloat16": {"dtype": "bfloat16"},
-    "int8": {"quantization": "int8"},
-    "int4": {"quantization": "nf4"},
-}
+class _Row(NamedTuple):
+    """One of the calculator's rows.
+
+    Attributes:
+        name: Of the data type.
+        loaded: How the weights are loaded.
+        trained: What training sets besides.
+    """
+
+    name: str
+    loaded: dict[str, Value]
+    trained: dict[str, Value]
+
+
+CALCULATOR = (
+    _Row("float32", {"dtype": "float32"}, {}),
+    _Row("float16/bfloat16", {"dtype": "bfloat16"}, {}),
+    _Row("int8", {"dtype": "bfloat16", "quantization": "int8"}, {"dtype": "mixed"}),
+    _Row("int4", {"dtype": "bfloat16", "quantization": "nf4"}, {"dtype": "mixed"}),
+)
+"""Beside quantized weights all activations are 16 bit as well, by autocast: rows differ by the weights alone."""
 
 
 def calculator(config: RunConfig, gpu: Gpu) -> list[dict[str, Any]]:
@@ -417,15 +431,17 @@ def calculator(config: RunConfig, gpu: Gpu) -> list[dict[str, Any]]:
 
     Weights: what is allocated once they are loaded. Inference: the peak of one
     forward pass without gradients. The others: the peak of training, where
-    quantized weights can only be trained beside (QLoRA).
+    quantized weights can only be trained beside (QLoRA). Batch, sequence and
+    whatever else is set are those of the configuration.
     """
     rows: list[dict[str, Any]] = []
-    for name, settings in CALCULATOR.items():
-        plain: dict[str, Value] = {"lora": False, "quantization": "none"}
-        full = config.with_(plain | settings)
+    for name, how_loaded, how_trained in CALCULATOR:
+        plain: dict[str, Value] = {"lora": False, "quantization": "none", "optimizer": "adamw", "loss_scaling": False}
+        as_loaded = config.with_(plain | how_loaded)
+        full = as_loaded.with_(how_trained)
         adapters = full.with_({"lora": True})
         quantized = full["quantization"] != "none"
-        loaded, inference = _inference(full, gpu)
+        loaded, inference = _inference(as_loaded, gpu)
         rows.append(
             {
                 "dtype": name,

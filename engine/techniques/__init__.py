@@ -172,6 +172,11 @@ def effect(old: RunConfig, new: RunConfig) -> Effect:
     return max(of_workload, *(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values()))
 
 
+def cautions(config: RunConfig) -> list[str]:
+    """What of a configuration's memory surprises, a line each."""
+    return [line for technique in registry().values() if (line := technique.caution(config))]
+
+
 def recognise(model: Any, optimizer: Any) -> dict[str, Value]:
     """The settings that a model and its optimizer show, by name, as found: no option need take them."""
     found: dict[str, Value] = {}

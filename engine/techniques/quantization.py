@@ -24,7 +24,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
     recipe.libraries.add("bitsandbytes")
     recipe.weight_bits = 8 if kind == "int8" else 4
-    compute = config.text("quantization.compute")
+    compute, arithmetic = config.text("quantization.compute"), recipe.autocast or recipe.dtype
     recipe.load_arguments["quantization_config"] = (
         BitsAndBytesConfig(load_in_8bit=True)
         if kind == "int8"
@@ -32,7 +32,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
             load_in_4bit=True,
             bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant=config.flag("quantization.double"),
-            bnb_4bit_compute_dtype=recipe.dtype if compute == "dtype" else getattr(torch, compute),
+            bnb_4bit_compute_dtype=arithmetic if compute == "dtype" else getattr(torch, compute),
         )
     )
 
@@ -55,6 +55,22 @@ def conflict(config: RunConfig) -> str | None:
     if config["quantization"] != "none" and not config["lora"]:
         return f"quantization={config['quantization']} freezes the weights: set lora=on to train adapters beside them"
     return None
+
+
+def caution(config: RunConfig) -> str | None:
+    """PEFT's k-bit preparation converts what is not quantized to float32 (bitsandbytes #1569)."""
+    if config["quantization"] == "none":
+        return None
+    if config.text("dtype").startswith("mixed"):
+        return (
+            "k-bit preparation makes embeddings, head and norms float32, and so what passes from layer to layer: "
+            "with no layer checkpointed this can need more than LoRA on 16-bit weights"
+        )
+    return (
+        "k-bit preparation makes embeddings, head and norms float32, and without autocast all activations; "
+        "float32 attention with grouped queries keeps every score as well: this can need more than LoRA on 16-bit "
+        "weights; under dtype=mixed (bfloat16 autocast, as trainers run it) attention stays in 16 bit"
+    )
 
 
 def mathematics(config: RunConfig) -> Mathematics:
@@ -94,7 +110,7 @@ TECHNIQUE = Technique(
         Option(
             "quantization.compute",
             "dtype",
-            "dtype of the arithmetic; dtype: the run's",
+            "dtype of the arithmetic; dtype: the run's, under autocast that of autocast",
             ("dtype", "float16", "bfloat16", "float32"),
         ),
     ),
@@ -108,6 +124,7 @@ TECHNIQUE = Technique(
     packages=("bitsandbytes",),
     key="u",
     apply=apply,
+    caution=caution,
     mathematics=mathematics,
     recognise=recognise,
     conflict=conflict,

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import shutil
 import sys
+import textwrap
 from contextlib import ExitStack
 from typing import Any
 
+from ...engine import techniques
 from ...engine.config import RunConfig
 from ...engine.events import CATEGORIES, Category
 from ...engine.prediction.gpus import Gpu, gpu, understand
@@ -89,8 +92,8 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
     lines += ["", f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}."]
     if prediction.managed_bytes:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
+    lines += _filled([verdict(prediction), *_cautions(prediction.config)])
     lines += [
-        verdict(prediction),
         f"Largest batch size that fits: {document['max_batch_size'] or 'none'}; "
         f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}.",
     ]
@@ -127,15 +130,29 @@ def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
     rows = calculator(config, card)
     with ExitStack() as results:
         if target:
-            document = {"model": config.model, "gpu": card.name, "predicted": True, "rows": rows}
+            batch = {"batch_size": config.batch_size, "seq_len": config.seq_len}
+            document = {"model": config.model, "gpu": card.name, "predicted": True, **batch, "rows": rows}
             results.callback(write_document, document, target)
         if target == "-":
             return 0
         columns = [name for name in rows[0] if name != "dtype"]
         show = Unit("GiB", GIB, 2).show
         heads = [name.removesuffix("_bytes").replace("_", " ") for name in columns]
-        lines = [f"{config.model}, batch {config.batch_size} of {config.seq_len} tokens, predicted peak in GiB", ""]
+        lines = [f"{describe(config)} on {card.name}: predicted peak in GiB", ""]
         lines.append(f"{'dtype':<18}" + "".join(f"{head:>16}" for head in heads))
         lines += [f"{row['dtype']:<18}" + "".join(f"{show(row[c]):>16}" for c in columns) for row in rows]
+        qlora = config.with_({"lora": True, "quantization": "nf4", "dtype": "mixed"})
+        lines += ["", *_filled(["Quantized weights are trained beside, under bfloat16 autocast.", *_cautions(qlora)])]
         sys.stdout.write("\n".join(lines) + "\n")
     return 0
+
+
+def _cautions(config: RunConfig) -> list[str]:
+    """What surprises in a configuration's memory, in sentences."""
+    return [f"{line[0].upper()}{line[1:]}." for line in techniques.cautions(config)]
+
+
+def _filled(sentences: list[str]) -> list[str]:
+    """Within the terminal's width."""
+    columns = shutil.get_terminal_size().columns - 1
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, columns)]
