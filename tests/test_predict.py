@@ -378,9 +378,23 @@ def test_estimate_writes_the_document_of_a_run(tmp_path: Path, capsys: pytest.Ca
     assert "fits" in capsys.readouterr().out
 
 
+def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--preset", "qlora", "--gpu", "L4 24GB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("tiny batch_size=8 seq_len=256 dtype=mixed")
+    assert "K-bit preparation makes embeddings, head and norms float32" in said
+
+
+def test_rows_longer_than_a_model_was_made_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--batch-size", "1", "--seq-len", "3000", "--gpu", "L4"]) == 0
+    assert "3000 tokens in a row: the model was made for 2048." in capsys.readouterr().out
+
+
 def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["estimate", "--profile", "tiny", "--table", "--json", "-", "--gpu", "L4 24GB"]) == 0
-    rows = {row["dtype"]: row for row in json.loads(capsys.readouterr().out)["rows"]}
+    document = json.loads(capsys.readouterr().out)
+    assert (document["batch_size"], document["seq_len"]) == (8, 256)
+    rows = {row["dtype"]: row for row in document["rows"]}
     assert list(rows) == ["float32", "float16/bfloat16", "int8", "int4"]
     assert rows["float32"]["weights_bytes"] == pytest.approx(2 * rows["float16/bfloat16"]["weights_bytes"], rel=0.01)
     assert rows["int4"]["weights_bytes"] < rows["int8"]["weights_bytes"] < rows["float16/bfloat16"]["weights_bytes"]

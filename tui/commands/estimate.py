@@ -93,6 +93,8 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
     if prediction.managed_bytes:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
     lines += _filled([verdict(prediction), *_cautions(prediction.config)])
+    if 0 < prediction.max_positions < prediction.config.seq_len:
+        lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
     lines += [
         f"Largest batch size that fits: {document['max_batch_size'] or 'none'}; "
         f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}.",
