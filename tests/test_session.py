@@ -292,16 +292,16 @@ def test_a_model_that_cannot_fit_is_refused_before_it_is_loaded(
 
 def test_a_batch_that_cannot_fit_beside_the_model_is_refused_before_anything_is_loaded(engine: Engine) -> None:
     """On a CPU the kernel would end the process."""
-    milestones = engine.run_milestones(small_run(seq_len=1 << 20, batch_size=4096))
-    kinds = [m.kind for m in milestones]
-    failed = milestones[kinds.index(Kind.RUN_FAILED)].text
-    assert failed.startswith("batch_size=4096 seq_len=1048576 does not fit: 8 rows and one batch of them take at least")
-    assert Kind.LOADED not in kinds[: kinds.index(Kind.RUN_FAILED)]
+    events = engine.run_events(small_run(seq_len=1 << 20, batch_size=4096))
+    at, failed = next((n, event) for n, event in enumerate(events) if isinstance(event, RunFailed))
+    rows = "batch_size=4096 seq_len=1048576 does not fit: 8 rows and one batch of them take at least"
+    assert failed.text.startswith(rows)
+    assert not any(isinstance(event, Loaded) for event in events[:at])
 
 
 def test_rows_longer_than_a_table_of_learned_positions_are_refused(engine: Engine) -> None:
-    milestones = engine.run_milestones(small_run(run_fields("gpt2"), seq_len=1025))
-    failed = next(m.text for m in milestones if m.kind is Kind.RUN_FAILED)
+    events = engine.run_events(small_run(run_fields("gpt2"), seq_len=1025))
+    failed = next(event.text for event in events if isinstance(event, RunFailed))
     assert failed == "gpt2 has learned positions for 1024 tokens in a row: seq_len=1025 is too long"
 
 
