@@ -163,7 +163,7 @@ async def test_the_columns_of_all_rows_end_at_one_edge(width: int) -> None:
 
 async def test_details_open_and_change() -> None:
     source = trained(1)
-    async with shown(source) as driver:
+    async with shown(source, (80, 40)) as driver:
         await driver.press("4", "l", "tab", "down", "right")
         assert [driver.line(name).split()[:2] for name in ("r ", "dropout")] == [["r", "8"], ["dropout", "0.05"]]
         await driver.press("enter")
