@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import secrets
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,8 @@ from typing import BinaryIO
 def replacing(path: Path) -> Iterator[BinaryIO]:
     """A file that takes its place when it is whole; if it cannot be written, what was there stays.
 
+    A device or a pipe, whose place nothing could take, is written to as it is.
+
     Args:
         path: The file; where it is a link, what it leads to.
 
@@ -20,6 +23,12 @@ def replacing(path: Path) -> Iterator[BinaryIO]:
         OSError: It cannot be written; nothing of it is left.
     """
     path = path.resolve()
+    if path.is_dir():
+        raise IsADirectoryError(errno.EISDIR, "it is a folder")
+    if path.exists() and not path.is_file():
+        with path.open("wb") as place:
+            yield place
+        return
     temporary = path.parent / f".gpumem-{secrets.token_hex(8)}"
     file = temporary.open("xb")  # with the permissions that the user's umask leaves
     try:

@@ -277,7 +277,7 @@ class Ledger:
         """The largest blocks alive after an event, largest first."""
         alive = np.flatnonzero(self._is_alive(event))
         rows = alive[np.argsort(-self.blocks["bytes"][alive], kind="stable")[:count]]
-        return [self._describe(int(row)) for row in rows]
+        return [self.describe(int(row)) for row in rows]
 
     def by_layer(self, event: int) -> dict[str, Bytes]:
         """Composition after an event by layer, in the model's order; sums to `at`."""
@@ -310,8 +310,9 @@ class Ledger:
         cached = {f"{_CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.trace.names)}
         return [cached.get(layer, layer) for layer in map(layer_of, self.trace.names)]
 
-    def _describe(self, index: int) -> LiveBlock:
-        trace, row, description = self.trace, self.blocks[index], int(self._made[index])
+    def describe(self, index: int) -> LiveBlock:
+        """What is known of a block, by its row."""
+        trace, row, description = self.trace, self.blocks[index], int(self.made[index])
         born = int(row["born_mark"])
         phase, micro_batch, module = Phase.IDLE, 0, ""
         if born >= 0 and len(trace.marks):
@@ -404,7 +405,7 @@ class Ledger:
         blocks["category"][rows] = category
 
     @cached_property
-    def _made(self) -> Ints:
+    def made(self) -> Ints:
         """Each block's description, -1 for none: its owner's, or what the same allocation was when it was watched."""
         trace, blocks = self.trace, self.blocks
         made = blocks["made"].astype(np.int64)

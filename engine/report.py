@@ -151,9 +151,12 @@ class Report:
 
     def add(self, trace: StepTrace) -> None:
         """Fold one trace; those of a step under way, or that an error ended, say nothing final."""
-        if not trace.is_complete:
-            return
-        ledger = Ledger(trace)
+        if trace.is_complete:
+            self.fold(Ledger(trace))
+
+    def fold(self, ledger: Ledger) -> None:
+        """Add a complete step that is folded already."""
+        trace = ledger.trace
         self._unknown_bytes_max = max(self._unknown_bytes_max, int(ledger.curve[Category.UNKNOWN].max()))
         self._mismatch_bytes_max = max(self._mismatch_bytes_max, ledger.mismatch_bytes)
         if trace.step == 0:

@@ -54,6 +54,7 @@ COMMANDS = (
     ("advise", "advise:add", "which techniques save most at the peak, and what they cost"),
     ("weights", "weights:add", "what quantization does to a model's weights, scheme by scheme"),
     ("open", "app:add_open", "show recordings in the app"),
+    ("export", "export:add", "runs as files that other programs open: memory_viz, Perfetto, a page, a table"),
     ("profiles", "listings:add_profiles", "the models and presets there are"),
     ("techniques", "listings:add_techniques", "what can be switched, and every setting of it"),
     ("doctor", "doctor:add", "GPU, driver, versions: what can run here, and what cannot and why"),

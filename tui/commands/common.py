@@ -263,10 +263,6 @@ def write_text(path: Path, text: str) -> None:
     Raises:
         UserError: It cannot be written.
     """
-    if path.exists() and not path.is_file():  # /dev/stderr, a pipe: nothing could take its place
-        with _named(path):
-            path.write_text(text, encoding="utf-8")
-        return
     with _named(path), replacing(path) as file:
         file.write(text.encode())
 

@@ -1,0 +1,182 @@
+"""A step as PyTorch's memory viewer reads it (https://pytorch.org/memory_viz).
+
+The viewer takes the snapshot of `torch.cuda.memory._snapshot()` as JSON. It
+replays `device_traces` and draws the categories in colours of their own; who
+owns a block, its layer, operator and shape are in `user_metadata` and, for
+older viewers and `python -m torch.cuda._memory_viz`, in its frames.
+
+A snapshot says `size` for what was asked for. What the allocator rounded up is
+an allocation of its own behind it, so that the curve is the allocator's count.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ..events import Category, Phase
+from ..ledger import Ledger, LiveBlock
+from .blocks import Actions, BlockTexts, chunks
+from .exported_run import ExportedRun, Format, Sink
+from .number_text import text_rows
+
+SEGMENT = 2 << 20
+"""The CUDA allocator takes memory in multiples of this."""
+
+LEGEND = {
+    Category.BUFFERS: "parameters, buffers",
+    Category.PARAMETERS: "parameters, buffers",
+    Category.OPTIMIZER_STATE: "optimizer state",
+    Category.INPUTS: "inputs, workspace, slack",
+    Category.WORKSPACE: "inputs, workspace, slack",
+    Category.SLACK: "inputs, workspace, slack",
+}
+"""The viewer has ten colours: what shares one. The category itself is in a block's details."""
+
+_ALLOC = b'{"action":"alloc","addr":%,"size":%,"stream":0,"time_us":%,'
+_FREE = (
+    b'{"action":"free_requested","addr":%,"size":%,"stream":0,"time_us":%},'
+    + b'{"action":"free_completed","addr":%,"size":%,"stream":0,"time_us":%}'
+)
+
+_BLOCK = b'{"address":%d,"size":%d,"requested_size":%d,"state":"active_allocated",'
+_GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":[]}'
+
+
+def legend(category: Category) -> str:
+    """The name a category has in the viewer's legend."""
+    return LEGEND.get(category, category.info.title)
+
+
+def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
+    """One device a run."""
+    sink.write(b'{"device_traces":[\n')
+    segments: list[bytes] = []
+    for device, run in enumerate(runs):
+        details = BlockTexts(run.ledger, _details)
+        segments += _segments(run.ledger, details, device)
+        sink.write(b",\n[\n" if device else b"[\n")
+        for piece, events in _entries(run.ledger, details):
+            sink.write(piece, events)
+        sink.write(b"\n]")
+    sink.write(b'\n],"segments":[\n' + b",\n".join(segments))
+    about = [{"device": device, "run": run.name, "step": run.trace.step} for device, run in enumerate(runs)]
+    sink.write(b'\n],"allocator_settings":{},"external_annotations":' + json.dumps(about).encode() + b"}\n")
+
+
+FORMAT = Format("memory-viz", ".json", "PyTorch's memory viewer, with categories and owners", write)
+
+
+def _entries(ledger: Ledger, details: BlockTexts) -> Iterator[tuple[bytes, int]]:
+    """The trace, piece by piece, with how many of the step's events each has."""
+    times = ledger.trace.events["time_us"]
+    began = int(times[0]) if len(times) else 0
+    # The viewer fails where no entry at all is of this category.
+    yield b'{"action":"snapshot","addr":0,"size":0,"stream":0,"time_us":%d,"category":"unknown"}' % began, 0
+    for part, events in chunks(ledger):
+        time = np.full(len(part.event), began)
+        in_step = part.event >= 0
+        time[in_step] = times[part.event[in_step]]
+        yield b",\n" + b",\n".join(_part(ledger, details, part, time)), events
+
+
+def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[np.int64]) -> list[bytes]:
+    """Entries in order: a block and, behind it, its slack."""
+    blocks = ledger.blocks[part.row]
+    pieces: npt.NDArray[Any] = np.empty((len(blocks), 2), object)
+    slack_text = _text(Category.SLACK, {"category": Category.SLACK.key}, ())
+    for column, (address, size) in enumerate(
+        ((blocks["address"], blocks["bytes"]), (blocks["address"] + blocks["bytes"].astype("u8"), blocks["slack"]))
+    ):
+        made = np.flatnonzero(part.is_alloc & (size > 0)) if column else np.flatnonzero(part.is_alloc)
+        gone = np.flatnonzero(~part.is_alloc & (size > 0)) if column else np.flatnonzero(~part.is_alloc)
+        heads = text_rows(_ALLOC, address[made], size[made], time[made])
+        tails = [slack_text] * len(made) if column else details.of(part.row[made])
+        pieces[made, column] = [head + tail for head, tail in zip(heads, tails, strict=True)]
+        ends = (address[gone], size[gone], time[gone])
+        pieces[gone, column] = text_rows(_FREE, *ends, *ends)
+    return [piece for piece in pieces.ravel().tolist() if piece is not None]
+
+
+def _details(block: LiveBlock, layer: str) -> bytes:
+    """What an entry says of its block behind the numbers."""
+    shape = str(list(block.shape)) if block.shape else ""
+    known = {
+        "category": block.category.key,
+        "owner": block.name,
+        "layer": layer,
+        "operator": block.operator,
+        "dtype": block.dtype,
+        "shape": shape,
+        "phase": "" if block.phase is Phase.IDLE else block.phase.title,
+        "module": block.module,
+    }
+    tensor = " ".join(filter(None, (block.operator, block.dtype, shape))) or "tensor"
+    frames = ((block.name or "model", tensor), (layer or "model", "layer"))
+    return _text(block.category, {key: text for key, text in known.items() if text}, frames)
+
+
+def _text(category: Category, known: dict[str, str], frames: tuple[tuple[str, str], ...]) -> bytes:
+    """The rest of an entry; frames are innermost first."""
+    listed = [{"filename": where, "line": 0, "name": what} for where, what in (*frames, (legend(category), "bytes"))]
+    rest = {"category": legend(category), "user_metadata": known, "frames": listed}
+    return json.dumps(rest, separators=(",", ":")).encode()[1:]
+
+
+def _segments(ledger: Ledger, details: BlockTexts, device: int) -> list[bytes]:
+    """The end of the step: what is alive, within the memory that the step has touched.
+
+    A step does not say where the allocator's segments begin. Every block lies
+    in one, so they are the blocks' ranges, widened to what CUDA hands out.
+    """
+    blocks = ledger.blocks
+    if not len(blocks):
+        return []
+    address = blocks["address"].astype(np.int64)
+    low = address // SEGMENT * SEGMENT
+    high = -(-(address + np.maximum(blocks["bytes"] + blocks["slack"], 1)) // SEGMENT) * SEGMENT
+    order = np.argsort(low, kind="stable")
+    low, high = low[order], np.maximum.accumulate(high[order])
+    begins = np.flatnonzero(np.concatenate([[True], low[1:] > high[:-1]]))
+    ends = high[np.append(begins[1:], len(high)) - 1]
+    alive = np.flatnonzero(blocks["died"] >= len(ledger.trace.events))
+    alive = alive[np.argsort(address[alive], kind="stable")]
+    cut = np.searchsorted(address[alive], np.append(low[begins], ends[-1]))
+    return [
+        _segment(ledger, details, device, int(begin), int(end), alive[first:last])
+        for begin, end, first, last in zip(low[begins], ends, cut[:-1], cut[1:], strict=True)
+    ]
+
+
+def _segment(
+    ledger: Ledger, details: BlockTexts, device: int, begin: int, end: int, alive: npt.NDArray[np.int64]
+) -> bytes:
+    """One segment with its blocks and the gaps between them."""
+    listed, at = [], begin
+    rows = ledger.blocks[alive][["address", "bytes", "slack"]].tolist()
+    for (address, size, slack), detail in zip(rows, details.of(alive), strict=True):
+        if address > at:
+            listed.append(_GAP % (at, address - at))
+        listed.append(_BLOCK % (address, size + slack, size) + detail)
+        at = address + size + slack
+    if at < end:
+        listed.append(_GAP % (at, end - at))
+    requested, held = sum(row[1] for row in rows), sum(row[1] + row[2] for row in rows)
+    segment = {
+        "device": device,
+        "address": begin,
+        "total_size": end - begin,
+        "allocated_size": held,
+        "active_size": held,
+        "requested_size": requested,
+        "stream": 0,
+        "segment_type": "large",
+        "segment_pool_id": [0, 0],
+        "is_expandable": False,
+        "frames": [],
+    }
+    return json.dumps(segment, separators=(",", ":")).encode()[:-1] + b',"blocks":[' + b",\n".join(listed) + b"]}"

@@ -1,0 +1,101 @@
+"""`gpumem-tui export`: runs as files that other programs open."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ...engine.config import UserError, one_line
+from .common import end_progress, tell
+
+if TYPE_CHECKING:
+    from ...engine.exports.exported_run import ExportedRun, Format
+    from ...engine.feed import Work
+
+TELL_EVERY_S = 0.2
+
+
+def add(parser: argparse.ArgumentParser) -> None:
+    """Flags of this command."""
+    from ...engine.exports import registry
+
+    formats = registry().values()
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    width = max(len(made.name) for made in formats)
+    parser.epilog = "formats:\n" + "\n".join(f"  {made.name:<{width}}  {made.summary}" for made in formats)
+    parser.add_argument("runs", metavar="RUN", nargs="*", help="a .gpumem recording; several go into one file")
+    parser.add_argument("-f", "--format", metavar="F", help="see below")
+    parser.add_argument("-o", "--output", metavar="FILE", help="where; - for standard output (default: beside you)")
+    parser.add_argument("--step", metavar="N", type=int, help="of which step (default: the one with the highest peak)")
+    parser.add_argument("--schema", action="store_true", help="print the JSON schema of --format json, and end")
+    parser.set_defaults(command=main)
+
+
+def main(flags: argparse.Namespace) -> int:
+    """Export; 0 if the file is there."""
+    from ...engine import exports
+    from ...engine.feed import Work
+
+    if flags.schema:
+        from ...engine.exports.json import schema_text
+
+        sys.stdout.write(schema_text())
+        return 0
+    if not flags.format:
+        raise UserError("--format: say which: " + ", ".join(exports.registry()))
+    made = exports.format_named(flags.format)
+    if not flags.runs:
+        raise UserError("name a recording to export: gpumem-tui export RUN.gpumem --format " + made.name)
+    runs = opened(flags.runs, flags.step)
+    if flags.output == "-":
+        exports.write(runs, made, sys.stdout.buffer)
+        return 0
+    path = Path(flags.output) if flags.output else Path(f"{Path(flags.runs[0]).stem}{made.suffix}")
+    work = Work()
+    try:
+        _with_progress(runs, made, path, work)
+    except OSError as error:
+        raise UserError(f"{path}: not written: {error.strerror or one_line(error)}") from None
+    finally:
+        work.over = True
+    sys.stdout.write(f"{path}\n")
+    return 0
+
+
+def opened(names: Sequence[str], step: int | None) -> list[ExportedRun]:
+    """The runs that were named.
+
+    Raises:
+        UserError: One cannot be read.
+    """
+    from ...engine.exports.exported_run import ExportedRun
+    from ...engine.recording import Replay
+
+    paths = [Path(name) for name in names]
+    stems = [path.stem for path in paths]
+    unique = stems if len({*stems}) == len({*paths}) else [str(path.with_suffix("")) for path in paths]
+    return [ExportedRun.of_source(Replay(path), name, step) for name, path in zip(unique, paths, strict=True)]
+
+
+def _with_progress(runs: Sequence[ExportedRun], made: Format, path: Path, work: Work) -> None:
+    """Write while a line says how far it is."""
+    from ...engine import exports
+
+    written = threading.Event()
+
+    def say() -> None:
+        while not written.wait(TELL_EVERY_S):
+            tell(f"writing {path} {100 * work.share:.0f} %")
+
+    teller = threading.Thread(target=say, name="export-progress", daemon=True)
+    teller.start()
+    try:
+        exports.export(runs, made, path, work)
+    finally:
+        written.set()
+        teller.join()
+        end_progress()
