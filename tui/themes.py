@@ -2,8 +2,7 @@
 
 The text has the terminal's own colour, so that any background looks like
 itself; what is coloured is legible (4.5:1) on every background a theme is for.
-The categories' colours were searched for so that neighbours stay apart for
-readers with protanopia and deuteranopia too (tests/test_themes.py).
+The categories' colours are those of `engine.category_colours`.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ..engine import category_colours
+from ..engine.category_colours import by_category
 from ..engine.events import Category
 
 
@@ -41,18 +42,10 @@ class Theme:
     accent: str = "default"
 
 
-def _by_category(*colours: str) -> dict[Category, str]:
-    return dict(zip(Category, colours, strict=True))
-
-
 DARK = Theme(
     "dark",
     ("#000000", "#2b2b2b"),
-    # P B G O A R K L I T W H s ?
-    _by_category(
-        "#7199fe", "#bbe8fb", "#fec965", "#cdc4fe", "#bffee6", "#a3951d", "#3d9bd4",
-        "#ec968d", "#eef576", "#ec60c7", "#d6c5a1", "#9cbc00", "#989292", "#fa5cf8",
-    ),
+    category_colours.DARK,
     {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "u": "#d08770"},
     dim="#a3a3a3", good="#7fd88f", busy="#f0c040", bad="#ff8f85", accent="#6cc8f0",
 )  # fmt: skip
@@ -60,10 +53,7 @@ DARK = Theme(
 LIGHT = Theme(
     "light",
     ("#f2eee2", "#ffffff"),
-    _by_category(
-        "#3e4ffe", "#416698", "#9e5712", "#7306ad", "#0d7677", "#734d0c", "#073c60",
-        "#200000", "#4c7347", "#50073d", "#553f01", "#000079", "#1e191b", "#ca1779",
-    ),
+    category_colours.LIGHT,
     {"c": "#a8b0b8", "x": "#8a8a8a", "o": "#c4c4c4", "m": "#8f5f88", "u": "#a8552f"},
     dim="#5f5f5f", good="#1d6b2f", busy="#7a5200", bad="#b3261e", accent="#00608f",
 )  # fmt: skip
@@ -71,7 +61,7 @@ LIGHT = Theme(
 ANSI = Theme(
     "ansi",
     (),
-    _by_category(
+    by_category(
         "blue", "bright_blue", "yellow", "magenta", "green", "bright_yellow", "cyan",
         "red", "bright_green", "bright_magenta", "bright_cyan", "white", "bright_black", "bright_red",
     ),
@@ -80,7 +70,7 @@ ANSI = Theme(
 
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
 
-TEXTURES = _by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "*", "~", "?")
+TEXTURES = by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "*", "~", "?")
 """What fills a category's area between its letters: told apart without colours, and a byte a cell."""
 
 XTERM = {
