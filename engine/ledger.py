@@ -267,15 +267,16 @@ class Ledger:
 
     def alive(self, event: int) -> npt.NDArray[Any]:
         """The blocks alive after an event, dtype BLOCK_ROW."""
-        return self.blocks[self._is_alive(event)]
+        return self.blocks[self.is_alive(event)]
 
-    def _is_alive(self, event: int) -> Bools:
+    def is_alive(self, event: int) -> Bools:
+        """Which rows of `blocks` are alive after an event."""
         mask: Bools = (self.blocks["born"] <= event) & (self.blocks["died"] > event)
         return mask
 
     def largest(self, event: int, count: int = 10) -> list[LiveBlock]:
         """The largest blocks alive after an event, largest first."""
-        alive = np.flatnonzero(self._is_alive(event))
+        alive = np.flatnonzero(self.is_alive(event))
         rows = alive[np.argsort(-self.blocks["bytes"][alive], kind="stable")[:count]]
         return [self.describe(int(row)) for row in rows]
 

@@ -37,12 +37,9 @@ LEGEND = {
 }
 """The viewer has ten colours: what shares one. The category itself is in a block's details."""
 
-_ALLOC = b'{"action":"alloc","addr":%,"size":%,"stream":0,"time_us":%,'
-_FREE = (
-    b'{"action":"free_requested","addr":%,"size":%,"stream":0,"time_us":%},'
-    + b'{"action":"free_completed","addr":%,"size":%,"stream":0,"time_us":%}'
-)
-
+_PLACE = b'"addr":%,"size":%,"stream":0,"time_us":%'
+_ALLOC = b'{"action":"alloc",'
+_ASKED, _FREED = b'{"action":"free_requested",', b'},{"action":"free_completed",'
 _BLOCK = b'{"address":%d,"size":%d,"requested_size":%d,"state":"active_allocated",'
 _GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":[]}'
 
@@ -87,19 +84,24 @@ def _entries(ledger: Ledger, details: BlockTexts) -> Iterator[tuple[bytes, int]]
 def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[np.int64]) -> list[bytes]:
     """Entries in order: a block and, behind it, its slack."""
     blocks = ledger.blocks[part.row]
-    pieces: npt.NDArray[Any] = np.empty((len(blocks), 2), object)
+    address, size, slack = blocks["address"], blocks["bytes"], blocks["slack"]
+    pieces: npt.NDArray[Any] = np.full((len(blocks), 2), b"", object)
+    rounded = np.flatnonzero(slack)
+    behind = address[rounded] + size[rounded].astype("u8")
     slack_text = _text(Category.SLACK, {"category": Category.SLACK.key}, ())
-    for column, (address, size) in enumerate(
-        ((blocks["address"], blocks["bytes"]), (blocks["address"] + blocks["bytes"].astype("u8"), blocks["slack"]))
-    ):
-        made = np.flatnonzero(part.is_alloc & (size > 0)) if column else np.flatnonzero(part.is_alloc)
-        gone = np.flatnonzero(~part.is_alloc & (size > 0)) if column else np.flatnonzero(~part.is_alloc)
-        heads = text_rows(_ALLOC, address[made], size[made], time[made])
-        tails = [slack_text] * len(made) if column else details.of(part.row[made])
-        pieces[made, column] = [head + tail for head, tail in zip(heads, tails, strict=True)]
-        ends = (address[gone], size[gone], time[gone])
-        pieces[gone, column] = text_rows(_FREE, *ends, *ends)
-    return [piece for piece in pieces.ravel().tolist() if piece is not None]
+    pieces[:, 0] = _texts(part.is_alloc, text_rows(_PLACE, address, size, time), details.of(part.row))
+    pieces[rounded, 1] = _texts(
+        part.is_alloc[rounded], text_rows(_PLACE, behind, slack[rounded], time[rounded]), [slack_text] * len(rounded)
+    )
+    return list(filter(None, pieces.ravel().tolist()))
+
+
+def _texts(is_alloc: npt.NDArray[np.bool_], places: list[bytes], details: list[bytes]) -> list[bytes]:
+    """An allocation has its details behind it; a free is requested and completed at once."""
+    return [
+        b"%b%b,%b" % (_ALLOC, place, detail) if alloc else b"%b%b%b%b}" % (_ASKED, place, _FREED, place)
+        for alloc, place, detail in zip(is_alloc.tolist(), places, details, strict=True)
+    ]
 
 
 def _details(block: LiveBlock, layer: str) -> bytes:

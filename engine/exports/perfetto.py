@@ -1,0 +1,220 @@
+"""A step for https://ui.perfetto.dev: counters by category on one scale, phases, recomputes and modules as slices.
+
+The trace is a protobuf of `TracePacket`s (perfetto/protos/perfetto/trace). A
+step has a packet or two an event, all of one shape, so they are encoded by the
+column: a number takes as many bytes as the largest, which protobuf allows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+from ..events import Category, Phase
+from ..ledger import Ledger
+from .exported_run import ExportedRun, Format, Sink
+
+CHUNK = 1 << 16
+SEQUENCE = 1
+"""All packets are of one sequence."""
+
+Ints = npt.NDArray[np.int64]
+
+
+class Field:
+    """Field numbers, as in perfetto's .proto files."""
+
+    PACKET = 1
+    TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, TRACK_DESCRIPTOR = 8, 10, 11, 60
+    UUID, NAME, PROCESS, PARENT_UUID, COUNTER, SIBLING_ORDER, CHILD_ORDERING = 1, 2, 3, 5, 8, 12, 11
+    PID, PROCESS_NAME = 1, 6
+    UNIT, SHARE_KEY = 3, 7
+    TYPE, TRACK_UUID, EVENT_NAME, COUNTER_VALUE = 9, 11, 23, 30
+
+
+UNIT_SIZE_BYTES = 3
+EXPLICIT = 3
+"""Order of a track's children: by their rank."""
+SLICE_BEGIN, SLICE_END, COUNTER = 1, 2, 4
+
+
+class Slice(NamedTuple):
+    """Something that goes on from one time to another."""
+
+    name: str
+    begin_ns: int
+    end_ns: int
+
+
+def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
+    """One process a run."""
+    for number, run in enumerate(runs):
+        _write_run(run, number, sink)
+
+
+FORMAT = Format("perfetto", ".perfetto-trace", "ui.perfetto.dev: counters by category, phases and recomputes", write)
+
+
+# --- protobuf ---------------------------------------------------------------------------
+
+
+def varint(number: int) -> bytes:
+    """A number, seven bits a byte, lowest first."""
+    out = bytearray()
+    while number > 0x7F:
+        out.append(number & 0x7F | 0x80)
+        number >>= 7
+    out.append(number)
+    return bytes(out)
+
+
+def whole(field: int, number: int) -> bytes:
+    """A field that is a number."""
+    return varint(field << 3) + varint(number)
+
+
+def part(field: int, content: bytes | str) -> bytes:
+    """A field that is a text or a message."""
+    data = content.encode() if isinstance(content, str) else content
+    return varint(field << 3 | 2) + varint(len(data)) + data
+
+
+def varints(column: Ints) -> npt.NDArray[np.uint8]:
+    """Numbers from 0 on, each in as many bytes as the largest takes, shape [rows, bytes]."""
+    width = len(varint(int(column.max(initial=0))))
+    cells = np.empty((len(column), width), np.uint8)
+    for at in range(width):
+        cells[:, at] = column >> 7 * at & 0x7F | (0x80 if at < width - 1 else 0)
+    return cells
+
+
+def counters(time_ns: Ints, track: Ints, value: Ints) -> bytes:
+    """Packets that each set a counter.
+
+    Args:
+        time_ns: When.
+        track: Its track's uuid.
+        value: Bytes from then on.
+    """
+    if not len(time_ns):
+        return b""
+    columns = (
+        whole(Field.TYPE, COUNTER), varint(Field.TRACK_UUID << 3), varints(track),
+        varint(Field.COUNTER_VALUE << 3), varints(value),
+    )  # fmt: skip
+    event = _laid_out(len(time_ns), columns)
+    head = varint(Field.TRACK_EVENT << 3 | 2) + varint(event.shape[1])
+    body = _laid_out(
+        len(time_ns),
+        (varint(Field.TIMESTAMP << 3), varints(time_ns), whole(Field.SEQUENCE_ID, SEQUENCE), head, event),
+    )
+    return _laid_out(len(time_ns), (varint(Field.PACKET << 3 | 2) + varint(body.shape[1]), body)).tobytes()
+
+
+def _laid_out(rows: int, columns: Sequence[bytes | npt.NDArray[np.uint8]]) -> npt.NDArray[np.uint8]:
+    """Columns side by side, bytes being the same in every row."""
+    same = [np.broadcast_to(np.frombuffer(c, np.uint8), (rows, len(c))) if isinstance(c, bytes) else c for c in columns]
+    return np.concatenate(same, axis=1)
+
+
+# --- tracks -------------------------------------------------------------------------------
+
+
+def _track(uuid: int, name: str, parent: int, rank: int, counter: bool = False) -> bytes:
+    described = whole(Field.UUID, uuid) + part(Field.NAME, name) + whole(Field.PARENT_UUID, parent)
+    described += whole(Field.SIBLING_ORDER, rank)
+    if counter:  # of one scale with its siblings
+        described += part(Field.COUNTER, whole(Field.UNIT, UNIT_SIZE_BYTES) + part(Field.SHARE_KEY, f"bytes {parent}"))
+    return _packet(part(Field.TRACK_DESCRIPTOR, described))
+
+
+def _process(uuid: int, number: int, name: str) -> bytes:
+    process = whole(Field.PID, number + 1) + part(Field.PROCESS_NAME, name)
+    described = whole(Field.UUID, uuid) + part(Field.PROCESS, process) + whole(Field.CHILD_ORDERING, EXPLICIT)
+    return _packet(part(Field.TRACK_DESCRIPTOR, described))
+
+
+def _packet(content: bytes) -> bytes:
+    return part(Field.PACKET, whole(Field.SEQUENCE_ID, SEQUENCE) + content)
+
+
+def _slices(uuid: int, found: Sequence[Slice]) -> bytes:
+    """In order of time; they do not overlap."""
+    out = []
+    for name, begin_ns, end_ns in found:
+        begin = whole(Field.TYPE, SLICE_BEGIN) + whole(Field.TRACK_UUID, uuid) + part(Field.EVENT_NAME, name)
+        end = whole(Field.TYPE, SLICE_END) + whole(Field.TRACK_UUID, uuid)
+        out += [
+            _packet(whole(Field.TIMESTAMP, at) + part(Field.TRACK_EVENT, event))
+            for at, event in ((begin_ns, begin), (end_ns, end))
+        ]
+    return b"".join(out)
+
+
+# --- a run --------------------------------------------------------------------------------
+
+
+def _write_run(run: ExportedRun, number: int, sink: Sink) -> None:
+    ledger, base = run.ledger, 100 * (number + 1)
+    shown = [c for c in Category if ledger.curve[c].any()]
+    sink.write(_process(base, number, f"{run.name}, rank {run.rank}, step {run.trace.step}"))
+    spans = [Slice(_title(s.phase, s.micro_batch), s.begin_us * 1000, s.end_us * 1000) for s in run.trace.phases]
+    again = [s.phase is Phase.RECOMPUTE for s in run.trace.phases]
+    lanes = {
+        "phases": [span for span, inner in zip(spans, again, strict=True) if not inner],
+        "recomputes": [span for span, inner in zip(spans, again, strict=True) if inner],
+        "modules": _modules(ledger),
+    }
+    for rank, (name, found) in enumerate(lanes.items(), 1):
+        if found:
+            sink.write(_track(base + rank, name, base, rank) + _slices(base + rank, found))
+    for rank, name in ((10, "allocated"), *((11 + c, c.info.title) for c in shown)):
+        sink.write(_track(base + rank, name, base, rank, counter=True))
+    for data, events in _counters(ledger, base + 10):
+        sink.write(data, events)
+
+
+def _title(phase: Phase, micro_batch: int) -> str:
+    return f"{phase.title}, micro-batch {micro_batch}" if micro_batch else phase.title
+
+
+def _modules(ledger: Ledger) -> list[Slice]:
+    """The modules at work, from their first event to the next one's."""
+    events, trace = ledger.trace.events, ledger.trace
+    if not len(events):
+        return []
+    module = trace.marks["module"][events["mark"]]
+    starts = np.flatnonzero(np.append(True, module[1:] != module[:-1]))
+    times = (events["time_us"][starts] * 1000).tolist()
+    ends = [*times[1:], int(events["time_us"][-1]) * 1000]
+    names = [trace.names[i] for i in module[starts].tolist()]
+    return [Slice(*row) for row in zip(names, times, ends, strict=True) if row[0]]
+
+
+def _counters(ledger: Ledger, track: int) -> Iterator[tuple[bytes, int]]:
+    """Every change of a category and of the total, the categories first, with how many events each piece is.
+
+    Args:
+        ledger: The step, folded.
+        track: Of the total; a category's is as many on, and one more.
+    """
+    curve, total = ledger.curve, ledger.total
+    times = ledger.trace.events["time_us"].astype(np.int64)
+    began = int(times[0]) if len(times) else 0
+    for start in range(0, len(total), CHUNK):
+        columns = np.arange(start, min(start + CHUNK, len(total)))
+        before = np.maximum(columns - 1, 0)
+        changed = curve[:, columns] != curve[:, before]
+        if not start:
+            changed[:, 0] = curve.any(axis=1)  # where each begins
+        place, category = np.nonzero(changed.T)
+        rows = np.concatenate([columns[place], columns])
+        tracks = np.concatenate([track + 1 + category, np.full(len(columns), track)])
+        values = np.concatenate([curve[category, columns[place]], total[columns]])
+        order = np.argsort(rows, kind="stable")
+        at = np.maximum(rows[order] - 1, 0)
+        when = times[at] if len(times) else np.full(len(at), began)
+        yield counters(when * 1000, tracks[order], values[order]), len(columns)

@@ -1,0 +1,77 @@
+"""How long does a step of a million events take in each format, and how much memory?
+
+    python -m tests.benchmarks.exports [--events N] [FORMAT ...]
+
+The step is synthetic, like the 1.3B model's repeated. Each format is written to
+a file in a process of its own: seconds of the fold and of the writing, the
+file's size, and what the process held at most beyond the folded step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from gpumem_tui.engine.exports import export, registry
+from gpumem_tui.engine.exports.exported_run import ExportedRun
+
+from ..fake_source import GPU, FakeSource
+from .fold import synthetic
+
+MIB = 1 << 20
+
+
+def measured(name: str, events: int) -> str:
+    """One format, in this process."""
+    source = FakeSource(GPU)
+    source.start()
+    source.finish_step()
+    config = source.config()
+    assert config is not None
+    trace = synthetic(events)
+    columns = trace.events.copy()
+    columns["time_us"] = range(1_700_000_000_000_000, 1_700_000_000_000_000 + 40 * len(columns), 40)
+    run = ExportedRun(
+        "synthetic", config, GPU, None, [dataclasses.replace(trace, events=columns)], source.milestones(0)
+    )
+    began = time.perf_counter()
+    _ = run.ledger.curve
+    folded = time.perf_counter()
+    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "run"
+        begun, spent = time.perf_counter(), time.process_time()
+        export([run], registry()[name], path)
+        seconds, spent = time.perf_counter() - begun, time.process_time() - spent
+        size = path.stat().st_size
+    beyond = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+    return (
+        f"{name:<12} fold {folded - began:5.2f} s  write {seconds:5.2f} s ({spent:5.2f} s of CPU)"
+        f"  {size / MIB:8.1f} MiB  +{beyond * 1024 / MIB:6.0f} MiB held"
+    )
+
+
+def main() -> int:
+    """Print a line a format."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("formats", nargs="*", metavar="FORMAT")
+    flags.add_argument("--events", type=int, default=1_000_000)
+    flags.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
+    chosen = flags.parse_args()
+    for name in chosen.formats or registry():
+        if chosen.here:
+            print(measured(name, chosen.events))
+        else:
+            command = [sys.executable, "-m", "tests.benchmarks.exports", "--here", "--events", str(chosen.events), name]
+            subprocess.run(command, check=True)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

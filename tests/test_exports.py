@@ -1,0 +1,322 @@
+"""Every format is read back by somebody else's code, and says what the recording says, to the byte."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from gpumem_tui.engine import exports
+from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.exports.exported_run import ExportedRun
+from gpumem_tui.engine.exports.memory_viz import legend
+from gpumem_tui.engine.exports.number_text import text_rows
+from gpumem_tui.engine.feed import Work
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import Replay
+from gpumem_tui.tui.__main__ import main
+
+RECORDINGS = Path(__file__).parent / "recordings"
+ALL = ("full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora")
+
+
+def recorded(name: str, step: int | None = None) -> ExportedRun:
+    return ExportedRun.of_source(Replay(RECORDINGS / f"{name}.gpumem"), name, step)
+
+
+def written(format_name: str, *runs: ExportedRun) -> bytes:
+    out = io.BytesIO()
+    exports.write(runs, exports.registry()[format_name], out)
+    return out.getvalue()
+
+
+@pytest.fixture(params=ALL)
+def run(request: pytest.FixtureRequest) -> ExportedRun:
+    return recorded(request.param)
+
+
+# --- memory-viz: torch's own reader -------------------------------------------------
+
+
+def replayed(entries: list[dict[str, Any]]) -> Iterator[tuple[int, Counter[str]]]:
+    """What is held after each entry, in all and by category, as the viewer counts it."""
+    alive: dict[int, tuple[int, str]] = {}
+    held, total = Counter[str](), 0
+    for entry in entries:
+        if entry["action"] == "alloc":
+            assert entry["addr"] not in alive
+            alive[entry["addr"]] = entry["size"], entry["category"]
+            held[entry["category"]] += entry["size"]
+            total += entry["size"]
+        elif entry["action"] == "free_completed":
+            size, category = alive.pop(entry["addr"])
+            assert size == entry["size"]
+            held[category] -= size
+            total -= size
+        yield total, held
+
+
+def test_memory_viz_is_replayed_to_the_recordings_figures(run: ExportedRun) -> None:
+    snapshot = json.loads(written("memory-viz", run))
+    (entries,) = snapshot["device_traces"]
+    peak, at_peak, end = 0, Counter[str](), 0
+    for total, held in replayed(entries):
+        end = total
+        if total > peak:
+            peak, at_peak = total, held.copy()
+    ledger = run.ledger
+    expected = Counter[str]()
+    for category, size in ledger.peak.by_category.items():
+        expected[legend(category)] += size
+    assert (peak, end) == (ledger.peak.bytes, int(ledger.total[-1]))
+    assert +at_peak == +expected
+    assert len({e["category"] for e in entries if "category" in e}) <= 10, "the viewer has ten colours"
+    assert any(e.get("category") == "unknown" for e in entries), "the viewer throws without one"
+
+
+def test_memory_viz_is_read_by_torch(run: ExportedRun) -> None:
+    from torch.cuda import _memory_viz
+
+    snapshot = json.loads(written("memory-viz", run))
+    end = sum(run.ledger.end.values()) - run.ledger.end[Category.SLACK]
+    assert "total_allocated: " in _memory_viz.segsum(snapshot)  # and asserts that every segment adds up
+    flame = _memory_viz.memory(snapshot, format_flamegraph=str).splitlines()
+    active = [line for line in flame if ";active_allocated;" in line and ";<gaps>" not in line]
+    assert sum(int(line.rsplit(" ", 1)[1]) for line in active) == end
+    assert any("parameters, buffers:0:bytes;" in line for line in active), "a block's frames name its category"
+    told = _memory_viz.trace(snapshot)
+    assert f"{sum(len(t) for t in snapshot['device_traces'])} entries" in told
+    assert "</html>" in _memory_viz.trace_plot(snapshot) or "<body>" in _memory_viz.trace_plot(snapshot)
+
+
+def test_memory_viz_says_whose_a_block_is() -> None:
+    (entries,) = json.loads(written("memory-viz", recorded("h100-tiny-lora")))["device_traces"]
+    told = [e["user_metadata"] for e in entries if e["action"] == "alloc"]
+    assert {
+        "category": "logits_loss", "owner": "loss", "layer": "loss", "operator": "aten._log_softmax",
+        "dtype": "float32", "shape": "[2048, 2048]", "phase": "forward", "module": "loss",
+    } in told  # fmt: skip
+
+
+def test_memory_viz_has_a_device_a_run() -> None:
+    snapshot = json.loads(written("memory-viz", recorded("full"), recorded("lora")))
+    assert len(snapshot["device_traces"]) == 2
+    assert {segment["device"] for segment in snapshot["segments"]} == {0, 1}
+
+
+# --- csv --------------------------------------------------------------------------------
+
+
+def test_csv_sums_to_the_recordings_figures(run: ExportedRun) -> None:
+    rows = list(csv.DictReader(io.StringIO(written("csv", run).decode())))
+    held, at_peak, total, peak = Counter[str](), Counter[str](), 0, -1
+    for row in rows:
+        held[row["category"]] += int(row["bytes"])
+        held["slack"] += int(row["slack_bytes"])
+        total += int(row["bytes"]) + int(row["slack_bytes"])
+        assert int(row["allocated_bytes"]) == total
+        if total > peak:
+            peak, at_peak = total, held.copy()
+    ledger = run.ledger
+    assert (peak, total) == (ledger.peak.bytes, int(ledger.total[-1]))
+    assert +at_peak == +Counter({c.key: size for c, size in ledger.peak.by_category.items()})
+    assert {(row["run"], row["step"]) for row in rows} == {(run.name, str(run.trace.step))}
+
+
+def test_numbers_are_written_by_the_column() -> None:
+    numbers = np.array([0, 1, -1, 9, 10, 9_999, 10_000, -10_001, 10**8, 2**62, -(2**62)])
+    assert text_rows(b"<%>", numbers) == [f"<{n}>".encode() for n in numbers.tolist()]
+    assert text_rows(b"%,%", numbers, numbers[::-1])[1] == f"1,{2**62}".encode()
+
+
+# --- speedscope ---------------------------------------------------------------------------
+
+
+def test_speedscope_sums_to_the_peak(run: ExportedRun) -> None:
+    file = json.loads(written("speedscope", run))
+    (profile,) = file["profiles"]
+    names = [frame["name"] for frame in file["shared"]["frames"]]
+    held = Counter[str]()
+    for stack, weight in zip(profile["samples"], profile["weights"], strict=True):
+        held[names[stack[0]]] += weight
+    peak = run.ledger.peak
+    assert +held == +Counter({c.info.title: size for c, size in peak.by_category.items()})
+    assert (profile["unit"], profile["endValue"]) == ("bytes", peak.bytes)
+    assert file["$schema"] == "https://www.speedscope.app/file-format-schema.json"
+
+
+def test_speedscope_goes_from_category_to_tensor() -> None:
+    file = json.loads(written("speedscope", recorded("h100-tiny")))
+    names = [frame["name"] for frame in file["shared"]["frames"]]
+    stacks = [[names[i] for i in stack] for stack in file["profiles"][0]["samples"]]
+    assert [
+        "activations", "gpt_neox.layers.0", "gpt_neox.layers.0.mlp.act", "aten.gelu float32 [8, 256, 512]",
+    ] in stacks  # fmt: skip
+
+
+# --- perfetto: a protobuf reader --------------------------------------------------------
+
+
+def test_perfetto_counters_are_the_recordings_figures(run: ExportedRun) -> None:
+    proto = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
+    trace = proto.Trace()
+    trace.ParseFromString(written("perfetto", run))
+    tracks = {p.track_descriptor.uuid: p.track_descriptor for p in trace.packet if p.HasField("track_descriptor")}
+    counters = {uuid: t.name for uuid, t in tracks.items() if t.HasField("counter")}
+    assert {tracks[u].counter.unit for u in counters} == {proto.CounterDescriptor.UNIT_SIZE_BYTES}
+    assert len({tracks[u].counter.y_axis_share_key for u in counters}) == 1, "all on one scale"
+    now, at_peak, peak, last_ns = Counter[str](), Counter[str](), -1, 0
+    for packet in trace.packet:
+        event = packet.track_event
+        if packet.HasField("track_event") and event.type == event.TYPE_COUNTER:
+            assert packet.timestamp >= last_ns
+            last_ns = packet.timestamp
+            now[counters[event.track_uuid]] = event.counter_value
+            if counters[event.track_uuid] == "allocated" and event.counter_value > peak:
+                peak, at_peak = event.counter_value, now.copy()
+    ledger = run.ledger
+    expected = Counter({c.info.title: size for c, size in ledger.peak.by_category.items()})
+    assert +at_peak == +(expected + Counter({"allocated": ledger.peak.bytes}))
+    assert now["allocated"] == int(ledger.total[-1])
+
+
+def test_perfetto_has_phases_recomputes_and_modules_as_slices() -> None:
+    proto = pytest.importorskip("perfetto.protos.perfetto.trace.perfetto_trace_pb2")
+    run = recorded("h100-tiny-lora")
+    trace = proto.Trace()
+    trace.ParseFromString(written("perfetto", run))
+    names = {p.track_descriptor.uuid: p.track_descriptor.name for p in trace.packet if p.HasField("track_descriptor")}
+    begun: dict[str, list[str]] = {}
+    depth = Counter[int]()
+    for packet in trace.packet:
+        event = packet.track_event
+        if packet.HasField("track_event") and event.type != event.TYPE_COUNTER:
+            if event.type == event.TYPE_SLICE_BEGIN:
+                begun.setdefault(names[event.track_uuid], []).append(event.name)
+            depth[event.track_uuid] += 1 if event.type == event.TYPE_SLICE_BEGIN else -1
+            assert depth[event.track_uuid] in (0, 1)
+    assert begun["phases"] == ["batch", "forward", "backward", "optimizer step", "zero_grad"]
+    assert begun["recomputes"] == ["recompute"] * 6
+    assert "gpt_neox.layers.3.mlp.dense_4h_to_h" in begun["modules"]
+    assert not +depth
+
+
+# --- openmetrics ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("reader", ["openmetrics.parser", "parser"])
+def test_openmetrics_is_read_by_prometheus(run: ExportedRun, reader: str) -> None:
+    """By the reader of OpenMetrics, and by that of the older text that node_exporter takes."""
+    parser = pytest.importorskip(f"prometheus_client.{reader}")
+    text = written("openmetrics", run).decode()
+    samples = {
+        (sample.name, sample.labels.get("category")): sample.value
+        for family in parser.text_string_to_metric_families(text)
+        for sample in family.samples
+    }
+    last = Ledger(run.traces[-1])
+    for category in Category:
+        assert samples["gpumem_allocated_bytes", category.key] == last.end[category]
+        assert samples["gpumem_peak_bytes", category.key] == run.ledger.peak.by_category[category]
+    assert run.gauge is not None
+    assert samples["gpumem_reserved_bytes", None] == run.gauge.reserved_bytes
+
+
+# --- json -------------------------------------------------------------------------------
+
+
+def test_json_holds_to_its_schema(run: ExportedRun, capsys: Any) -> None:
+    jsonschema = pytest.importorskip("jsonschema")
+    assert main(["export", "--schema"]) == 0
+    schema = json.loads(capsys.readouterr().out)
+    jsonschema.Draft202012Validator.check_schema(schema)
+    jsonschema.Draft202012Validator(schema).validate(json.loads(written("json", run, run)))
+
+
+def test_json_timeline_misses_no_peak(run: ExportedRun) -> None:
+    (told,) = json.loads(written("json", run))["runs"]
+    line, peak = told["step"]["timeline"], run.ledger.peak
+    at = line["allocated_bytes"].index(max(line["allocated_bytes"]))
+    assert line["allocated_bytes"][at] == told["report"]["peak"]["allocated_bytes"] == peak.bytes
+    assert {key: sizes[at] for key, sizes in line["by_category"].items() if sizes[at]} == {
+        c.key: size for c, size in peak.by_category.items() if size
+    }
+    assert line["allocated_bytes"][-1] == int(run.ledger.total[-1])
+    points = zip(*line["by_category"].values(), strict=True)
+    assert [sum(sizes) for sizes in points] == line["allocated_bytes"]
+
+
+# --- the command ------------------------------------------------------------------------
+
+
+def test_a_file_named_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert main(["export", str(RECORDINGS / "full.gpumem"), "--format", "speedscope"]) == 0
+    assert capsys.readouterr().out == "full.speedscope.json\n"
+    assert [path.name for path in tmp_path.iterdir()] == ["full.speedscope.json"]
+
+
+@pytest.mark.parametrize("name", sorted(exports.registry()))
+def test_a_full_disk_is_one_line(name: str, capsys: Any) -> None:
+    assert main(["export", str(RECORDINGS / "full.gpumem"), "-f", name, "-o", "/dev/full"]) == 2
+    assert capsys.readouterr().err == "gpumem-tui: /dev/full: not written: No space left on device\n"
+    assert not Path("/dev/full").is_file(), "a device is written to, not replaced"
+
+
+def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path, capsys: Any) -> None:
+    good, cut = str(RECORDINGS / "full.gpumem"), tmp_path / "cut.gpumem"
+    cut.write_bytes(Path(good).read_bytes()[:5000])
+    (tmp_path / "file").write_text("")
+    for arguments, complaint in (
+        ([good, "-f", "perfeto"], "--format perfeto: there is no such format; did you mean perfetto?"),
+        ([good], "--format: say which: csv, html, json, memory-viz, openmetrics, perfetto, speedscope"),
+        (["-f", "csv"], "name a recording to export"),
+        ([str(cut), "-f", "csv"], f"{cut}: not a gpumem recording, or a damaged one"),
+        ([str(tmp_path / "none"), "-f", "csv"], f"{tmp_path / 'none'}: No such file or directory"),
+        ([good, "-f", "csv", "--step", "9"], "full: step 9 is not in it; it has 0, 1, 2, 3"),
+        ([good, "-f", "csv", "-o", str(tmp_path)], f"{tmp_path}: not written: it is a folder"),
+        ([good, "-f", "csv", "-o", str(tmp_path / "file" / "x")], f"{tmp_path / 'file' / 'x'}: not written: "),
+    ):
+        assert main(["export", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith(f"gpumem-tui: {complaint}"), error
+        assert error.count("\n") == 1
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut.gpumem", "file"]
+
+
+def test_a_step_can_be_chosen() -> None:
+    rows = csv.DictReader(io.StringIO(written("csv", recorded("full", step=3)).decode()))
+    assert {row["step"] for row in rows} == {"3"}
+
+
+def test_a_cancelled_export_leaves_the_old_file(tmp_path: Path) -> None:
+    path, work = tmp_path / "run.csv", Work(cancelled=True)
+    path.write_text("old")
+    with pytest.raises(UserError, match="cancelled"):
+        exports.export([recorded("full")], exports.registry()["csv"], path, work)
+    assert path.read_text() == "old"
+    assert list(tmp_path.iterdir()) == [path]
+
+
+def test_an_export_tells_how_far_it_is(tmp_path: Path) -> None:
+    work = Work()
+    exports.export([recorded("full")], exports.registry()["memory-viz"], tmp_path / "run.json", work)
+    assert work.share == 1
+
+
+def test_formats_load_no_torch() -> None:
+    code = (
+        "import sys; from gpumem_tui.engine.exports import registry; registry();"
+        "assert not {'torch', 'textual', 'rich'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
