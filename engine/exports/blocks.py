@@ -52,7 +52,8 @@ def chunks(ledger: Ledger) -> Iterator[tuple[Actions, int]]:
     """The actions, so many at once that they take little memory, and how many events of the step each part is."""
     done = actions(ledger)
     for start in range(0, len(done.row), CHUNK):
-        part = Actions(*(column[start : start + CHUNK] for column in done))
+        here = slice(start, start + CHUNK)
+        part = Actions(done.row[here], done.is_alloc[here], done.event[here])
         yield part, int(np.count_nonzero(part.event >= 0))
 
 
