@@ -53,6 +53,7 @@ COMMANDS = (
     ("estimate", "estimate:add", "a run's memory before it is run, on a GPU that need not be here"),
     ("advise", "advise:add", "which techniques save most at the peak, and what they cost"),
     ("weights", "weights:add", "what quantization does to a model's weights, scheme by scheme"),
+    ("check", "check:add", "a gate for CI: exit 1 where a run would not fit a budget or has grown"),
     ("open", "app:add_open", "show recordings in the app"),
     ("export", "export:add", "runs as files that other programs open: memory_viz, Perfetto, a page, a table"),
     ("profiles", "listings:add_profiles", "the models and presets there are"),

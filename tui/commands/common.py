@@ -6,6 +6,7 @@ import argparse
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import time
@@ -123,6 +124,32 @@ def seconds(typed: str, where: str) -> float:
     if not 0 <= value < math.inf:
         raise UserError(f"{where} {typed}: takes a time such as 90, 10m or 2h")
     return value
+
+
+def parse_bytes(typed: str, where: str) -> int:
+    """A size as typed: `24GiB`, `900 MiB`, `24GB`.
+
+    Raises:
+        UserError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", typed, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"{where} {typed}: takes a size such as 24GiB or 900MiB")
+    prefix = (match[2] or "").upper()
+    base = 1024 if prefix.endswith("I") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(prefix[:1] or " "))
+
+
+def parse_percent(typed: str, where: str) -> float:
+    """A share as typed: `1%`, `0.5 %`.
+
+    Raises:
+        UserError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*%\s*", typed)
+    if match is None:
+        raise UserError(f"{where} {typed}: takes a share such as 1%")
+    return float(match[1]) / 100
 
 
 def _flag(name: str) -> str:
@@ -250,8 +277,16 @@ def write_document(document: dict[str, Any], target: str) -> None:
     Raises:
         UserError: It cannot be written; no part of it is there.
     """
-    text = json.dumps(document, indent=1) + "\n"
-    if target == "-":
+    write_output(json.dumps(document, indent=1) + "\n", target)
+
+
+def write_output(text: str, target: str | None) -> None:
+    """A text to a file or, for `-` and where none is named, to standard output.
+
+    Raises:
+        UserError: It cannot be written; no part of it is there.
+    """
+    if target is None or target == "-":
         sys.stdout.write(text)
     else:
         write_text(Path(target), text)
