@@ -160,7 +160,7 @@ class Ledger:
 
     def __init__(self, trace: StepTrace) -> None:
         self.trace = trace
-        self.blocks, self.unmatched_frees = _pair(trace)
+        self.blocks, self.unmatched_frees = paired(trace)
         self._name_owned()
         self._name_rest()
 
@@ -452,7 +452,7 @@ def _rising(marks: npt.NDArray[Any]) -> npt.NDArray[Any]:
     return np.maximum.accumulate(marks) if len(marks) else marks
 
 
-def _pair(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
+def paired(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
     """Join allocs with their frees: one row a block, all UNKNOWN, names 0.
 
     Returns:

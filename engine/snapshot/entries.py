@@ -1,0 +1,207 @@
+"""What is kept of a snapshot: its entries as columns, every stack and text once.
+
+Both readers hand their entries over one by one and forget them, so that a file
+of a gigabyte takes the memory of its columns.
+"""
+
+from __future__ import annotations
+
+from array import array
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+ALLOC, FREE_REQUESTED, FREE_COMPLETED, OUT_OF_MEMORY = range(4)
+ACTIONS = {
+    "alloc": ALLOC, "free_requested": FREE_REQUESTED, "free": FREE_REQUESTED, "free_completed": FREE_COMPLETED,
+    "oom": OUT_OF_MEMORY,
+}  # fmt: skip
+"""Those that are kept; the allocator's segments say nothing of who holds what."""
+
+LARGEST = 1 << 62
+
+
+class Frame(NamedTuple):
+    """A function on the stack."""
+
+    filename: str
+    line: int
+    name: str
+
+
+class Stacks:
+    """Every stack once: innermost frame first."""
+
+    def __init__(self) -> None:
+        self.frames: list[tuple[Frame, ...]] = [()]
+        self._index: dict[tuple[Frame, ...], int] = {(): 0}
+
+    def index(self, frames: tuple[Frame, ...]) -> int:
+        """Of a stack."""
+        found = self._index.get(frames)
+        if found is None:
+            found = self._index[frames] = len(self.frames)
+            self.frames.append(frames)
+        return found
+
+
+class Texts:
+    """What else was said of allocations, every combination once."""
+
+    def __init__(self) -> None:
+        self.said: list[Mapping[str, str]] = [{}]
+        self._index: dict[tuple[tuple[str, str], ...], int] = {(): 0}
+
+    def index(self, said: Mapping[str, str]) -> int:
+        """Of what was said."""
+        key = tuple(said.items())
+        found = self._index.get(key)
+        if found is None:
+            found = self._index[key] = len(self.said)
+            self.said.append(dict(said))
+        return found
+
+
+class DeviceTrace:
+    """The entries of one device, in order.
+
+    Attributes:
+        columns: Action, address, bytes, microseconds, index of the stack, index of the text; one after another.
+    """
+
+    FIELDS = 6
+
+    def __init__(self) -> None:
+        self.columns = array("q")
+
+    def __len__(self) -> int:
+        return len(self.columns) // self.FIELDS
+
+
+class Block(NamedTuple):
+    """A block of a segment as the snapshot was taken.
+
+    Attributes:
+        size: Of the block.
+        requested: Asked for; 0: it is not allocated.
+        stack: Index.
+        said: Index.
+    """
+
+    size: int
+    requested: int
+    stack: int
+    said: int
+
+
+class Alive(NamedTuple):
+    """An allocated block: address, bytes asked for, slack, and the indices of its stack and text."""
+
+    address: int
+    bytes: int
+    slack: int
+    stack: int
+    said: int
+
+
+class Snapshot:
+    """All that is kept.
+
+    Attributes:
+        devices: By index.
+        alive: Allocated at the end, by device.
+        reserved: Bytes of the segments, by device.
+        stacks: What the columns index.
+        texts: What the columns index.
+    """
+
+    def __init__(self) -> None:
+        self.devices: list[DeviceTrace] = []
+        self.alive: dict[int, list[Alive]] = {}
+        self.reserved: dict[int, int] = {}
+        self.stacks, self.texts = Stacks(), Texts()
+
+    @property
+    def says_owners(self) -> bool:
+        """Whether it is one of our own exports, which says every block's category and owner, and its slack apart."""
+        return any("owner" in said and "category" in said for said in self.texts.said)
+
+    def entry(self, plain: Mapping[str, Any]) -> tuple[int, ...] | None:
+        """One entry as numbers; None for what is not kept.
+
+        Raises:
+            ValueError: It is not what PyTorch writes.
+        """
+        action = ACTIONS.get(plain["action"], -1)
+        if action < 0:
+            return None
+        address = plain["device_free"] if action == OUT_OF_MEMORY else plain["addr"]
+        numbers = address, plain["size"], plain.get("time_us", 0)
+        if not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
+            raise ValueError("an entry's address, size or time is no number")
+        return action, *numbers, self.stacks.index(frames_of(plain.get("frames"))), self._said(plain)
+
+    def block(self, plain: Mapping[str, Any]) -> Block:
+        """One block of a segment.
+
+        Raises:
+            ValueError: It is not what PyTorch writes.
+        """
+        size, requested, frames = plain["size"], plain.get("requested_size", plain["size"]), plain.get("frames")
+        history = plain.get("history")
+        if history and "frames" not in plain:  # as older versions have it
+            requested, frames = history[0]["real_size"], history[0].get("frames")
+        if not all(type(n) is int and 0 <= n < LARGEST for n in (size, requested)):
+            raise ValueError("a block's size is no number")
+        if plain["state"] != "active_allocated":
+            return Block(size, 0, 0, 0)
+        return Block(size, requested, self.stacks.index(frames_of(frames)), self._said(plain))
+
+    def segment(self, plain: Mapping[str, Any], most_blocks: int) -> int:
+        """Take in one of the allocator's segments; how many blocks it has.
+
+        Args:
+            plain: As in the file; its blocks may be `Block`s already.
+            most_blocks: More than so many cannot have been in the file: they are shared.
+
+        Raises:
+            ValueError: It is not what PyTorch writes.
+        """
+        device, address, total, listed = (plain[key] for key in ("device", "address", "total_size", "blocks"))
+        if not all(type(n) is int and 0 <= n < LARGEST for n in (device, address, total)):
+            raise ValueError("a segment's device, address or size is no number")
+        if len(listed) > most_blocks:
+            raise ValueError("a segment has more blocks than the file has room for")
+        self.reserved[device] = self.reserved.get(device, 0) + total
+        alive = self.alive.setdefault(device, [])
+        for found in listed:
+            block = found if isinstance(found, Block) else self.block(found)
+            if block.requested:
+                alive.append(Alive(address, block.requested, block.size - block.requested, block.stack, block.said))
+            address += block.size
+        return len(listed)
+
+    def _said(self, plain: Mapping[str, Any]) -> int:
+        """What is in `user_metadata`, and the category where there is one."""
+        known = plain.get("user_metadata")
+        said = {str(k): str(v) for k, v in known.items()} if isinstance(known, dict) else {}
+        if "category" not in said and isinstance(plain.get("category"), str):
+            said["category"] = plain["category"]
+        return self.texts.index(said)
+
+
+def frames_of(plain: Any) -> tuple[Frame, ...]:
+    """A stack as it is kept.
+
+    Raises:
+        ValueError: It is none.
+    """
+    if not plain:
+        return ()
+    if isinstance(plain, tuple) and isinstance(plain[0], Frame):
+        return plain
+    return tuple(frame if isinstance(frame, Frame) else frame_of(frame) for frame in plain)
+
+
+def frame_of(plain: Mapping[str, Any]) -> Frame:
+    """A frame as it is kept."""
+    return Frame(str(plain["filename"]), int(plain["line"]), str(plain["name"]))
