@@ -1,4 +1,4 @@
-"""Snapshots as PyTorch writes them, of a real training loop on the CPU: the same frames as on a GPU, and true categories."""
+"""Snapshots as PyTorch writes them, of a real training loop on the CPU: with the frames that it has on a GPU."""
 
 from __future__ import annotations
 
@@ -62,6 +62,5 @@ class Snapshotter(OpTracker):
             rounded = -(-size // ROUNDED) * ROUNDED
             block = {"address": address, "size": rounded, "requested_size": size, "state": "active_allocated",
                      "frames": self._stacks.get(address, [])}  # fmt: skip
-            segments.append({"device": 0, "address": address, "total_size": rounded, "allocated_size": rounded,
-                             "active_size": rounded, "stream": 0, "segment_type": "small", "blocks": [block]})  # fmt: skip
+            segments.append({"device": 0, "address": address, "total_size": rounded, "stream": 0, "blocks": [block]})
         return {"segments": segments, "device_traces": [self.entries], "allocator_settings": {}}

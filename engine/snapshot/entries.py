@@ -28,20 +28,60 @@ class Frame(NamedTuple):
     name: str
 
 
+class FrameIndex(int):
+    """A frame's place in `Stacks`."""
+
+    __slots__ = ()
+
+
+class StackIndex(int):
+    """A stack's place in `Stacks`."""
+
+    __slots__ = ()
+
+
 class Stacks:
-    """Every stack once: innermost frame first."""
+    """Every frame and every stack once; a stack is the places of its frames, the innermost first."""
 
     def __init__(self) -> None:
-        self.frames: list[tuple[Frame, ...]] = [()]
-        self._index: dict[tuple[Frame, ...], int] = {(): 0}
+        self._frames: list[Frame] = []
+        self._stacks: list[tuple[FrameIndex, ...]] = [()]
+        self._frame_index: dict[Frame, FrameIndex] = {}
+        self._stack_index: dict[tuple[FrameIndex, ...], StackIndex] = {(): StackIndex(0)}
 
-    def index(self, frames: tuple[Frame, ...]) -> int:
-        """Of a stack."""
-        found = self._index.get(frames)
+    def __len__(self) -> int:
+        return len(self._stacks)
+
+    def __getitem__(self, index: int) -> tuple[Frame, ...]:
+        return tuple(self._frames[frame] for frame in self._stacks[index])
+
+    def places(self, index: int) -> tuple[FrameIndex, ...]:
+        """Of the frames of a stack."""
+        return self._stacks[index]
+
+    def add_frame(self, plain: Mapping[str, Any]) -> FrameIndex:
+        """A frame as in the file."""
+        frame = Frame(str(plain["filename"]), int(plain["line"]), str(plain["name"]))
+        found = self._frame_index.get(frame)
         if found is None:
-            found = self._index[frames] = len(self.frames)
-            self.frames.append(frames)
+            found = self._frame_index[frame] = FrameIndex(len(self._frames))
+            self._frames.append(frame)
         return found
+
+    def add(self, frames: tuple[FrameIndex, ...]) -> StackIndex:
+        """A stack of known frames."""
+        found = self._stack_index.get(frames)
+        if found is None:
+            found = self._stack_index[frames] = StackIndex(len(self._stacks))
+            self._stacks.append(frames)
+        return found
+
+    def index(self, plain: Any) -> int:
+        """Of a stack as in the file, or as a reader has handed it over; none is the first."""
+        if plain.__class__ is StackIndex:
+            return int(plain)
+        frames = (frame if frame.__class__ is FrameIndex else self.add_frame(frame) for frame in plain or ())
+        return self.add(tuple(frames))
 
 
 class Texts:
@@ -119,6 +159,7 @@ class Snapshot:
         self.alive: dict[int, list[Alive]] = {}
         self.reserved: dict[int, int] = {}
         self.stacks, self.texts = Stacks(), Texts()
+        self._asked = False
 
     @property
     def says_owners(self) -> bool:
@@ -132,13 +173,15 @@ class Snapshot:
             ValueError: It is not what PyTorch writes.
         """
         action = ACTIONS.get(plain["action"], -1)
-        if action < 0:
+        # The allocator's counter moves when a free is asked for; its completion says nothing more.
+        self._asked |= action == FREE_REQUESTED
+        if action < 0 or (action == FREE_COMPLETED and self._asked):
             return None
         address = plain["device_free"] if action == OUT_OF_MEMORY else plain["addr"]
         numbers = address, plain["size"], plain.get("time_us", 0)
         if not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
             raise ValueError("an entry's address, size or time is no number")
-        return action, *numbers, self.stacks.index(frames_of(plain.get("frames"))), self._said(plain)
+        return action, *numbers, self.stacks.index(plain.get("frames")), self._said(plain)
 
     def block(self, plain: Mapping[str, Any]) -> Block:
         """One block of a segment.
@@ -154,7 +197,7 @@ class Snapshot:
             raise ValueError("a block's size is no number")
         if plain["state"] != "active_allocated":
             return Block(size, 0, 0, 0)
-        return Block(size, requested, self.stacks.index(frames_of(frames)), self._said(plain))
+        return Block(size, requested, self.stacks.index(frames), self._said(plain))
 
     def segment(self, plain: Mapping[str, Any], most_blocks: int) -> int:
         """Take in one of the allocator's segments; how many blocks it has.
@@ -187,21 +230,3 @@ class Snapshot:
         if "category" not in said and isinstance(plain.get("category"), str):
             said["category"] = plain["category"]
         return self.texts.index(said)
-
-
-def frames_of(plain: Any) -> tuple[Frame, ...]:
-    """A stack as it is kept.
-
-    Raises:
-        ValueError: It is none.
-    """
-    if not plain:
-        return ()
-    if isinstance(plain, tuple) and isinstance(plain[0], Frame):
-        return plain
-    return tuple(frame if isinstance(frame, Frame) else frame_of(frame) for frame in plain)
-
-
-def frame_of(plain: Mapping[str, Any]) -> Frame:
-    """A frame as it is kept."""
-    return Frame(str(plain["filename"]), int(plain["line"]), str(plain["name"]))

@@ -62,7 +62,7 @@ class Tags:
     def _one(self, stack: int, text: int) -> int:
         found = self._index.get((stack, text))
         if found is None:
-            made = tag(self._snapshot.stacks.frames[stack], self._snapshot.texts.said[text])
+            made = tag(self._snapshot.stacks[stack], self._snapshot.texts.said[text])
             found = self._index[stack, text] = len(self.tags)
             self.tags.append(made)
             for name in (made.module, made.owner):

@@ -13,9 +13,10 @@ import pickle
 import pickletools
 import struct
 from collections.abc import Callable
+from itertools import chain
 from typing import Any, BinaryIO
 
-from .entries import DeviceTrace, Snapshot, frame_of, frames_of
+from .entries import DeviceTrace, FrameIndex, Snapshot, StackIndex
 
 PIECE = 1 << 22
 """Bytes read at once."""
@@ -294,40 +295,40 @@ class PickleReader:
         self._extend(self._marked())
 
     def _fill(self, items: list[Any]) -> None:
-        """Put keys and values into the dict on top; a frame or an entry is handed over when it is whole."""
-        top = self._stack[-1]
-        if not isinstance(top, _Dict):
+        """Put keys and values into the dict on top; an entry, a frame, a block is handed over when it is whole."""
+        top, snapshot = self._stack[-1], self._snapshot
+        if top.__class__ is not _Dict:
             raise RefusedError(f"damaged at byte {self._place}")
         top.update(zip(items[::2], items[1::2], strict=True))
-        if "filename" in top and "line" in top and "name" in top:
-            self._stack[-1] = frame_of(top)
+        if "action" in top and "size" in top:
+            self._stack[-1] = _Taken(snapshot.entry(top) or ())
+            self._settle(top, _CONSUMED)
+        elif "filename" in top and "line" in top and "name" in top:
+            self._stack[-1] = snapshot.stacks.add_frame(top)
             self._settle(top, self._stack[-1])
         elif "state" in top and "size" in top:
-            self._stack[-1] = self._snapshot.block(top)
+            self._stack[-1] = snapshot.block(top)
             self._settle(top, self._stack[-1])
-        elif "action" in top and "size" in top and ("frames" in top or "time_us" in top):
-            frames = top.get("frames")
-            if isinstance(frames, _List):
-                top["frames"] = kept = self._snapshot.stacks.frames[self._snapshot.stacks.index(frames_of(frames))]
-                self._settle(frames, kept)
-            self._stack[-1] = _Taken(self._snapshot.entry(top) or ())
-            self._settle(top, _CONSUMED)
 
     def _extend(self, items: list[Any]) -> None:
-        """Put items into the list on top; one of entries becomes a trace."""
+        """Put items into the list on top; one of frames becomes a stack, one of entries a trace."""
         top = self._stack[-1]
-        if items and isinstance(items[0], _Taken):
-            if isinstance(top, _List) and not top:
-                trace = DeviceTrace()
+        kind = items[0].__class__ if items else None
+        if kind is FrameIndex and (top.__class__ is StackIndex or (top.__class__ is _List and not top)):
+            stacks = self._snapshot.stacks
+            before = () if top.__class__ is _List else stacks.places(top)
+            self._stack[-1] = stacks.add((*before, *items))
+            if top.__class__ is _List:
+                self._settle(top, self._stack[-1])
+        elif kind is _Taken:
+            if top.__class__ is _List and not top:
+                self._stack[-1] = trace = DeviceTrace()
                 self._settle(top, trace)
-                self._stack[-1] = top = trace
-            if not isinstance(top, DeviceTrace):
+                top = trace
+            if top.__class__ is not DeviceTrace or any(item.__class__ is not _Taken for item in items):
                 raise RefusedError(f"damaged at byte {self._place}")
-            for item in items:
-                if not isinstance(item, _Taken):
-                    raise RefusedError(f"damaged at byte {self._place}")
-                top.columns.extend(item)
-        elif isinstance(top, _List):
+            top.columns.extend(chain.from_iterable(items))
+        elif top.__class__ is _List:
             top.extend(items)
         elif items:
             raise RefusedError(f"damaged at byte {self._place}")
