@@ -63,4 +63,4 @@ class Snapshotter(OpTracker):
             block = {"address": address, "size": rounded, "requested_size": size, "state": "active_allocated",
                      "frames": self._stacks.get(address, [])}  # fmt: skip
             segments.append({"device": 0, "address": address, "total_size": rounded, "stream": 0, "blocks": [block]})
-        return {"segments": segments, "device_traces": [self.entries], "allocator_settings": {}}
+        return {"segments": segments, "device_traces": [[*self.entries]], "allocator_settings": {}}

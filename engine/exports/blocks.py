@@ -70,10 +70,10 @@ class BlockTexts:
         self._texts: dict[int, bytes] = {}
         trace, blocks = ledger.trace, ledger.blocks
         # The last tag is that of what was alive before: its mark is -1.
-        tags = np.zeros(len(trace.marks) + 1, np.int64)
-        if len(trace.marks):
-            _, tags[:-1] = np.unique(trace.marks, return_inverse=True)
-            tags[-1] = tags[:-1].max() + 1
+        marks = trace.marks
+        module = marks["module"].astype(np.int64) << 24
+        tags = np.append(module | marks["micro_batch"].astype(np.int64) << 8 | marks["phase"], -1)
+        tags = np.unique(tags, return_inverse=True)[1].ravel()
         key = tags[blocks["born_mark"]]
         for column, most in ((blocks["category"], 64), (blocks["name"], len(trace.names) + 1)):
             key = key * most + column + 1

@@ -15,7 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..events import BLOCK, EVENT, MARK, OWNER, Category, Phase, PhaseSpan, StepTrace
-from ..ledger import paired
+from ..ledger import LOSS, paired
 from .entries import ALLOC, FREE_COMPLETED, FREE_REQUESTED, OUT_OF_MEMORY, DeviceTrace, Snapshot
 from .frames import Tag, tag
 
@@ -79,8 +79,8 @@ def steps_of(snapshot: Snapshot, device: int) -> list[StepTrace]:
     whole = StepTrace(0, columns.events, np.zeros(1, MARK), columns.begin, np.empty(0, OWNER), ("",), ())
     blocks, _ = paired(whole)
     born, died = blocks["born"], blocks["died"]
-    known = _categories(columns, phases, blocks, tags.tags)
-    first_number = 0 if cuts[0] == 0 and len(cuts) > 1 and _is_load(phases[cuts[0] : cuts[1]]) else 1
+    known = _categories(columns, phases, cuts, blocks, tags.tags)
+    first_number = 0 if _is_load(phases[: cuts[1]]) else 1
     return [
         _step(columns, phases, tags, blocks[(born < end) & (died >= begin)], known[(born < end) & (died >= begin)],
               begin, end, first_number + number)
@@ -107,7 +107,8 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
     events["bytes"] = np.where(is_alloc, table[:, 2], -table[:, 2])
     events["slack"] = 0 if exact else np.where(is_alloc, 1, -1) * (-table[:, 2] % ROUNDED)
     begin = _begin(table, is_alloc, alive, exact)
-    _slack_at_end(events, is_alloc, alive)
+    if not exact:
+        _slack_at_end(events, is_alloc, alive)
     stacks, said = table[:, 4], table[:, 5]
     kinds = tags.of(np.concatenate([stacks, begin[:, 3]]), np.concatenate([said, begin[:, 4]]))
     blocks = np.zeros(len(begin), BLOCK)
@@ -150,10 +151,14 @@ def _phases(columns: Columns, tags: Sequence[Tag]) -> Ints:
         return np.empty(0, np.int64)
     told = np.array([-1 if t.phase is None else int(t.phase) for t in tags], np.int64)[columns.kinds[:n]]
     bare = np.array([t.phase is None and t.category is None and not t.module for t in tags])[columns.kinds[:n]]
+    scripted = np.array([t.phase is None and t.category is None and bool(t.module) for t in tags])[columns.kinds[:n]]
     is_alloc = columns.events["bytes"] >= 0
     # A free tells where its site is, which is where a reference was dropped: of use for what only frees.
     told[~is_alloc & (told != Phase.ZERO_GRAD)] = -1
     phases = _carried(told, Phase.IDLE)
+    # A script's own code between two steps makes the next batch; within a forward it goes on with that.
+    between = np.isin(phases, (Phase.IDLE, Phase.LOAD, Phase.OPTIMIZER, Phase.ZERO_GRAD))
+    told[is_alloc & (told < 0) & scripted & between] = Phase.DATA
     silent = is_alloc & bare & ((phases == Phase.FORWARD) | (phases == Phase.RECOMPUTE))
     told[silent] = Phase.BACKWARD
     return _carried(told, Phase.IDLE)
@@ -166,17 +171,16 @@ def _carried(values: Ints, first: int) -> Ints:
 
 
 def _cuts(phases: Ints) -> list[int]:
-    """Where steps begin, and the end: after the optimizer and zero_grad, before the next forward or batch."""
+    """Where steps begin, and the end: behind the loading, and behind each optimizer before what comes then."""
     n = len(phases)
+    forward = np.flatnonzero(phases == Phase.FORWARD)
+    loads = np.flatnonzero(phases[: forward[0]] == Phase.LOAD) if len(forward) else forward
     ends = np.isin(phases, (Phase.OPTIMIZER, Phase.ZERO_GRAD))
     starts = np.isin(phases, (Phase.FORWARD, Phase.DATA))
-    loads = phases == Phase.LOAD
-    kind = np.where(ends, 2, np.where(starts, 1, np.where(loads, 3, 0)))
-    seen = _carried(np.where(kind > 0, kind, -1), 0)
-    before = np.concatenate([[0], seen[:-1]]) if n else seen
-    found = np.flatnonzero((kind == 1) & np.isin(before, (2, 3))).tolist()
+    last = _carried(np.where(ends, 1, np.where(starts, 0, -1)), 0)
+    found = np.flatnonzero(starts[1:] & (last[:-1] == 1)) + 1
     cuts = [0]
-    for at in [*found, n]:
+    for at in [*(loads[-1:] + 1).tolist(), *found.tolist(), n]:
         while at - cuts[-1] > LONGEST_STEP:
             cuts.append(cuts[-1] + LONGEST_STEP)
         if at > cuts[-1]:
@@ -185,8 +189,8 @@ def _cuts(phases: Ints) -> list[int]:
 
 
 def _is_load(phases: Ints) -> bool:
-    """Whether nothing but loading goes on."""
-    return bool(np.isin(phases, (Phase.LOAD, Phase.IDLE)).all())
+    """Whether it is the loading."""
+    return bool((phases == Phase.LOAD).any() and not np.isin(phases, (Phase.FORWARD, Phase.BACKWARD)).any())
 
 
 def _step(
@@ -255,7 +259,9 @@ def _runs(phases: Ints, micro: Ints, times: Ints, only: Phase | None = None) -> 
 # --- categories -----------------------------------------------------------------------------
 
 
-def _categories(columns: Columns, phases: Ints, blocks: npt.NDArray[Any], tags: Sequence[Tag]) -> Ints:
+def _categories(
+    columns: Columns, phases: Ints, cuts: Sequence[int], blocks: npt.NDArray[Any], tags: Sequence[Tag]
+) -> Ints:
     """What is known of each block for certain, -1 for nothing; `made` becomes a block's place in `begin`."""
     n = len(columns.events)
     before = blocks["born"] < 0
@@ -271,17 +277,27 @@ def _categories(columns: Columns, phases: Ints, blocks: npt.NDArray[Any], tags: 
     born = (
         np.where(before & (told[columns.kinds[place]] >= 0), told[columns.kinds[place]], born) if len(blocks) else born
     )
-    leaves = died != born
+    leaves, lasts = died != born, blocks["died"] >= n
     for phase, category in (
         (Phase.LOAD, Category.PARAMETERS),
         (Phase.OPTIMIZER, Category.OPTIMIZER_STATE),
         (Phase.BACKWARD, Category.GRADIENTS),
-        (Phase.DATA, Category.INPUTS),
     ):
         held = (known < 0) & (born == phase) & leaves
-        if phase is Phase.BACKWARD:  # what the graph's own tensors outlive goes in a recompute's end too
+        if phase is Phase.BACKWARD:  # what goes in a recompute or the next forward was the graph's
             held &= (died != Phase.RECOMPUTE) & (died != Phase.FORWARD)
         known[held] = category
+    # What outlives its step was kept by the script: the outputs of the model, and with them the graph.
+    step_of = np.searchsorted(cuts, blocks["born"], side="right")
+    outlives = (step_of != np.searchsorted(cuts, blocks["died"], side="right")) | lasts
+    at_loss = np.array([t.module == LOSS for t in tags] or [False])[columns.kinds[place]]
+    kept = (known < 0) & ((born == Phase.FORWARD) | (born == Phase.RECOMPUTE)) & outlives
+    known[kept] = np.where(at_loss[kept], Category.LOGITS_LOSS, Category.ACTIVATIONS)
+    first_forward = int(np.argmax(np.append(phases, Phase.FORWARD) == Phase.FORWARD))
+    batch = (known < 0) & (born == Phase.DATA) & leaves
+    known[batch & (~lasts | (blocks["born"] > first_forward))] = Category.INPUTS
+    # Outside of every phase a lifetime tells nothing.
+    known[(known < 0) & ((born == Phase.IDLE) | (born == Phase.DATA))] = Category.UNKNOWN
     return known
 
 

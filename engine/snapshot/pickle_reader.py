@@ -315,6 +315,8 @@ class PickleReader:
         top = self._stack[-1]
         kind = items[0].__class__ if items else None
         if kind is FrameIndex and (top.__class__ is StackIndex or (top.__class__ is _List and not top)):
+            if any(item.__class__ is not FrameIndex for item in items):
+                raise RefusedError(f"damaged at byte {self._place}")
             stacks = self._snapshot.stacks
             before = () if top.__class__ is _List else stacks.places(top)
             self._stack[-1] = stacks.add((*before, *items))
