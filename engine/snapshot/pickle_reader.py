@@ -318,7 +318,7 @@ class PickleReader:
             if any(item.__class__ is not FrameIndex for item in items):
                 raise RefusedError(f"damaged at byte {self._place}")
             stacks = self._snapshot.stacks
-            before = () if top.__class__ is _List else stacks.places(top)
+            before = stacks.places(top) if isinstance(top, StackIndex) else ()
             self._stack[-1] = stacks.add((*before, *items))
             if top.__class__ is _List:
                 self._settle(top, self._stack[-1])
