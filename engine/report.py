@@ -132,7 +132,7 @@ class RunDocument(msgspec.Struct, frozen=True):
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON."""
-        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=_plain)
+        plain: dict[str, Any] = msgspec.to_builtins(self, enc_hook=mapping_as_dict)
         return plain
 
 
@@ -252,7 +252,8 @@ def _figures(kind: type[Figures], event: msgspec.Struct) -> Figures:
     return kind(**{name: getattr(event, name) for name in kind.__struct_fields__})
 
 
-def _plain(value: Any) -> Any:
+def mapping_as_dict(value: Any) -> Any:
+    """For msgspec, which does not know read-only mappings."""
     if isinstance(value, MappingProxyType):
         return dict(value)
     raise NotImplementedError(type(value).__name__)

@@ -10,8 +10,9 @@ from typing import Any
 
 import pytest
 
-from gpumem_tui.engine.events import Category, Kind, Milestone
+from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.exports.exported_run import ExportedRun
+from gpumem_tui.engine.run_events import StepEnded
 
 from .benchmarks.fold import synthetic
 from .browser import INSTALLED, Browser, browser
@@ -49,7 +50,7 @@ def table(opened: Browser, name: str) -> dict[str, list[int]]:
 @needs_browser
 def test_the_figures_are_the_documents(opened: Browser, tmp_path: Path) -> None:
     (run,) = show(opened, tmp_path, recorded("h100-tiny-lora"))["runs"]
-    now, peak = run["now"], run["report"]["peak"]
+    now, peak = run["now"], run["peak"]
     titles = {c.key: c.info.title for c in Category}
     held = table(opened, "held")
     assert held.pop("allocated") == [now["allocated_bytes"], peak["allocated_bytes"]]
@@ -114,7 +115,7 @@ def test_the_cursor_goes_by_keys_and_is_read_out(opened: Browser, tmp_path: Path
 @needs_browser
 def test_runs_are_compared_and_each_can_be_looked_at(opened: Browser, tmp_path: Path) -> None:
     document = show(opened, tmp_path, recorded("full"), recorded("lora"))
-    first, second = (run["report"]["peak"] for run in document["runs"])
+    first, second = (run["peak"] for run in document["runs"])
     compared = table(opened, "compare")
     difference = second["allocated_bytes"] - first["allocated_bytes"]
     assert compared["allocated"] == [first["allocated_bytes"], second["allocated_bytes"], difference]
@@ -203,8 +204,11 @@ return worst;
 def test_the_page_of_a_large_step_is_small() -> None:
     """290 modules of 25 layers, 20,000 events and a run of a thousand steps: at most 1 MB."""
     base = recorded("full")
-    figures = {"seconds": 1.25, "loss": 2.125, "tokens": 4096, "allocated_bytes": 1 << 34, "peak_bytes": 1 << 35,
-               "reserved_bytes": 1 << 35, "traced": True, "trace_seconds": 0.1}  # fmt: skip
-    log = [Milestone(i, i * 1.0, Kind.STEP_ENDED, 1, f"step {i} of 1000", {"step": i} | figures) for i in range(1000)]
-    run = dataclasses.replace(base, traces=[*base.traces, synthetic(20_000)], milestones=[*base.milestones, *log])
-    assert len(written("html", run)) < 1_000_000
+    run = base.run
+    for i in range(1000):
+        run.tell(StepEnded(text=f"step {i} of 1000", index=100 + i, step=i, loss=2.125, seconds=1.25, tokens=4096,
+                           allocated_bytes=1 << 34, peak_bytes=1 << 35, reserved_bytes=1 << 35))  # fmt: skip
+    run.keep([*base.traces, synthetic(20_000)])
+    page = written("html", ExportedRun(run, "large"))
+    assert b"step 999 of 1000" in page
+    assert len(page) < 1_000_000

@@ -23,7 +23,7 @@ from gpumem_tui.engine.exports.memory_viz import legend
 from gpumem_tui.engine.exports.number_text import text_rows
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import Replay
+from gpumem_tui.engine.recording import read
 from gpumem_tui.tui.__main__ import main
 
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -31,7 +31,7 @@ ALL = ("full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora")
 
 
 def recorded(name: str, step: int | None = None) -> ExportedRun:
-    return ExportedRun.of_source(Replay(RECORDINGS / f"{name}.gpumem"), name, step)
+    return ExportedRun(read(RECORDINGS / f"{name}.gpumem")[0], name, step)
 
 
 def written(format_name: str, *runs: ExportedRun) -> bytes:
@@ -228,8 +228,8 @@ def test_openmetrics_is_read_by_prometheus(run: ExportedRun, reader: str) -> Non
     for category in Category:
         assert samples["gpumem_allocated_bytes", category.key] == last.end[category]
         assert samples["gpumem_peak_bytes", category.key] == run.ledger.peak.by_category[category]
-    assert run.gauge is not None
-    assert samples["gpumem_reserved_bytes", None] == run.gauge.reserved_bytes
+    assert run.run.gauge is not None
+    assert samples["gpumem_reserved_bytes", None] == run.run.gauge.reserved_bytes
 
 
 # --- json -------------------------------------------------------------------------------

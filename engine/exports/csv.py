@@ -41,7 +41,7 @@ FORMAT = Format("csv", ".csv", "a table of every allocation and free, for a spre
 def _write_run(run: ExportedRun, sink: Sink) -> None:
     ledger, held = run.ledger, 0
     blocks, times = ledger.blocks, ledger.trace.events["time_us"]
-    about = _line((run.name, run.rank, run.trace.step)).rstrip(b"\n") + b","
+    about = _line((run.name, run.run.id.rank, run.trace.step)).rstrip(b"\n") + b","
     texts = BlockTexts(ledger, _described)
     for part, events in chunks(ledger):
         sign = np.where(part.is_alloc, 1, -1)

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, BinaryIO, NamedTuple
+from typing import BinaryIO, NamedTuple
 
-from ..config import RunConfig, UserError
-from ..events import Environment, Gauge, Milestone, StepTrace
-from ..feed import Source, Work, peak_bytes
+from ..config import UserError
+from ..events import StepTrace
+from ..feed import Work
 from ..ledger import Ledger
-from ..report import Report
+from ..report import Report, RunDocument
+from ..run import Run, peak_bytes
 
 
 @dataclass(frozen=True)
@@ -19,39 +20,26 @@ class ExportedRun:
     """One run, and the step of it that a timeline is of.
 
     Attributes:
+        run: As it is when it is first asked for anything.
         name: Tells it from the others.
-        config: What ran.
-        environment: Where.
-        gauge: The last reading; None: there was none.
-        traces: Complete steps in order; the load is step 0.
-        milestones: Of this run.
-        rank: In a job of several processes.
         step: The step shown; None: the one with the highest peak.
     """
 
+    run: Run
     name: str
-    config: RunConfig
-    environment: Environment
-    gauge: Gauge | None
-    traces: Sequence[StepTrace]
-    milestones: Sequence[Milestone]
-    rank: int = 0
     step: int | None = None
 
-    @classmethod
-    def of_source(cls, source: Source, name: str, step: int | None = None, rank: int = 0) -> ExportedRun:
-        """What a source has now.
+    @cached_property
+    def traces(self) -> Sequence[StepTrace]:
+        """Of the steps kept, in order; the load is step 0.
 
         Raises:
-            UserError: It has run nothing yet.
+            UserError: There is none.
         """
-        config, environment = source.config(), source.environment()
-        if config is None or environment is None:
-            raise UserError(f"{name}: no run has started yet")
-        milestones = source.milestones(0)
-        last = max((m.run for m in milestones), default=0)
-        mine = [m for m in milestones if m.run == last]
-        return cls(name, config, environment, source.gauge(), source.traces(), mine, rank, step)
+        traces = self.run.traces()
+        if not traces:
+            raise UserError(f"{self.name}: no step of it was traced, so there is nothing to export")
+        return traces
 
     @cached_property
     def trace(self) -> StepTrace:
@@ -60,8 +48,6 @@ class ExportedRun:
         Raises:
             UserError: It was not traced.
         """
-        if not self.traces:
-            raise UserError(f"{self.name}: no step of it was traced, so there is nothing to export")
         if self.step is None:
             return max(self.traces, key=peak_bytes)
         for trace in self.traces:
@@ -75,18 +61,45 @@ class ExportedRun:
         """The step shown, folded."""
         return Ledger(self.trace)
 
+    @cached_property
+    def last(self) -> Ledger:
+        """The last step traced, folded."""
+        return self.ledger if self.trace is self.traces[-1] else Ledger(self.traces[-1])
+
     @property
     def events(self) -> int:
         """Allocations and frees of the step shown."""
         return len(self.trace.events)
 
     @cached_property
-    def document(self) -> dict[str, Any]:
+    def document(self) -> RunDocument:
         """The run as `run --json` prints it."""
         report = Report()
         for trace in self.traces:
-            report.fold(self.ledger if trace is self.trace else Ledger(trace))
-        return report.document(self.environment, self.config, list(self.milestones))
+            if not trace.is_complete:
+                continue
+            known = next((ledger for ledger in (self.ledger, self.last) if ledger.trace is trace), None)
+            report.fold(known or Ledger(trace))
+        return report.document(self.run)
+
+
+def named(runs: Sequence[Run], step: int | None = None) -> list[ExportedRun]:
+    """Runs with names that tell them apart: their engine's or recording's, and what differs besides.
+
+    Args:
+        runs: In any order.
+        step: The step shown of each; None: the one with the highest peak.
+    """
+    found = []
+    for run in runs:
+        akin = [other.id for other in runs if other.id.engine == run.id.engine]
+        words = [run.id.engine or run.config.model]
+        if len({other.number for other in akin}) > 1:
+            words.append(f"run {run.id.number}")
+        if len({other.rank for other in akin}) > 1:
+            words.append(f"rank {run.id.rank}")
+        found.append(ExportedRun(run, " ".join(words), step))
+    return found
 
 
 class Format(NamedTuple):

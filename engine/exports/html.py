@@ -13,12 +13,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-import msgspec
-
 from ..category_colours import DARK, LIGHT
 from ..events import Category
 from .exported_run import ExportedRun, Format, Sink
-from .json import document
+from .json import document, encoded
 
 LATEST = 200
 """Steps, recomputes and events of a run that the page has room for."""
@@ -33,7 +31,7 @@ def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
     script = _text("page.js")
     policy = f"default-src 'none'; style-src {_hash(style)}; script-src {_hash(script)}; base-uri 'none'"
     # A name with a tag in it must not end the script that holds the document.
-    data = msgspec.json.encode(document(runs, LATEST)).replace(b"<", b"\\u003c").decode()
+    data = encoded(document(runs, LATEST)).replace(b"<", b"\\u003c").decode()
     page = Template(_text("page.html")).substitute(policy=policy, style=style, script=script, document=data)
     sink.write(page.encode(), sum(run.events for run in runs))
 

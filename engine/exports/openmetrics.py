@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 from ..events import Gauge
-from ..ledger import Bytes, Ledger
+from ..ledger import Bytes
 from .exported_run import ExportedRun, Format, Sink
 
 CONTENT_TYPE = "application/openmetrics-text; version=1.0.0; charset=utf-8"
@@ -98,7 +98,12 @@ def _escaped(text: str) -> str:
     return text.replace("\\", r"\\").replace('"', r"\"").replace("\n", r"\n")
 
 
-def _reading(run: ExportedRun) -> Reading:
-    last = run.ledger if run.trace is run.traces[-1] else Ledger(run.traces[-1])
-    labels = {"run": run.name, "rank": str(run.rank), "device": run.environment.device}
-    return Reading(labels, last.trace.step, last.end, run.ledger.peak.by_category, run.gauge)
+def _reading(exported: ExportedRun) -> Reading:
+    run, last = exported.run, exported.last
+    return Reading(labels_of(exported), last.trace.step, last.end, exported.ledger.peak.by_category, run.gauge)
+
+
+def labels_of(exported: ExportedRun) -> dict[str, str]:
+    """What tells a run from others in a time series."""
+    run = exported.run
+    return {"run": exported.name, "rank": str(run.id.rank), "device": run.environment.device}

@@ -29,7 +29,7 @@
   const layerName = (name) => name || "(the model)";
 
   /** One unit for the page: the largest figure is told in it with a whole part. */
-  const largest = Math.max(...doc.runs.map((r) => r.report.peak.allocated_bytes));
+  const largest = Math.max(...doc.runs.map((r) => r.peak.allocated_bytes));
   const [unit, unitName, decimals] =
     largest >= 4 * GIB ? [GIB, "GiB", 2] : largest >= 4 * MIB ? [MIB, "MiB", 1] : [KIB, "KiB", 1];
 
@@ -84,7 +84,7 @@
   }
 
   function summary() {
-    const r = run(), report = r.report, peak = report.peak, now = r.now, place = report.environment;
+    const r = run(), report = r.report, peak = r.peak, now = r.now, place = report.environment;
     const many = doc.runs.length > 1
       ? el("label", {}, "run ", el("select", { id: "run", onchange: (e) => lookAt(Number(e.target.value)) },
           ...doc.runs.map((other, i) => el("option", { value: i, selected: i === state.run }, other.name)))) : null;
@@ -129,7 +129,7 @@
   }
 
   function held() {
-    const r = run(), peak = r.report.peak, now = r.now, whole = Math.max(peak.allocated_bytes, now.allocated_bytes);
+    const r = run(), peak = r.peak, now = r.now, whole = Math.max(peak.allocated_bytes, now.allocated_bytes);
     const one = (sizes, c) => track({ [c.key]: sizes[c.key] }, whole);
     const rows = used(now.by_category, peak.by_category).map((c) => el("tr", {},
       el("th", { scope: "row", title: c.meaning }, letter(c), c.title),
@@ -144,7 +144,7 @@
 
   function compare() {
     if (doc.runs.length < 2) return;
-    const peaks = doc.runs.map((r) => r.report.peak), first = peaks[0], whole = Math.max(...peaks.map((p) => p.allocated_bytes));
+    const peaks = doc.runs.map((r) => r.peak), first = peaks[0], whole = Math.max(...peaks.map((p) => p.allocated_bytes));
     const bars = doc.runs.map((r, i) => el("tr", { "aria-current": i === state.run ? "true" : null },
       el("th", { scope: "row" }, el("button", { type: "button", onclick: () => lookAt(i), "aria-pressed": String(i === state.run) }, r.name)),
       cellNumber(peaks[i].allocated_bytes), cellDifference(peaks[i].allocated_bytes - first.allocated_bytes, i),
@@ -167,7 +167,7 @@
     el("td", { class: `number ${bytes > 0 ? "more" : bytes < 0 ? "less" : ""}` }, index ? size(bytes, false, true) : "");
 
   function layers() {
-    const peak = run().report.peak, named = Object.entries(peak.by_layer);
+    const peak = run().peak, named = Object.entries(peak.by_layer);
     const whole = Math.max(...named.map(([, sizes]) => sum(sizes)), 1);
     const rows = named.map(([name, sizes]) => el("tr", {}, el("th", { scope: "row", class: "name" }, layerName(name)),
       cellNumber(sum(sizes)), el("td", { class: "cell" }, track(sizes, whole)),
@@ -181,7 +181,7 @@
   }
 
   function owners() {
-    const peak = run().report.peak;
+    const peak = run().peak;
     const parts = categories.filter((c) => peak.by_owner[c.key]).map((c) => {
       const kinds = Object.entries(peak.by_owner[c.key]);
       return el("details", {}, el("summary", {}, letter(c), c.title, size(peak.by_category[c.key], true)),
@@ -193,7 +193,7 @@
   }
 
   function blocks() {
-    const found = run().report.peak.largest;
+    const found = run().peak.largest;
     const titles = Object.fromEntries(categories.map((c) => [c.key, c]));
     const rows = found.map((b) => el("tr", {}, cellNumber(b.bytes),
       el("td", {}, letter(titles[b.category]), titles[b.category].title), el("td", { class: "name" }, layerName(b.owner)),

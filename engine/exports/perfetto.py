@@ -160,7 +160,7 @@ def _slices(uuid: int, found: Sequence[Slice]) -> bytes:
 def _write_run(run: ExportedRun, number: int, sink: Sink) -> None:
     ledger, base = run.ledger, 100 * (number + 1)
     shown = [c for c in Category if ledger.curve[c].any()]
-    sink.write(_process(base, number, f"{run.name}, rank {run.rank}, step {run.trace.step}"))
+    sink.write(_process(base, number, f"{run.name}, rank {run.run.id.rank}, step {run.trace.step}"))
     spans = [Slice(_title(s.phase, s.micro_batch), s.begin_us * 1000, s.end_us * 1000) for s in run.trace.phases]
     again = [s.phase is Phase.RECOMPUTE for s in run.trace.phases]
     lanes = {

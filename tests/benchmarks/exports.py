@@ -11,46 +11,44 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import resource
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
 
+from gpumem_tui.engine import techniques
 from gpumem_tui.engine.exports import export, registry
 from gpumem_tui.engine.exports.exported_run import ExportedRun
+from gpumem_tui.engine.run import Run, RunId
 
-from ..fake_source import GPU, FakeSource
+from ..fake_source import GPU
 from .fold import synthetic
+from .snapshot import most_kib
 
 MIB = 1 << 20
 
 
 def measured(name: str, events: int) -> str:
     """One format, in this process."""
-    source = FakeSource(GPU)
-    source.start()
-    source.finish_step()
-    config = source.config()
-    assert config is not None
+    run = Run(RunId("synthetic", 1), techniques.configure({"model": "tiny"}, {}), GPU)
     trace = synthetic(events)
     columns = trace.events.copy()
     columns["time_us"] = range(1_700_000_000_000_000, 1_700_000_000_000_000 + 40 * len(columns), 40)
-    run = ExportedRun(
-        "synthetic", config, GPU, None, [dataclasses.replace(trace, events=columns)], source.milestones(0)
-    )
+    run.keep([dataclasses.replace(trace, events=columns)])
+    exported = ExportedRun(run, "synthetic")
     began = time.perf_counter()
-    _ = run.ledger.curve
+    _ = exported.ledger.curve
     folded = time.perf_counter()
-    held = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    Path("/proc/self/clear_refs").write_text("5")  # the fold's own most does not count
+    held = most_kib()
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "run"
         begun, spent = time.perf_counter(), time.process_time()
-        export([run], registry()[name], path)
+        export([exported], registry()[name], path)
         seconds, spent = time.perf_counter() - begun, time.process_time() - spent
         size = path.stat().st_size
-    beyond = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - held
+    beyond = most_kib() - held
     return (
         f"{name:<12} fold {folded - began:5.2f} s  write {seconds:5.2f} s ({spent:5.2f} s of CPU)"
         f"  {size / MIB:8.1f} MiB  +{beyond * 1024 / MIB:6.0f} MiB held"

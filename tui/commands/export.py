@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import threading
 from collections.abc import Sequence
@@ -41,9 +42,9 @@ def main(flags: argparse.Namespace) -> int:
     from ...engine.feed import Work
 
     if flags.schema:
-        from ...engine.exports.json import schema_text
+        from ...engine.exports.json import schema
 
-        sys.stdout.write(schema_text())
+        sys.stdout.write(json.dumps(schema(), indent=1) + "\n")
         return 0
     if not flags.format:
         raise UserError("--format: say which: " + ", ".join(exports.registry()))
@@ -67,18 +68,15 @@ def main(flags: argparse.Namespace) -> int:
 
 
 def opened(names: Sequence[str], step: int | None) -> list[ExportedRun]:
-    """The runs that were named.
+    """The runs of recordings, with names that tell them apart.
 
     Raises:
         UserError: One cannot be read.
     """
-    from ...engine.exports.exported_run import ExportedRun
-    from ...engine.recording import Replay
+    from ...engine.exports.exported_run import named
+    from ...engine.recording import Recording
 
-    paths = [Path(name) for name in names]
-    stems = [path.stem for path in paths]
-    unique = stems if len({*stems}) == len({*paths}) else [str(path.with_suffix("")) for path in paths]
-    return [ExportedRun.of_source(Replay(path), name, step) for name, path in zip(unique, paths, strict=True)]
+    return named(Recording(*map(Path, names)).runs(), step)
 
 
 def _with_progress(runs: Sequence[ExportedRun], made: Format, path: Path, work: Work) -> None:
