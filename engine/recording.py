@@ -49,6 +49,8 @@ from .run_events import Note, Refused, RunEvent, Saved, from_plain, placed, to_p
 VERSION = 3
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
 
+SNAPSHOT_BEGINS = (b"\x80", b"{", b"[")
+"""A pickle's first byte, and JSON's."""
 PIECE = 1 << 20
 """Bytes that are packed before it is asked whether to go on."""
 
@@ -192,7 +194,8 @@ class Recording:
     """A recording, or several opened together, as a `Source`.
 
     Args:
-        paths: `.gpumem` files, in the order in which their runs are listed.
+        paths: `.gpumem` files and snapshots of PyTorch's, in the order in which their runs are listed.
+        work: Told how far reading is.
 
     Raises:
         UserError: One is not there, or not a recording this version can read.
@@ -201,10 +204,10 @@ class Recording:
     live = False
     role = ViewerRole.OWNER
 
-    def __init__(self, *paths: Path) -> None:
+    def __init__(self, *paths: Path, work: Work | None = None) -> None:
         stems = [path.stem for path in paths]
         names = stems if len({*stems}) == len({*paths}) else [str(path.with_suffix("")) for path in paths]
-        self._runs = [run for path, name in zip(paths, names, strict=True) for run in read(path, name)]
+        self._runs = [run for path, name in zip(paths, names, strict=True) for run in read(path, name, work)]
         self._told = EventLog()
         self._next_index = 0
 
@@ -245,17 +248,24 @@ class Recording:
         self._next_index += 1
 
 
-def read(path: Path, name: str = "") -> list[Run]:
-    """The runs of a recording.
+def read(path: Path, name: str = "", work: Work | None = None) -> list[Run]:
+    """The runs of a recording, or of a snapshot of PyTorch's.
 
     Args:
-        path: A `.gpumem` file.
+        path: A `.gpumem` file, or a snapshot as pickle or JSON.
         name: What the runs' engine is called; the file's name if empty.
+        work: Told how far reading a snapshot is.
 
     Raises:
         UserError: It is not there, or not a recording this version can read.
     """
     try:
+        with path.open("rb") as file:
+            first = file.read(1)
+        if first in SNAPSHOT_BEGINS:
+            from .snapshot.runs import runs_of
+
+            return runs_of(path, name, work)
         with zipfile.ZipFile(path) as archive:
             head = json.loads(archive.read("gpumem.json"))
             version = head["version"]

@@ -45,6 +45,8 @@ class RunKind(enum.StrEnum):
     """The loop is somebody's own; the configuration says what could be told of it."""
     PREDICTED = "predicted"
     """It has not happened: the loop ran over fake tensors."""
+    IMPORTED = "imported"
+    """A snapshot of PyTorch's allocator: its categories are inferred from frames and lifetimes."""
 
 
 class EventLog:

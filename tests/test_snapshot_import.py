@@ -24,7 +24,10 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.recording import read
+from gpumem_tui.engine.run_events import OutOfMemory
 from gpumem_tui.engine.snapshot.imported import steps_of
+from gpumem_tui.tui.__main__ import main
 
 from .snapshots import Snapshotter
 from .test_exports import ALL, recorded, written
@@ -278,3 +281,49 @@ def test_a_large_pickle_takes_the_memory_of_its_entries(tmp_path: Path) -> None:
     (small, held), (large, held_by_large) = most(20), most(80)
     assert large > 2 * small
     assert held_by_large < 1.25 * held + (large - small) // 8
+
+
+# --- on our screens -----------------------------------------------------------------------
+
+
+def test_open_shows_it_and_says_that_it_is_inferred(loop: Recorded, tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(as_pickle(loop.plain))
+    assert main(["open", str(path), "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["status"] == "snapshot"
+    assert told["model"] == "PyTorch snapshot, categories inferred"
+    assert told["now"]["optimizer_state"] == loop.state_bytes
+    assert main(["open", str(path), "--once"]) == 0
+    assert "categories inferred" in capsys.readouterr().out.splitlines()[0]
+
+
+def test_open_refuses_a_hostile_one_in_one_line(tmp_path: Path, capsys: Any) -> None:
+    path = tmp_path / "snapshot.pickle"
+    path.write_bytes(as_pickle({"segments": [Evil()]}))
+    assert main(["open", str(path), "--once"]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"gpumem-tui: {path}: not read as a snapshot of PyTorch's memory: it asks for STACK_GLOBAL")
+    assert error.count("\n") == 1
+
+
+def test_a_snapshot_is_exported_like_any_run(loop: Recorded, tmp_path: Path) -> None:
+    """So it gets the page, labels in memory_viz, and a recording's figures."""
+    path, out = tmp_path / "snapshot.pickle", tmp_path / "run.json"
+    path.write_bytes(as_pickle(loop.plain))
+    assert main(["export", str(path), "-f", "json", "-o", str(out)]) == 0
+    (run,) = json.loads(out.read_text())["runs"]
+    assert (run["kind"], run["step"]["ending"]) == ("imported", "complete")
+    assert run["report"]["steps"][-1]["peak_bytes"] == run["peak"]["allocated_bytes"]
+
+
+def test_a_snapshot_of_an_allocation_that_failed(loop: Recorded, tmp_path: Path) -> None:
+    entries = loop.plain["device_traces"][0]
+    failed = {"action": "oom", "size": 1 << 30, "device_free": 1 << 20, "stream": 0, "frames": [], "time_us": 0}
+    path = tmp_path / "oom.pickle"
+    path.write_bytes(as_pickle(loop.plain | {"device_traces": [[*entries, failed]]}))
+    (run,) = read(path)
+    (told,) = [event for event in run.events() if isinstance(event, OutOfMemory)]
+    assert told.requested_bytes == 1 << 30
+    assert run.ended is not None
+    assert run.ended.reason == "failed"

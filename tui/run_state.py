@@ -126,9 +126,14 @@ class RunState:
         return self.run is not None and self.run.kind is RunKind.PREDICTED
 
     @property
+    def imported(self) -> bool:
+        """Whether it is a snapshot of PyTorch's, whose settings nobody knows."""
+        return self.run is not None and self.run.kind is RunKind.IMPORTED
+
+    @property
     def tokens_per_s(self) -> float | None:
         """Throughput of the last step."""
-        return self.tokens / self.seconds if self.seconds else None
+        return self.tokens / self.seconds if self.seconds and self.tokens else None
 
     @property
     def trace_share(self) -> float | None:

@@ -329,6 +329,8 @@ class ViewState:
         """One word for what the engine is doing."""
         if self.run.predicted:
             return "prediction"
+        if self.run.imported:
+            return "snapshot"
         if not self.live:
             return "recording"
         if not self.under_way:

@@ -76,6 +76,7 @@
   // --- sections --------------------------------------------------------------------
 
   function setupText(r) {
+    if (r.kind === "imported") return r.report.config.model;
     const config = r.report.config, options = config.options;
     const on = (value) => (value === true ? "on" : value === false ? "off" : value);
     const told = ["dtype", "attention", "quantization", "lora", "checkpointing", "optimizer", "accumulation", "kv_cache"]

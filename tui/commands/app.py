@@ -43,7 +43,12 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def add_open(parser: argparse.ArgumentParser) -> None:
     """Flags of `open`."""
-    parser.add_argument("files", metavar="FILE", nargs="+", help="a .gpumem recording; j shows the next of several")
+    parser.add_argument(
+        "files",
+        metavar="FILE",
+        nargs="+",
+        help="a .gpumem recording, or a snapshot of PyTorch's (.pickle or .json); j shows the next of several",
+    )
     add_display_flags(parser)
     frames.add_flags(parser)
     parser.set_defaults(command=open_recordings)

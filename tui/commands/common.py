@@ -9,6 +9,7 @@ import os
 import re
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,6 +21,7 @@ from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
 from .. import interrupt
 
 if TYPE_CHECKING:
+    from ...engine.feed import Work
     from ...engine.prediction.gpus import Gpu
     from ...engine.prediction.outcome import Prediction
     from ...engine.recording import Recording
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
     from ...engine.run_events import RunEvent
     from ...engine.session import Session
 
+TELL_EVERY_S = 0.2
 FAILED = 3
 """Exit code of a run that was started and did not finish."""
 
@@ -181,15 +184,18 @@ def run_to_end(session: Session, config: RunConfig, say: Callable[[RunEvent], No
 
 
 def opened(paths: Sequence[Path]) -> Recording:
-    """Recordings opened together; what an older one did not hold of a profile is as the profile is now.
+    """Recordings and snapshots opened together; what an older one did not hold of a profile is as the profile is now.
 
     Raises:
         UserError: One is not there, or not a recording this version can read.
     """
+    from ...engine.feed import Work
     from ...engine.recording import Recording
     from ...profiles import resolved
 
-    found = Recording(*paths)
+    work = Work()
+    with telling_how_far("reading", work):
+        found = Recording(*paths, work=work)
     for run in found.runs():
         run.config = resolved(run.config)
     return found
@@ -245,6 +251,25 @@ def each(predict: Callable[[RunConfig], Prediction]) -> Callable[[Sequence[RunCo
             return error
 
     return lambda configs: [answer(config) for config in configs]
+
+
+@contextmanager
+def telling_how_far(what: str, work: Work) -> Iterator[None]:
+    """A line that says how far work on another thread, or on this one, is; for as long as the block lasts."""
+    over = threading.Event()
+
+    def say() -> None:
+        while not over.wait(TELL_EVERY_S):
+            tell(f"{what} {100 * work.share:.0f} %")
+
+    teller = threading.Thread(target=say, name="progress", daemon=True)
+    teller.start()
+    try:
+        yield
+    finally:
+        over.set()
+        teller.join()
+        end_progress()
 
 
 def end_progress() -> None:

@@ -5,19 +5,14 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
-from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError, one_line
-from .common import end_progress, tell
+from .common import opened, telling_how_far
 
 if TYPE_CHECKING:
-    from ...engine.exports.exported_run import ExportedRun, Format
-    from ...engine.feed import Work
-
-TELL_EVERY_S = 0.2
+    pass
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -28,7 +23,12 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.formatter_class = argparse.RawDescriptionHelpFormatter
     width = max(len(made.name) for made in formats)
     parser.epilog = "formats:\n" + "\n".join(f"  {made.name:<{width}}  {made.summary}" for made in formats)
-    parser.add_argument("runs", metavar="RUN", nargs="*", help="a .gpumem recording; several go into one file")
+    parser.add_argument(
+        "runs",
+        metavar="RUN",
+        nargs="*",
+        help="a .gpumem recording, or a snapshot of PyTorch's; several go into one file",
+    )
     parser.add_argument("-f", "--format", metavar="F", help="see below")
     parser.add_argument("-o", "--output", metavar="FILE", help="where; - for standard output (default: beside you)")
     parser.add_argument("--step", metavar="N", type=int, help="of which step (default: the one with the highest peak)")
@@ -39,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(flags: argparse.Namespace) -> int:
     """Export; 0 if the file is there."""
     from ...engine import exports
+    from ...engine.exports.exported_run import named
     from ...engine.feed import Work
 
     if flags.schema:
@@ -51,49 +52,16 @@ def main(flags: argparse.Namespace) -> int:
     made = exports.format_named(flags.format)
     if not flags.runs:
         raise UserError("name a recording to export: gpumem-tui export RUN.gpumem --format " + made.name)
-    runs = opened(flags.runs, flags.step)
+    work = Work()
+    runs = named(opened([Path(name) for name in flags.runs]).runs(), flags.step)
     if flags.output == "-":
         exports.write(runs, made, sys.stdout.buffer)
         return 0
     path = Path(flags.output) if flags.output else Path(f"{Path(flags.runs[0]).stem}{made.suffix}")
-    work = Work()
     try:
-        _with_progress(runs, made, path, work)
+        with telling_how_far(f"writing {path}", work):
+            exports.export(runs, made, path, work)
     except OSError as error:
         raise UserError(f"{path}: not written: {error.strerror or one_line(error)}") from None
-    finally:
-        work.over = True
     sys.stdout.write(f"{path}\n")
     return 0
-
-
-def opened(names: Sequence[str], step: int | None) -> list[ExportedRun]:
-    """The runs of recordings, with names that tell them apart.
-
-    Raises:
-        UserError: One cannot be read.
-    """
-    from ...engine.exports.exported_run import named
-    from ...engine.recording import Recording
-
-    return named(Recording(*map(Path, names)).runs(), step)
-
-
-def _with_progress(runs: Sequence[ExportedRun], made: Format, path: Path, work: Work) -> None:
-    """Write while a line says how far it is."""
-    from ...engine import exports
-
-    written = threading.Event()
-
-    def say() -> None:
-        while not written.wait(TELL_EVERY_S):
-            tell(f"writing {path} {100 * work.share:.0f} %")
-
-    teller = threading.Thread(target=say, name="export-progress", daemon=True)
-    teller.start()
-    try:
-        exports.export(runs, made, path, work)
-    finally:
-        written.set()
-        teller.join()
-        end_progress()

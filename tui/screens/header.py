@@ -41,6 +41,8 @@ def header(state: ViewState, palette: Palette, width: int, frozen: bool = False)
     if config is None:
         return row.add("gpumem-tui", palette.bold)
     room = width - row.width - 1
+    if state.run.imported:
+        return row.add(shorten(config.model, room), palette.bold)
     model = shorten(config.model, max(room // 2, 12))
     row.add(model, palette.bold).add("  ")
     return row.add(shorten(summary(config), room - len(model) - 2), palette.dim)
@@ -60,7 +62,7 @@ def status_style(state: ViewState, palette: Palette) -> tuple[str, Style]:
         return ("*" if palette.ascii else "●"), palette.good
     if status == "failed":
         return ("!" if palette.ascii else "✗"), palette.bad
-    if status in ("stopped", "ended", "recording", "prediction"):
+    if status in ("stopped", "ended", "recording", "prediction", "snapshot"):
         return ("-" if palette.ascii else "■"), palette.dim
     if status == "held":
         return ("=" if palette.ascii else "‖"), palette.busy
