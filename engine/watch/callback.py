@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from typing import Any
 
 from transformers import TrainerCallback
 
+from .trackers import figures_of, logged
 from .watcher import watch
 
 
@@ -15,10 +17,13 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
     Args:
         name: Of the engine in `gpumem-tui ps`; the script's name if None.
         every_step: See `watch`.
+        log: Have the trainer log bytes as `memory/<category>` at the peak of the last traced step, with
+            `memory/peak`, `memory/allocated` and `memory/reserved` of the last step: to whatever it reports to.
     """
 
-    def __init__(self, name: str | None = None, *, every_step: bool = False) -> None:
-        self._name, self._every_step = name, every_step
+    def __init__(self, name: str | None = None, *, every_step: bool = False, log: bool = False) -> None:
+        self._name, self._every_step, self._log = name, every_step, log
+        self._logging = ExitStack()
         self.watch: watch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -29,6 +34,8 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         except (KeyError, TypeError):  # no optimizer of torch's, as with DeepSpeed
             return
         self.watch.begin()
+        if self._log:
+            self._logging.enter_context(logged(self, self._figures))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """The end."""
@@ -36,6 +43,14 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
 
     def close(self) -> None:
         """Stop watching; needed only after a training that raised."""
+        self._logging.close()
         if self.watch is not None:
             self.watch.end()
             self.watch = None
+
+    def _figures(self) -> dict[str, int]:
+        """What is logged; a failure of ours is no failure of the training."""
+        if self.watch is None:
+            return {}
+        source = self.watch.source
+        return source.barrier.guard(figures_of)(source.run) or {}

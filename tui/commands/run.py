@@ -5,12 +5,14 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
+from ...engine.metrics import published
 from ...engine.session import Session, describe
 from ..standard_streams import complain
 from ..units import GIB, MIB, Unit
@@ -37,6 +39,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     about = "predict the run too, for the GPU it runs on or the one named, and say what differs"
     parser.add_argument("--predict", metavar="GPU", nargs="?", const="", help=about)
     parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording, to be opened with: gpumem-tui open")
+    about = "OpenMetrics while it runs: in a file (for a textfile collector), or at http://127.0.0.1:PORT/metrics"
+    parser.add_argument("--metrics", metavar="FILE|PORT", help=about)
     parser.set_defaults(command=main)
 
 
@@ -49,9 +53,16 @@ def main(flags: argparse.Namespace) -> int:
         predicted_vs_measured.check(flags.predict, config)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
-    document, session = reported_run(lambda add: Session(flags.device, add), config, progress)
-    end_progress()
     with ExitStack() as results:  # each is tried, whatever becomes of the others
+
+        def started(add: Callable[[Any], None]) -> Session:
+            session = Session(flags.device, add)
+            if flags.metrics:
+                results.enter_context(published(session, flags.metrics, config.model))
+            return session
+
+        document, session = reported_run(started, config, progress)
+        end_progress()
         if flags.save:
             results.callback(save_recording, session, Path(flags.save))
         results.callback(session.close)
