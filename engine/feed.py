@@ -56,16 +56,18 @@ class Work:
 
 @dataclass(frozen=True, slots=True)
 class Save:
-    """Write a recording of a run so far.
+    """Write a recording of a run so far, or export it.
 
     Attributes:
         path: Where to.
         run: Which; None: the run under way or last ended.
+        format: One of `engine.exports`; empty: a recording.
         work: How far it is.
     """
 
     path: Path
     run: Run | None = None
+    format: str = ""
     work: Work = field(default_factory=Work, compare=False)
 
 

@@ -108,7 +108,7 @@ def trace_of(head: TraceHead, columns: Mapping[str, Any]) -> StepTrace:
 
 
 def save(command: Save, run: Run | None) -> RunEvent:
-    """Write a recording as asked, and tell what came of it: saved, cancelled, or why it could not be.
+    """Write a recording or an export as asked, and tell what came of it: saved, cancelled, or why it could not be.
 
     Args:
         command: Where to, and which run.
@@ -117,7 +117,13 @@ def save(command: Save, run: Run | None) -> RunEvent:
     path, work = command.path, command.work
     chosen = command.run or run
     try:
-        write(path, [chosen] if chosen is not None else [], work)
+        if command.format and chosen is not None:
+            from .exports import export, format_named
+            from .exports.exported_run import named
+
+            export(named([chosen]), format_named(command.format), path, work)
+        else:
+            write(path, [chosen] if chosen is not None else [], work)
     except (OSError, UserError) as error:
         text = f"{path}: not saved: {one_line(error)}"
         return Note(text=text, path=str(path)) if work.cancelled else Refused(text=text, path=str(path))

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.exports import registry
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.actions import RESERVED, Action, help_lines, offered_here, shown_keys
 from gpumem_tui.tui.board import KINDS, Board, check
@@ -82,7 +83,9 @@ async def test_the_command_palette_offers_every_action_and_does_it(recordings: b
         await driver.press("5")
         offered = {command.title: command for command in driver.app.get_system_commands(driver.app.screen)}
         actions = (*driver.app.board.page.actions, *driver.app.board.everywhere)
-        assert set(offered) == {action.title for action in offered_here(actions, not recordings, recordings)}
+        exports = {f"Export the run: {name}" for name in registry()}
+        titles = {action.title for action in offered_here(actions, not recordings, recordings)}
+        assert set(offered) == titles | exports
         await driver.pilot.press(":")
         await driver.pilot.pause()
         assert len(driver.app.screen_stack) == 2

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,11 +11,12 @@ import pytest
 
 from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Pause, Save, Stop
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunEvent, RunFailed
 from gpumem_tui.tui.control import free_name
 from gpumem_tui.tui.state import Filter
 
-from .app_driver import shown, trained
+from .app_driver import RECORDINGS, Driver, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource
 
 
@@ -102,6 +105,29 @@ async def test_saving_shows_how_far_it_is_and_escape_cancels_it(tmp_path: Path) 
         await driver.tick()
         assert "esc cancels" not in driver.text
         assert "not saved: cancelled" in driver.text
+
+
+async def written(driver: Driver) -> None:
+    """Until what a thread of its own writes is there."""
+    deadline = time.monotonic() + 30
+    while driver.app.control.saving is not None:
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.01)
+    await driver.tick()
+
+
+async def test_a_run_is_exported_with_a_key_as_a_page_and_from_the_palette_in_any_format(tmp_path: Path) -> None:
+    async with shown(Recording(RECORDINGS / "full.gpumem"), save_dir=tmp_path) as driver:
+        await driver.press("X")
+        await written(driver)
+        (page,) = tmp_path.iterdir()
+        assert page.name.startswith("gpumem-polyglot-ko-1.3b-") and page.suffix == ".html"
+        assert page.read_text().startswith("<!doctype html>")
+        offered = {command.title: command for command in driver.app.get_system_commands(driver.app.screen)}
+        offered["Export the run: perfetto"].callback()
+        await written(driver)
+        assert len([*tmp_path.glob("*.perfetto-trace")]) == 1
+        assert ".perfetto-trace" in "".join(line.strip() for line in driver.lines[-4:-1])
 
 
 def test_names_of_recordings_are_safe_and_free(tmp_path: Path) -> None:

@@ -98,6 +98,8 @@ EVERYWHERE: tuple[Action, ...] = (
            acts=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
            lambda app: app.control.save()),
+    Action("export", ("X",), "Export the run as a page", "export the run as a page for a browser; other formats: :",
+           lambda app: app.control.save("html")),
     Action("run.next", ("j",), "Look at the next run", _OTHER, lambda app: app.control.look_on(1), several=True),
     Action("run.before", ("J",), "Look at the run before", _OTHER, lambda app: app.control.look_on(-1), several=True),
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",

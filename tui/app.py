@@ -20,6 +20,7 @@ from textual.events import Click, Key, MouseScrollDown, MouseScrollUp, Resize
 from textual.screen import Screen
 
 from ..engine.config import UserError, show
+from ..engine.exports import registry
 from ..engine.feed import End, Source, ViewerRole
 from .actions import Action, offered_here
 from .board import Board, fits
@@ -185,11 +186,18 @@ class GpumemApp(App[None], inherit_bindings=False):
             self.state.say(self.board.elsewhere(key))
 
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
-        """The command palette: every action that can be had here."""
+        """The command palette: every action that can be had here, and the run in every format."""
         for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
             for action in offered_here(actions, self.state.live, self.state.several):
                 text = f"{' '.join(action.keys)}  {action.text}"
                 yield SystemCommand(action.title, text, partial(self.perform, action, target))
+        for name, made in registry().items():
+            yield SystemCommand(f"Export the run: {name}", made.summary, partial(self.export, name))
+
+    def export(self, format_name: str) -> None:
+        """Write the run on the screens in a format that other programs open."""
+        self.control.save(format_name)
+        self.draw()
 
     def perform(self, action: Action, target: object) -> None:
         """Do something, and show what came of it; what takes an engine is refused where there is none."""

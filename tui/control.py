@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
+from ..engine.exports import registry
 from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
 from ..engine.prediction.advice import single_changes
 from ..engine.run import Run
@@ -293,7 +294,7 @@ class Control:
 
     @property
     def saving(self) -> Save | None:
-        """The recording that is being written."""
+        """The recording or export that is being written."""
         return self._saving if self._saving is not None and not self._saving.work.over else None
 
     def cancel_saving(self) -> bool:
@@ -303,8 +304,8 @@ class Control:
         self.saving.work.cancelled = True
         return True
 
-    def save(self) -> None:
-        """Write a recording under a name that is not taken."""
+    def save(self, format_name: str = "") -> None:
+        """Write a recording under a name that is not taken, or export the run in a format."""
         config = self.base()
         if config is None:
             self.state.say("no run has started yet: nothing to save")
@@ -312,7 +313,9 @@ class Control:
         if self.saving is not None:
             self.state.say(f"{self.saving.path.name} is being saved")
             return
-        command = Save(free_name(self.save_dir, config.model, self._saved), self.state.shown)
+        suffix = registry()[format_name].suffix if format_name else ".gpumem"
+        path = free_name(self.save_dir, config.model, self._saved, suffix=suffix)
+        command = Save(path, self.state.shown, format_name)
         if self._send(command):
             self._saved.add(command.path)
             self._saving = command
@@ -367,11 +370,13 @@ def choices(option: Option, current: Value) -> tuple[Value, ...]:
     return (*values, current)
 
 
-def free_name(folder: Path, model: str, taken: set[Path], now: Callable[[], float] = time.time) -> Path:
-    """A path for a recording that is not there yet, nor `taken` by one still being written."""
+def free_name(
+    folder: Path, model: str, taken: set[Path], now: Callable[[], float] = time.time, suffix: str = ".gpumem"
+) -> Path:
+    """A path for a file that is not there yet, nor `taken` by one still being written."""
     safe = "".join(c if c.isalnum() or c in "-._" else "-" for c in model.rsplit("/", 1)[-1]) or "model"
     stem = f"gpumem-{safe}-{time.strftime('%Y%m%d-%H%M%S', time.localtime(now()))}"
-    paths = (folder / (f"{stem}.gpumem" if n == 0 else f"{stem}-{n}.gpumem") for n in count())
+    paths = (folder / (f"{stem}{suffix}" if n == 0 else f"{stem}-{n}{suffix}") for n in count())
     return next(path for path in paths if path not in taken and not path.exists())
 
 

@@ -36,7 +36,7 @@ MEANINGS: dict[type[RunEvent], str] = {
     RunFailed: "The run raised an error. The traceback is in the details.",
     Refused: "The engine did not do what was asked, and says why.",
     RunEnded: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
-    Saved: "A recording was written; gpumem-tui open FILE shows it again.",
+    Saved: "A recording or an export was written; gpumem-tui open FILE shows a recording again.",
 }
 
 
