@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import pickle
 import subprocess
 import sys
 from collections import Counter
@@ -23,7 +24,7 @@ from gpumem_tui.engine.exports.memory_viz import legend
 from gpumem_tui.engine.exports.number_text import text_rows
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import read
+from gpumem_tui.engine.recording import read, write
 from gpumem_tui.tui.__main__ import main
 
 RECORDINGS = Path(__file__).parent / "recordings"
@@ -97,6 +98,15 @@ def test_memory_viz_is_read_by_torch(run: ExportedRun) -> None:
     told = _memory_viz.trace(snapshot)
     assert f"{sum(len(t) for t in snapshot['device_traces'])} entries" in told
     assert "</html>" in _memory_viz.trace_plot(snapshot) or "<body>" in _memory_viz.trace_plot(snapshot)
+
+
+@pytest.mark.parametrize("name", ["h100-tiny", "h100-tiny-lora"])
+def test_a_recording_is_a_twentieth_of_the_pickle_of_the_same_step(name: str, tmp_path: Path) -> None:
+    run = recorded(name)
+    run.run.keep([run.trace])
+    write(tmp_path / "step.gpumem", [run.run])
+    snapshot = json.loads(written("memory-viz", run))
+    assert (tmp_path / "step.gpumem").stat().st_size <= len(pickle.dumps(snapshot, protocol=4)) / 20
 
 
 def test_memory_viz_says_whose_a_block_is() -> None:

@@ -24,7 +24,7 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.recording import read
+from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import OutOfMemory
 from gpumem_tui.engine.snapshot.imported import steps_of
 from gpumem_tui.tui.__main__ import main
@@ -327,3 +327,46 @@ def test_a_snapshot_of_an_allocation_that_failed(loop: Recorded, tmp_path: Path)
     assert told.requested_bytes == 1 << 30
     assert run.ended is not None
     assert run.ended.reason == "failed"
+
+
+# --- of a GPU -----------------------------------------------------------------------------
+
+
+@pytest.mark.gpu
+def test_a_snapshot_of_a_gpu_is_its_allocators_count(tmp_path: Path) -> None:
+    """By PyTorch's own recorder: the end to the byte, the peak but for remainders that were not split off."""
+    path, record = tmp_path / "snapshot.pickle", torch.cuda.memory._record_memory_history
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    record(max_entries=1_000_000)
+    try:
+        model = nn.Sequential(nn.Embedding(512, 256), nn.Linear(256, 1024), nn.GELU(), nn.Linear(1024, 512)).cuda()
+        optimizer = torch.optim.AdamW(model.parameters())
+        for _ in range(STEPS):
+            ids = torch.randint(0, 512, (32, 128), device="cuda")
+            loss = nn.functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten())
+            loss.backward()
+            gradient_bytes = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None)
+            optimizer.step()
+            optimizer.zero_grad()
+        torch.cuda.synchronize()
+        torch.cuda.memory._dump_snapshot(str(path))
+        allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+    finally:
+        record(None)
+    (run,) = read(path)
+    folded = [Ledger(trace) for trace in run.traces()]
+    last = folded[-1]
+    assert int(last.total[-1]) == allocated == run.gauge.allocated_bytes
+    assert run.gauge.reserved_bytes == torch.cuda.memory_reserved()
+    assert max(ledger.peak.bytes for ledger in folded) == pytest.approx(peak, rel=0.005)
+    assert last.trace.step == STEPS
+    parameters = sum(p.nbytes for p in model.parameters())
+    states = [t for s in optimizer.state.values() for t in s.values() if t.is_cuda]
+    assert last.end[Category.PARAMETERS] == parameters
+    assert last.end[Category.OPTIMIZER_STATE] == sum(t.nbytes for t in states)
+    after = last.after(Phase.BACKWARD)
+    assert after is not None
+    assert after[Category.GRADIENTS] == gradient_bytes
+    write(tmp_path / "run.gpumem", [run])
+    assert (tmp_path / "run.gpumem").stat().st_size <= path.stat().st_size / 20
