@@ -266,6 +266,20 @@ def test_json_timeline_misses_no_peak(run: ExportedRun) -> None:
     assert [sum(sizes) for sizes in points] == line["allocated_bytes"]
 
 
+# --- the recording itself ---------------------------------------------------------------
+
+
+def test_the_documented_program_reads_a_recording(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    """That of engine/README.md, which knows nothing of us."""
+    run = recorded("h100-tiny")
+    monkeypatch.chdir(tmp_path)
+    write(Path("run.gpumem"), [run.run])
+    readme = (Path(__file__).parent.parent / "engine" / "README.md").read_text()
+    program = readme.split("```python\n")[1].split("```")[0]
+    exec(compile(program, "README.md", "exec"), {})
+    assert capsys.readouterr().out == f"peak of the step: {Ledger(run.traces[-1]).peak.bytes:,} bytes\n"
+
+
 # --- the command ------------------------------------------------------------------------
 
 
