@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from gpumem_tui.engine import exports
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.events import Category, Ending, EndKind
 from gpumem_tui.engine.exports.exported_run import ExportedRun
 from gpumem_tui.engine.exports.memory_viz import legend
 from gpumem_tui.engine.exports.number_text import text_rows
@@ -264,6 +265,26 @@ def test_json_timeline_misses_no_peak(run: ExportedRun) -> None:
     assert line["allocated_bytes"][-1] == int(run.ledger.total[-1])
     points = zip(*line["by_category"].values(), strict=True)
     assert [sum(sizes) for sizes in points] == line["allocated_bytes"]
+
+
+# --- every format ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", sorted(exports.registry()))
+def test_a_step_without_events_or_ended_by_an_error_is_exported_like_any_other(name: str) -> None:
+    run = recorded("h100-tiny")
+    last = run.traces[-1]
+    empty = replace(last, events=last.events[:0], owners=last.owners[:0], phases=(), counted=None)
+    nothing = replace(empty, begin=last.begin[:0])
+    aborted = replace(last, events=last.events[:400], phases=last.phases[:2], counted=None,
+                      ending=Ending(EndKind.ABORTED, "out of memory", 1 << 30))  # fmt: skip
+    for trace in (empty, nothing, aborted):
+        run.run.keep([trace])
+        one = ExportedRun(run.run, "one")
+        assert written(name, one)
+        (told,) = json.loads(written("json", one))["runs"]
+        assert told["peak"]["allocated_bytes"] == Ledger(trace).peak.bytes
+        assert told["step"]["ending"] == str(trace.ending.kind)
 
 
 # --- the recording itself ---------------------------------------------------------------

@@ -273,7 +273,7 @@
       onclick: () => { state.byTime = byTime; scope(); } }, text);
     section("scope", `Step ${step.step}, allocation by allocation`, "",
       el("div", { class: "head" },
-        el("p", { class: "about" }, `${count(step.events)} allocations and frees. Move over it, or use the slider: arrow keys step, Home and End go to its ends.`),
+        el("p", { class: "about" }, `${step.ending === "aborted" ? "An error ended it. " : ""}${count(step.events)} allocations and frees. Move over it, or use the slider: arrow keys step, Home and End go to its ends.`),
         el("div", { class: "group" }, mode("by event", false), mode("by time", true),
           el("button", { type: "button", id: "to-peak", onclick: () => setPoint(peakPoint) }, "to the peak"))),
       plot, ...phases(step),

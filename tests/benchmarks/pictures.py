@@ -55,6 +55,22 @@ PICTURES = {
 }
 
 
+PAGE = "page"
+PAGE_RUNS = ("full", "checkpointing", "lora")
+
+
+def page(folder: Path, target: Path) -> None:
+    """The exported page of all three runs as Chromium shows it, light and as high as the first screenful."""
+    with tempfile.TemporaryDirectory() as made:
+        html = Path(made) / "page.html"
+        recordings = [str(folder / f"{name}.gpumem") for name in PAGE_RUNS]
+        export = ["export", *recordings, "--format", "html", "--output", str(html)]
+        subprocess.run([sys.executable, "-m", "gpumem_tui.tui", *export], check=True, stdout=subprocess.DEVNULL)
+        browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        shot = [f"--screenshot={target}", "--window-size=1200,1640", html.as_uri()]
+        subprocess.run([*browser, *shot], check=True, stderr=subprocess.DEVNULL)
+
+
 async def picture(wanted: Picture, folder: Path) -> str:
     """The screen as SVG, as `i` saves it."""
     source = opened([folder / f"{name}.gpumem" for name in (wanted.run, *wanted.beside)])
@@ -89,12 +105,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--recordings", type=Path, metavar="FOLDER")
     parser.add_argument("--to", type=Path, default=ASSETS, metavar="FOLDER")
-    parser.add_argument("--only", nargs="+", choices=[*PICTURES], default=[*PICTURES])
+    parser.add_argument("--only", nargs="+", choices=[*PICTURES, PAGE], default=[*PICTURES, PAGE])
     flags = parser.parse_args()
     with tempfile.TemporaryDirectory() as made:
         if flags.recordings is None:
             train(Path(made))
         for name in flags.only:
+            if name == PAGE:
+                page(flags.recordings or Path(made), flags.to / f"{PAGE}.png")
+                continue
             svg = asyncio.run(picture(PICTURES[name], flags.recordings or Path(made)))
             (flags.to / f"{name}.svg").write_text(svg, encoding="utf-8")
 
