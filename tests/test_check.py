@@ -11,7 +11,7 @@ from xml.etree import ElementTree
 import pytest
 
 from gpumem_tui.engine.events import Category
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import check_report
 from gpumem_tui.tui.commands.check_report import Checked, Limits
 

@@ -26,7 +26,7 @@ from gpumem_tui.engine.exports.number_text import text_rows
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import read, write
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 
 RECORDINGS = Path(__file__).parent / "recordings"
 ALL = ("full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora")

@@ -19,7 +19,7 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.metrics import published
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 from gpumem_tui.watch import MemoryCallback
 
 from .fake_source import GPU, FakeSource

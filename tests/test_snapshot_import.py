@@ -27,7 +27,7 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import OutOfMemory
 from gpumem_tui.engine.snapshot.imported import steps_of
-from gpumem_tui.tui.__main__ import main
+from gpumem_tui.tui.cli import main
 
 from .snapshots import Snapshotter
 from .test_exports import ALL, recorded, written

@@ -28,14 +28,19 @@ SEGMENT = 2 << 20
 """The CUDA allocator takes memory in multiples of this."""
 
 LEGEND = {
-    Category.BUFFERS: "parameters, buffers",
     Category.PARAMETERS: "parameters, buffers",
+    Category.BUFFERS: "parameters, buffers",
+    Category.GRADIENTS: "gradients",
     Category.OPTIMIZER_STATE: "optimizer state",
-    Category.INPUTS: "inputs, workspace, slack",
-    Category.WORKSPACE: "inputs, workspace, slack",
-    Category.SLACK: "inputs, workspace, slack",
+    Category.ACTIVATIONS: "activations",
+    Category.RECOMPUTED: "recomputed",
+    Category.KV_CACHE: "KV cache",
+    Category.LOGITS_LOSS: "logits, loss",
+    Category.TEMPORARIES: "temporaries",
+    Category.UNKNOWN: "unknown",
 }
-"""The viewer has ten colours: what shares one. The category itself is in a block's details."""
+"""The viewer has ten colours: what has one of its own, or shares one. The category itself is in a block's details."""
+OTHERS = "workspace and others"
 
 _PLACE = b'"addr":%,"size":%,"stream":0,"time_us":%'
 _ALLOC = b'{"action":"alloc",'
@@ -46,7 +51,7 @@ _GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":
 
 def legend(category: Category) -> str:
     """The name a category has in the viewer's legend."""
-    return LEGEND.get(category, category.info.title)
+    return LEGEND.get(category, OTHERS)
 
 
 def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
