@@ -29,7 +29,7 @@ from gpumem_tui.engine.run_events import OutOfMemory
 from gpumem_tui.engine.snapshot.imported import steps_of
 from gpumem_tui.tui.cli import main
 
-from .snapshots import Snapshotter
+from .snapshotter import Snapshotter
 from .test_exports import ALL, recorded, written
 
 STEPS, ROWS = 3, 8 * 16
