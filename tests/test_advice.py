@@ -160,6 +160,12 @@ def test_every_change_of_a_combination_counts() -> None:
     assert not any({"lora", "optimizer"} <= set(one.changes) for one in advise(small_run(), pretend).combined)
 
 
+def test_of_values_that_hold_the_same_one_is_tried() -> None:
+    changes = [*advice.single_changes(small_run())]
+    assert [some["quantization"] for some in changes if "quantization" in some] == ["nf4"]
+    assert not any(some.get("dtype") == "float32" or "loss_scaling" in some for some in changes)
+
+
 def test_float16_without_loss_scaling_is_no_advice() -> None:
     """Its gradients vanish, and the loss becomes nan."""
     changes = [dict(some) for some in advice.single_changes(small_run())]

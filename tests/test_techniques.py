@@ -116,6 +116,7 @@ def test_a_technique_says_all_of_itself() -> None:
         assert technique.in_script and technique.acts_on and technique.variants
         assert all(technique.cost_of(value) for value in technique.switch.choices)
         assert techniques.of_option(technique.options[-1].name) is technique
+        assert set(technique.savers) <= set(technique.switch.choices)
 
 
 @pytest.mark.parametrize(

@@ -91,14 +91,14 @@ def advise(config: RunConfig, predict_all: PredictAll) -> Advised:
 
 
 def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
-    """Every other value of every switch, possible or not, but for what may not train at all.
+    """Every value that can lower memory of every switch, possible or not, but for what may not train at all.
 
     Accumulation is at the same effective batch.
     """
     for technique in techniques.registry().values():
         overruled = technique.overruled(config)
         same = (config[technique.name], overruled[0] if overruled else None)
-        for value in technique.switch.choices:
+        for value in technique.savers:
             changes = {technique.name: value}
             if technique.name == "accumulation":
                 parts, rest = divmod(int(value), config.integer("accumulation"))

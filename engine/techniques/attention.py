@@ -63,6 +63,7 @@ TECHNIQUE = Technique(
     packages=("flash-attn",),
     key="t",
     apply=apply,
+    saves=("sdpa", "flash_attention_2"),
     recognise=recognise,
     conflict=conflict,
     unavailable=unavailable,

@@ -94,6 +94,7 @@ TECHNIQUE = Technique(
     variants=({"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "mixed"}, {"dtype": "mixed-float16"}),
     key="d",
     apply=apply,
+    saves=("bfloat16", "mixed"),
     mathematics=mathematics,
     recognise=recognise,
 )

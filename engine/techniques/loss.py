@@ -100,6 +100,7 @@ TECHNIQUE = Technique(
     variants=({"loss": "chunked"}, {"loss": "linear-cross-entropy"}, {"loss": "liger"}),
     packages=("liger-kernel", "trl"),
     apply=apply,
+    saves=("chunked",),
     unsuitable=unsuitable,
     unavailable=unavailable,
     mathematics=mathematics,

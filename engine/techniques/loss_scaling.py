@@ -61,5 +61,6 @@ TECHNIQUE = Technique(
         {"loss_scaling": True, "dtype": "float16", "lora": True},
     ),
     apply=apply,
+    saves=(),
     conflict=conflict,
 )

@@ -130,6 +130,7 @@ TECHNIQUE = Technique(
     packages=("bitsandbytes",),
     key="o",
     apply=apply,
+    saves=("adamw-fused", "adamw-8bit", "paged-adamw-8bit", "sgd"),
     mathematics=mathematics,
     recognise=recognise,
     unavailable=unavailable,

@@ -124,6 +124,7 @@ TECHNIQUE = Technique(
     packages=("bitsandbytes",),
     key="u",
     apply=apply,
+    saves=("nf4",),
     caution=caution,
     mathematics=mathematics,
     recognise=recognise,
