@@ -28,6 +28,9 @@ LOGITS = "logits"
 LOSS = "loss"
 """Name of the part of the model's forward that follows the output embedding."""
 
+OUTPUT_LOSS = "outputs.loss"
+"""Name of the loss as the model has returned it: with it the graph is kept."""
+
 BLOCK_ROW = np.dtype(
     [
         ("address", "u8"),
@@ -309,7 +312,9 @@ class Ledger:
     @cached_property
     def layers(self) -> list[str]:
         """The layer of each of the trace's names; a KV cache's keys and values are the layer's they are of."""
-        cached = {f"{_CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.trace.names)}
+        cached = {OUTPUT_LOSS: LOSS} | {
+            f"{_CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.trace.names)
+        }
         return [cached.get(layer, layer) for layer in map(layer_of, self.trace.names)]
 
     def describe(self, index: int) -> LiveBlock:
@@ -330,12 +335,11 @@ class Ledger:
     # --- naming -------------------------------------------------------------
 
     def _outputs_alive_at_end(self) -> bool:
-        """Whether the logits are: the loss may be kept without its graph."""
+        """Whether the logits are, or the loss with its graph, where logits are never made."""
         names, blocks = self.trace.names, self.blocks
-        if LOGITS not in names:
-            return False
-        logits = (blocks["category"] == Category.LOGITS_LOSS) & (blocks["name"] == names.index(LOGITS))
-        return bool((logits & (blocks["died"] == len(self.trace.events))).any())
+        outputs = [names.index(name) for name in (LOGITS, OUTPUT_LOSS) if name in names]
+        kept = (blocks["category"] == Category.LOGITS_LOSS) & np.isin(blocks["name"], outputs)
+        return bool((kept & (blocks["died"] == len(self.trace.events))).any())
 
     def _name_owned(self) -> None:
         """Join the owners with the block alive at their address at their mark."""

@@ -61,14 +61,10 @@ def _embeddings(model: Any) -> Iterator[Any]:
 
 
 def conflict(config: RunConfig) -> str | None:
-    """Adapters train beside a model that is frozen altogether; reentrant checkpoints want inputs with gradients."""
-    if config.text("trainable") == "all" and config.text("trainable.embeddings") != "off":
+    """Adapters train beside a model that is frozen altogether."""
+    if not config.flag("lora") or (config.text("trainable") == "all" and config.text("trainable.embeddings") != "off"):
         return None
-    if config.flag("lora"):
-        return "lora=on trains adapters and nothing else: set trainable=all and trainable.embeddings=auto, or lora=off"
-    if config.text("checkpointing") != "off" and config.flag("checkpointing.reentrant"):
-        return "checkpointing.reentrant=on gives nothing a gradient behind frozen embeddings: switch it off"
-    return None
+    return "lora=on trains adapters and nothing else: set trainable=all and trainable.embeddings=auto, or lora=off"
 
 
 def mathematics(config: RunConfig) -> Mathematics:
@@ -101,7 +97,7 @@ TECHNIQUE = Technique(
     name="trainable",
     title="trained part",
     summary="frozen parameters have no gradient and no optimizer state; layers below the first trained keep nothing",
-    formula="gradients and optimizer state of what is trained; activations from the first trained layer on",
+    formula="gradients, state and activations from the first trained layer on; with checkpointing all are passed",
     source="https://arxiv.org/abs/2106.10199",
     cost={
         "all": "nothing",

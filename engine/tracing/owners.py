@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..events import Category
-from ..ledger import LOGITS, LOSS
+from ..ledger import LOGITS, OUTPUT_LOSS
 
 INT8_WEIGHT = ("CB", "SCB")
 
@@ -106,8 +106,8 @@ def of_outputs(outputs: Any) -> Iterator[Owned]:
     """Logits, loss and KV cache of a transformers output."""
     if outputs is None:
         return
-    for name in (LOGITS, LOSS):
-        tensor = getattr(outputs, name, None)
+    for name, attribute in ((LOGITS, "logits"), (OUTPUT_LOSS, "loss")):
+        tensor = getattr(outputs, attribute, None)
         if isinstance(tensor, torch.Tensor):
             yield Category.LOGITS_LOSS, name, tensor
     yield from of_cache(cache_in(outputs))

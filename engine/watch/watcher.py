@@ -23,7 +23,7 @@ import torch
 from .. import recompute
 from ..events import OPEN, Category, Phase, Recompute
 from ..forks import in_child
-from ..ledger import LOGITS, LOSS
+from ..ledger import LOGITS, LOSS, OUTPUT_LOSS
 from ..publisher import GAUGE_EVERY_S
 from ..recompute import in_backward
 from ..tracing import owners
@@ -227,7 +227,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         for _, name, tensor in owned:
             if tensor.grad_fn is not None:
                 tensor.grad_fn.register_prehook(self.barrier.guard(self._backward_begins))
-            if name == LOSS:
+            if name == OUTPUT_LOSS:
                 self._losses.note(tensor)
         # What follows the model's forward in the script is its loss, if anything.
         tracer.tag(Phase.FORWARD, tracer.name(LOSS))
@@ -354,7 +354,7 @@ def _of_outputs(outputs: Any) -> Iterable[owners.Owned]:
     if owned or outputs is None:
         return owned
     tensors = [t for _, t in owners.tensors_in(outputs)] if not isinstance(outputs, torch.Tensor) else [outputs]
-    return [(Category.LOGITS_LOSS, LOSS if t.dim() == 0 else LOGITS, t) for t in tensors]
+    return [(Category.LOGITS_LOSS, OUTPUT_LOSS if t.dim() == 0 else LOGITS, t) for t in tensors]
 
 
 @contextmanager
