@@ -33,7 +33,7 @@ class Fidelity:
         entropy_bits: Of the codes: what the weights would take at least, stored as these codes.
         wasted_bits: Of a code, beyond that.
         scales_sqnr_db: Double quantization's own: of the scales themselves; None elsewhere.
-        shares: Of the weights at each level [levels].
+        shares: Of the weights at each level, from the lowest [levels].
         level_values: The mean weight that each level is restored to [levels]; NaN: not used.
     """
 
@@ -220,11 +220,12 @@ class _Whole:
 def _fidelity(scheme: Scheme, rows: int, columns: int, sums: _Sums, whole: _Whole) -> Fidelity:
     signal = whole.survey.mean_square
     noise = sums.noise / whole.seen * whole.share(scheme)
-    shares = sums.counts[: scheme.levels] / whole.seen
+    codes = list(scheme.codes)
+    shares = sums.counts[codes] / whole.seen
     used = shares[shares > 0]
     entropy = abs(float((used * np.log2(used)).sum()))
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = sums.restored[: scheme.levels] / sums.counts[: scheme.levels]
+        values = sums.restored[codes] / sums.counts[codes]
     size = scheme.storage_bytes(rows, columns)
     return Fidelity(
         storage_bytes=size,
@@ -234,7 +235,7 @@ def _fidelity(scheme: Scheme, rows: int, columns: int, sums: _Sums, whole: _Whol
         relative_rmse=math.sqrt(noise / signal) if signal else 0.0,
         largest_error=sums.largest,
         levels_used=len(used),
-        levels=scheme.levels,
+        levels=len(codes),
         entropy_bits=entropy,
         wasted_bits=scheme.code_bits - entropy,
         scales_sqnr_db=decibels(sums.scale_signal, sums.scale_noise) if sums.scale_signal else None,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
@@ -73,7 +73,7 @@ class Quantized:
     """What has become of a piece.
 
     Attributes:
-        codes: uint8, flat: which level each weight is stored as, from 0.
+        codes: uint8, flat: what each weight is stored as: one of the scheme's.
         restored: float32 [n, w]: the weights as they are computed with.
         scales: The constants as they should be and as they are stored, if those are quantized too.
     """
@@ -96,7 +96,7 @@ class Scheme:
         title: For people, short.
         order: Schemes are listed by it.
         code_bits: Of one weight's code.
-        levels: Codes there are.
+        codes: Those there are, in the order of the levels they stand for.
         formula: How a weight becomes its code.
         explanation: What it does and why, in at most 60 words with the formula.
         source: Where it is described.
@@ -114,7 +114,7 @@ class Scheme:
     title: str
     order: int
     code_bits: int
-    levels: int
+    codes: Sequence[int]
     formula: str
     explanation: str
     source: str

@@ -91,7 +91,7 @@ def total(reports: Sequence[TensorReport], scheme: Scheme) -> Total | None:
         rmse=math.sqrt(noise),
         largest_error=max(found.largest_error for _, found in suited),
         levels_used=mean(found.levels_used for _, found in suited),
-        levels=scheme.levels,
+        levels=len(scheme.codes),
         entropy_bits=mean(found.entropy_bits for _, found in suited),
         wasted_bits=mean(found.wasted_bits for _, found in suited),
         worst=worst,

@@ -75,7 +75,7 @@ def _int4(block: int, order: int) -> Scheme:
         title=f"int4 affine, block {block}",
         order=order,
         code_bits=4,
-        levels=16,
+        codes=range(16),
         formula="q = round(w / s) + z, s = (max - min) / 15",
         explanation="Sixteen evenly spaced levels between the smallest and the largest weight of a block. "
         "A scale and a zero point in bfloat16 cost 32 bits a block. Even levels suit small blocks, whose weights "
@@ -95,7 +95,7 @@ SCHEMES = (
         title="int8 min-max, tensor",
         order=20,
         code_bits=8,
-        levels=256,
+        codes=range(256),
         formula="q = round(w / s) + z, s = (max - min) / 255",
         explanation="256 even levels from the smallest to the largest weight of the tensor. A lopsided tensor loses "
         "nothing, but one outlier stretches every step: most weights then share few levels around 0.",
@@ -110,7 +110,7 @@ SCHEMES = (
         title="int8 absmax, tensor",
         order=10,
         code_bits=8,
-        levels=255,
+        codes=range(255),
         formula="q = round(127 w / max|w|)",
         explanation="255 even levels, symmetric about 0, the outermost at the largest magnitude of the tensor. "
         "One scale for all: a single outlier makes every step coarse, and the levels between it and the rest "
@@ -126,7 +126,7 @@ SCHEMES = (
         title="int8 absmax, row",
         order=40,
         code_bits=8,
-        levels=255,
+        codes=range(255),
         formula="q = round(127 w / max|w of the row|)",
         explanation="A scale for each row of the matrix, that is for each output: an outlier coarsens its own row "
         "and no other. Costs 32 bits a row, nearly nothing.",
@@ -141,7 +141,7 @@ SCHEMES = (
         title="int8 absmax, block 64",
         order=50,
         code_bits=8,
-        levels=255,
+        codes=range(255),
         formula="q = round(127 w / max|w of 64|)",
         explanation="A scale for each 64 weights: an outlier coarsens its own block and no other, and every block "
         "uses all its levels. Half a bit a weight for the scales.",

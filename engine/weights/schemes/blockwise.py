@@ -54,7 +54,7 @@ SCHEMES = (
         title="int8 quantile, tensor",
         order=30,
         code_bits=8,
-        levels=LEVELS,
+        codes=range(LEVELS),
         formula="level i = quantile((i + 1/2) / 256)",
         explanation="Levels at the tensor's own quantiles: each is used by one weight in 256, so no bit is wasted "
         "(entropy 8). But most levels lie where weights are many; the few outliers are drawn to the outermost "
@@ -69,7 +69,7 @@ SCHEMES = (
         title="int8 dynamic, block 256",
         order=60,
         code_bits=8,
-        levels=LEVELS,
+        codes=range(LEVELS),
         formula="level = ± 10^-e × fraction, times max|w of 256|",
         explanation="A code whose leading bits are an exponent: fine levels near 0, coarse ones near the block's "
         "largest weight. Made for optimizer states, which span many magnitudes; on weights even levels in small "

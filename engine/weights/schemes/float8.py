@@ -5,7 +5,8 @@ from __future__ import annotations
 from ..scheme import Piece, Quantized, Scheme
 
 SOURCE = "https://arxiv.org/abs/2209.05433"
-SIGN, LARGEST_CODE = 0x80, 0x7E
+SIGN, LARGEST = 0x80, 0x7E
+"""Codes; the two above LARGEST, of either sign, mean NaN and do not occur."""
 
 
 def _quantize(piece: Piece, by_row: bool) -> Quantized:
@@ -17,10 +18,7 @@ def _quantize(piece: Piece, by_row: bool) -> Quantized:
     scale = largest / bounds.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest)
     stored = (values * scale).clamp(-largest, largest).to(kind)
     restored = (stored.float() / scale).reshape(piece.values.shape)
-    bits = stored.view(torch.uint8).reshape(-1).to(torch.int16)
-    # In the order of their values, from -448; the two codes that mean NaN do not occur.
-    codes = torch.where(bits >= SIGN, SIGN + LARGEST_CODE - bits, bits + LARGEST_CODE + 1)
-    return Quantized(codes.to(torch.uint8), restored)
+    return Quantized(stored.view(torch.uint8).reshape(-1), restored)
 
 
 def _scheme(key: str, title: str, order: int, by_row: bool) -> Scheme:
@@ -30,7 +28,7 @@ def _scheme(key: str, title: str, order: int, by_row: bool) -> Scheme:
         title=title,
         order=order,
         code_bits=8,
-        levels=254,
+        codes=(*range(SIGN + LARGEST, SIGN - 1, -1), *range(LARGEST + 1)),
         formula=f"e4m3 of 448 w / max|w {of}|",
         explanation="A sign, four bits of exponent, three of mantissa: each weight keeps three bits of its own, "
         "however small it is, so an outlier costs the others little. But around the many middling weights even "

@@ -15,6 +15,9 @@ NESTED_BLOCK = 256
 TABLE_BYTES, NESTED_TABLE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4
 """Of the levels' tables, which bitsandbytes keeps with each tensor, and of the scales' mean."""
 
+FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)
+"""From -1 to 1: its bits are a sign, an exponent and a mantissa of their own."""
+
 QLORA = "https://arxiv.org/abs/2305.14314"
 
 
@@ -75,7 +78,7 @@ def _nf4(block: int, key: str, order: int) -> Scheme:
         title=f"nf4, block {block}",
         order=order,
         code_bits=4,
-        levels=16,
+        codes=range(16),
         formula=f"level nearest to w / max|w of {block}|",
         explanation="Sixteen levels at the quantiles of a normal distribution, one of them 0, times the block's "
         "largest magnitude. Trained weights are nearly normal, so the levels are used nearly alike: entropy "
@@ -95,7 +98,7 @@ SCHEMES = (
         title="fp4, block 64",
         order=90,
         code_bits=4,
-        levels=16,
+        codes=FP4_ORDER,
         formula="± {0, 1/192, 1/6, 1/4, 1/3, 1/2, 2/3, 1} max|w of 64|",
         explanation="A sign, two bits of exponent, one of mantissa, times the block's largest magnitude. Two of its "
         "codes mean 0, and its levels crowd at the ends rather than where normal weights are: worse than NF4 at "
@@ -114,7 +117,7 @@ SCHEMES = (
         title="nf4, double quant",
         order=101,
         code_bits=4,
-        levels=16,
+        codes=range(16),
         formula="NF4; scale = 8-bit code × max of 256 scales + their mean",
         explanation="NF4 whose scales are quantized as well: 8 bits each instead of 32, by the dynamic map in blocks "
         "of 256. Saves 0.37 bits a weight: 4.13 instead of 4.5. The scales' own error is far below NF4's.",

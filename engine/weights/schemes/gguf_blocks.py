@@ -16,9 +16,9 @@ def _quantize(piece: Piece, kind: str) -> Quantized:
     which = GGMLQuantizationType[kind]
     # A block whose largest weight is 0, or whose scale is beyond float16: handled there, not worth a warning.
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        stored = quants.quantize(piece.values.numpy().reshape(-1, BLOCK), which)
+        stored = quants.quantize(piece.values.numpy().reshape(1, -1), which)  # it works row by row, 16 at a time
         restored = quants.dequantize(stored, which)
-    packed = stored[:, 2:]  # after the scale in float16
+    packed = stored.reshape(piece.values.numel() // BLOCK, -1)[:, 2:]  # after the scale in float16
     codes = packed.view(np.int8).astype(np.int16) + 127 if kind == "Q8_0" else np.stack([packed & 15, packed >> 4])
     return Quantized(
         torch.from_numpy(codes.astype(np.uint8).reshape(-1)),
@@ -36,7 +36,7 @@ SCHEMES = (
         title="GGUF Q8_0",
         order=130,
         code_bits=8,
-        levels=255,
+        codes=range(255),
         formula="q = round(127 w / max|w of 32|)",
         explanation="Absmax in blocks of 32 with the scale in float16: 34 bytes to 32 weights, 8.5 bits each. As good "
         "as 8 bits get with even levels.",
@@ -51,7 +51,7 @@ SCHEMES = (
         title="GGUF Q4_0",
         order=131,
         code_bits=4,
-        levels=16,
+        codes=range(16),
         formula="q = round(8 + w / d), d = -(the largest) / 8",
         explanation="Sixteen even levels in blocks of 32, scaled so that the weight of largest magnitude falls on the "
         "outermost level, -8, with its sign: no level is wasted. 18 bytes to 32 weights, 4.5 bits each.",

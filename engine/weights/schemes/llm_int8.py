@@ -26,7 +26,7 @@ SCHEMES = (
         title="LLM.int8(), row",
         order=70,
         code_bits=8,
-        levels=255,
+        codes=range(255),
         formula="q = round(127 w / max|w of the row|)",
         explanation="Weights as int8 absmax by rows. What sets it apart is at run time: columns of the input with an "
         "activation above 6 are multiplied in 16 bit, since those outliers would coarsen the input's own int8.",
