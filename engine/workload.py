@@ -31,6 +31,7 @@ class Recipe:
     """What the techniques decide, filled in before anything is loaded.
 
     Attributes:
+        shell: The model on the meta device, to be read only.
         dtype: Of the weights.
         lora_targets: The architecture's default; empty: PEFT's own.
         load_arguments: Passed to `from_pretrained`.
@@ -50,6 +51,7 @@ class Recipe:
         layer_period: After how many layers what is done to them repeats.
     """
 
+    shell: Model
     dtype: torch.dtype
     lora_targets: tuple[str, ...] = ()
     load_arguments: dict[str, Any] = field(default_factory=dict)
@@ -144,14 +146,15 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     """
     quiet_libraries()
     given, architecture = config.architecture, _architecture(config)
+    with _of_the_model(config):
+        shell = shell_of(architecture)
     recipe = Recipe(
+        shell=shell,
         dtype=getattr(torch, given.dtype) if given else (getattr(architecture, "dtype", None) or torch.float32),
         lora_targets=given.lora_targets if given else (),
     )
     for technique in registry().values():
         technique.apply(config, recipe)
-    with _of_the_model(config):
-        shell = shell_of(architecture)
     for technique in registry().values():
         if problem := technique.unsuitable(config, shell):
             raise UserError(problem)

@@ -19,6 +19,8 @@ from safetensors.torch import save_file
 
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.device import select
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.weights import bits
 from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
@@ -26,9 +28,10 @@ from gpumem_tui.engine.weights.measure import TensorReport
 from gpumem_tui.engine.weights.schemes import registry
 from gpumem_tui.engine.weights.totals import propose
 from gpumem_tui.engine.workload import build, prepare
+from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.cli import main
 
-from .conftest import Engine, small_run
+from .conftest import TINY, Engine, small_run
 
 HERE = {key: scheme for key, scheme in registry().items() if not scheme.unavailable}
 Draw = Callable[[], torch.Tensor]
@@ -166,6 +169,41 @@ def test_a_run_allocates_what_the_document_says(
     float32 = 4 * (run["parameters"] - quantized)  # embeddings, norms, biases, adapters
     assert float32 > 4 * kept
     assert run["loaded"]["by_category"]["parameters"] == float32 + document["total"]["schemes"][kind]["bytes"]
+
+
+# --- what is kept in 16 bit is more memory ------------------------------------------------
+
+
+def test_a_run_that_keeps_a_module_allocates_what_keeping_it_adds(engine: Engine) -> None:
+    quantized = {"lora": "on", "quantization": "nf4", "dtype": "bfloat16"}
+    skip = "layers.2.mlp.dense_4h_to_h"
+    less, more = (
+        engine.run(small_run(**quantized, quantization__skip=name))["loaded"]["by_category"]["parameters"]
+        for name in ("none", skip)
+    )
+    rows, columns = TINY["hidden_size"], TINY["intermediate_size"]
+    bias = 2 * rows  # float32 beside quantized weights
+    assert more - less == 2 * rows * columns - registry()["nf4-double"].storage_bytes(rows, columns) - bias
+
+
+def test_a_prediction_knows_which_layers_keep_a_module() -> None:
+    """24 layers are predicted from few; one that is unlike the others must not stand for them, or they for it."""
+    model, card = run_fields("qwen2.5-0.5b"), gpu("H100 80GB")
+    loaded = {}
+    for skip in ("none", "layers.3.mlp.down_proj", "down_proj"):
+        config = small_run(model, lora="on", quantization="nf4", quantization__skip=skip)
+        loaded[skip] = predict(config, card).as_document()["loaded"]["by_category"]["parameters"]
+    added = 2 * 896 * 4864 - registry()["nf4-double"].storage_bytes(896, 4864)
+    assert loaded["layers.3.mlp.down_proj"] == loaded["none"] + added
+    assert loaded["down_proj"] == loaded["none"] + 24 * added
+
+
+def test_a_module_that_is_not_quantized_cannot_be_kept() -> None:
+    for name in ("embed_out", "nothing"):
+        with pytest.raises(
+            UserError, match=f"quantization.skip: no quantized module is called '{name}'; there are dense"
+        ):
+            prepare(small_run(quantization__skip=name), select("cpu"))
 
 
 # --- what others have published ---------------------------------------------------------

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..quantized_modules import convertible_modules, keep_in, left_as_they_are
 from ..technique import Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..workload import Model, Recipe
+
+NOTHING = "none"
+"""That no module is kept in 16 bit."""
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
@@ -25,11 +30,18 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     recipe.libraries.add("bitsandbytes")
     recipe.weight_bits = 8 if kind == "int8" else 4
     compute, arithmetic = config.text("quantization.compute"), recipe.autocast or recipe.dtype
+    kept = kept_modules(config, recipe.shell)
+    skipped: Any = None  # the library's own choice: the output layer
+    if kept:
+        skipped = [*left_as_they_are(recipe.shell), *kept]
+        if not _alike_in_every_layer(kept, convertible_modules(recipe.shell)):
+            recipe.layer_period = int(recipe.shell.config.num_hidden_layers)
     recipe.load_arguments["quantization_config"] = (
-        BitsAndBytesConfig(load_in_8bit=True)
+        BitsAndBytesConfig(load_in_8bit=True, llm_int8_skip_modules=skipped)
         if kind == "int8"
         else BitsAndBytesConfig(
             load_in_4bit=True,
+            llm_int8_skip_modules=skipped,
             bnb_4bit_quant_type=kind,
             bnb_4bit_use_double_quant=config.flag("quantization.double"),
             bnb_4bit_compute_dtype=arithmetic if compute == "dtype" else getattr(torch, compute),
@@ -38,9 +50,42 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
     def prepare(model: Any) -> Any:
         # Checkpointing is a technique of its own; here only what quantization needs.
-        return prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+        for name, module in [*model.named_modules()]:  # a prediction's model may have fewer layers
+            if name in kept:
+                keep_in(module, recipe.dtype)
+        return model
 
     recipe.transforms.append(prepare)
+
+
+def kept_modules(config: RunConfig, model: Model) -> list[str]:
+    """Paths of the modules that would be quantized if `quantization.skip` did not name them."""
+    wanted = _named(config)
+    return [
+        name for name in sorted(convertible_modules(model)) if any(f".{name}".endswith(f".{end}") for end in wanted)
+    ]
+
+
+def _named(config: RunConfig) -> list[str]:
+    text = config.text("quantization.skip")
+    return [] if text == NOTHING else [name.strip() for name in text.split(",") if name.strip()]
+
+
+def _alike_in_every_layer(kept: list[str], convertible: frozenset[str]) -> bool:
+    """Whether every module is kept whose path differs from a kept one's in the layer's number only."""
+    without_number = {re.sub(r"\.\d+\.", ".", name, count=1) for name in kept}
+    return all(name in kept for name in convertible if re.sub(r"\.\d+\.", ".", name, count=1) in without_number)
+
+
+def unsuitable(config: RunConfig, model: Model) -> str | None:
+    """Module names that are typed have to name a quantized module; also while nothing is, so that it can be set on."""
+    names = convertible_modules(model) if _named(config) else ()
+    for wanted in _named(config):
+        if not any(f".{name}".endswith(f".{wanted}") for name in names):
+            ends = sorted({name.rsplit(".", 1)[-1] for name in names})
+            return f"quantization.skip: no quantized module is called {wanted!r}; there are {', '.join(ends)}"
+    return None
 
 
 def unavailable(value: Value, environment: Environment) -> str | None:
@@ -113,12 +158,25 @@ TECHNIQUE = Technique(
             "dtype of the arithmetic; dtype: the run's, under autocast that of autocast",
             ("dtype", "float16", "bfloat16", "float32"),
         ),
+        Option(
+            "quantization.skip",
+            NOTHING,
+            "modules kept in the run's dtype: their names, or the ends of them, separated by commas",
+            (NOTHING,),
+            True,
+        ),
     ),
     in_script="from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
     acts_on=(Category.PARAMETERS,),
     variants=(  # what is quantized is frozen: something beside it has to be trained
         {"lora": True, "quantization": "nf4"},
-        {"lora": True, "quantization": "fp4", "quantization.double": False, "quantization.compute": "bfloat16"},
+        {
+            "lora": True,
+            "quantization": "fp4",
+            "quantization.double": False,
+            "quantization.compute": "bfloat16",
+            "quantization.skip": "dense_4h_to_h",
+        },
         {"lora": True, "quantization": "int8"},
     ),
     packages=("bitsandbytes",),
@@ -129,5 +187,6 @@ TECHNIQUE = Technique(
     mathematics=mathematics,
     recognise=recognise,
     conflict=conflict,
+    unsuitable=unsuitable,
     unavailable=unavailable,
 )

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import importlib
 import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from threading import Event
-from typing import TYPE_CHECKING, Any, TypeVar
-from unittest import mock
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -98,23 +98,13 @@ def _measure(found: Survey, schemes: Sequence[Scheme]) -> TensorReport:
 
 
 def import_libraries() -> None:
-    """Import what measures.
-
-    Importing bitsandbytes has torch compile its fallbacks, which imports the
-    compiler and would run it for every new shape. Here each is called with few
-    weights a handful of times; uncompiled they are done sooner.
-    """
-    import torch
-
+    """Import what measures: what bitsandbytes has compiled for each new shape is sooner done as it is written."""
+    from ..prediction.libraries_loading import libraries_loading
     from ..workload import quiet_loggers
 
     quiet_loggers()
-
-    def uncompiled(function: Any = None, **_options: Any) -> Any:
-        return function if function is not None else lambda it: it
-
-    with mock.patch.object(torch, "compile", uncompiled):
-        pass
+    with libraries_loading():
+        importlib.import_module("bitsandbytes.functional")
 
 
 @dataclass(frozen=True, slots=True)

@@ -20,13 +20,14 @@ def quantizable_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
     import transformers
     from transformers import AutoConfig
 
+    from ..quantized_modules import convertible_modules
     from ..workload import quiet_libraries, shell_of
 
     quiet_libraries()
     try:
         architecture = AutoConfig.for_model(**config)
         named = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        return convertible(shell_of(architecture) if named is None else _shell(named, architecture))
+        return convertible_modules(shell_of(architecture) if named is None else _shell(named, architecture))
     except Exception:  # whatever a configuration that nobody here wrote makes a model's constructor raise
         return None
 
@@ -36,21 +37,6 @@ def _shell(model_class: Any, architecture: Any) -> Any:
 
     with torch.device("meta"):
         return model_class(architecture)
-
-
-def convertible(model: Any) -> frozenset[str]:
-    """Names of a model's modules that are converted where none is named to be kept."""
-    from torch import nn
-    from transformers.pytorch_utils import Conv1D
-    from transformers.quantizers.base import get_keys_to_not_convert
-    from transformers.quantizers.quantizers_utils import should_convert_module
-
-    kept = [*get_keys_to_not_convert(model), *(model._keep_in_fp32_modules or ())]
-    return frozenset(
-        name
-        for name, module in model.named_modules()
-        if (type(module) is nn.Linear or isinstance(module, Conv1D)) and should_convert_module(name, kept)
-    )
 
 
 def among(modules: Collection[str] | None, names: Sequence[str]) -> frozenset[str] | None:
