@@ -56,6 +56,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "estimate": ["estimate", "--profile", "qwen2.5-7b"],
     "advise": ["advise", "--profile", "gpt2"],
     "check": ["check", "--profile", "gpt2", "--budget", "24GiB"],
+    "weights": ["weights", "--profile", "tiny"],
     "open": ["open", RECORDING],
     "export": ["export", RECORDING, "--format", "csv", "--output", "/dev/stdout"],
     "profiles": ["profiles"],
