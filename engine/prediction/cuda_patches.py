@@ -36,6 +36,9 @@ LOADED_BY_FLASH_ATTENTION = (
 _DATA: Any = torch.Tensor.data
 
 
+FLASH_ATTENTION = "flash-attn"
+
+
 @contextmanager
 def cuda_paths(
     gpu: Gpu, tracker: FakeCuda, libraries: Collection[str] = (), times: Callable[[str], int] = lambda _: 1
@@ -64,7 +67,8 @@ def cuda_paths(
         from transformers import masking_utils, modeling_flash_attention_utils
 
         _replace(undo, masking_utils, "is_tracing", lambda *_: False)
-        _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
+        if FLASH_ATTENTION in libraries:
+            _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         if bitsandbytes_cuda.PACKAGE in libraries:

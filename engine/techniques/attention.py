@@ -17,6 +17,8 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     """Pass the choice to transformers."""
     if config["attention"] != "auto":
         recipe.load_arguments["attn_implementation"] = config.text("attention")
+    if config["attention"] == "flash_attention_2":
+        recipe.libraries.add("flash-attn")
 
 
 def unavailable(value: Value, environment: Environment) -> str | None:
