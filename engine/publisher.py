@@ -11,6 +11,7 @@ Loads no torch until there is a device to look at.
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from threading import Event
@@ -21,7 +22,8 @@ from .events import Gauge, Phase, Recompute, StepTrace
 from .feed import Feed
 from .meter import LIBRARIES_LOADED, Meter
 from .run import Run, RunKind
-from .run_events import Loaded, Note, OutOfMemory, Recomputed, RunStarted, StepEnded
+from .run_events import Loaded, LossNotFinite, Note, OutOfMemory, Recomputed, RunStarted, StepEnded
+from .techniques import unsound
 
 if TYPE_CHECKING:
     import torch
@@ -54,7 +56,7 @@ class RunPublisher:
         self.steps = 0
         self._tracer: Tracer | None = None
         self._meter: Meter | None = None
-        self._every_step = False
+        self._every_step = self._loss_is_lost = False
         self._began_s = self._cost_before_s = 0.0
 
     def look_around(self, device: torch.device) -> None:
@@ -84,7 +86,7 @@ class RunPublisher:
 
     def begin(self, config: RunConfig, kind: RunKind, text: str) -> Run:
         """A run begins."""
-        self.steps, self.managed_bytes = 0, 0
+        self.steps, self.managed_bytes, self._loss_is_lost = 0, 0, False
         run = self.feed.begin_run(config, kind)
         self.feed.tell(RunStarted(text=text, watched=kind is RunKind.WATCHED))
         return run
@@ -146,10 +148,20 @@ class RunPublisher:
                 trace_seconds=tracer.cost_s - self._cost_before_s,
             )
         )
+        self._look_at_loss(result, run.config)
         if result.step <= LIBRARIES_LOADED:
             self.measure_context()
         if run.training_gauge is None:  # a run may be over before the gauge's first tick in it
             run.training_gauge = self.read_gauge()
+
+    def _look_at_loss(self, result: StepResult, config: RunConfig) -> None:
+        """Say once that the loss is no number, and why, if the configuration is a reason."""
+        if result.loss is None or math.isfinite(result.loss) or self._loss_is_lost:
+            return
+        self._loss_is_lost = True
+        why = "".join(f": {reason}" for reason in unsound(config)[:1])
+        text = f"step {result.step}: the loss is {result.loss}{why}"
+        self.feed.tell(LossNotFinite(text=text, step=result.step, loss=str(result.loss)))
 
     def recomputed(self, event: Recompute) -> None:
         """A checkpointed segment was computed again."""

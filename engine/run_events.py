@@ -113,6 +113,23 @@ class StepEnded(RunEvent, frozen=True):
     frequent: ClassVar[bool] = True
 
 
+class LossNotFinite(RunEvent, frozen=True):
+    """The loss is no number any more: what is trained from here on is lost. Told once a run.
+
+    Attributes:
+        step: That ended with it.
+        loss: `nan`, `inf` or `-inf`; JSON has no number for them.
+    """
+
+    step: int
+    loss: str
+
+    @property
+    def is_problem(self) -> bool:
+        """Always."""
+        return True
+
+
 class Recomputed(RunEvent, frozen=True):
     """A checkpointed segment was computed again during backward.
 
@@ -271,8 +288,8 @@ class EngineEnded(RunEvent, frozen=True):
 
 
 AnyRunEvent = (
-    RunStarted | Loaded | StepEnded | Recomputed | Paused | Resumed | OutOfMemory | RunFailed | Refused | RunEnded
-    | Saved | Note | Output | EngineEnded
+    RunStarted | Loaded | StepEnded | LossNotFinite | Recomputed | Paused | Resumed | OutOfMemory | RunFailed | Refused
+    | RunEnded | Saved | Note | Output | EngineEnded
 )  # fmt: skip
 """What a decoder is given: the kind says which."""
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -257,6 +258,15 @@ def test_without_a_terminal_the_program_itself_writes_plain_text_and_ends_with_t
     assert "0 bytes leaked" in out
     assert "P parameters" in out
     assert "\x1b" not in out
+
+
+def test_a_loss_that_is_no_number_is_said_in_a_frame(capsys: pytest.CaptureFixture[str]) -> None:
+    diverging = [*QUICK, "--learning-rate", "1e30"]
+    assert main(["--once", *diverging]) == 0
+    assert re.search(r"loss (nan|inf)", capsys.readouterr().out)
+    assert main(["--json", *diverging]) == 0
+    frame = json.loads(capsys.readouterr().out, parse_constant=pytest.fail)  # NaN is no JSON
+    assert frame["loss"] is None and frame["lost_loss"] in ("nan", "inf")
 
 
 def test_once_is_one_frame_and_the_run_is_stopped(capsys: pytest.CaptureFixture[str]) -> None:

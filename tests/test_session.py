@@ -16,6 +16,7 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run import EventLog
 from gpumem_tui.engine.run_events import (
     Loaded,
+    LossNotFinite,
     OutOfMemory,
     Refused,
     RunEnded,
@@ -303,6 +304,15 @@ def test_rows_longer_than_a_table_of_learned_positions_are_refused(engine: Engin
     events = engine.run_events(small_run(run_fields("gpt2"), seq_len=1025))
     failed = next(event.text for event in events if isinstance(event, RunFailed))
     assert failed == "gpt2 has learned positions for 1024 tokens in a row: seq_len=1025 is too long"
+
+
+def test_a_loss_that_is_no_number_is_told_once(engine: Engine) -> None:
+    events = engine.run_events(small_run(learning_rate=1e30, steps=4))
+    told = [event for event in events if isinstance(event, LossNotFinite)]
+    assert len(told) == 1
+    assert told[0].loss in ("nan", "inf") and told[0].step > 1
+    assert told[0].text == f"step {told[0].step}: the loss is {told[0].loss}"
+    assert not any(isinstance(event, LossNotFinite) for event in engine.run_events(small_run()))
 
 
 def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:

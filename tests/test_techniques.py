@@ -18,6 +18,7 @@ from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.technique import Effect
 from gpumem_tui.engine.workload import build, prepare
+from gpumem_tui.profiles import run_fields
 
 from .conftest import LAYERS, TINY, Engine, small_run
 from .covering import covering
@@ -157,6 +158,14 @@ def test_whether_a_change_keeps_the_mathematics_is_known(
     assert techniques.effect(old, new) is effect
     assert techniques.effect(new, old) is (effect if effect is not Effect.UNSOUND else Effect.NUMERICS)
     assert techniques.effect(new, new) is Effect.NONE
+
+
+def test_what_may_not_train_is_known_also_of_a_model_s_own_dtype() -> None:
+    polyglot = techniques.configure(run_fields("polyglot-ko-1.3b"), {})  # published in float16
+    for config in (configured({"dtype": "float16"}), configured({"dtype": "mixed-float16"}), polyglot):
+        assert "float16 without loss scaling" in techniques.unsound(config)[0]
+    scaled = configured({"dtype": "mixed-float16", "loss_scaling": "on"})
+    assert not techniques.unsound(scaled) and not techniques.unsound(configured({}))
 
 
 @pytest.mark.parametrize(("dtype", "arithmetic"), [("mixed", torch.bfloat16), ("float32", torch.float32)])

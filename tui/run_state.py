@@ -9,6 +9,7 @@ from ..engine.run import Run, RunKind
 from ..engine.run_events import (
     EngineEnded,
     Loaded,
+    LossNotFinite,
     OutOfMemory,
     Paused,
     Recomputed,
@@ -68,6 +69,7 @@ class RunState:
             before the first run.
         step: Last step that ended; 0 before the first.
         loss: Of that step.
+        lost_loss: `nan` or `inf`, once the loss was no number.
         seconds: It took.
         tokens: It trained on.
         traced: Whether it was traced.
@@ -89,6 +91,7 @@ class RunState:
     status: str = "starting"
     step: int = 0
     loss: float | None = None
+    lost_loss: str = ""
     seconds: float | None = None
     tokens: int = 0
     traced: bool = False
@@ -164,6 +167,8 @@ class RunState:
                 self.status = "training" if self.status == "held" else self.status
             case StepEnded():
                 self._fold_step(event)
+            case LossNotFinite():
+                self.lost_loss = event.loss
             case Recomputed():
                 self._fold_recompute(event)
             case OutOfMemory() | RunFailed():

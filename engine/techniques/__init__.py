@@ -172,6 +172,11 @@ def effect(old: RunConfig, new: RunConfig) -> Effect:
     return max(of_workload, *(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values()))
 
 
+def unsound(config: RunConfig) -> list[str]:
+    """Why a run may not train at all, a line for each reason; mostly there is none."""
+    return [reason for technique in registry().values() if (reason := technique.mathematics(config).unsound)]
+
+
 def cautions(config: RunConfig) -> list[str]:
     """What of a configuration's memory surprises, a line each."""
     return [line for technique in registry().values() if (line := technique.caution(config))]

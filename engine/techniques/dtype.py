@@ -18,6 +18,8 @@ if TYPE_CHECKING:
 AUTOCAST = {"mixed": "bfloat16", "mixed-float16": "float16"}
 """The dtype of the arithmetic where weights are float32."""
 
+UNSCALED = "float16 without loss scaling; bfloat16 and mixed need none, float16 trains with loss_scaling=on"
+
 _BFLOAT16 = "none, and faster, from compute capability 8.0 on; older GPUs have no bfloat16 tensor cores"
 
 
@@ -35,8 +37,10 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 def mathematics(config: RunConfig) -> Mathematics:
     """The range of float16 is too small for gradients: they vanish, and sums overflow to inf and nan."""
     value = config.text("dtype")
+    if value == "profile" and config.architecture is not None:
+        value = config.architecture.dtype
     unscaled = AUTOCAST.get(value, value) == "float16" and not config.flag("loss_scaling")
-    return Mathematics(numerics=value, unsound="float16 without loss scaling" if unscaled else "")
+    return Mathematics(numerics=value, unsound=UNSCALED if unscaled else "")
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:

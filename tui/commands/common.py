@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import os
 import re
@@ -15,6 +14,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import msgspec
 
 from ...engine.atomic_file import replacing
 from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
@@ -302,7 +303,17 @@ def write_document(document: dict[str, Any], target: str) -> None:
     Raises:
         UserError: It cannot be written; no part of it is there.
     """
-    write_output(json.dumps(document, indent=1) + "\n", target)
+    write_output(json_text(document) + "\n", target)
+
+
+def json_line(document: dict[str, Any]) -> str:
+    """A document as JSON in a line; a number that is none, as a loss may become, is null."""
+    return msgspec.json.encode(document).decode()
+
+
+def json_text(document: dict[str, Any]) -> str:
+    """The same over several lines."""
+    return msgspec.json.format(msgspec.json.encode(document), indent=1).decode()
 
 
 def write_output(text: str, target: str | None) -> None:

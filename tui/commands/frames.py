@@ -8,7 +8,6 @@ Otherwise, and no terminal: a line of plain text for everything the engine tells
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import sys
@@ -17,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..units import clock
-from .common import FAILED
+from .common import FAILED, json_line, json_text
 
 if TYPE_CHECKING:
     from ...engine.feed import Source
@@ -68,13 +67,13 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
         over = not source.live or _over(state)
         if flags.once or flags.json:
             if over or (state.run.step >= ENOUGH_STEPS and state.peak is not None):
-                yield json.dumps(frame(state), indent=1) if flags.json else text(board)
+                yield json_text(frame(state)) if flags.json else text(board)
                 return
         elif flags.jsonl:
             if changed or over:
                 new = source.events(told + 1)
                 told = new[-1].index if new else told
-                yield json.dumps(frame(state) | {"events": to_plain(new)})
+                yield json_line(frame(state) | {"events": to_plain(new)})
         else:
             for event in state.logs[Filter.NO_RECOMPUTES]:
                 if event.index > told:
@@ -117,6 +116,7 @@ def frame(state: ViewState) -> dict[str, Any]:
         "run": run.number,
         "step": run.step,
         "loss": run.loss,
+        "lost_loss": run.lost_loss or None,
         "step_seconds": run.seconds,
         "tokens_per_second": run.tokens_per_s,
         "trace_share": run.trace_share,

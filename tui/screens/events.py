@@ -10,6 +10,7 @@ from rich.style import Style
 from ...engine.config import show
 from ...engine.run_events import (
     Loaded,
+    LossNotFinite,
     OutOfMemory,
     Output,
     Recomputed,
@@ -31,6 +32,7 @@ MEANINGS: dict[type[RunEvent], str] = {
     RunStarted: "A run began; its configuration is in the header.",
     Loaded: "The model is on the device. What is allocated now are its parameters and buffers.",
     StepEnded: "An optimizer step ended. The peak is the allocator's own counter, of traced and untraced steps.",
+    LossNotFinite: "The loss is nan or infinite: the weights are lost, and every step from here on is.",
     Recomputed: "Backward computed a checkpointed segment again: the bytes held for that, and the time it took.",
     OutOfMemory: "The device refused an allocation. The run has ended, everything of it is freed.",
     RunFailed: "The run raised an error. The traceback is in the details.",

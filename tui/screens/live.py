@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Sequence
 from functools import partial
@@ -149,7 +150,9 @@ class LivePage(Page):
         row = Row().add(" step ", palette.dim).add(f"{run.step or UNKNOWN!s:<7}", palette.bold)
         row.add(f"{duration(run.seconds):>8}").add(" wall", palette.dim).to(26)
         row.add(f"{rate(run.tokens_per_s):>6}").add(" tok/s", palette.dim).to(40)
-        row.add("loss ", palette.dim).add(f"{UNKNOWN if run.loss is None else format(run.loss, '.4f')}").to(54)
+        known = run.loss is not None and math.isfinite(run.loss)
+        loss = format(run.loss, ".4f") if known else run.lost_loss or UNKNOWN
+        row.add("loss ", palette.dim).add(loss, palette.bad if run.lost_loss else palette.plain).to(54)
         share = run.trace_share
         if width >= TRACING_WIDTH:
             row.add("tracing ", palette.dim).add(UNKNOWN if share is None else f"{100 * share:.1f} % of time")
