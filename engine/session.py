@@ -185,6 +185,17 @@ class Session(Published):
             self._feed.tell(Note(text=f"going back to the run before: {describe(self._good)}"))
             self._commands.put(Start(self._good))
 
+    def _planned(self, config: RunConfig) -> Plan:
+        """Everything decided, and what of it is worth a word said."""
+        from .workload import prepare
+
+        assert self._device is not None
+        plan = prepare(config, self._device)
+        if 0 < plan.positions < config.seq_len:
+            text = f"{config.seq_len} tokens in a row: the model was made for {plan.positions}"
+            self._feed.tell(Note(text=text))
+        return plan
+
     def _run(self, config: RunConfig) -> str | None:
         """Run, free everything, count what leaks.
 
@@ -196,7 +207,6 @@ class Session(Published):
         from .tracing.allocator_trace import AllocatorTrace
         from .tracing.op_tracker import OpTracker
         from .tracing.tracer import DESCRIBED, Tracer
-        from .workload import prepare
 
         assert self._device is not None
         problem = None
@@ -218,7 +228,7 @@ class Session(Published):
         self._running = True
         try:
             # Outside the recording: importing libraries makes tensors that stay.
-            plan = prepare(config, self._device)
+            plan = self._planned(config)
             gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
             with recording_ops:
                 self._train(config, plan, tracer)

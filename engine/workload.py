@@ -131,6 +131,11 @@ class Plan:
     device: torch.device
     shapes_only: bool = False
 
+    @property
+    def positions(self) -> int:
+        """Tokens in a row that the model was made for; 0: not said."""
+        return positions(self.architecture)
+
 
 def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) -> Plan:
     """Decide everything about a run; imports the libraries it needs.

@@ -306,6 +306,12 @@ def test_rows_longer_than_a_table_of_learned_positions_are_refused(engine: Engin
     assert failed == "gpt2 has learned positions for 1024 tokens in a row: seq_len=1025 is too long"
 
 
+def test_rows_longer_than_the_model_was_made_for_are_said_before_it_is_loaded(engine: Engine) -> None:
+    events = engine.run_events(small_run(seq_len=2049, batch_size=1, steps=1, rows=1))
+    texts = [event.text for event in events[: next(n for n, e in enumerate(events) if isinstance(e, Loaded))]]
+    assert "2049 tokens in a row: the model was made for 2048" in texts
+
+
 def test_a_loss_that_is_no_number_is_told_once(engine: Engine) -> None:
     events = engine.run_events(small_run(learning_rate=1e30, steps=4))
     told = [event for event in events if isinstance(event, LossNotFinite)]

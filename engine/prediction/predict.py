@@ -33,7 +33,7 @@ from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, Ste
 from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, loaded, train
-from ..workload import Plan, build, numel, positions, prepare
+from ..workload import Plan, build, numel, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play
@@ -273,7 +273,7 @@ class _Rehearsing:
             reserved_bytes=reserved,
             expandable_bytes=expandable,
             verdict=verdict,
-            max_positions=positions(self.plan.architecture),
+            max_positions=self.plan.positions,
             traced_layers=self.layers.traced if self.layers else None,
         )
 
