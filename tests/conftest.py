@@ -81,6 +81,12 @@ def engine() -> Iterator[Engine]:
     made.session.close()
 
 
+@pytest.fixture(autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test knows what another has predicted, nor what whoever runs them has."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
 def wait_until(condition: Callable[[], bool], session: Session, seconds: float = 60.0) -> None:
     """Wait for something the engine thread will do; fails loudly instead of hanging."""
     import threading

@@ -19,13 +19,15 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu, gpus, understand
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
-from gpumem_tui.engine.prediction.predict import largest_that_fit, predict, rehearse
+from gpumem_tui.engine.prediction.predict import predict, rehearse
 from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
-from gpumem_tui.engine.prediction.search import largest
+from gpumem_tui.engine.prediction.search import largest, largest_that_fit
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
+from gpumem_tui.tui import interrupt
 from gpumem_tui.tui.cli import main
+from gpumem_tui.tui.commands import estimate
 from gpumem_tui.tui.commands.estimate import verdict
 
 from .conftest import Engine, small_run
@@ -400,6 +402,26 @@ def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixtu
     assert rows["int4"]["weights_bytes"] < rows["int8"]["weights_bytes"] < rows["float16/bfloat16"]["weights_bytes"]
     assert rows["int4"]["training_adam_bytes"] is None
     assert rows["float32"]["lora_bytes"] < rows["float32"]["training_adam_bytes"]
+
+
+def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the largest batch is searched: what was said stands, and is in the document."""
+    said: list[str] = []
+
+    def left(*_: object) -> None:
+        said.append(capsys.readouterr().out)
+        interrupt._interrupted()
+
+    monkeypatch.setattr(estimate, "largest_that_fit", left)
+    monkeypatch.setattr(estimate, "end", lambda: sys.exit(interrupt.INTERRUPTED))
+    target = tmp_path / "estimate.json"
+    with pytest.raises(SystemExit, match="130"):
+        main(["estimate", "--batch-size", "2", "--seq-len", "16", "--gpu", "H200", "--json", str(target)])
+    assert "It fits in the" in said[0] and "Largest" not in said[0] + capsys.readouterr().out
+    document = json.loads(target.read_text())
+    assert document["peak"]["allocated_bytes"] > 0 and "max_batch_size" not in document
 
 
 @pytest.mark.parametrize(

@@ -5,76 +5,152 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import subprocess
+import sys
+from contextlib import closing
 from importlib import metadata
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
+import msgspec
 import pytest
 
-from gpumem_tui.engine.prediction import prediction_store
+from gpumem_tui.engine.prediction import known, prediction_store
+from gpumem_tui.engine.prediction import predict as predict_module
+from gpumem_tui.engine.prediction.disk_cache import DiskCache
 from gpumem_tui.engine.prediction.gpus import gpu
-from gpumem_tui.engine.prediction.prediction_store import PredictionStore, default_store, key_of
+from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_of
+from gpumem_tui.engine.prediction.predictor import Predictor
 
 from .conftest import small_run
 
 H100 = gpu("H100 80GB")
 
 
+# --- the folder -----------------------------------------------------------------------
+
+
 def test_what_is_put_is_there_for_every_other_process(tmp_path: Path) -> None:
-    PredictionStore(tmp_path / "new" / "folder").put("key", b"value" * 1000)
-    other = PredictionStore(tmp_path / "new" / "folder")
+    DiskCache(tmp_path / "new" / "folder", 1 << 20).put("key", b"value" * 1000)
+    other = DiskCache(tmp_path / "new" / "folder", 1 << 20)
     assert other.get("key") == b"value" * 1000
     assert other.get("another key") is None
     other.put("key", b"newer")
     assert other.get("key") == b"newer"
+    other.drop("key")
+    assert other.get("key") is None
 
 
 def damages(whole: bytes) -> list[bytes]:
-    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(0, len(whole), 3)]
+    flipped = [whole[:at] + bytes([whole[at] ^ 1]) + whole[at + 1 :] for at in range(len(whole))]
     return [b"", whole[:10], whole[:-1], whole + b"\0", b"\0" * len(whole), *flipped]
 
 
 def test_a_damaged_entry_is_dropped(tmp_path: Path) -> None:
-    store = PredictionStore(tmp_path)
-    store.put("key", b"value")
+    disk = DiskCache(tmp_path, 1 << 20)
+    disk.put("key", b"value")
     (entry,) = tmp_path.iterdir()
     for content in damages(entry.read_bytes()):
         entry.write_bytes(content)
-        assert store.get("key") is None
+        assert disk.get("key") is None
         assert not entry.exists()
-    store.put("key", b"value")
-    assert store.get("key") == b"value"
+    disk.put("key", b"value")
+    assert disk.get("key") == b"value"
 
 
 def test_what_is_asked_for_stays_when_there_is_too_much(tmp_path: Path) -> None:
-    store = PredictionStore(tmp_path, largest_bytes=20_000)
+    disk = DiskCache(tmp_path, largest_bytes=20_000)
     for n in range(40):
-        store.put(f"key {n}", os.urandom(1000))
+        disk.put(f"key {n}", bytes(1000))
         for age, entry in enumerate(sorted(tmp_path.iterdir(), key=lambda path: path.stat().st_mtime), 1):
             os.utime(entry, (age, age))  # so that the order does not depend on how fine the clock is
-        assert store.get("key 0") is not None
-    assert store.get("key 1") is None and store.get("key 39") is not None
-    assert sum(entry.stat().st_size for entry in tmp_path.iterdir()) <= 20_000
+        assert disk.get("key 0") is not None
+    assert disk.get("key 1") is None and disk.get("key 39") is not None
+    assert 10_000 < sum(entry.stat().st_size for entry in tmp_path.iterdir()) <= 20_000
 
 
-def test_without_a_folder_that_can_be_written_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_a_folder_that_can_be_written_nothing_is_kept(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     for folder in (None, tmp_path / "file" / "folder", Path("/proc/nothing")):
-        store = PredictionStore(folder)
-        store.put("key", b"value")
-        assert store.get("key") is None
+        disk = DiskCache(folder, 1 << 20)
+        disk.put("key", b"value")
+        assert disk.get("key") is None
+
+
+# --- predictions -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Where predictions are kept, by the XDG specification."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    return tmp_path / "gpumem-tui" / "predictions"
+
+
+def test_a_prediction_is_worked_out_once(kept: Path) -> None:
+    first = known.predicted(small_run(), H100)
+    assert len(list(kept.iterdir())) == 1
+    asked = small_run(learning_rate=0.5)
+    with patch.object(predict_module, "predict", side_effect=AssertionError("it is known")):
+        again = known.predicted(asked, H100)
+    assert again == dataclasses.replace(first, config=asked, whole_run=again.whole_run)
+    assert again.run.config == asked
+    assert again.document.as_dict() | {"config": 0} == first.document.as_dict() | {"config": 0}
+
+
+def test_the_app_has_at_once_what_the_command_line_has_worked_out(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = known.predicted(small_run(), H100)
+    monkeypatch.setattr(Predictor, "_started", lambda _: pytest.fail("a process was started for what is known"))
+    with closing(Predictor(H100)) as predictor:
+        predictor.want([small_run(steps=9)])
+        assert predictor.wait(60)
+        answer = predictor.get(small_run())
+    assert isinstance(answer, Prediction) and answer.peak_bytes == first.peak_bytes
+
+
+def test_the_command_line_has_what_the_app_has_worked_out(kept: Path) -> None:
+    with closing(Predictor(H100)) as predictor:
+        predictor.want([small_run()])
+        assert predictor.wait(100)
+        answer = predictor.get(small_run())
+    assert isinstance(answer, Prediction)
+    with patch.object(predict_module, "predict", side_effect=AssertionError("it is known")):
+        assert known.predicted(small_run(), H100).peak_bytes == answer.peak_bytes
+
+
+def test_what_is_no_prediction_is_dropped_and_worked_out(kept: Path) -> None:
+    store = PredictionStore(H100)
+    for content in (b"", b"\xc1", msgspec.msgpack.encode({"figures": {}, "run": b""})):
+        store.put(small_run(), content)
+        assert store.get(small_run()) is None and not list(kept.iterdir())
+    assert known.predicted(small_run(), H100).peak_bytes > 0
+
+
+def test_without_a_home_predictions_are_worked_out_every_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_CACHE_HOME", "relative")
     monkeypatch.setattr(Path, "home", lambda: (_ for _ in ()).throw(RuntimeError("no home")))
-    default_store().put("key", b"value")
-    assert default_store().get("key") is None
+    store = PredictionStore(H100)
+    store.put(small_run(), b"a prediction")
+    assert store.get(small_run()) is None
 
 
-def test_the_users_folder_is_the_one_of_the_xdg_specification(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    default_store().put("key", b"value")
-    assert [entry.parent for entry in tmp_path.rglob("*") if entry.is_file()] == [
-        tmp_path / "gpumem-tui" / "predictions"
-    ]
+def test_what_is_known_is_told_without_torch(kept: Path) -> None:
+    first = known.predicted(small_run(), H100)
+    program = """if True:
+        import json, sys
+        from gpumem_tui.engine import techniques
+        from gpumem_tui.engine.prediction.gpu_here import gpu_here
+        from gpumem_tui.engine.prediction.gpus import gpu
+        from gpumem_tui.engine.prediction.known import predicted
+        from gpumem_tui.tui.commands import advise, estimate
+        config = techniques.parse_config(json.load(sys.stdin), "standard input")
+        print(predicted(config, gpu("H100 80GB")).as_document()["peak"]["allocated_bytes"], "torch" in sys.modules)
+    """
+    asked = json.dumps(small_run().as_dict())
+    done = subprocess.run([sys.executable, "-c", program], input=asked, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == [str(first.peak_bytes), "False"]
 
 
 # --- what decides a prediction, and nothing else ------------------------------------

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from functools import cached_property
-from typing import Any
+from functools import cache, cached_property
+from typing import Any, Self, get_type_hints
+
+import msgspec
 
 from ..config import RunConfig
 from ..report import RunDocument, report
 from ..run import Run
-from ..wire import unpack_whole_run
+from ..wire import MalformedError, pack_whole_run, unpack_whole_run
 
 SAFE_SHARE = 0.015
 SAFE_BYTES = 4 << 20
@@ -88,12 +90,39 @@ class Prediction:
     @cached_property
     def run(self) -> Run:
         """Loading and some steps over fake tensors: what can be done with a run can be done with it."""
-        return self.whole_run if isinstance(self.whole_run, Run) else unpack_whole_run(self.whole_run)
+        if isinstance(self.whole_run, Run):
+            return self.whole_run
+        run = unpack_whole_run(self.whole_run)
+        run.config = self.config  # another that holds the same may have been predicted
+        return run
 
     @cached_property
     def document(self) -> RunDocument:
         """What `run --json` would say of the run."""
         return report(self.run)
+
+    def packed(self) -> bytes:
+        """As it goes to another process, or to disk; `unpacked` reads it back."""
+        run = self.whole_run if isinstance(self.whole_run, bytes) else pack_whole_run(self.whole_run)
+        return _encoder.encode(_Packed({name: getattr(self, name) for name in _figures()}, run))
+
+    @classmethod
+    def unpacked(cls, packed: bytes, config: RunConfig) -> Self:
+        """The inverse of `packed`.
+
+        Args:
+            packed: What it gave.
+            config: What was asked about.
+
+        Raises:
+            MalformedError: It is none.
+        """
+        try:
+            told = _decoder.decode(packed)
+            figures = {name: msgspec.convert(told.figures[name], hint) for name, hint in _figures().items()}
+        except (msgspec.MsgspecError, UnicodeDecodeError, KeyError) as error:
+            raise MalformedError(f"a prediction: {error}") from None
+        return cls(config=config, whole_run=told.run, **figures)
 
     def as_document(self) -> dict[str, Any]:
         """The document of `run`, and what only a prediction has to say."""
@@ -117,3 +146,19 @@ class Prediction:
     def margin_bytes(self) -> int:
         """What would be left above the safe bound; negative: what is missing."""
         return self.available_bytes - self.safe_bound_bytes
+
+
+class _Packed(msgspec.Struct):
+    """A prediction: its figures by name, and the run as `wire.pack_whole_run` packs it."""
+
+    figures: dict[str, Any]
+    run: bytes
+
+
+_encoder, _decoder = msgspec.msgpack.Encoder(), msgspec.msgpack.Decoder(_Packed)
+
+
+@cache
+def _figures() -> dict[str, Any]:
+    """Type by name of all that is not the configuration or the run."""
+    return {name: hint for name, hint in get_type_hints(Prediction).items() if name not in ("config", "whole_run")}

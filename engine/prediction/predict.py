@@ -16,7 +16,6 @@ import gc
 import os
 import time
 import warnings
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -48,7 +47,6 @@ from .layers import Layers, shortened
 from .libraries_loading import libraries_loading
 from .op_cache import op_cache
 from .outcome import Prediction, Verdict, safe_bound_bytes
-from .search import largest
 from .steady_state import repeat
 
 STEPS = 2
@@ -90,15 +88,6 @@ class Rehearsal:
     verdict: Verdict
     max_positions: int
     traced_layers: int | None
-
-
-def gpu_here() -> Gpu | None:
-    """The GPU of this machine, if it has one."""
-    if not torch.cuda.is_available():
-        return None
-    found = torch.cuda.get_device_properties(0)
-    threads = found.max_threads_per_multi_processor
-    return Gpu(found.name, found.total_memory, (found.major, found.minor), found.multi_processor_count, threads)
 
 
 def environment(gpu: Gpu) -> Environment:
@@ -150,33 +139,6 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         seconds=time.perf_counter() - began,
         whole_run=run,
     )
-
-
-def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Prediction]) -> dict[str, int]:
-    """The largest batch size and the largest sequence length that fit, everything else being equal.
-
-    Args:
-        prediction: Of the run as it is.
-        predicted: Predicts other ones on the same GPU.
-
-    Returns:
-        `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
-    """
-    config = prediction.config
-
-    def search(name: str, smallest: int, most: int) -> int:
-        def bound_at(value: int) -> int:
-            found = prediction if value == config[name] else predicted(config.with_({name: value}))
-            # Gaps between blocks are no part of the bound.
-            return found.available_bytes + 1 if found.verdict is Verdict.FRAGMENTED else found.safe_bound_bytes
-
-        found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
-        return found if found >= smallest else 0
-
-    return {
-        "max_batch_size": search("batch_size", 1, 65_536),
-        "max_sequence_length": search("seq_len", 2, prediction.max_positions or 1 << 20),
-    }
 
 
 def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool = False) -> Rehearsal:

@@ -1,121 +1,71 @@
-"""Predictions on disk: what one process has worked out, every other has at once.
+"""Predictions on disk: what one process of a user has worked out, every other has at once.
 
-An entry is a file in the user's cache folder, named after everything that
-decides a prediction: the configuration as far as it decides memory, the GPU, the
-libraries, this program's own code. It is written whole or not at all, and read
-only as it was written; when there are too many, those not asked for longest go.
+An entry is named after everything that decides a prediction: the configuration
+as far as it decides memory, the GPU, the libraries, this program's own code.
 Loads no torch.
 """
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import hashlib
 import json
 import os
-import tempfile
-import zlib
 from functools import cache
 from importlib import metadata
 from pathlib import Path
 
-from ..config import RunConfig
+from ..config import RunConfig, UserError
 from ..techniques import memory_key
+from ..wire import MalformedError
+from .disk_cache import DiskCache
 from .gpus import Gpu
+from .outcome import Prediction
 
 LARGEST_BYTES = 256 << 20
-"""Of all entries; the oldest quarter goes when there are more."""
-LARGEST_ENTRY_BYTES = 64 << 20
-"""A larger entry is not kept."""
+"""Of all predictions; one takes some hundred kilobytes."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 """Those whose code a prediction runs."""
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
 
-_MAGIC = b"gpumem prediction\n"
-_DIGEST_BYTES = 32
-
 
 class PredictionStore:
-    """Bytes by key in a folder. Whatever is wrong with the folder or an entry, the entry is not there.
+    """The predictions for a GPU that any process of this user has made.
 
     Args:
-        folder: Made when something is put; None: nothing is kept.
-        largest_bytes: Of all entries together.
+        gpu: Which one.
     """
 
-    def __init__(self, folder: Path | None, largest_bytes: int = LARGEST_BYTES) -> None:
-        self._folder, self._largest_bytes = folder, largest_bytes
+    def __init__(self, gpu: Gpu) -> None:
+        self._gpu, self._disk = gpu, DiskCache(_folder(), LARGEST_BYTES)
 
-    def get(self, key: str) -> bytes | None:
-        """What was put; None if it is not there. A damaged entry is dropped."""
-        path = self._path(key)
-        if path is None:
+    def get(self, config: RunConfig) -> Prediction | None:
+        """A prediction; None if nobody has made it."""
+        key = key_of(config, self._gpu)
+        packed = self._disk.get(key) if key is not None else None
+        if key is None or packed is None:
             return None
         try:
-            content = path.read_bytes()
-        except OSError:
+            return Prediction.unpacked(packed, config)
+        except (MalformedError, UserError):
+            self._disk.drop(key)
             return None
-        found = _unpacked(content)
-        with contextlib.suppress(OSError):
-            os.utime(path) if found is not None else path.unlink()
-        return found
 
-    def put(self, key: str, value: bytes) -> None:
-        """Keep something. What cannot be written is not kept."""
-        path = self._path(key)
-        if path is None or len(value) > LARGEST_ENTRY_BYTES:
-            return
-        with contextlib.suppress(OSError):
-            path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
-            handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=".")
-            try:
-                with os.fdopen(handle, "wb") as file:
-                    file.write(_packed(value))
-                Path(temporary).replace(path)
-            except BaseException:
-                Path(temporary).unlink(missing_ok=True)
-                raise
-            self._make_room(path.parent)
-
-    def _path(self, key: str) -> Path | None:
-        return self._folder / hashlib.sha256(key.encode()).hexdigest() if self._folder is not None else None
-
-    def _make_room(self, folder: Path) -> None:
-        """Drop what was not asked for longest, and some more so that it is not done at every entry."""
-        entries = sorted((entry.stat().st_mtime, entry.stat().st_size, entry.path) for entry in os.scandir(folder))
-        total = sum(size for _, size, _ in entries)
-        if total <= self._largest_bytes:
-            return
-        for _, size, path in entries:
-            if total <= self._largest_bytes * 3 // 4:
-                return
-            Path(path).unlink(missing_ok=True)
-            total -= size
+    def put(self, config: RunConfig, packed: bytes) -> None:
+        """Keep a prediction, as `Prediction.packed` packed it."""
+        key = key_of(config, self._gpu)
+        if key is not None:
+            self._disk.put(key, packed)
 
 
-def _packed(value: bytes) -> bytes:
-    body = zlib.compress(value, 1)
-    return _MAGIC + hashlib.sha256(body).digest() + body
-
-
-def _unpacked(content: bytes) -> bytes | None:
-    """The inverse of `_packed`; None if it is damaged."""
-    start = len(_MAGIC) + _DIGEST_BYTES
-    body = content[start:]
-    if content[:start] != _MAGIC + hashlib.sha256(body).digest():
-        return None
-    return zlib.decompress(body)
-
-
-def default_store() -> PredictionStore:
-    """The user's: `$XDG_CACHE_HOME/gpumem-tui/predictions`; one that keeps nothing where there is no home."""
+def _folder() -> Path | None:
+    """`$XDG_CACHE_HOME/gpumem-tui/predictions`; None where there is no home."""
     base = os.environ.get("XDG_CACHE_HOME", "")
     try:
-        folder = Path(base) if base.startswith("/") else Path.home() / ".cache"
+        caches = Path(base) if base.startswith("/") else Path.home() / ".cache"
     except RuntimeError:  # neither HOME nor an entry in passwd
-        return PredictionStore(None)
-    return PredictionStore(folder / "gpumem-tui" / "predictions")
+        return None
+    return caches / "gpumem-tui" / "predictions"
 
 
 # --- keys ------------------------------------------------------------------------

@@ -4,14 +4,14 @@
     predictor.want([config, another])     replaces what was wanted before
     predictor.get(config)                 None until it is known
 
-Loads no torch: the process does. It is started with the first wish and asked
-for one prediction at a time, so what is no longer wanted is never begun.
+Loads no torch: the process does. It is started with the first wish that no
+process of this user has had before (`prediction_store`), and asked for one
+prediction at a time, so what is no longer wanted is never begun.
 """
 
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import os
 import struct
 import subprocess
@@ -27,9 +27,10 @@ import msgspec
 from .. import techniques
 from ..config import RunConfig, UserError
 from ..techniques import memory_key
-from ..wire import pack_whole_run
 from .gpus import Gpu
-from .outcome import Prediction, Verdict
+from .libraries_loading import libraries_loading
+from .outcome import Prediction
+from .prediction_store import PredictionStore
 
 NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
@@ -52,7 +53,7 @@ class Predictor:
     """
 
     def __init__(self, gpu: Gpu) -> None:
-        self._gpu = gpu
+        self._gpu, self._store = gpu, PredictionStore(gpu)
         self._known: dict[str, Answer] = {}
         self._wanted: list[tuple[RunConfig, bool]] = []
         self._changed = threading.Condition()
@@ -121,6 +122,9 @@ class Predictor:
                 self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
 
     def _ask(self, config: RunConfig) -> Answer:
+        known = self._store.get(config)
+        if known is not None:
+            return known
         process = self._started()
         if self._closed:  # `close` may have looked for it before it was there
             process.kill()
@@ -137,8 +141,8 @@ class Predictor:
             return UserError("the process that predicts has ended")
         if answer.error:
             return UserError(answer.error)
-        figures = answer.figures | {"verdict": Verdict(answer.figures["verdict"])}
-        return Prediction(config=config, whole_run=answer.run, **figures)
+        self._store.put(config, answer.prediction)
+        return Prediction.unpacked(answer.prediction, config)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
@@ -175,13 +179,11 @@ class Told(msgspec.Struct):
 
     Attributes:
         error: Why there is none; empty otherwise.
-        figures: Those of `Prediction`, by name.
-        run: As `wire.pack_whole_run` packs it.
+        prediction: As `Prediction.packed` packs it.
     """
 
     error: str = ""
-    figures: dict[str, Any] = {}
-    run: bytes = b""
+    prediction: bytes = b""
 
 
 _LENGTH = struct.Struct("!I")
@@ -210,7 +212,8 @@ def serve(niceness: int) -> None:
         _give_way(niceness)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
-    from .predict import predict
+    with libraries_loading():
+        from .predict import predict
 
     while (question := _read(sys.stdin.buffer, _questions)) is not None:
         answers.write(_framed(_answer(question, predict)))
@@ -224,9 +227,7 @@ def _answer(question: Question, predict: Callable[[RunConfig, Gpu], Prediction])
         return Told(error=str(error))
     except Exception as error:  # one configuration that breaks must not end the others
         return Told(error=f"this cannot be predicted: {type(error).__name__}: {error}")
-    told = {f.name: getattr(prediction, f.name) for f in dataclasses.fields(prediction)}
-    figures = {name: value for name, value in told.items() if name not in ("config", "whole_run")}
-    return Told(figures=figures, run=pack_whole_run(prediction.run))
+    return Told(prediction=prediction.packed())
 
 
 def _give_way(niceness: int) -> None:

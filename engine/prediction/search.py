@@ -5,8 +5,38 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
+from ..config import RunConfig
+from .outcome import Prediction, Verdict
+
 RESOLUTION_BITS = 6
 """Numbers are told apart to one part in 64."""
+
+
+def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Prediction]) -> dict[str, int]:
+    """The largest batch size and the largest sequence length that fit, everything else being equal.
+
+    Args:
+        prediction: Of the run as it is.
+        predicted: Predicts other ones on the same GPU.
+
+    Returns:
+        `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
+    """
+    config = prediction.config
+
+    def search(name: str, smallest: int, most: int) -> int:
+        def bound_at(value: int) -> int:
+            found = prediction if value == config[name] else predicted(config.with_({name: value}))
+            # Gaps between blocks are no part of the bound.
+            return found.available_bytes + 1 if found.verdict is Verdict.FRAGMENTED else found.safe_bound_bytes
+
+        found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
+        return found if found >= smallest else 0
+
+    return {
+        "max_batch_size": search("batch_size", 1, 65_536),
+        "max_sequence_length": search("seq_len", 2, prediction.max_positions or 1 << 20),
+    }
 
 
 def largest(bound_at: Callable[[int], int], start: int, available: int, most: int) -> int:

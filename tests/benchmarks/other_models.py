@@ -18,7 +18,8 @@ from typing import Any
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import Architecture, RunConfig, UserError
-from gpumem_tui.engine.prediction.predict import gpu_here, predict
+from gpumem_tui.engine.prediction.gpu_here import gpu_here
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.session import Session
 
 from .prediction import STEPS, compare, heading, measure, show, summary

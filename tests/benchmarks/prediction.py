@@ -19,7 +19,7 @@ from typing import Any
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.prediction.predict import gpu_here
+from gpumem_tui.engine.prediction.gpu_here import gpu_here
 from gpumem_tui.engine.prediction.predictor import Answer, Predictor
 from gpumem_tui.engine.run_events import OutOfMemory, RunFailed, StepEnded
 from gpumem_tui.engine.session import Session, describe

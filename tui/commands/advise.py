@@ -12,6 +12,7 @@ from typing import Any
 
 from ...engine.config import RunConfig
 from ...engine.prediction.advice import Advice, Advised, advise
+from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
 from ...engine.session import describe
 from ..units import GIB, Unit
@@ -35,9 +36,7 @@ def main(flags: argparse.Namespace) -> int:
     """Predict every change; 0 also if nothing fits."""
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     refuse_unwritable("json", flags.json)
-    from ...engine.prediction.predict import predict
-
-    advised = advise(config, each(telling(predict, card)))
+    advised = advise(config, each(telling(predicted, card)))
     end_progress()
     with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
         if flags.json:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...engine.config import RunConfig, UserError
+from ...engine.prediction.known import predicted
 from . import check_report
 from .check_report import Checked, Limits
 from .common import add_run_flags, config_from, end_progress, parse_bytes, parse_percent, telling, write_output
@@ -57,12 +58,10 @@ def main(flags: argparse.Namespace) -> int:
         if run.limits.budget_bytes is None and base is None:
             raise UserError(f"{run.name}: nothing to check against; give it --budget, --against or both")
     card = chosen_gpu(gpu_name)
-    from ...engine.prediction.predict import predict
-
-    predicted = telling(predict, card)
+    predict = telling(predicted, card)
     checked = []
     for run in asked:
-        document = predicted(run.config).as_document()
+        document = predict(run.config).as_document()
         before = None if base is None else _of(base, run.name, alone=len(asked) == 1)
         checked.append(Checked(run.name, document, before, run.limits))
     end_progress()

@@ -12,9 +12,13 @@ from typing import Any
 from ...engine import techniques
 from ...engine.config import RunConfig
 from ...engine.events import CATEGORIES, Category
+from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
+from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import EXPANDABLE, Prediction, Verdict
+from ...engine.prediction.search import largest_that_fit
 from ...engine.session import describe
+from ..interrupt import answered_by, end
 from ..units import GIB, MIB, Unit
 from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
 
@@ -51,8 +55,6 @@ def chosen_gpu(name: str | None) -> Gpu:
         if found.said:
             sys.stderr.write(f"--gpu {found.said}\n")
         return found.gpu
-    from ...engine.prediction.predict import gpu_here
-
     return gpu_here() or gpu(DEFAULT_GPU)
 
 
@@ -62,17 +64,27 @@ def main(flags: argparse.Namespace) -> int:
     refuse_unwritable("json", flags.json)
     if flags.table:
         return _calculator(config, card, flags.json)
-    from ...engine.prediction.predict import largest_that_fit, predict
-
-    predicted = telling(predict, card)
-    prediction = predicted(config)
-    document = prediction.as_document() | largest_that_fit(prediction, predicted)
+    predict = telling(predicted, card)
+    prediction = predict(config)
+    document = prediction.as_document()
     end_progress()
-    with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
+    say = sys.stdout.write if flags.json != "-" else lambda _: 0
+    say(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
+    sys.stdout.flush()  # the answer first: Ctrl-C leaves what follows, and takes nothing back
+
+    def write() -> None:
         if flags.json:
-            results.callback(write_document, document, flags.json)
-        if flags.json != "-":
-            sys.stdout.write(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
+            write_document(document, flags.json)
+
+    def leave() -> None:
+        write()
+        end()
+
+    with answered_by(leave):
+        document |= largest_that_fit(prediction, predict)
+    end_progress()
+    say(_largest(document))
+    write()
     return 0
 
 
@@ -95,10 +107,6 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
     lines += _filled([verdict(prediction), *_cautions(prediction.config)])
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
-    lines += [
-        f"Largest batch size that fits: {document['max_batch_size'] or 'none'}; "
-        f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}.",
-    ]
     return "\n".join(lines)
 
 
@@ -123,6 +131,11 @@ def verdict(prediction: Prediction) -> str:
             f"so that it gives cached blocks back and asks again, which takes time{hint}."
         )
     return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
+
+
+def _largest(document: dict[str, Any]) -> str:
+    batch, length = (document[name] or "none" for name in ("max_batch_size", "max_sequence_length"))
+    return f"Largest batch size that fits: {batch}; largest sequence length at this batch size: {length}.\n"
 
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
