@@ -121,7 +121,7 @@ class Option:
         return number
 
     def admits(self, value: Value) -> bool:
-        """Whether a value of the option's type is allowed."""
+        """True if a value of the option's type is allowed."""
         if isinstance(value, bool):
             return True
         if isinstance(value, str):

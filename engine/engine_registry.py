@@ -92,7 +92,7 @@ class EngineDir:
             return None
 
     def alive(self) -> bool:
-        """Whether its process is: the kernel drops the lock with the process."""
+        """True if its process is: the kernel drops the lock with the process."""
         try:
             handle = os.open(self.lock, os.O_RDWR | os.O_CLOEXEC)
         except OSError:

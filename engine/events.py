@@ -243,17 +243,17 @@ class StepTrace:
 
     @property
     def is_open(self) -> bool:
-        """Whether the step goes on."""
+        """True if the step goes on."""
         return self.ending.kind is EndKind.OPEN
 
     @property
     def is_aborted(self) -> bool:
-        """Whether an error ended the step where it was."""
+        """True if an error ended the step where it was."""
         return self.ending.kind is EndKind.ABORTED
 
     @property
     def is_complete(self) -> bool:
-        """Whether the step went through to its end."""
+        """True if the step went through to its end."""
         return self.ending.kind is EndKind.COMPLETE
 
 
@@ -338,5 +338,5 @@ class Environment:
 
     @property
     def on_gpu(self) -> bool:
-        """Whether runs happen on a CUDA device."""
+        """True if runs happen on a CUDA device."""
         return self.device.startswith("cuda")

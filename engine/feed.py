@@ -107,7 +107,7 @@ class Source(Protocol):
 
     @property
     def live(self) -> bool:
-        """Whether commands have an effect; False for recordings."""
+        """True if commands have an effect; False for recordings."""
         ...
 
     @property

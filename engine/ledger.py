@@ -335,7 +335,7 @@ class Ledger:
     # --- naming -------------------------------------------------------------
 
     def _outputs_alive_at_end(self) -> bool:
-        """Whether the logits are, or the loss with its graph, where logits are never made."""
+        """True if the logits are, or the loss with its graph, where logits are never made."""
         names, blocks = self.trace.names, self.blocks
         outputs = [names.index(name) for name in (LOGITS, OUTPUT_LOSS) if name in names]
         kept = (blocks["category"] == Category.LOGITS_LOSS) & np.isin(blocks["name"], outputs)

@@ -43,7 +43,7 @@ def observed(run: Callable[..., Any], layers: tuple[str, ...]) -> Callable[..., 
 
 
 def in_backward() -> bool:
-    """Whether this thread is executing a backward pass."""
+    """True if this thread is executing a backward pass."""
     import torch
 
     return bool(torch._C._current_graph_task_id() != -1)

@@ -75,7 +75,7 @@ class Remote(Published):
 
     @property
     def role(self) -> ViewerRole:
-        """Whether it may command, and whether there is anything to command; until the engine has said, it may."""
+        """The viewer's role; until the engine has said otherwise, it may command."""
         if self._gone:
             return ViewerRole.GONE
         if self._welcome is not None and self._welcome.kind == "watch":

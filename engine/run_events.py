@@ -48,7 +48,7 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
     @property
     def is_problem(self) -> bool:
-        """Whether something went wrong."""
+        """True if something went wrong."""
         return False
 
     def figures(self) -> dict[str, Any]:

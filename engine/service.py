@@ -64,7 +64,7 @@ class Linger:
         self._idle_since_s: float | None = None
 
     def over(self, alone_since_s: float | None, idle: bool, now_s: float) -> bool:
-        """Whether it is time.
+        """True if it is time.
 
         Args:
             alone_since_s: When the last viewer left; None: there is one.

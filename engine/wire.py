@@ -276,7 +276,7 @@ def listener_pid(path: Path) -> int | None:
 
 
 def is_ours(connection: socket.socket) -> bool:
-    """Whether the other end is the same user."""
+    """True if the other end is the same user."""
     return peer_uid(connection) == os.getuid()
 
 

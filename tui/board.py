@@ -135,7 +135,7 @@ class Board:
             page.turned()
 
     def moved(self) -> bool:
-        """Whether there is more of what is worked on, predictions or saving, since this was asked last."""
+        """True if there is more of what is worked on, predictions or saving, since this was asked last."""
         saving, before = self.control.saving, self._moved
         self._moved = self.control.answers, saving.work.share if saving is not None else None
         return self._moved != before
@@ -245,7 +245,7 @@ class Board:
 
 
 def fits(width: int, height: int) -> bool:
-    """Whether a terminal is large enough for the screens."""
+    """True if a terminal is large enough for the screens."""
     return width >= MIN_WIDTH and height >= MIN_HEIGHT
 
 

@@ -201,7 +201,7 @@ class Control:
 
     @property
     def collected(self) -> bool:
-        """Whether there is a change to take back before it was applied."""
+        """True if there is a change to take back before it was applied."""
         return bool(self._undo)
 
     @property

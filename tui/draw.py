@@ -108,7 +108,7 @@ def _join(joined: list[tuple[str, Style]], text: str, style: Style) -> None:
 
 
 def hollow(style: Style) -> bool:
-    """Whether a blank looks the same in it as in any other such style."""
+    """True if a blank looks the same in it as in any other such style."""
     return style.bgcolor is None and not style.reverse and not style.underline
 
 

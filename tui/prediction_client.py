@@ -119,7 +119,7 @@ class Background:
 
 
 def alike(one: Gpu, other: Gpu) -> bool:
-    """Whether a run allocates the same on both; how much memory they have does not matter to that."""
+    """True if a run allocates the same on both; how much memory they have does not matter to that."""
     return all(getattr(one, name) == getattr(other, name) for name in ("capability", "multiprocessors", "threads"))
 
 

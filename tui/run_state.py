@@ -120,17 +120,17 @@ class RunState:
 
     @property
     def watched(self) -> bool:
-        """Whether the loop is somebody's own."""
+        """True if the loop is somebody's own."""
         return self.run is not None and self.run.kind is RunKind.WATCHED
 
     @property
     def predicted(self) -> bool:
-        """Whether it has not happened."""
+        """True if it has not happened."""
         return self.run is not None and self.run.kind is RunKind.PREDICTED
 
     @property
     def imported(self) -> bool:
-        """Whether it is a snapshot of PyTorch's, whose settings nobody knows."""
+        """True if it is a snapshot of PyTorch's, whose settings nobody knows."""
         return self.run is not None and self.run.kind is RunKind.IMPORTED
 
     @property
@@ -184,12 +184,12 @@ class RunState:
 
     @property
     def steady(self) -> bool:
-        """Whether it has gone through all it will hold: the second step runs beside what the first has left."""
+        """True if it has gone through all it will hold: the second step runs beside what the first has left."""
         return self.step >= STEADY_STEPS
 
     @property
     def running(self) -> bool:
-        """Whether there is something to hold or stop."""
+        """True if there is something to hold or stop."""
         return self.status in ("loading", "training", "held")
 
     def _fold_step(self, event: StepEnded) -> None:

@@ -67,7 +67,7 @@ class RunSummary(NamedTuple):
 
     @property
     def predicted(self) -> bool:
-        """Whether it has not happened."""
+        """True if it has not happened."""
         return self.run.kind is RunKind.PREDICTED
 
     @property

@@ -53,7 +53,7 @@ class Filter(IntEnum):
         return ("everything", "without recomputes", "without steps and recomputes", "problems only")[self]
 
     def admits(self, event: RunEvent) -> bool:
-        """Whether an event is shown."""
+        """True if an event is shown."""
         match self:
             case Filter.ALL:
                 return True
@@ -276,12 +276,12 @@ class ViewState:
 
     @property
     def several(self) -> bool:
-        """Whether there is another run to look at."""
+        """True if there is another run to look at."""
         return len(self.listed) > 1 or self.place >= len(self.listed) > 0
 
     @property
     def under_way(self) -> bool:
-        """Whether what is on the screens is the engine's latest run."""
+        """True if what is on the screens is the engine's latest run."""
         return self.live and self.shown is not None and self.shown is self.run_list.latest
 
     def forget(self, index: int) -> None:
@@ -341,12 +341,12 @@ class ViewState:
 
     @property
     def over(self) -> bool:
-        """Whether the run has ended here: what is allocated since then, no trace says."""
+        """True if the run has ended here: what is allocated since then, no trace says."""
         return self.under_way and not self.run.running
 
     @property
     def current(self) -> bool:
-        """Whether `now` is about the present, and not about a step some time ago."""
+        """True if `now` is about the present, and not about a step some time ago."""
         if self.now is None or self.gauge is None or self.over:
             return False
         return self.now.trace.step >= self.gauge.step or not self.run.running

@@ -1,4 +1,4 @@
-"""Whether the terminal is dark or light: COLORFGBG, or the terminal itself is asked (OSC 11)."""
+"""The terminal's background, dark or light: from COLORFGBG, or from the terminal itself (OSC 11)."""
 
 from __future__ import annotations
 

@@ -8,7 +8,7 @@ from textual.app import App
 
 
 def writing(app: App[Any]) -> bool:
-    """Whether frames wait to be written.
+    """True if frames wait to be written.
 
     Textual's writer thread holds thirty of them and then blocks the event loop:
     on a slow link everything would lag by that much. Where the names have

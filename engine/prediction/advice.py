@@ -172,7 +172,7 @@ class _Search:
         )
 
     def _could_help(self, change: Change) -> bool:
-        """Whether what its technique acts on is a part of any phase's highest moment to speak of."""
+        """True if what its technique acts on is a part of any phase's highest moment to speak of."""
         acts_on = [category.key for category in techniques.registry()[change.technique].acts_on]
         held = (sum(moment.get(key, 0) for key in acts_on) for moment in self.now.by_phase.values())
         return max(held, default=0) >= LEAST_EFFECT * self.now.peak_bytes
@@ -230,7 +230,7 @@ class _Search:
         return max((self._effects[change] for change in one), default=Effect.NONE)
 
     def _counts(self, one: Combination) -> bool:
-        """Whether it saves something, and more than any part of it that is known."""
+        """True if it saves something, and more than any part of it that is known."""
         known = self._outlook.known
         parts = (known[part].peak_bytes for part in one.parts() if part in known)
         return min(parts) - known[one].peak_bytes >= LEAST_SAVING_BYTES

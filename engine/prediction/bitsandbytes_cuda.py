@@ -31,7 +31,7 @@ KNOWN = ("0.50.",)
 
 
 def known() -> bool:
-    """Whether it is installed in a version that is modelled."""
+    """True if it is installed in a version that is modelled."""
     return importlib.util.find_spec(PACKAGE) is not None and metadata.version(PACKAGE).startswith(KNOWN)
 
 

@@ -175,7 +175,7 @@ class FakeCuda(OpTracker):
             self.release(address)
 
     def called_by_autograd(self) -> bool:
-        """Whether autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.
+        """True if autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.
 
         Between its engine and a kernel PyTorch has always the same functions; `calibrate` sees which.
         """
@@ -189,7 +189,7 @@ class FakeCuda(OpTracker):
         return True
 
     def sole_owner(self, tensor: torch.Tensor) -> bool:
-        """Whether autograd's buffer alone holds a gradient that it is about to add to.
+        """True if autograd's buffer alone holds a gradient that it is about to add to.
 
         How many references that makes depends on how PyTorch calls in here; so
         it is seen once where it is known, in `calibrate`.

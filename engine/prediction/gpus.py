@@ -183,7 +183,7 @@ def _parts(words: Sequence[str]) -> set[str]:
 
 
 def _is_sold_as(one: Gpu, size: float) -> bool:
-    """Whether a GPU is of this size on the box: of it, CUDA reports 91 to 99 %."""
+    """True if a GPU is of this size on the box: of it, CUDA reports 91 to 99 %."""
     return 0.9 * size <= one.memory_bytes / 2**30 <= 1.02 * size
 
 

@@ -96,11 +96,11 @@ class LayerPasses:
         return first, self.runs[layer_pass], last
 
     def is_middle(self, row: int) -> bool:
-        """Whether a row is the middle group's."""
+        """True if a row is the middle group's."""
         return self.runs[self.run_of[row]].group == MIDDLE
 
     def goes_up(self, layer_pass: int) -> bool:
-        """Whether a pass comes from the first layer."""
+        """True if a pass comes from the first layer."""
         return self.runs[layer_pass - 1].group < MIDDLE
 
     # --- reading ------------------------------------------------------------------

@@ -73,7 +73,7 @@ class Layers:
         return int(found[2]) if found else None
 
     def contains_all(self, module: str) -> bool:
-        """Whether a module is one that has all layers inside it."""
+        """True if a module is one that has all layers inside it."""
         return not module or f"{self.container}.".startswith(f"{module}.")
 
     def group(self, layer: int) -> int:

@@ -78,7 +78,7 @@ REMEMBERED = 50_000
 
 
 def _known_by_shape_only(args: Any) -> bool:
-    """Whether the first tensor is one whose values are not followed, as those of host constants are."""
+    """True if the first tensor is one whose values are not followed, as those of host constants are."""
     first = args[0][0] if isinstance(args[0], list) and args[0] else args[0]
     return isinstance(first, FakeTensor) and first.constant is None
 

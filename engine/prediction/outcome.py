@@ -32,7 +32,7 @@ EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 
 class Verdict(enum.StrEnum):
-    """Whether a run goes through in a GPU's memory."""
+    """True if a run goes through in a GPU's memory."""
 
     FITS = "fits"
     """Also with the gaps between blocks that the caching allocator keeps."""
@@ -139,7 +139,7 @@ class Prediction:
 
     @property
     def fits(self) -> bool:
-        """Whether the run goes through."""
+        """True if the run goes through."""
         return self.verdict in (Verdict.FITS, Verdict.TIGHT)
 
     @property

@@ -84,7 +84,7 @@ class Outlook:
             self._shares[new[0]] = self._moments[combination] / self._moments[rest]
 
     def knows(self, change: Change) -> bool:
-        """Whether it is known what a change does."""
+        """True if it is known what a change does."""
         return change in self._shares
 
     @property

@@ -294,7 +294,7 @@ def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Repla
 
 
 def _verdict(requests: AllocRequests, peak_bytes: int, reserved_bytes: int, gpu: Gpu) -> tuple[Verdict, int | None]:
-    """Whether requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
+    """True if requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
     margin = safe_bound_bytes(peak_bytes) - peak_bytes
     capacity = gpu.available_bytes - margin
     if peak_bytes > capacity:
@@ -360,7 +360,7 @@ def _recomputed(recompute: Recompute) -> Recomputed:
 
 
 def _expandable_segments() -> bool:
-    """Whether PyTorch is told to use them, as it would be for the run."""
+    """True if PyTorch is told to use them, as it would be for the run."""
     told = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
     return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
 

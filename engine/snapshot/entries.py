@@ -163,7 +163,7 @@ class Snapshot:
 
     @property
     def says_owners(self) -> bool:
-        """Whether it is one of our own exports, which says every block's category and owner, and its slack apart."""
+        """True if it is one of our own exports, which says every block's category and owner, and its slack apart."""
         return any("owner" in said and "category" in said for said in self.texts.said)
 
     def entry(self, plain: Mapping[str, Any]) -> tuple[int, ...] | None:

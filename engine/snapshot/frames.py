@@ -34,7 +34,7 @@ class Tag(NamedTuple):
 
 
 def _called(*names: str, file: str = "") -> Callable[[Stack], bool]:
-    """Whether one of these functions, of a file whose name ends so or has it in its path, is on the stack."""
+    """True if one of these functions, of a file whose name ends so or has it in its path, is on the stack."""
     wanted = frozenset(names)
 
     def found(stack: Stack) -> bool:
@@ -48,7 +48,7 @@ def _either(*rules: Callable[[Stack], bool]) -> Callable[[Stack], bool]:
 
 
 def _within(*parts: str) -> Callable[[Stack], bool]:
-    """Whether a C++ function with such a part in its name is on the stack."""
+    """True if a C++ function with such a part in its name is on the stack."""
     return lambda stack: any(part in frame.name for frame in stack for part in parts)
 
 

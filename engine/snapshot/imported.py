@@ -189,7 +189,7 @@ def _cuts(phases: Ints) -> list[int]:
 
 
 def _is_load(phases: Ints) -> bool:
-    """Whether it is the loading."""
+    """True if it is the loading."""
     return bool((phases == Phase.LOAD).any() and not np.isin(phases, (Phase.FORWARD, Phase.BACKWARD)).any())
 
 

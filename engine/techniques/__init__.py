@@ -129,7 +129,7 @@ def _mapping(plain: object, what: str) -> Mapping[str, Any]:
 
 
 def _is_field(name: str, raw: object) -> bool:
-    """Whether a RunConfig's field that is no setting can have this value."""
+    """True if a RunConfig's field that is no setting can have this value."""
     if name == "pretrained":
         return isinstance(raw, bool)
     if name == "data" and raw is None:

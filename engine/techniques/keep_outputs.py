@@ -1,4 +1,4 @@
-"""Whether the loop's variable `outputs` outlives the step that made it."""
+"""Lifetime of the loop's variable `outputs`: to the end of its step, or until the next step replaces it."""
 
 from __future__ import annotations
 

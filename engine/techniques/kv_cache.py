@@ -1,4 +1,4 @@
-"""Whether the model builds a KV cache while it trains."""
+"""The KV cache that a model builds while it trains, unless it is told not to."""
 
 from __future__ import annotations
 

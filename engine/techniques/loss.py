@@ -1,4 +1,4 @@
-"""Whether the loss is computed from all logits at once, or without ever having them."""
+"""The loss: computed from all logits at once, or without ever having them."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def _named(config: RunConfig) -> list[str]:
 
 
 def _alike_in_every_layer(kept: list[str], convertible: frozenset[str]) -> bool:
-    """Whether every module is kept whose path differs from a kept one's in the layer's number only."""
+    """True if every module is kept whose path differs from a kept one's in the layer's number only."""
     without_number = {re.sub(r"\.\d+\.", ".", name, count=1) for name in kept}
     return all(name in kept for name in convertible if re.sub(r"\.\d+\.", ".", name, count=1) in without_number)
 

@@ -155,7 +155,7 @@ class EventTimer:
         self._ended.record()
 
     def done(self) -> bool:
-        """Whether the GPU has passed the end."""
+        """True if the GPU has passed the end."""
         return bool(self._ended.query())
 
     def ms(self) -> float:

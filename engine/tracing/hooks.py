@@ -24,7 +24,7 @@ class Tagger(Protocol):
     """What the hooks talk to."""
 
     tagging: bool
-    """Whether tags are wanted now; hooks return at once when not."""
+    """True if tags are wanted now; hooks return at once when not."""
 
     last_node: int
     """The node of the graph that was tagged last, by its sequence number."""

@@ -84,7 +84,7 @@ class Timer(Protocol):
         ...
 
     def done(self) -> bool:
-        """Whether the device has passed the mark."""
+        """True if the device has passed the mark."""
         ...
 
     def ms(self) -> float:

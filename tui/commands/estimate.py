@@ -111,7 +111,7 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
 
 
 def verdict(prediction: Prediction) -> str:
-    """Whether it fits and why, in a line."""
+    """The verdict, fits or not, and why, in a line."""
     gib = Unit("GiB", GIB, 2).full
     there = f"the {gib(prediction.available_bytes)} of {prediction.gpu}"
     bound, reserved = gib(prediction.safe_bound_bytes), gib(prediction.reserved_bytes)

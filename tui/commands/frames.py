@@ -39,7 +39,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def wanted(flags: argparse.Namespace) -> bool:
-    """Whether the app is not to be opened."""
+    """True if the app is not to be opened."""
     return bool(flags.once or flags.json or flags.jsonl or not sys.stdout.isatty())
 
 
@@ -87,7 +87,7 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
 
 
 def _over(state: ViewState) -> bool:
-    """Whether nothing more will come: the run has ended, or was never begun."""
+    """True if nothing more will come: the run has ended, or was never begun."""
     from ...engine.run_events import Refused, RunEnded
     from ..state import Filter
 
@@ -142,5 +142,5 @@ def frame(state: ViewState) -> dict[str, Any]:
 
 
 def _prints_unicode() -> bool:
-    """Whether what reads us can have more than ASCII: a pipe gets what the locale says."""
+    """True if what reads us can have more than ASCII: a pipe gets what the locale says."""
     return "utf" in (sys.stdout.encoding or "").lower() and os.environ.get("TERM") != "linux"

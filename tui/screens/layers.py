@@ -231,7 +231,7 @@ class LayersPage(Page):
 
     @property
     def _counts_there(self) -> bool:
-        """Whether how often stands before the bytes each, for want of room for a column."""
+        """True if how often stands before the bytes each, for want of room for a column."""
         return all(column.name != "times" for column in self._columns)
 
     def _ordered(self, table: LayerTable) -> list[LayerRow]:
@@ -254,7 +254,7 @@ class LayersPage(Page):
         return self.wanted.lower() in name.lower()
 
     def _found(self, row: LayerRow) -> bool:
-        """Whether a row or a module within it is called what is wanted."""
+        """True if a row or a module within it is called what is wanted."""
         return self._called(row.name) or any(self._found(module) for module in self._modules(row))
 
     def _modules(self, row: LayerRow) -> list[LayerRow]:

@@ -230,7 +230,7 @@ class StepPage(Page):
         return row.right(steps, width - 1, palette.busy if self.frozen is not None else palette.dim)
 
     def _steps(self, trace: StepTrace, gap: str) -> str:
-        """Whether the step stays, between the ones before and after it."""
+        """The step before, a word on whether this one stays, and the step after."""
         steps = [kept.step for kept in self.state.kept]
         if trace.step not in steps:
             return ""
