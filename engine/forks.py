@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Callable
-from typing import Any
+from types import MethodType
+from typing import Any, cast
 
 
 def in_child(method: Callable[[], Any]) -> None:
@@ -14,11 +15,12 @@ def in_child(method: Callable[[], Any]) -> None:
     Python offers no way to take such a registration back, so it holds the
     object weakly.
     """
-    reference = weakref.WeakMethod(method)
+    bound = cast(MethodType, method)
+    reference, function = weakref.ref(bound.__self__), bound.__func__
 
     def call() -> None:
         alive = reference()
         if alive is not None:
-            alive()
+            function(alive)
 
     os.register_at_fork(after_in_child=call)

@@ -126,9 +126,9 @@ class FakeCuda(OpTracker):
         if known is not None:
             if known[1] == size:
                 return
-            self._free(key)
+            self._forget(key)
         if size:
-            reference = _weakref(storage, lambda _: self._free(key))
+            reference = _weakref(storage, lambda _: self._forget(key))
             self._addresses[key] = (self.allocate(size, self._source(made_of, nth)), size, reference)
 
     def _source(self, made_of: Any, nth: int | None) -> InputBlocks:
@@ -222,7 +222,7 @@ class FakeCuda(OpTracker):
         """See no further deaths: what happens from now on is no run's."""
         self._closed = True
 
-    def _free(self, key: int) -> None:
+    def _forget(self, key: int) -> None:
         if self._closed:
             return
         self.release(self._addresses.pop(key)[0])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 import weakref
 from array import array
+from collections import deque
 from typing import Any
 
 import numpy.typing as npt
@@ -18,6 +19,15 @@ from torch.utils._pytree import tree_leaves
 
 from ..events import BLOCK, EVENT
 from .recorder import columns
+from .storages import parts_of
+
+
+class _StorageRef(weakref.ref[Any]):
+    """A storage, while it is alive and to be told from others when it no longer is."""
+
+    __slots__ = ("address", "bytes")
+    address: int
+    bytes: int
 
 
 class OpTracker(TorchDispatchMode):
@@ -34,7 +44,8 @@ class OpTracker(TorchDispatchMode):
     def __init__(self, device_type: str = "cpu") -> None:
         TorchDispatchMode.__init__(self)
         self._device_type = device_type
-        self._alive: dict[int, tuple[int, weakref.ref[Any]]] = {}
+        self._alive: dict[int, _StorageRef] = {}
+        self._dead: deque[_StorageRef] = deque()
         self._rows = array("q")
         self._mark = 0
         self._allocated = 0
@@ -54,42 +65,57 @@ class OpTracker(TorchDispatchMode):
         return out
 
     def see(self, tensor: torch.Tensor) -> None:
-        """Count a tensor's storage if it is new."""
-        if tensor.device.type != self._device_type:
-            return
+        """Count the storages of a tensor that are new."""
+        if tensor.device.type == self._device_type:
+            for part in parts_of(tensor):
+                self._see(part)
+
+    def _see(self, tensor: torch.Tensor) -> None:
+        if self._dead:
+            self._count_dead()
         storage = tensor.untyped_storage()
         address = storage._cdata
         size = storage.nbytes()
         known = self._alive.get(address)
         if known is not None:
-            if known[0] != size:  # resized in place
-                self._free(address)
-            else:
+            if known.bytes == size:
                 return
+            self._free(known)  # resized in place
         if size == 0:
             return
-        self._alive[address] = (size, weakref.ref(storage, lambda _: self._free(address)))
+        # A method written in C: in a callback of Python's own, an interrupt of the user's would be lost.
+        self._alive[address] = reference = _StorageRef(storage, self._dead.append)
+        reference.address, reference.bytes = address, size
         self._allocated += size
         self._peak = max(self._peak, self._allocated)
         self._rows.extend((address, size, 0, self._mark, time.time_ns() // 1000))
 
-    def _free(self, address: int) -> None:
-        size, _ = self._alive.pop(address)
-        self._allocated -= size
-        self._rows.extend((address, -size, 0, self._mark, time.time_ns() // 1000))
+    def _count_dead(self) -> None:
+        """Take in the deaths since an operator last returned or the mark was last set, in their order."""
+        while self._dead:
+            reference = self._dead.popleft()
+            if self._alive.get(reference.address) is reference:
+                self._free(reference)
+
+    def _free(self, reference: _StorageRef) -> None:
+        del self._alive[reference.address]
+        self._allocated -= reference.bytes
+        self._rows.extend((reference.address, -reference.bytes, 0, self._mark, time.time_ns() // 1000))
 
     # --- Recorder -----------------------------------------------------------
 
     def start(self) -> array[int]:
         """Begin a trace; what is alive goes on being known."""
+        self._count_dead()
         del self._rows[:]
         alive = array("q")
-        for address, (size, _) in self._alive.items():
-            alive.extend((address, size, 0))
+        for address, reference in self._alive.items():
+            alive.extend((address, reference.bytes, 0))
         return alive
 
     def drain(self) -> array[int]:
         """Events since the last drain."""
+        self._count_dead()
         rows, self._rows = self._rows, array("q")
         return rows
 
@@ -106,6 +132,8 @@ class OpTracker(TorchDispatchMode):
 
     def stamp(self, mark: int) -> None:
         """Tag from now on; a CPU's backward runs on the thread that calls it."""
+        if self._dead:
+            self._count_dead()
         self._mark = mark
 
     def address(self, tensor: torch.Tensor) -> int:
@@ -115,11 +143,12 @@ class OpTracker(TorchDispatchMode):
         """
         if tensor.device.type != self._device_type:
             return 0
-        self.see(tensor)
+        self._see(tensor)
         return int(tensor.untyped_storage()._cdata)
 
     def allocated_bytes(self) -> int:
         """Sum over the storages alive."""
+        self._count_dead()
         return self._allocated
 
     def peak_bytes(self) -> int:
@@ -132,6 +161,7 @@ class OpTracker(TorchDispatchMode):
 
     def reset_peak(self) -> None:
         """Start again from what is alive."""
+        self._count_dead()
         self._peak = self._allocated
 
     def timer(self) -> HostTimer:
