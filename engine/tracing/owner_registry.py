@@ -17,6 +17,7 @@ from ..ledger import strip_wrappers
 from . import owners
 from .labels import Labels
 from .recorder import Recorder, columns
+from .storages import parts_of
 
 
 @dataclass
@@ -94,7 +95,7 @@ class OwnerRegistry:
     def parameter_names(self) -> dict[int, str]:
         """Names of the model's parameters by their storages' `_cdata`."""
         named = self._model.named_parameters() if self._model is not None else ()
-        return {p.untyped_storage()._cdata: strip_wrappers(name) for name, p in named}
+        return {part.untyped_storage()._cdata: strip_wrappers(name) for name, p in named for part in parts_of(p)}
 
     # --- noting ---------------------------------------------------------------
 
@@ -102,9 +103,10 @@ class OwnerRegistry:
         """The blocks alive at the tensors' addresses belong to them from a mark on."""
         address_of, labels, add = self._recorder.address, self._labels, rows.noted.extend
         for category, name, tensor in owned:
-            address = address_of(tensor)
-            if address:
-                add((address, mark, category, labels.name(name), labels.tensor("", tensor)))
+            for part in parts_of(tensor):
+                address = address_of(part)
+                if address:
+                    add((address, mark, category, labels.name(name), labels.tensor("", part)))
 
     def note_all(self, rows: OwnerRows, mark: int, anew: bool) -> None:
         """The models, the optimizers and the libraries, whose tensors stay where they are.
@@ -170,7 +172,8 @@ class OwnerRegistry:
         for name, made, reference in self._trained.values():
             parameter = reference()
             if parameter is not None and parameter.grad is not None:
-                rows.noted.extend((address_of(parameter.grad), mark, Category.GRADIENTS, name, made))
+                for part in parts_of(parameter.grad):
+                    rows.noted.extend((address_of(part), mark, Category.GRADIENTS, name, made))
         self._leaves = [(name, leaf) for name, leaf in self._leaves if leaf() is not None]
         for leaf_name, leaf in _alive(self._leaves):
             kept = [(Category.ACTIVATIONS, leaf_name, leaf)]
