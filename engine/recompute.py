@@ -9,34 +9,36 @@ Loads no torch until something is observed.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 Observer = Callable[[tuple[str, ...]], AbstractContextManager[None]]
 
 # A plain global: CUDA's backward runs on a thread of autograd's own, where a
 # context variable of the engine's thread would not be seen.
-_observer: Observer | None = None
+_observers: tuple[Observer, ...] = ()
 
 
 @contextmanager
 def observer(callback: Observer) -> Iterator[None]:
-    """Have `callback(layers)` entered and left around every recompute."""
-    global _observer  # noqa: PLW0603
-    before, _observer = _observer, callback
+    """Have `callback(layers)` entered and left around every recompute, whoever else observes them."""
+    global _observers  # noqa: PLW0603
+    _observers = (*_observers, callback)
     try:
         yield
     finally:
-        _observer = before
+        _observers = tuple(other for other in _observers if other is not callback)
 
 
 def observed(run: Callable[..., Any], layers: tuple[str, ...]) -> Callable[..., Any]:
     """Wrap a function about to be checkpointed, naming the layers it computes."""
 
     def call(*args: Any) -> Any:
-        if _observer is None or not in_backward():
+        if not _observers or not in_backward():
             return run(*args)
-        with _observer(layers):
+        with ExitStack() as stack:
+            for each in _observers:
+                stack.enter_context(each(layers))
             return run(*args)
 
     return call

@@ -6,6 +6,7 @@ import time
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -321,9 +322,11 @@ def test_a_loss_that_is_no_number_is_told_once(engine: Engine) -> None:
     assert not any(isinstance(event, LossNotFinite) for event in engine.run_events(small_run()))
 
 
-def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
+def test_hooks_undo_themselves_also_after_a_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
+    from torch.nn.modules import module as torch_module
 
+    from gpumem_tui.engine.tracing.module_hooks import ModuleHooks
     from gpumem_tui.engine.tracing.op_tracker import OpTracker
     from gpumem_tui.engine.tracing.tracer import Tracer
 
@@ -332,7 +335,8 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
     tables = ("_forward_hooks", "_forward_pre_hooks", "_forward_hooks_always_called", "_backward_hooks")
 
     def hooks() -> list[int]:
-        return [len(getattr(m, t)) for m in model.modules() for t in tables]
+        of_all = [len(torch_module._global_forward_hooks), len(torch_module._global_forward_pre_hooks)]
+        return [*of_all, *(len(getattr(m, t)) for m in model.modules() for t in tables)]
 
     before = hooks()
     tracer = Tracer(OpTracker(), lambda _: None, lambda _: None, 1.0)
@@ -347,11 +351,14 @@ def test_hooks_undo_themselves_also_after_a_failure(engine: Engine) -> None:
             raise ZeroDivisionError
     assert hooks() == before
 
-    class Broken(torch.nn.ReLU):
-        def register_forward_hook(self, *_: object, **__: object) -> object:  # type: ignore[override]
-            raise RuntimeError("no hooks here")
+    add, third = ModuleHooks.add, model[1]
 
-    model[1] = Broken()
+    def breaks(self: ModuleHooks, module: torch.nn.Module, *functions: Any) -> Any:
+        if module is third:
+            raise RuntimeError("no hooks here")
+        return add(self, module, *functions)
+
+    monkeypatch.setattr(ModuleHooks, "add", breaks)
     with pytest.raises(RuntimeError, match="no hooks here"), tracer.attached(), tracer.step(4, 1, True, tuple):
         pass
     assert hooks() == before

@@ -1,6 +1,6 @@
 """Hooks on a model's modules that say what is running.
 
-Forward: a pre-hook and a hook on every module. Backward: a pre-hook on the node
+Forward: before and after every module's (`module_hooks`). Backward: a pre-hook on the node
 that made a module's output, which costs nothing measurable, where a full
 backward hook makes a launch-bound step 1.5 times slower.
 """
@@ -18,6 +18,7 @@ from torch.optim.optimizer import register_optimizer_step_post_hook, register_op
 
 from ..events import Category, Phase
 from ..ledger import LOGITS, LOSS
+from .module_hooks import module_hooks
 
 
 class Tagger(Protocol):
@@ -67,8 +68,8 @@ def unguarded(hook: Callable[..., Any]) -> Callable[..., Any]:
 def tag_modules(model: torch.nn.Module, tagger: Tagger, guard: Guard = unguarded) -> Iterator[None]:
     """Tag whatever the model's modules allocate, until the context is left.
 
-    Each hook's removal is pushed right after it is installed, so a failure
-    half-way leaves nothing behind.
+    Each hook's removal is pushed right after it is added, so a failure half-way
+    leaves nothing behind.
     """
     head = output_embedding(model)
     with ExitStack() as undo:
@@ -78,9 +79,7 @@ def tag_modules(model: torch.nn.Module, tagger: Tagger, guard: Guard = unguarded
             before_backward = guard(partial(_before_backward, tagger, index))
             enter = guard(partial(_enter, tagger, index))
             leave = guard(partial(_leave, tagger, index, parent, module is head, before_backward))
-            undo.callback(module.register_forward_pre_hook(enter).remove)
-            # always_call: a recompute that stops early leaves modules by exception.
-            undo.callback(module.register_forward_hook(leave, always_call=True).remove)
+            undo.callback(module_hooks.add(module, enter, leave))
         yield
 
 

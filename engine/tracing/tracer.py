@@ -112,6 +112,11 @@ class Tracer:
         """Seconds spent on tracing so far, by this thread and the one that assembles."""
         return self._cost_s + self._assembler.cost_s
 
+    @property
+    def marks_in_step(self) -> int:
+        """How long the trace of the step under way is by now; 0 where it is not traced."""
+        return len(self._step.marks) if self._step is not None else 0
+
     # --- what the loop calls ------------------------------------------------
 
     def adopt(self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> None:
