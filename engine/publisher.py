@@ -141,6 +141,7 @@ class RunPublisher:
                 loss=result.loss,
                 seconds=result.seconds,
                 tokens=result.tokens,
+                rows=result.rows,
                 allocated_bytes=result.allocated_bytes,
                 peak_bytes=result.peak_bytes,
                 reserved_bytes=result.reserved_bytes,

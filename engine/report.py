@@ -70,7 +70,7 @@ class StepFigures(msgspec.Struct, frozen=True):
     step: int
     seconds: float | None
     loss: float | None
-    tokens: int
+    tokens: int | None
     allocated_bytes: int | None
     peak_bytes: int | None
     reserved_bytes: int | None

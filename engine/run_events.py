@@ -92,7 +92,8 @@ class StepEnded(RunEvent, frozen=True):
         step: From 1.
         loss: Mean over the micro-batches.
         seconds: It took.
-        tokens: It trained on.
+        tokens: It trained on; None: its rows are no tokens.
+        rows: It trained on, in all micro-batches; 0: not known.
         allocated_bytes: When it ended, by the allocator.
         peak_bytes: The most allocated since it began; None where the counter is not ours to reset.
         reserved_bytes: Held by the caching allocator; None without one.
@@ -103,7 +104,8 @@ class StepEnded(RunEvent, frozen=True):
     step: int
     loss: float | None = None
     seconds: float | None = None
-    tokens: int = 0
+    tokens: int | None = 0
+    rows: int = 0
     allocated_bytes: int | None = None
     peak_bytes: int | None = None
     reserved_bytes: int | None = None

@@ -42,7 +42,8 @@ class StepResult:
         step: From 1.
         loss: Mean over the micro-batches; None: not known, in somebody else's loop.
         seconds: Wall time, until the loss was on the host.
-        tokens: Tokens trained on.
+        tokens: Tokens trained on; None: the rows are no tokens.
+        rows: Rows trained on.
         allocated_bytes: After `optimizer.step()`, before `zero_grad()`: where
             the article measures.
         peak_bytes: The most allocated during the step; None where the counter is not ours to reset.
@@ -52,7 +53,8 @@ class StepResult:
     step: int
     loss: float | None
     seconds: float
-    tokens: int
+    tokens: int | None
+    rows: int
     allocated_bytes: int
     peak_bytes: int | None
     reserved_bytes: int | None
@@ -158,8 +160,8 @@ def train(
         # device was still busy, and so at no cost to it.
         loss_value = sum(part.item() for part in held.losses)
         seconds = time.perf_counter() - began
-        tokens = recipe.accumulation * config.batch_size * config.seq_len
-        on_step(StepResult(step, loss_value, seconds, tokens, allocated, peak, reserved))
+        rows = recipe.accumulation * config.batch_size
+        on_step(StepResult(step, loss_value, seconds, rows * config.seq_len, rows, allocated, peak, reserved))
 
 
 def _timed(call: Callable[[], None]) -> float:

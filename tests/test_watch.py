@@ -42,9 +42,10 @@ from gpumem_tui.engine.run_events import (
 from gpumem_tui.engine.tracing import hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.engine.tracing.tracer import Tracer
+from gpumem_tui.engine.watch import loop, recorders, watched_source, watcher
 from gpumem_tui.engine.watch import loss as loss_module
-from gpumem_tui.engine.watch import recorders, watched_source, watcher
 from gpumem_tui.engine.watch.leftovers import SCRIPT
+from gpumem_tui.engine.watch.loop import WatchedLoop
 from gpumem_tui.engine.watch.watched_source import WatchedSource
 from gpumem_tui.watch import MemoryCallback, watch
 
@@ -338,7 +339,7 @@ def boom(*_: Any, **__: Any) -> Any:
 
 
 ONCE: list[tuple[Any, str]] = [
-    (Tracer, "adopt"), (Tracer, "release"), (watcher.watch, "_install"), (watcher, "config_of"),
+    (Tracer, "adopt"), (Tracer, "release"), (watcher.watch, "_install"), (loop, "config_of"),
     (watcher, "device_of"), (WatchedSource, "open"), (WatchedSource, "begin_run"),
 ]  # fmt: skip
 """What is called once for all that is watched."""
@@ -348,9 +349,9 @@ OFTEN: list[tuple[Any, str]] = [
     (Tracer, "recomputing"),
     *[(OpTracker, name) for name in ("see", "start", "drain", "stamp", "address", "allocated_bytes", "peak_bytes")],
     *[(hooks, name) for name in ("_enter", "_leave", "_before_backward", "_tensor_in")],
-    *[(watcher.watch, name) for name in ("forward_begins", "_forward_ends", "_backward_begins", "_optimizer_begins")],
-    *[(watcher.watch, name) for name in ("_optimizer_ends", "_begin_step")],
-    (watcher, "_of_outputs"),
+    *[(WatchedLoop, name) for name in ("forward_begins", "forward_ends", "_backward_begins", "optimizer_begins")],
+    *[(WatchedLoop, name) for name in ("optimizer_ends", "_begin_step", "look_for_others")],
+    *[(loop, name) for name in ("batch_of", "_of_outputs", "find_others")],
     *[(WatchedSource, name) for name in ("publish", "stepped", "recomputed")],
     (watched_source, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
     (recorders, "tree_leaves"), (RunPublisher, "read_gauge"),

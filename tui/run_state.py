@@ -71,7 +71,8 @@ class RunState:
         loss: Of that step.
         lost_loss: `nan` or `inf`, once the loss was no number.
         seconds: It took.
-        tokens: It trained on.
+        tokens: It trained on; None: its rows are no tokens.
+        rows: It trained on.
         traced: Whether it was traced.
         train_seconds: Of all steps together.
         trace_seconds: Of these, spent on tracing.
@@ -93,7 +94,8 @@ class RunState:
     loss: float | None = None
     lost_loss: str = ""
     seconds: float | None = None
-    tokens: int = 0
+    tokens: int | None = 0
+    rows: int = 0
     traced: bool = False
     train_seconds: float = 0.0
     trace_seconds: float | None = None
@@ -135,8 +137,13 @@ class RunState:
 
     @property
     def tokens_per_s(self) -> float | None:
-        """Throughput of the last step."""
+        """Throughput of the last step; None where rows are no tokens."""
         return self.tokens / self.seconds if self.seconds and self.tokens else None
+
+    @property
+    def rows_per_s(self) -> float | None:
+        """Throughput of the last step in rows."""
+        return self.rows / self.seconds if self.seconds and self.rows else None
 
     @property
     def trace_share(self) -> float | None:
@@ -193,7 +200,8 @@ class RunState:
         return self.status in ("loading", "training", "held")
 
     def _fold_step(self, event: StepEnded) -> None:
-        self.step, self.loss, self.seconds, self.tokens = event.step, event.loss, event.seconds, event.tokens
+        self.step, self.loss, self.seconds = event.step, event.loss, event.seconds
+        self.tokens, self.rows = event.tokens, event.rows
         self.traced, self.trace_seconds = event.traced, event.trace_seconds
         self.train_seconds += event.seconds or 0.0
         peak = event.peak_bytes

@@ -52,12 +52,12 @@ def difference(size: int | None, base: int | None, unit: Unit) -> str:
 
 
 def rate(per_second: float | None) -> str:
-    """Tokens a second: `987`, `21.8k`, `1.3M`."""
+    """Tokens or rows a second: `2.5`, `987`, `21.8k`, `1.3M`."""
     if per_second is None:
         return UNKNOWN
     for limit, divisor, suffix in ((1e3, 1.0, ""), (1e6, 1e3, "k"), (float("inf"), 1e6, "M")):
         if per_second < limit:
-            return f"{per_second / divisor:.{1 if suffix else 0}f}{suffix}"
+            return f"{per_second / divisor:.{1 if suffix or per_second < 10 else 0}f}{suffix}"
     return UNKNOWN
 
 

@@ -67,7 +67,7 @@ class Finder:
 
     def __init__(self) -> None:
         self._optimizers: list[weakref.ref[Any]] = []
-        self._handle: Any = None
+        self._undo: Any = None
         self._tried: set[int] = set()
         self._found: Any = None
 
@@ -77,10 +77,10 @@ class Finder:
             return
         self._optimizers.append(weakref.ref(optimizer))
         self._tried.clear()
-        if self._handle is None:
-            from torch.nn.modules.module import register_module_forward_pre_hook
+        if self._undo is None:
+            from ..tracing.module_hooks import module_hooks
 
-            self._handle = register_module_forward_pre_hook(self._forward)
+            self._undo = module_hooks.add_to_all(self._forward)
 
     def _forward(self, module: Any, args: Any) -> None:
         import torch
@@ -108,19 +108,12 @@ class Finder:
         from .watcher import watch
 
         self._found = watch(module, optimizers)
+        self._found.begin(module, args)
         self._stop()
-        self._found.begin()
-        # Its own hook is too late for the forward that is beginning now.
-        self._found.barrier.guard(self._found.forward_begins)(module, args, {})
-        attach_name = self._found.source.attach_name
-        if attach_name is not None:
-            sys.stderr.write(
-                f"gpumem-tui: watching {type(module).__name__}; to see it: gpumem-tui attach {attach_name}\n"
-            )
 
     def _stop(self) -> None:
-        if self._handle is not None:
-            self._handle.remove()
-            self._handle = None
+        if self._undo is not None:
+            self._undo()
+            self._undo = None
         self._optimizers.clear()
         self._tried.clear()

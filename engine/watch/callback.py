@@ -29,9 +29,15 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Model and optimizer are made and placed: begin."""
         self.close()  # a training before that raised told us nothing
+        optimizer = kwargs.get("optimizer")
+        if optimizer is None:  # DeepSpeed's, without one of torch's
+            return
         try:
-            self.watch = watch(kwargs["model"], kwargs["optimizer"], name=self._name, every_step=self._every_step)
-        except (KeyError, TypeError):  # no optimizer of torch's, as with DeepSpeed
+            self.watch = watch(
+                kwargs["model"], optimizer, name=self._name, every_step=self._every_step,
+                accumulation=getattr(args, "gradient_accumulation_steps", None),
+            )  # fmt: skip
+        except TypeError:  # none of torch's
             return
         self.watch.begin()
         if self._log:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,11 @@ from typing import Any
 import torch
 
 from .. import techniques
-from ..config import RunConfig, UserError, Value
+from ..config import DTYPES, Architecture, RunConfig, UserError, Value
+from .batch import Batch
+
+NO_ARCHITECTURE = ("auto_map", "attn_implementation", "quantization_config")
+"""Fields of a transformers configuration that say how a model is run."""
 
 
 def script_name() -> str:
@@ -23,20 +28,44 @@ def script_name() -> str:
     return f"{name}-rank{rank}" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else name
 
 
-def config_of(model: torch.nn.Module, optimizer: torch.optim.Optimizer, batch: list[torch.Tensor]) -> RunConfig:
+def config_of(
+    model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], batch: Batch, accumulation: int | None
+) -> RunConfig:
     """The run in our own words, as far as it can be told; what cannot stays as by default."""
-    shape = tuple(batch[0].shape) if batch else ()
+    optimizer = optimizers[0] if optimizers else None
     found = techniques.recognise(model, optimizer) | {
-        "batch_size": int(shape[0]) if shape else 1,
-        "seq_len": int(shape[1]) if len(shape) > 1 else 1,
+        "batch_size": batch.rows or 1,
+        "seq_len": batch.seq_len or 1,
         "rows": 1,
-        "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)),
+        "accumulation": accumulation or 1,
+        "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)) if optimizer is not None else 0.0,
     }
-    config = RunConfig(model=_model_name(model), device=str(device_of(model)), options=techniques.defaults())
-    return config.with_(dict(_admitted(found)))
+    config = RunConfig(
+        model=_model_name(model),
+        device=str(device_of(model)),
+        architecture=architecture_of(model),
+        options=techniques.defaults(),
+    )
+    return config.with_(dict(admitted(found)))
 
 
-def _admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
+def architecture_of(model: torch.nn.Module) -> Architecture | None:
+    """The architecture of a transformers model, which is in memory; None of any other."""
+    config: Any = getattr(model, "config", None)
+    if not callable(getattr(config, "to_dict", None)) or not isinstance(getattr(config, "model_type", None), str):
+        return None
+    plain = json.loads(json.dumps(config.to_dict(), default=str))
+    fields = {name: value for name, value in plain.items() if not name.startswith("_") and name not in NO_ARCHITECTURE}
+    adapters = [*getattr(model, "peft_config", {}).values()]
+    targets = getattr(adapters[0], "target_modules", None) if adapters else None
+    dtype = next((name for name in DTYPES if getattr(torch, name) is getattr(config, "dtype", None)), DTYPES[0])
+    try:
+        return Architecture(fields, dtype, tuple(sorted(targets)) if isinstance(targets, set | list) else ())
+    except UserError:
+        return None
+
+
+def admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
     """Those that a setting of ours can have: a script may do what we do not."""
     known = techniques.all_options()
     for name, value in found.items():
@@ -54,16 +83,21 @@ def optimizers_in(optimizer: Any) -> list[torch.optim.Optimizer]:
     """The optimizers whose `step` does the work, whatever accelerate puts around them.
 
     Args:
-        optimizer: One, or several in a list, a tuple or the values of a dictionary.
+        optimizer: One, or several in a list, a tuple or the values of a dictionary; None: there is none.
 
     Raises:
-        TypeError: There is none, or one that is not torch's.
+        TypeError: One is not torch's.
     """
+    if optimizer is None:
+        return []
     several = list(optimizer.values()) if isinstance(optimizer, dict) else optimizer
-    found = [_unwrapped(each) for each in (several if isinstance(several, list | tuple) else [several])]
-    if not found:
-        raise TypeError("watch(model, optimizer): no optimizer in an empty list")
-    return found
+    return [_unwrapped(each) for each in (several if isinstance(several, list | tuple) else [several])]
+
+
+def accumulation_of(optimizer: Any) -> int | None:
+    """Micro-batches a step, where accelerate has been told; None: it is not known."""
+    steps = getattr(getattr(optimizer, "gradient_state", None), "num_steps", None)
+    return steps if isinstance(steps, int) and steps > 1 else None
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:

@@ -43,6 +43,13 @@ class FaultBarrier:
 
         return guarded
 
+    def finish(self, last: Callable[[], None]) -> None:
+        """Something that is to be done also if all else is off; a failure of it is logged, and nobody's."""
+        try:
+            last()
+        except Exception:
+            log.warning("gpumem-tui: watching did not end in order; the run goes on", exc_info=True)
+
     @contextmanager
     def around(self, make: Callable[[], AbstractContextManager[Any]]) -> Iterator[None]:
         """A context of ours around a body of the run's: its exceptions pass, ours do not."""

@@ -8,7 +8,7 @@ import torch
 
 
 class Losses:
-    """The losses of the micro-batches of one step, mean of what has arrived.
+    """The losses of the micro-batches of one step.
 
     On a GPU each is copied to pinned memory behind the work that makes it; what
     has not arrived when the step ends is not waited for.
@@ -16,9 +16,16 @@ class Losses:
 
     def __init__(self) -> None:
         self._noted: list[tuple[torch.Tensor, Any]] = []
+        self._are_shares = False
 
-    def note(self, loss: torch.Tensor) -> None:
-        """One micro-batch's."""
+    def note(self, loss: torch.Tensor, is_share: bool = False) -> None:
+        """One micro-batch's.
+
+        Args:
+            loss: A scalar.
+            is_share: It is divided by all tokens of the step, not by the micro-batch's own.
+        """
+        self._are_shares = is_share
         if loss.device.type != "cuda":
             self._noted.append((torch.tensor(loss.item()), None))
             return
@@ -29,8 +36,9 @@ class Losses:
         self._noted.append((there, event))
 
     def read(self) -> float | None:
-        """The mean of the step; None if it is not there yet."""
+        """The loss of the step: the mean of the micro-batches', or the sum of their shares; None if not there yet."""
         noted, self._noted = self._noted, []
         if not noted or not all(event is None or event.query() for _, event in noted):
             return None
-        return sum(float(loss) for loss, _ in noted) / len(noted)
+        total = sum(float(loss) for loss, _ in noted)
+        return total if self._are_shares else total / len(noted)

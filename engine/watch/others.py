@@ -23,10 +23,12 @@ class Others(NamedTuple):
     Attributes:
         models: Outermost modules with tensors of their own, each with what the names of its tensors begin with.
         optimizers: Of any parameters.
+        compiled: What `torch.compile(model)` returned: called instead of the model.
     """
 
     models: list[tuple[str, torch.nn.Module]]
     optimizers: list[torch.optim.Optimizer]
+    compiled: list[torch.nn.Module]
 
 
 def find_others(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Others:
@@ -42,7 +44,14 @@ def find_others(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimiz
     return Others(
         [(f"{name}{OTHER_MODEL}", other) for name, other in zip(_names(models), models, strict=True)],
         [o for o in alive if isinstance(o, torch.optim.Optimizer) and id(o) not in known_optimizers],
+        [root for root in roots if root._modules.get("_orig_mod") is model],
     )
+
+
+def compiled_modules(model: torch.nn.Module) -> int:
+    """How many modules of a model are compiled."""
+    compiled = ("_orig_mod" in module._modules or "_compiled_call_impl" in vars(module) for module in model.modules())
+    return sum(compiled)
 
 
 def _alive(kinds: tuple[type[Any], ...]) -> list[Any]:

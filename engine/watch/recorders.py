@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+from collections import deque
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import _get_current_dispatch_mode
+from torch.utils import _python_dispatch
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..tracing.allocator_trace import AllocatorTrace
 from ..tracing.op_tracker import OpTracker
+from ..tracing.storages import is_fake
 from .fault_barrier import FaultBarrier
 
 
@@ -42,6 +45,11 @@ class GuardedOpTracker(OpTracker):
         self._barrier = barrier
         self._entered = False
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let regions that the script compiles be compiled, and see of them what they return."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator; look at what it returns if all is well with us."""
         out = func(*args, **(kwargs or {}))
@@ -54,14 +62,48 @@ class GuardedOpTracker(OpTracker):
                 self._barrier.failed(error)
         return out
 
+    def _see(self, tensor: torch.Tensor) -> None:
+        if not is_fake(tensor):
+            super()._see(tensor)
+
     def begin(self) -> None:
         """See this thread's operators from now on."""
         self.__enter__()  # type: ignore[no-untyped-call]
         self._entered = True
 
     def end(self) -> bool:
-        """Stop seeing them; False if a mode of the script's lies on top, which has to go first."""
-        if self._entered and _get_current_dispatch_mode() is self:
+        """Stop seeing them, whatever modes of the script's lie on top.
+
+        Returns:
+            False if this is not on the thread's stack now: another thread's, or
+            in the middle of an operator.
+        """
+        if not self._entered:
+            return True
+        stack = _python_dispatch._get_current_dispatch_mode_stack()
+        position = next((i for i, mode in enumerate(stack) if mode is self), None)
+        if position is None:
+            return False
+        above = stack[position + 1 :]
+        if above:
+            _take_from_beneath(self, above)
+        else:
             self.__exit__(None, None, None)  # type: ignore[no-untyped-call]
-            self._entered = False
-        return not self._entered
+        self._entered = False
+        return True
+
+
+def _take_from_beneath(tracker: TorchDispatchMode, above: list[TorchDispatchMode]) -> None:
+    """Take a mode off the stack and leave those above it there.
+
+    Each mode has noted what was so before it; the one above is given what ours has noted.
+    """
+    for _ in above:
+        _python_dispatch._pop_mode()
+    _python_dispatch._pop_mode()
+    for mode in above:
+        _python_dispatch._push_mode(mode)
+    for name, noted in vars(tracker).items():
+        theirs = vars(above[0]).get(name)
+        if name.startswith("old_") and isinstance(noted, list | deque) and noted and theirs:
+            theirs[-1] = noted.pop()

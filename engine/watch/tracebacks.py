@@ -61,19 +61,29 @@ def _links(link: TracebackType | None) -> Iterator[TracebackType]:
         link = link.tb_next
 
 
-@contextmanager
-def our_frames_hidden() -> Iterator[None]:
-    """Have an error that ends the script printed without our frames, until the context is left."""
-    before = sys.excepthook
+class _ErrorPrinting:
+    """Takes our frames out of an error that ends the script, for as long as anything is watched."""
 
-    def print_error(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
+    def __init__(self) -> None:
+        self._users, self._before = 0, sys.excepthook
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        if not self._users:
+            self._before, sys.excepthook = sys.excepthook, self._print
+        self._users += 1
+        try:
+            yield
+        finally:
+            self._users -= 1
+            if not self._users and sys.excepthook == self._print:
+                sys.excepthook = self._before
+
+    def _print(self, kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> Any:
         with contextlib.suppress(Exception):
             hide_our_frames(error)
-        return before(kind, error, trace)
+        return self._before(kind, error, trace)
 
-    sys.excepthook = print_error
-    try:
-        yield
-    finally:
-        if sys.excepthook is print_error:
-            sys.excepthook = before
+
+our_frames_hidden = _ErrorPrinting()
+"""Have an error that ends the script printed without our frames, until the context is left."""

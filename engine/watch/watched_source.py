@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import sys
 import threading
 import time
 from pathlib import Path
@@ -14,26 +15,30 @@ import torch
 
 from .. import wire
 from ..advice import advice
-from ..config import RunConfig, UserError
+from ..config import RunConfig, UserError, Value
 from ..engine_registry import EngineLock
 from ..events import Phase, Recompute, StepTrace
 from ..feed import Command, Feed, Published, Save, ViewerRole
 from ..publisher import RunPublisher
 from ..recording import write
 from ..run import RunKind
-from ..run_events import Refused, RunEnded
+from ..run_events import Note, Refused, RunEnded
 from ..server import Server
 from ..service import version
 from ..session import describe
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from ..train import StepResult
-from .describe import script_name
+from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
 from .leftovers import name_leftovers
 
 LAST_ANSWERS_S = 0.5
 """How long viewers have to ask for what was said last."""
+
+
+_SAID: set[str] = set()
+"""The names to attach to that have been said."""
 
 
 class WatchedSource(Published):
@@ -57,6 +62,7 @@ class WatchedSource(Published):
         self.publisher = RunPublisher(self._feed)
         self.micro_batches: dict[int, int] = {}
         self.barrier = FaultBarrier(self.failed)
+        self._said_compiled = False
         self._server: Server | None = None
         self._engine_lock: EngineLock | None = None
         self._closing = threading.Event()
@@ -95,16 +101,44 @@ class WatchedSource(Published):
             return
         self._run_thread("gpumem-tui service", self._serve)
 
-    @property
-    def attach_name(self) -> str | None:
-        """The name to attach to; None if nobody can."""
-        return self._engine_lock.engine_dir.name if self._engine_lock is not None else None
+    def say_how_to_attach(self, model: torch.nn.Module) -> None:
+        """One line for the user, once for every name that there is to attach to."""
+        if self._engine_lock is None or (name := self._engine_lock.engine_dir.name) in _SAID:
+            return
+        _SAID.add(name)
+        with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error closed, or none at all
+            sys.stderr.write(f"gpumem-tui: watching {type(model).__name__}; to see it: gpumem-tui attach {name}\n")
+            sys.stderr.flush()
 
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
         self.publisher.begin(config, RunKind.WATCHED, f"watching {describe(config)}")
         parameters = sum(p.numel() for p in model.parameters())
         self.publisher.loaded(parameters, sum(p.numel() for p in model.parameters() if p.requires_grad), None)
+
+    def learn(self, **found: Value | None) -> None:
+        """More is known now of the run's configuration."""
+        run = self._feed.run
+        if run is not None:
+            known = {name: value for name, value in found.items() if value}
+            run.config = run.config.with_(dict(admitted(known)))
+
+    def say_compiled(self, modules: int, only_returned: bool) -> None:
+        """Some of the model is compiled: say once what cannot be seen of it.
+
+        Args:
+            modules: How many modules are.
+            only_returned: Whether allocations inside of them are not seen at all.
+        """
+        if not modules or self._said_compiled:
+            return
+        self._said_compiled = True
+        unseen = (
+            "what they allocate is not seen, only what they return"
+            if only_returned
+            else ("what they allocate is counted, and not told apart by the modules inside")
+        )
+        self._feed.tell(Note(text=f"{modules} {'module is' if modules == 1 else 'modules are'} compiled: {unseen}"))
 
     def publish(self, trace: StepTrace) -> None:
         """A trace, with what the script holds named and its micro-batches counted."""

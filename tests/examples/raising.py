@@ -126,11 +126,7 @@ def exits(model: Net) -> None:
     sys.exit(3)
 
 
-def exits_with_words(model: Net) -> None:
-    sys.exit("had enough")
-
-
-ENDS = [in_backward, interrupted, exits, exits_with_words]
+ENDS = [in_backward, interrupted, exits]
 KINDS: list[Callable[[Net], None]] = [
     wrong_shape, in_forward, in_backward, in_backward_twice, chained, during_another, with_a_note, group, recursion,
     frozen, unprintable, out_of_memory, stop_iteration, interrupted,

@@ -18,7 +18,8 @@ ROUTINE = ("batch_size", "seq_len", "rows", "steps", "seed")
 
 def summary(config: RunConfig) -> str:
     """Size of a batch, and every setting that is not the default."""
-    words = [f"B{config.batch_size}×S{config.seq_len}"]
+    # Rows of one token are as a rule no tokens: a watched script's images.
+    words = [f"B{config.batch_size}" + f"×S{config.seq_len}" * (config.seq_len > 1)]
     for name, value in techniques.changed(config):
         if name in ROUTINE:
             continue

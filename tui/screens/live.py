@@ -149,7 +149,8 @@ class LivePage(Page):
         run, palette = self.state.run, self.palette
         row = Row().add(" step ", palette.dim).add(f"{run.step or UNKNOWN!s:<7}", palette.bold)
         row.add(f"{duration(run.seconds):>8}").add(" wall", palette.dim).to(26)
-        row.add(f"{rate(run.tokens_per_s):>6}").add(" tok/s", palette.dim).to(40)
+        speed, unit = (run.rows_per_s, " rows/s") if run.tokens is None else (run.tokens_per_s, " tok/s")
+        row.add(f"{rate(speed):>6}").add(unit, palette.dim).to(40)
         known = run.loss is not None and math.isfinite(run.loss)
         loss = format(run.loss, ".4f") if known else run.lost_loss or UNKNOWN
         row.add("loss ", palette.dim).add(loss, palette.bad if run.lost_loss else palette.plain).to(54)
