@@ -67,7 +67,7 @@ def page(folder: Path, target: Path) -> None:
         export = ["export", *recordings, "--format", "html", "--output", str(html)]
         subprocess.run([sys.executable, "-m", "gpumem_tui.tui", *export], check=True, stdout=subprocess.DEVNULL)
         browser = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
-        shot = [f"--screenshot={target}", "--window-size=1200,1640", html.as_uri()]
+        shot = [f"--screenshot={target}", "--window-size=1200,1900", html.as_uri()]
         subprocess.run([*browser, *shot], check=True, stderr=subprocess.DEVNULL)
 
 
