@@ -311,6 +311,16 @@ def test_a_file_named_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["full.speedscope.json"]
 
 
+def test_a_prediction_is_exported_like_any_run(tmp_path: Path) -> None:
+    recording, estimate, exported = (tmp_path / name for name in ("run.gpumem", "estimate.json", "export.json"))
+    quick = ["--profile", "tiny", "--batch-size", "2", "--seq-len", "16", "--gpu", "A100 40GB"]
+    assert main(["estimate", *quick, "--save", str(recording), "--json", str(estimate)]) == 0
+    assert main(["export", str(recording), "-f", "json", "-o", str(exported)]) == 0
+    (run,) = json.loads(exported.read_text())["runs"]
+    assert run["kind"] == "predicted"
+    assert run["peak"] == json.loads(estimate.read_text())["peak"]
+
+
 @pytest.mark.parametrize("name", sorted(exports.registry()))
 def test_a_full_disk_is_one_line(name: str, capsys: Any) -> None:
     assert main(["export", str(RECORDINGS / "full.gpumem"), "-f", name, "-o", "/dev/full"]) == 2

@@ -348,6 +348,18 @@ def save_recording(session: Session, path: Path) -> None:
         session.save(path)
 
 
+def save_runs(runs: Sequence[Run], path: Path) -> None:
+    """Runs as a recording.
+
+    Raises:
+        UserError: It cannot be written; no part of it is there.
+    """
+    from ...engine.recording import write
+
+    with _named(path):
+        write(path, runs)
+
+
 @contextmanager
 def _named(path: Path) -> Iterator[None]:
     """Errors name the file, and Ctrl-C leaves no part of it."""

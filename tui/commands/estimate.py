@@ -7,6 +7,7 @@ import shutil
 import sys
 import textwrap
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any
 
 from ...engine import techniques
@@ -20,7 +21,15 @@ from ...engine.prediction.search import largest_that_fit
 from ...engine.session import describe
 from ..interrupt import answered_by, end
 from ..units import GIB, MIB, Unit
-from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
+from .common import (
+    add_run_flags,
+    config_from,
+    end_progress,
+    refuse_unwritable,
+    save_runs,
+    telling,
+    write_document,
+)
 
 DEFAULT_GPU = "H100 80GB"
 
@@ -30,6 +39,7 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_run_flags(parser)
     add_gpu_flag(parser)
     parser.add_argument("--json", metavar="FILE", help="write the prediction as JSON; - for standard output")
+    parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording of it, to open, compare and export")
     parser.add_argument("--table", action="store_true", help="weights, inference and training by data type")
     parser.set_defaults(command=main)
 
@@ -61,7 +71,8 @@ def chosen_gpu(name: str | None) -> Gpu:
 def main(flags: argparse.Namespace) -> int:
     """Predict; 0 also if it does not fit."""
     config, card = config_from(flags), chosen_gpu(flags.gpu)
-    refuse_unwritable("json", flags.json)
+    for name in ("json", "save"):
+        refuse_unwritable(name, getattr(flags, name))
     if flags.table:
         return _calculator(config, card, flags.json)
     predict = telling(predicted, card)
@@ -73,8 +84,11 @@ def main(flags: argparse.Namespace) -> int:
     sys.stdout.flush()  # the answer first: Ctrl-C leaves what follows, and takes nothing back
 
     def write() -> None:
-        if flags.json:
-            write_document(document, flags.json)
+        with ExitStack() as results:  # each is tried, whatever becomes of the other
+            if flags.json:
+                results.callback(write_document, document, flags.json)
+            if flags.save:
+                results.callback(save_runs, [prediction.run], Path(flags.save))
 
     def leave() -> None:
         write()
