@@ -97,7 +97,7 @@ def test_what_ci_runs_is_there() -> None:
 
 
 def test_documents_lead_to_what_is_there() -> None:
-    patterns = ("README.md", ".github/*.md", "engine/*.md", "tests/**/*.md")
+    patterns = ("README.md", ".github/*.md", "engine/*.md", "tui/*.md", "tests/**/*.md")
     for document in (path for pattern in patterns for path in ROOT.glob(pattern)):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
