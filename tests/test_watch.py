@@ -49,7 +49,7 @@ from gpumem_tui.engine.watch.loop import WatchedLoop
 from gpumem_tui.engine.watch.watched_source import WatchedSource
 from gpumem_tui.watch import MemoryCallback, watch
 
-from .examples import accelerate_loop, plain_loop, trainer_lora
+from .examples import accelerate_loop, plain_loop, strangers, trainer_lora
 from .terminal import until
 
 # transformers and PEFT still use names that newer transformers call deprecated.
@@ -275,6 +275,94 @@ def test_an_optimizer_in_backward(seen: Seen) -> None:
     after = ledger.after(Phase.OPTIMIZER)
     assert after is not None and after[Category.OPTIMIZER_STATE] > 2 * held and after[Category.GRADIENTS] == 0
     assert [m.step for m in seen.told(StepEnded)] == [1, 2, 3]
+
+
+@pytest.mark.parametrize("loop", strangers.LOOPS, ids=lambda loop: loop.__name__)
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::DeprecationWarning")
+def test_of_other_peoples_loops_everything_has_an_owner(loop: Callable[..., None], seen: Seen) -> None:
+    try:
+        loop(3, "cpu", False)
+    except ImportError as error:
+        pytest.skip(str(error))
+    assert [trace.step for trace in seen.traces] == [1, 2, 3]
+    assert not seen.told(Refused), "watching has not failed"
+    for ledger in seen.ledgers:
+        assert ledger.curve[Category.UNKNOWN].max() == 0
+        assert ledger.mismatch_bytes == 0
+    last = seen.ledgers[-1]
+    assert last.curve[Category.HELD_BY_SCRIPT].max() <= 0.01 * last.peak.bytes, last.by_name(
+        last.peak.event, Category.HELD_BY_SCRIPT
+    )
+    assert last.peak.by_category[Category.PARAMETERS] > 0
+
+
+def test_batch_accumulation_and_loss_are_what_they_are(seen: Seen) -> None:
+    """A model that divides its loss by the tokens of all micro-batches, and one that does not."""
+    for shares in ({}, {"num_items_in_batch": torch.tensor(4 * 15)}):
+        model, optimizer = small_model()
+        losses = []
+        with watch(model, optimizer):
+            for _ in range(2):
+                for _ in range(2):
+                    ids = torch.arange(32).view(2, 16)
+                    loss = model(input_ids=ids, labels=ids, **shares).loss
+                    loss.backward()
+                    losses.append(loss.item())
+                optimizer.step()
+                optimizer.zero_grad()
+            with torch.no_grad():
+                model(input_ids=ids, labels=ids)
+        run = seen.windows[-1].run
+        assert run is not None
+        assert [run.config[name] for name in ("batch_size", "seq_len", "accumulation")] == [2, 16, 2]
+        steps = seen.told(StepEnded)
+        assert [(step.tokens, step.rows) for step in steps] == [(64, 4)] * 2
+        expected = sum(losses[:2]) if shares else sum(losses[:2]) / 2
+        assert steps[0].loss == pytest.approx(expected)
+        assert run.config.architecture is not None and run.config.architecture.config["model_type"] == "gpt_neox"
+
+
+def test_rows_that_are_no_tokens_are_rows(seen: Seen) -> None:
+    strangers.images(2, "cpu", False)
+    assert [(step.tokens, step.rows) for step in seen.told(StepEnded)] == [(None, 4)] * 2
+
+
+def test_inference_is_watched_without_an_optimizer(seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:
+    """A step is a generation, with a KV cache that grows, or a forward pass."""
+    model = small_model()[0].eval()
+    model.config.use_cache = True
+    with watch(model, name="used"):
+        for _ in range(2):
+            model.generate(torch.ones(1, 4, dtype=torch.int64), max_new_tokens=3, do_sample=False, pad_token_id=0)
+        with torch.no_grad():
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64), use_cache=False)
+    steps = seen.told(StepEnded)
+    assert [step.tokens for step in steps] == [4 + 1 + 1, 4 + 1 + 1, 4]
+    assert [step.loss for step in steps] == [None] * 3
+    for ledger in seen.ledgers:
+        assert ledger.curve[Category.UNKNOWN].max() == 0
+        assert {span.phase for span in ledger.trace.phases} <= {Phase.DATA, Phase.FORWARD}
+    assert seen.ledgers[0].curve[Category.KV_CACHE].max() > 0
+    assert seen.ledgers[2].curve[Category.KV_CACHE].max() == 0
+    assert "gpumem-tui: watching GPTNeoXForCausalLM; to see it: gpumem-tui attach used" in capsys.readouterr().err
+
+
+def test_a_loop_that_never_steps_costs_no_more_the_longer_it_is(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its open step is published in parts, each traced anew."""
+    monkeypatch.setattr(loop, "LONGEST_PART", 200)
+    model, optimizer = small_model()
+    parts: list[int] = []
+    publish = WatchedSource.publish
+    monkeypatch.setattr(WatchedSource, "publish", lambda s, t: (parts.append(len(t.marks)), publish(s, t)))
+    with watch(model, optimizer):
+        for _ in range(12):
+            ids = torch.arange(32).view(2, 16)
+            model(input_ids=ids, labels=ids).loss.backward()
+        optimizer.step()
+    assert len(parts) > 3 and max(parts) < 600
+    (last,) = seen.ledgers
+    assert last.mismatch_bytes == 0 and last.curve[Category.UNKNOWN].max() == 0
+    assert seen.told(StepEnded)[0].peak_bytes >= last.peak.bytes  # type: ignore[operator]
 
 
 # --- no trace of us -------------------------------------------------------------------
