@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
-from ..config import Option, RunConfig, Value
+from ..config import Option, RunConfig, UserError, Value, one_line
 from ..events import Category, Environment
 from ..technique import Mathematics, Technique
 
@@ -13,32 +13,69 @@ if TYPE_CHECKING:
     from ..workload import Model, Recipe
 
 
+KINDS = ("lora", "rslora", "dora", "pissa", "vera", "ia3", "prompt")
+PISSA = "pissa_niter_16"
+"""The initial values from a few rounds of a randomized SVD instead of a whole one, as PEFT advises."""
+
+
 def apply(config: RunConfig, recipe: Recipe) -> None:
     """Freeze the model and wrap its target modules."""
     if not config.flag("lora"):
         return
-    from peft import LoraConfig, get_peft_model
+    import peft
 
     recipe.trains_all = False
     wanted = config.text("lora.targets")
     targets: str | list[str] | None = wanted if wanted == "all-linear" else _named(wanted)
     if wanted == "profile":
-        targets = list(recipe.lora_targets) or None  # None: PEFT's own table by architecture
-    settings = LoraConfig(
-        r=config.integer("lora.r"),
-        lora_alpha=config.integer("lora.alpha"),
-        lora_dropout=config.number("lora.dropout"),
-        target_modules=targets,
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
+        # None: PEFT's own table by architecture, which for IA3 has other modules than any profile.
+        targets = (list(recipe.lora_targets) or None) if config["lora.kind"] != "ia3" else None
+    recipe.transforms.append(lambda model: _wrapped(peft, model, config, targets))
 
-    def wrap(model: Any) -> Any:
+
+def _wrapped(peft: Any, model: Model, config: RunConfig, targets: str | list[str] | None) -> Model:
+    if isinstance(targets, list):
+        parameters = [name for name in targets if name.rsplit(".", 1)[-1] in _expert_parameters(model)]
+        targets = [name for name in targets if name not in parameters]
+    else:
+        parameters = []
+    settings = _settings(peft, config, targets, parameters)
+    if hasattr(settings, "fan_in_fan_out"):
         # GPT-2's projections are Conv1D, stored transposed; PEFT wants to be told.
         settings.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
-        return get_peft_model(model, settings)
+    try:
+        return peft.get_peft_model(model, settings)
+    except ValueError as error:
+        raise UserError(f"lora.kind={config['lora.kind']}: {one_line(error)}") from error
 
-    recipe.transforms.append(wrap)
+
+def _settings(peft: Any, config: RunConfig, targets: str | list[str] | None, parameters: list[str]) -> Any:
+    """PEFT's, of the kind that is wanted."""
+    kind, dropout = config.text("lora.kind"), config.number("lora.dropout")
+    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    if kind == "prompt":
+        return peft.PromptTuningConfig(num_virtual_tokens=config.integer("lora.tokens"), **common)
+    common["target_modules"] = targets
+    if kind == "ia3":
+        return peft.IA3Config(feedforward_modules=None if targets is None else [], **common)
+    if kind == "vera":
+        return peft.VeraConfig(r=config.integer("lora.r"), vera_dropout=dropout, **common)
+    return peft.LoraConfig(
+        r=config.integer("lora.r"),
+        lora_alpha=config.integer("lora.alpha"),
+        lora_dropout=dropout,
+        use_rslora=kind == "rslora",
+        use_dora=kind == "dora",
+        init_lora_weights=PISSA if kind == "pissa" else True,
+        target_parameters=parameters or None,
+        bias="none",
+        **common,
+    )
+
+
+def _expert_parameters(model: Model) -> set[str]:
+    """What a mixture of experts keeps of all its experts in one parameter: adapted as such, being no module."""
+    return {name.rsplit(".", 1)[-1] for name, parameter in model.named_parameters() if parameter.dim() == 3}
 
 
 def _named(wanted: str) -> list[str]:
@@ -46,14 +83,31 @@ def _named(wanted: str) -> list[str]:
 
 
 def unsuitable(config: RunConfig, model: Model) -> str | None:
-    """Module names that are typed have to be names of the model's; also while LoRA is off, so that it can be set on."""
+    """Names that are typed have to be the model's, also while LoRA is off; experts' parameters take LoRA alone."""
     wanted = config.text("lora.targets")
     if wanted in ("profile", "all-linear"):
         return None
-    leaves = sorted({name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name})
-    missing = [name for name in _named(wanted) if name.rsplit(".", 1)[-1] not in leaves]
-    if missing or not _named(wanted):
-        return f"lora.targets: no module is called {(missing or [wanted])[0]!r}; there are {', '.join(leaves)}"
+    experts = _expert_parameters(model)
+    leaves = {name.rsplit(".", 1)[-1] for name, _ in model.named_modules() if name} | experts
+    named = [(name, name.rsplit(".", 1)[-1]) for name in _named(wanted)]
+    missing = [name for name, leaf in named if leaf not in leaves]
+    if missing or not named:
+        return f"lora.targets: no module is called {(missing or [wanted])[0]!r}; there are {', '.join(sorted(leaves))}"
+    whole = [name for name, leaf in named if leaf in experts]
+    if config.flag("lora") and whole and (config["lora.dropout"] or config["lora.kind"] not in ("lora", "rslora")):
+        return f"lora.targets: {whole[0]} is all experts in one parameter: set lora.dropout=0 and lora.kind=lora"
+    return None
+
+
+def conflict(config: RunConfig) -> str | None:
+    """Two kinds read the weights before they are used, in which quantized ones do not take part."""
+    kind, quantization = config.text("lora.kind"), config.text("quantization")
+    if not config.flag("lora"):
+        return None
+    if kind == "pissa" and quantization != "none":
+        return "lora.kind=pissa starts from the weights' largest parts, which quantized weights do not show"
+    if kind == "dora" and quantization == "int8":
+        return "lora.kind=dora reads int8 weights before bitsandbytes has their scales: set quantization=nf4"
     return None
 
 
@@ -75,21 +129,44 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     if not isinstance(adapters, Mapping) or not adapters:
         return {"lora": False}
     active = next(iter(adapters.values()))
-    found: dict[str, Value] = {"lora": True}
-    for option, name in (("lora.r", "r"), ("lora.alpha", "lora_alpha"), ("lora.dropout", "lora_dropout")):
-        if isinstance(value := getattr(active, name, None), int | float):
-            found[option] = value
-    targets = getattr(active, "target_modules", None)
-    if targets:
-        found["lora.targets"] = targets if isinstance(targets, str) else ",".join(sorted(targets))
+    found: dict[str, Value] = {"lora": True, "lora.kind": _kind(active)}
+    for option, fields in _FIELDS.items():
+        values = [value for name in fields if isinstance(value := getattr(active, name, None), int | float)]
+        if values:
+            found[option] = values[0]
+    targets = [getattr(active, name, None) for name in ("target_modules", "target_parameters")]
+    if isinstance(targets[0], str):
+        return found | {"lora.targets": targets[0]}
+    if names := sorted(name for some in targets for name in some or ()):
+        found["lora.targets"] = ",".join(names)
     return found
+
+
+_FIELDS = {
+    "lora.r": ("r",),
+    "lora.alpha": ("lora_alpha",),
+    "lora.dropout": ("lora_dropout", "vera_dropout"),
+    "lora.tokens": ("num_virtual_tokens",),
+}
+"""Where PEFT's settings have our details."""
+
+
+def _kind(settings: Any) -> str:
+    """Of PEFT's settings."""
+    if getattr(settings, "use_dora", False):
+        return "dora"
+    if str(getattr(settings, "init_lora_weights", "")).startswith("pissa"):
+        return "pissa"
+    if getattr(settings, "use_rslora", False):
+        return "rslora"
+    return {"IA3": "ia3", "VERA": "vera", "PROMPT_TUNING": "prompt", "LORA": "lora"}.get(settings.peft_type, "")
 
 
 TECHNIQUE = Technique(
     name="lora",
     title="LoRA",
     summary="trains two small matrices beside each chosen weight: gradients and optimizer state all but vanish",
-    formula="r·(d_in + d_out) trainable parameters a target; activations stay, and so do the frozen weights",
+    formula="r·(d_in + d_out) trainable parameters a target; dora: and a copy of each weight while it is used",
     source="https://arxiv.org/abs/2106.09685",
     cost="a little: two small products more per adapted module, and a far shorter optimizer step",
     order=50,
@@ -105,15 +182,31 @@ TECHNIQUE = Technique(
             ("profile", "all-linear"),
             True,
         ),
+        Option(
+            "lora.kind",
+            "lora",
+            "rslora scales by sqrt(r), dora has magnitudes, pissa starts from the weights, vera and ia3 are vectors",
+            KINDS,
+        ),
+        Option("lora.tokens", 20, "virtual tokens before each row, for lora.kind=prompt", (8, 20, 64), True, 1, 65536),
     ),
     in_script="peft.get_peft_model(model, LoraConfig(...))",
     acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE),
-    variants=({"lora": True, "lora.r": 4, "lora.targets": "all-linear"},),
+    variants=(
+        {"lora": True, "lora.r": 4, "lora.targets": "all-linear"},
+        {"lora": True, "lora.kind": "rslora"},
+        {"lora": True, "lora.kind": "dora"},
+        {"lora": True, "lora.kind": "pissa"},
+        {"lora": True, "lora.kind": "vera"},
+        {"lora": True, "lora.kind": "ia3"},
+        {"lora": True, "lora.kind": "prompt"},
+    ),
     packages=("peft",),
     key="l",
     apply=apply,
     mathematics=mathematics,
     recognise=recognise,
+    conflict=conflict,
     unsuitable=unsuitable,
     unavailable=unavailable,
 )

@@ -33,6 +33,8 @@ def of_model(model: torch.nn.Module) -> Iterator[Owned]:
                 yield Category.PARAMETERS, f"{name}.{part}", tensor
     for name, buffer in model.named_buffers():
         yield Category.BUFFERS, name, buffer
+    for name, tensor in tensors_in(getattr(model, "prompt_tokens", {})):  # PEFT's, of a prompt that is trained
+        yield Category.BUFFERS, f"prompt_tokens.{name}", tensor
 
 
 def int8_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
