@@ -317,3 +317,33 @@ def test_a_file_that_cannot_be_read(mine: Path) -> None:
     with pytest.raises(UserError) as refused:
         read_model(mine)
     assert one_line(refused).startswith(f"{mine}: 'utf-8' codec can't decode byte 0xff")
+
+
+def test_the_preset_of_the_trainer_is_what_transformers_does_by_default(tmp_path: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    arguments, config = transformers.TrainingArguments(str(tmp_path)), runs_of(preset("trainer"))[""]
+    assert arguments.per_device_train_batch_size == config.batch_size
+    assert arguments.gradient_accumulation_steps == config["accumulation"]
+    assert arguments.learning_rate == config.learning_rate
+    assert arguments.optim == "adamw_torch_fused" and config["optimizer"] == "adamw-fused"
+    assert (arguments.gradient_checkpointing, config["checkpointing"]) == (False, "off")
+    assert (arguments.bf16, arguments.fp16, config["dtype"]) == (False, False, "float32")
+    assert arguments.use_cache == config["kv_cache"]
+
+
+def test_the_presets_of_trl_are_what_the_installed_trl_does_by_default(tmp_path: Path) -> None:
+    trl = pytest.importorskip("trl")
+    config, adapters = runs_of(preset("trl-sft"))[""], runs_of(preset("trl-sft-qlora"))[""]
+    arguments, model = trl.SFTConfig(str(tmp_path), use_cpu=True), trl.ModelConfig()
+    assert arguments.max_length == config.seq_len
+    assert arguments.per_device_train_batch_size == config.batch_size
+    assert arguments.learning_rate == config.learning_rate
+    assert (arguments.gradient_checkpointing, config["checkpointing"]) == (True, "layers")
+    assert (arguments.bf16, model.dtype, config["dtype"]) == (True, "float32", "mixed")
+    assert (arguments.loss_type, config["loss"]) == ("nll", "chunked")
+    assert (model.lora_r, model.lora_alpha, model.lora_dropout) == tuple(
+        adapters[f"lora.{name}"] for name in ("r", "alpha", "dropout")
+    )
+    assert (model.bnb_4bit_quant_type, model.use_bnb_nested_quant) == (
+        adapters["quantization"], adapters["quantization.double"],
+    )  # fmt: skip
