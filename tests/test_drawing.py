@@ -7,6 +7,7 @@ import pytest
 
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
 from gpumem_tui.tui.widgets.area import area, columns
@@ -64,3 +65,10 @@ def test_units_and_figures() -> None:
     assert shorten("abcdef", 4) == "abc…"
     assert tail("gpt_neox.layers.10.mlp", 12) == "…10.mlp"
     assert len(tail("averyveryverylongname", 8)) == 8
+
+
+def test_what_is_drawn_moves_no_cursor() -> None:
+    """Lines that libraries have printed, names out of a file."""
+    row = Row().add("a\x1b[2Jb\nc\td\x00e\udcfff").add("é─█")
+    assert row.text == "a [2Jb c d e fé─█"
+    assert row.width == len(row.text)

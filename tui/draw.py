@@ -28,7 +28,9 @@ class Row:
     width: int = 0
 
     def add(self, text: str, style: Style = PLAIN) -> Row:
-        """Put a text at the end."""
+        """Put a text at the end; whatever a library has printed into it, it moves no cursor."""
+        if not text.isprintable():
+            text = "".join(character if character.isprintable() else " " for character in text)
         if text:
             self.spans.append((text, style))
             self.width += len(text) if text.isascii() else cell_len(text)
