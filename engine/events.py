@@ -8,10 +8,14 @@ from __future__ import annotations
 
 import enum
 from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Annotated, Any, NamedTuple
 
+import msgspec
 import numpy as np
 import numpy.typing as npt
+
+Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
+"""A whole number whose sums, too, 64 bits hold; what arrives beyond is refused."""
 
 
 class Category(enum.IntEnum):
@@ -147,19 +151,19 @@ class Counted(NamedTuple):
             not reset then: for a load, in somebody else's script.
     """
 
-    end_bytes: int
-    peak_bytes: int | None
+    end_bytes: Whole
+    peak_bytes: Whole | None
 
 
 class PhaseSpan(NamedTuple):
     """One phase of a traced step: events `begin` to `end` (exclusive)."""
 
     phase: Phase
-    micro_batch: int
-    begin: int
-    end: int
-    begin_us: int
-    end_us: int
+    micro_batch: Whole
+    begin: Whole
+    end: Whole
+    begin_us: Whole
+    end_us: Whole
 
 
 class Recompute(NamedTuple):
@@ -203,7 +207,7 @@ class Ending(NamedTuple):
 
     kind: EndKind
     error: str = ""
-    requested_bytes: int | None = None
+    requested_bytes: Whole | None = None
 
 
 OPEN, COMPLETE = Ending(EndKind.OPEN), Ending(EndKind.COMPLETE)
@@ -277,15 +281,15 @@ class Gauge:
     """
 
     time_s: float
-    allocated_bytes: int
-    reserved_bytes: int | None
-    managed_bytes: int
-    process_bytes: int | None
-    device_used_bytes: int | None
-    device_total_bytes: int
+    allocated_bytes: Whole
+    reserved_bytes: Whole | None
+    managed_bytes: Whole
+    process_bytes: Whole | None
+    device_used_bytes: Whole | None
+    device_total_bytes: Whole
     phase: Phase = Phase.IDLE
-    step: int = 0
-    context_bytes: int | None = None
+    step: Whole = 0
+    context_bytes: Whole | None = None
 
     @property
     def cached_bytes(self) -> int | None:
@@ -330,7 +334,7 @@ class Environment:
 
     device: str
     device_name: str
-    device_total_bytes: int
+    device_total_bytes: Whole
     capability: str | None = None
     driver: str | None = None
     packages: dict[str, str] = field(default_factory=dict)

@@ -12,9 +12,6 @@ Versions 1 and 2 held one run and are read as well.
 from __future__ import annotations
 
 import io
-import json
-import os
-import tempfile
 import threading
 import zipfile
 from collections.abc import Mapping, Sequence
@@ -26,14 +23,11 @@ import numpy as np
 import numpy.typing as npt
 
 from . import techniques
-from .config import UserError, one_line
+from .archive import Archive, regular_file
+from .atomic_file import replacing
+from .config import UserError, one_line, printable
 from .events import (
-    BLOCK,
     COMPLETE,
-    EVENT,
-    MADE,
-    MARK,
-    OWNER,
     Counted,
     Ending,
     Environment,
@@ -41,13 +35,14 @@ from .events import (
     Made,
     PhaseSpan,
     StepTrace,
+    Whole,
 )
 from .feed import Command, Save, ViewerRole, Work
 from .run import EventLog, Run, RunId, RunKind
 from .run_events import Note, Refused, RunEvent, Saved, from_plain, placed, to_plain
+from .trace_check import COLUMNS, check
 
 VERSION = 3
-COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
 
 SNAPSHOT_BEGINS = (b"\x80", b"{", b"[")
 """A pickle's first byte, and JSON's."""
@@ -58,10 +53,10 @@ PIECE = 1 << 20
 class TraceHead(msgspec.Struct):
     """A `StepTrace` without its columns; fields as there."""
 
-    step: int
+    step: Whole
     names: tuple[str, ...]
     phases: tuple[PhaseSpan, ...]
-    micro_batches: int = 1
+    micro_batches: Whole = 1
     counted: Counted | None = None
     descriptions: tuple[Made, ...] = ()
     ending: Ending = COMPLETE
@@ -86,7 +81,7 @@ class RunHead(msgspec.Struct):
     environment: Environment
     gauge: Gauge | None = None
     events: list[dict[str, Any]] = []
-    traces: int = 0
+    traces: Whole = 0
 
 
 def head_of(trace: StepTrace) -> TraceHead:
@@ -99,9 +94,14 @@ def trace_of(head: TraceHead, columns: Mapping[str, Any]) -> StepTrace:
 
     Args:
         head: Of the trace.
-        columns: By name, of the layouts in `COLUMNS`.
+        columns: By name.
+
+    Raises:
+        ValueError: A column is of another layout, or something in it leads nowhere.
     """
-    return StepTrace(**{name: getattr(head, name) for name in TraceHead.__struct_fields__}, **columns)
+    trace = StepTrace(**{name: getattr(head, name) for name in TraceHead.__struct_fields__}, **columns)
+    check(trace)
+    return trace
 
 
 # --- writing --------------------------------------------------------------------------
@@ -148,15 +148,8 @@ def write(path: Path, runs: Sequence[Run], work: Work | None = None) -> None:
         raise UserError("no run has started yet")
     work = work or Work()
     path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as raw, zipfile.ZipFile(raw, "w", zipfile.ZIP_DEFLATED) as archive:
-            _write_runs(archive, runs, work)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
+    with replacing(path) as file, zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        _write_runs(archive, runs, work)
 
 
 def _write_runs(archive: zipfile.ZipFile, runs: Sequence[Run], work: Work) -> None:
@@ -266,45 +259,52 @@ def read(path: Path, name: str = "", work: Work | None = None) -> list[Run]:
         UserError: It is not there, or not a recording this version can read.
     """
     try:
-        with path.open("rb") as file:
+        with regular_file(path) as file:
             first = file.read(1)
-        if first in SNAPSHOT_BEGINS:
-            from .snapshot.runs import runs_of
+            if first in SNAPSHOT_BEGINS:
+                from .snapshot.runs import runs_of
 
-            return runs_of(path, name, work)
-        with zipfile.ZipFile(path) as archive:
-            head = json.loads(archive.read("gpumem.json"))
-            version = head["version"]
-            if not isinstance(version, int) or version > VERSION:
-                raise UserError(
-                    f"{path}: written by a newer version (file format {version}, this reads up to {VERSION})"
-                )
-            heads, folder = (_heads(head), "runs/{r}/{t}") if version > 2 else (_old_heads(head, archive), "traces/{t}")
-            return [
-                _run(run_head, name or path.stem, str(path), [_read_trace(archive, folder.format(r=r, t=t))
-                     for t in range(run_head.traces)])
-                for r, run_head in enumerate(heads)
-            ]  # fmt: skip
+                return runs_of(path, name, work)
+            return _runs(Archive(file), name or path.stem)
     except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from None
+        raise UserError(printable(f"{path}: {error.strerror or error}")) from None
     except UserError as error:
         text = str(error)
-        raise UserError(text if text.startswith(str(path)) else f"{path}: {text}") from None
-    except (zipfile.BadZipFile, KeyError, ValueError, TypeError, EOFError) as error:
-        raise UserError(f"{path}: not a gpumem recording, or a damaged one ({one_line(error)})") from None
+        raise UserError(printable(text if text.startswith(str(path)) else f"{path}: {text}")) from None
+    except Exception as error:  # zipfile, NumPy and msgspec raise what they like at bytes that are none of ours
+        problem = f"{path}: not a gpumem recording, or a damaged one ({one_line(error)})"
+        raise UserError(printable(problem)) from None
 
 
-def _heads(head: dict[str, Any]) -> list[RunHead]:
-    return msgspec.convert(head["runs"], list[RunHead])
+def _runs(archive: Archive, name: str) -> list[Run]:
+    head = archive.text("gpumem.json")
+    version = msgspec.json.decode(head, type=_Versioned).version
+    if version > VERSION:
+        raise UserError(f"written by a newer version (file format {version}, this reads up to {VERSION})")
+    heads = msgspec.json.decode(head, type=_Head).runs if version > 2 else _old_heads(head, archive)
+    folder = "runs/{r}/{t}" if version > 2 else "traces/{t}"
+    return [
+        _run(of_run, name, [_read_trace(archive, folder.format(r=r, t=t)) for t in range(of_run.traces)])
+        for r, of_run in enumerate(heads)
+    ]
 
 
-def _old_heads(head: dict[str, Any], archive: zipfile.ZipFile) -> list[RunHead]:
+class _Versioned(msgspec.Struct):
+    version: Whole
+
+
+class _Head(msgspec.Struct):
+    runs: list[RunHead]
+
+
+def _old_heads(packed: bytes, archive: Archive) -> list[RunHead]:
     """Versions 1 and 2 held one run: the last of an engine's, with the milestones of all."""
+    head = msgspec.json.decode(packed, type=dict[str, Any])
     told = head["milestones"]
     number = max((milestone["run"] for milestone in told), default=1)
     events = [_old_event(milestone) for milestone in told if milestone["run"] == number]
     environment = msgspec.convert(head["environment"], Environment)
-    traces = sum(name.startswith("traces/") and name.endswith(".json") for name in archive.namelist())
+    traces = sum(name.startswith("traces/") and name.endswith(".json") for name in archive.names)
     kind = RunKind.WATCHED if any(event.get("watched") for event in events) else RunKind.TRAINED
     return [
         RunHead(
@@ -325,8 +325,13 @@ def _old_event(milestone: dict[str, Any]) -> dict[str, Any]:
     return {name: milestone[name] for name in ("kind", "text", "index", "time_s", "run")} | told
 
 
-def _run(head: RunHead, name: str, where: str, traces: Sequence[StepTrace]) -> Run:
-    run = Run(head.id._replace(engine=name), techniques.parse_config(head.config, where), head.environment, head.kind)
+def _run(head: RunHead, name: str, traces: Sequence[StepTrace]) -> Run:
+    run = Run(
+        head.id._replace(engine=name),
+        techniques.parse_config(head.config, "its configuration"),
+        head.environment,
+        head.kind,
+    )
     run.gauge = run.training_gauge = head.gauge
     for event in from_plain(head.events):
         run.tell(event)
@@ -334,15 +339,15 @@ def _run(head: RunHead, name: str, where: str, traces: Sequence[StepTrace]) -> R
     return run
 
 
-def _read_trace(archive: zipfile.ZipFile, where: str) -> StepTrace:
-    head = msgspec.json.decode(archive.read(f"{where}.json"), type=TraceHead)
+def _read_trace(archive: Archive, where: str) -> StepTrace:
+    head = msgspec.json.decode(archive.text(f"{where}.json"), type=TraceHead)
     columns = {}
     for column, dtype in COLUMNS.items():
         name = f"{where}/{column}.npy"
-        if column == "made" and name not in archive.namelist():  # version 1 had none
+        if column == "made" and name not in archive.names:  # version 1 had none
             columns[column] = np.empty(0, dtype)
             continue
-        array = np.load(io.BytesIO(archive.read(name)), allow_pickle=False)
+        array = archive.column(name)
         if array.dtype != dtype:
             array = _with_new_fields(array, dtype, f"{where}: {column}")
         columns[column] = array

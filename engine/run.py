@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 from .config import RunConfig
-from .events import Environment, Gauge, Phase, StepTrace
+from .events import Environment, Gauge, Phase, StepTrace, Whole
 from .run_events import RunEnded, RunEvent
 
 
@@ -31,8 +31,8 @@ class RunId(NamedTuple):
     """
 
     engine: str
-    number: int
-    rank: int = 0
+    number: Whole
+    rank: Whole = 0
     device: str = ""
 
 

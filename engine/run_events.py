@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar
 
 import msgspec
+
+from .events import Whole
 
 
 def _kind(class_name: str) -> str:
@@ -29,9 +31,9 @@ class RunEvent(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
     """
 
     text: str
-    index: int = 0
+    index: Whole = 0
     time_s: float = 0.0
-    run: int = 0
+    run: Whole = 0
 
     frequent: ClassVar[bool] = False
     """Comes with every step: a log that has grown long forgets the old ones."""
@@ -79,9 +81,9 @@ class Loaded(RunEvent, frozen=True):
         seconds: Loading took.
     """
 
-    parameters: int
-    trainable_parameters: int
-    allocated_bytes: int | None = None
+    parameters: Whole
+    trainable_parameters: Whole
+    allocated_bytes: Whole | None = None
     seconds: float | None = None
 
 
@@ -101,14 +103,14 @@ class StepEnded(RunEvent, frozen=True):
         trace_seconds: Spent on tracing since the run began.
     """
 
-    step: int
+    step: Whole
     loss: float | None = None
     seconds: float | None = None
-    tokens: int | None = 0
-    rows: int = 0
-    allocated_bytes: int | None = None
-    peak_bytes: int | None = None
-    reserved_bytes: int | None = None
+    tokens: Whole | None = 0
+    rows: Whole = 0
+    allocated_bytes: Whole | None = None
+    peak_bytes: Whole | None = None
+    reserved_bytes: Whole | None = None
     traced: bool = False
     trace_seconds: float | None = None
 
@@ -144,10 +146,10 @@ class Recomputed(RunEvent, frozen=True):
         early_stop: Whether it ended as soon as everything needed was there.
     """
 
-    step: int
-    micro_batch: int
-    layers: tuple[str, ...]
-    bytes: int
+    step: Whole
+    micro_batch: Whole
+    layers: Annotated[tuple[str, ...], msgspec.Meta(min_length=1)]
+    bytes: Whole
     ms: float | None = None
     early_stop: bool = False
 
@@ -182,10 +184,10 @@ class OutOfMemory(RunEvent, frozen=True):
         allocated_bytes: By the allocator, afterwards.
     """
 
-    step: int
+    step: Whole
     phase: str
-    requested_bytes: int | None = None
-    allocated_bytes: int | None = None
+    requested_bytes: Whole | None = None
+    allocated_bytes: Whole | None = None
 
     @property
     def is_problem(self) -> bool:
@@ -237,10 +239,10 @@ class RunEnded(RunEvent, frozen=True):
     """
 
     reason: str
-    steps: int = 0
-    leaked_bytes: int | None = None
-    workspace_bytes: int | None = None
-    managed_bytes: int | None = None
+    steps: Whole = 0
+    leaked_bytes: Whole | None = None
+    workspace_bytes: Whole | None = None
+    managed_bytes: Whole | None = None
 
     @property
     def is_problem(self) -> bool:

@@ -22,9 +22,10 @@ from . import techniques
 from .config import UserError, one_line
 from .events import Environment, Gauge, StepTrace
 from .feed import Command, End, Pause, Start, Stop, TakeOver
-from .recording import COLUMNS, TraceHead, head_of, trace_of
+from .recording import TraceHead, head_of, trace_of
 from .run import Run, RunId, RunKind
 from .run_events import AnyRunEvent
+from .trace_check import COLUMNS
 
 PROTOCOL = 2
 """Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
@@ -293,13 +294,13 @@ def unpack_trace(packed: Trace) -> StepTrace:
     """The inverse of `pack_trace`.
 
     Raises:
-        MalformedError: Columns that do not fit their layout.
+        MalformedError: Columns that do not fit their layout, or lead nowhere.
     """
     try:
         columns: dict[str, Any] = {name: np.frombuffer(packed.columns[name], dtype) for name, dtype in COLUMNS.items()}
+        return trace_of(packed.head, columns)
     except (KeyError, ValueError) as error:
         raise MalformedError(f"trace {packed.number}: {error}") from None
-    return trace_of(packed.head, columns)
 
 
 def pack_run(number: int, run: Run) -> RunTold:
@@ -320,10 +321,13 @@ def unpack_whole_run(packed: bytes) -> Run:
     Raises:
         MalformedError: It is none.
     """
+    unpacker = zlib.decompressobj()
     try:
-        body = zlib.decompress(packed)
+        body = unpacker.decompress(packed, LARGEST_ANSWER)
     except zlib.error as error:
         raise MalformedError(str(error)) from None
+    if not unpacker.eof:
+        raise MalformedError("a run that is cut off, or too large")
     whole = _decoded(_whole_runs, body)
     told = whole.told
     run = Run(told.id, techniques.parse_config(told.config, "the run"), told.environment, told.kind)

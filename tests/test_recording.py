@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import re
+import resource
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -16,7 +20,9 @@ from gpumem_tui.engine.feed import Save, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, save, write
 from gpumem_tui.engine.run_events import Note, Saved
+from gpumem_tui.engine.trace_check import COLUMNS
 
+from .benchmarks.attacks import recordings as attacks
 from .conftest import Engine, small_run, wait_until
 
 
@@ -149,3 +155,90 @@ def test_a_file_that_cannot_be_opened(recorded: Path, tmp_path: Path, how: str, 
         Recording(path)
     assert str(refusal.value).startswith(str(path))
     assert "\n" not in str(refusal.value)
+
+
+# --- what is none ---------------------------------------------------------------------
+
+
+def refused(path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        Recording(path)
+    line = str(caught.value)
+    assert line.startswith(str(path)) and line.isprintable() and len(line) <= 300
+    return line
+
+
+def changed(recorded: Path, tmp_path: Path, part: str, data: bytes) -> Path:
+    """The recording with one of its parts replaced."""
+    with zipfile.ZipFile(recorded) as archive:
+        parts = {name: archive.read(name) for name in archive.namelist()}
+    path = tmp_path / "changed.gpumem"
+    with zipfile.ZipFile(path, "w") as archive:
+        for name, before in parts.items():
+            archive.writestr(name, data if name == part else before)
+    return path
+
+
+def test_what_unpacks_to_more_than_there_may_be_is_not_unpacked(tmp_path: Path) -> None:
+    """Two megabytes of zeros packed are two gigabytes; it is refused by what it declares."""
+    path = tmp_path / "bomb.gpumem"
+    path.write_bytes(attacks.bomb("gpumem.json", 2 << 30))
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    assert "more than 1024 MiB when unpacked" in refused(path)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100 << 10  # KiB
+
+
+def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
+    pipe = tmp_path / "pipe.gpumem"
+    os.mkfifo(pipe)
+    for path in (pipe, Path("/dev/zero"), tmp_path):
+        assert "no regular file" in refused(path)
+
+
+@pytest.mark.parametrize("packing", [zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA])
+def test_what_is_packed_in_another_way_is_not_unpacked(recorded: Path, tmp_path: Path, packing: int) -> None:
+    path = tmp_path / "other.gpumem"
+    with zipfile.ZipFile(recorded) as archive, zipfile.ZipFile(path, "w", packing) as other:
+        for name in archive.namelist():
+            other.writestr(name, archive.read(name))
+    assert "packed in another way" in refused(path)
+
+
+def test_a_column_is_as_long_as_its_file_and_no_longer(recorded: Path, tmp_path: Path) -> None:
+    name = "runs/0/1/events.npy"
+    with zipfile.ZipFile(recorded) as archive:
+        data = archive.read(name)
+    length = len(np.load(io.BytesIO(data)))
+    lying = data.replace(f"({length},), }}   ".encode(), f"({length}000,), }}".encode())
+    assert lying != data
+    refused(changed(recorded, tmp_path, name, lying))
+    refused(changed(recorded, tmp_path, name, data[:-1]))
+    refused(changed(recorded, tmp_path, name, data + b"\0"))
+
+
+ANY = {"address", "time_us", "nth", "micro_batch"}
+"""Fields of which every value is one."""
+FIELDS = [(column, field) for column, dtype in COLUMNS.items() for field in dtype.names or () if field not in ANY]
+
+
+@pytest.mark.parametrize(("column", "field"), [pair for pair in FIELDS if pair != ("made", "bytes")])
+def test_an_index_that_leads_nowhere_is_found_when_it_is_opened(
+    recorded: Path, tmp_path: Path, column: str, field: str
+) -> None:
+    name = f"runs/0/1/{column}.npy"
+    with zipfile.ZipFile(recorded) as archive:
+        before = np.load(io.BytesIO(archive.read(name)))
+    array = np.append(before, np.zeros(1, before.dtype))
+    array[field][-1] = np.iinfo(array.dtype[field]).max
+    file = io.BytesIO()
+    np.save(file, array)
+    assert "damaged" in refused(changed(recorded, tmp_path, name, file.getvalue()))
+
+
+@pytest.mark.parametrize("number", ["1e999", "9" * 400, str(2**63)])
+def test_a_number_that_64_bits_do_not_hold_is_none(recorded: Path, tmp_path: Path, number: str) -> None:
+    with zipfile.ZipFile(recorded) as archive:
+        head = archive.read("gpumem.json").decode()
+    assert '"allocated_bytes":' in head
+    other = re.sub(r'"allocated_bytes":\d+', f'"allocated_bytes":{number}', head)
+    assert "damaged" in refused(changed(recorded, tmp_path, "gpumem.json", other.encode()))

@@ -1,6 +1,6 @@
 """Attacks: hostile input of every kind, generated from a seed.
 
-    python -m tests.benchmarks.attacks [sockets watched toml lines ...] [--share 1.0] [--seed 1]
+    python -m tests.benchmarks.attacks [sockets watched toml recordings lines] [--share 1.0] [--seed 1]
 
 Each attack yields what went wrong, a line each; what was tried and found in
 order it only counts. A small share of each runs in the suite.
@@ -8,6 +8,7 @@ order it only counts. A small share of each runs in the suite.
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -75,6 +76,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> Iterator[tuple[Any, ...]]:
 def spoil(rnd: random.Random, value: Any, hostile: tuple[Any, ...] = HOSTILE) -> Any:
     """Plain containers with one thing in them wrong, in place: another value, none, an unknown key, a wrong type."""
     *way, last = rnd.choice([*places(value)])
+    other = copy.deepcopy(rnd.choice(hostile))
     holder = value
     for key in way:
         holder = holder[key]
@@ -82,11 +84,11 @@ def spoil(rnd: random.Random, value: Any, hostile: tuple[Any, ...] = HOSTILE) ->
         case 0:
             del holder[last]
         case 1 if isinstance(holder, dict):
-            holder[rnd.choice(("", "unknown", f"{last}\n", "x" * 3000))] = rnd.choice(hostile)
+            holder[rnd.choice(("", "unknown", f"{last}\n", "x" * 3000))] = other
         case 2 if isinstance(holder, dict):
             holder[f"{last}_"] = holder.pop(last)
         case _:
-            holder[last] = rnd.choice(hostile)
+            holder[last] = other
     return value
 
 

@@ -14,13 +14,13 @@ from pathlib import Path
 
 from gpumem_tui.engine import engine_registry
 from gpumem_tui.engine.engine_registry import EngineDir
-from gpumem_tui.engine.feed import End, Start
+from gpumem_tui.engine.feed import End, Start, ViewerRole
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
 
 from ...conftest import small_run
 from ...terminal import until
-from . import Tally, fresh, lines, sockets, toml, victim
+from . import Tally, fresh, lines, recordings, sockets, toml, victim
 
 SHOWN = 20
 
@@ -35,12 +35,16 @@ def engine() -> Iterator[tuple[EngineDir, Tally]]:
     engine_dir = remote.engine_dir
     assert engine_dir is not None
     yield engine_dir, proof
+    if remote.role is ViewerRole.GONE:
+        ended = remote.events(0)[-1]
+        proof.failed.append(f"{ended.text} {getattr(ended, 'detail', '')[-1000:]}")
     remote.close()
     last = Remote(engine_dir, take=True)
     try:
         last.attach()
         last.command(Start(small_run(steps=0, batch_size=1)))
-        until(lambda: last.config() == small_run(steps=0, batch_size=1) and steps_of(engine_dir) >= 2)
+        until(lambda: last.run is not None and last.run.config == small_run(steps=0, batch_size=1))
+        until(lambda: steps_of(engine_dir) >= 2)
         last.command(End())
         until(lambda: not engine_dir.alive())
     except Exception as error:
@@ -85,6 +89,7 @@ ATTACKS: dict[str, tuple[str, int, Callable[[Path, int, int], Tally]]] = {
     "sockets": ("messages to an engine", 16_000, on_socket(engine)),
     "watched": ("messages to a watched script", 8_000, on_socket(watched_script)),
     "toml": ("files in TOML", 8_000, toml.attack),
+    "recordings": ("recordings", 6_000, recordings.attack),
     "lines": ("command lines", 300, lines.attack),
 }
 
