@@ -240,11 +240,34 @@ async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_t
             await driver.tick()
     assert re.fullmatch(r"working out what saves most: 0 of \d+ changes", lines[0])
     assert re.fullmatch(r"working out what saves most: \d+ of \d+ changes", lines[1])
-    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): l LoRA on, ~-3\.00 GiB", lines[2])
-    assert re.fullmatch(r"saves most so far \(\d+ of \d+\): o optimizer sgd, ~-5\.00 GiB", lines[3])
-    assert lines[4] == "saves most: o optimizer sgd, ~-5.00 GiB; a accumulation 4 with b batch size 1, ~-6.00 GiB"
-    async with shown(source, predictions=Oracle(rule)) as driver:
-        assert "saves most: o optimizer sgd, ~-5.00 GiB " in driver.text, "of one setting, where there is no room"
+    so_far = r"saves most so far \(\d+ of \d+\), as another training: "
+    assert re.fullmatch(rf"{so_far}l LoRA on, ~-3\.00 GiB", lines[2])
+    assert re.fullmatch(rf"{so_far}o optimizer sgd, ~-5\.00 GiB", lines[3])
+    assert lines[4] == "saves most: a accumulation 4 with b batch size 1, ~-6.00 GiB"
+
+
+@pytest.mark.parametrize("size", SIZES)
+async def test_what_keeps_the_mathematics_comes_first_and_the_larger_saving_is_seen(size: tuple[int, int]) -> None:
+    """In a line of its own where there is no room beside the first."""
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(batch_size=4)
+    for _ in range(3):
+        source.finish_step()
+
+    def rule(config: RunConfig) -> int:
+        saved = 2 * (config["checkpointing"] == "segments") + 9 * (config["optimizer"] == "sgd")
+        return (12 - saved - 3 * (config["accumulation"] == 4 and config.batch_size == 1)) << 30
+
+    async with shown(source, size, predictions=Oracle(rule)) as driver:
+        assert "saves most: k checkpointing segments, ~-2.00 GiB" in driver.text
+        assert "o optimizer sgd, ~-9.00 GiB (another training)" in driver.text
+
+
+async def test_a_saving_under_a_mebibyte_is_none() -> None:
+    source = trained(2)
+    oracle = Oracle(lambda config: (12 << 30) - 1000 * (config["checkpointing"] == "layers"))
+    async with shown(source, predictions=oracle) as driver:
+        assert "no single change is predicted to lower the peak" in driver.text
 
 
 def test_explanations_say_what_is_in_the_ledger() -> None:

@@ -10,11 +10,12 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value, show
+from ..engine.events import Environment
 from ..engine.exports import registry
 from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
-from ..engine.prediction.advice import single_changes
+from ..engine.prediction.advice import LEAST_SAVING_BYTES, single_changes
 from ..engine.run import Run
-from ..engine.technique import Technique
+from ..engine.technique import Effect, Technique
 from .predictions import Predictions
 from .run_summary import RunSummary, predicted_beside
 from .state import ViewState
@@ -30,17 +31,31 @@ LADDERS: dict[str, tuple[Value, ...]] = {"learning_rate": (1e-5, 3e-5, 1e-4, 3e-
 """Values to step through for options that name none."""
 
 
+class Saving(NamedTuple):
+    """A change of a single technique, and what it would do.
+
+    Attributes:
+        changes: Settings by name: mostly one, two where they go together (accumulation with a smaller batch).
+        saved_bytes: At the predicted peak.
+        effect: On what is computed.
+    """
+
+    changes: Mapping[str, Value]
+    saved_bytes: int
+    effect: Effect
+
+
 class Strongest(NamedTuple):
     """Of the changes of a single technique what saves most at the predicted peak.
 
     Attributes:
-        found: Changes, settings by name, and the bytes they save: the best of one setting, then, where
-            it saves more, the best of two that go together (accumulation with a smaller batch).
+        found: What keeps the mathematics, and behind it what saves more and does not; each saves more than
+            those before it. Of changes with the same effect the best of one setting, then of two.
         tried: So many have been worked out.
         of: So many there are.
     """
 
-    found: tuple[tuple[Mapping[str, Value], int], ...]
+    found: tuple[Saving, ...]
     tried: int
     of: int
 
@@ -111,10 +126,16 @@ class Control:
             return None
         return self.problem(wanted)
 
+    @property
+    def environment(self) -> Environment | None:
+        """Of where a change would be run; None: nowhere, or not known yet. What is only predicted needs no package."""
+        runs = self.state.live and self.source.role is not ViewerRole.WATCHING
+        return self.state.environment if runs else None
+
     def problem(self, config: RunConfig) -> str | None:
         """Why a configuration cannot be run here, or None."""
         try:
-            techniques.check(config, self.state.environment)
+            techniques.check(config, self.environment)
         except UserError as error:
             return str(error)
         return None
@@ -122,9 +143,9 @@ class Control:
     def unavailable(self, option: Option, value: Value) -> str | None:
         """Why a value cannot be used on this machine, or None."""
         technique = techniques.registry().get(option.name)
-        if technique is None or self.state.environment is None:
+        if technique is None or self.environment is None:
             return None
-        return technique.unavailable(value, self.state.environment)
+        return technique.unavailable(value, self.environment)
 
     def next_value(self, option: Option, current: Value, by: int, around: bool) -> Value | None:
         """The value a key steps to, past what is unavailable; None if there is none."""
@@ -150,15 +171,18 @@ class Control:
         changes = [one for one in single_changes(base) if self.problem(base.with_(one)) is None]
         configs = [base.with_(one) for one in changes]
         then = [predictions.of(config, hurry) for config in configs]
-        saved = [now.peak_bytes - one.peak_bytes if now and one else 0 for one in then]
         tried = len(configs) - predictions.unanswered(configs) if now else 0
-        found: list[tuple[Mapping[str, Value], int]] = []
-        for together in (False, True):
-            kind = [one for one in zip(changes, saved, strict=True) if (len(one[0]) > 1) is together]
-            best = max(kind, key=lambda one: one[1], default=({}, 0))
-            if best[1] > max((size for _, size in found), default=0):
-                found.append(best)
-        return Strongest(tuple(found), tried, len(configs))
+        savings = [
+            Saving(one, now.peak_bytes - found.peak_bytes, techniques.effect(base, config))
+            for one, config, found in zip(changes, configs, then, strict=True)
+            if now is not None and found is not None
+        ]
+        savings.sort(key=lambda one: (one.effect, len(one.changes), -one.saved_bytes))
+        best: list[Saving] = []
+        for saving in savings:
+            if saving.saved_bytes - (best[-1].saved_bytes if best else 0) >= LEAST_SAVING_BYTES:
+                best.append(saving)
+        return Strongest(tuple(best), tried, len(configs))
 
     def prediction(self) -> RunSummary | str:
         """The run on the screens as it was predicted, a run of its own; if it is a prediction, itself.

@@ -1,34 +1,54 @@
-"""Which single change would save most: a line of the live and of the techniques screen."""
+"""Which changes would save most: a line or two of the live and of the techniques screen."""
 
 from __future__ import annotations
 
 from ...engine.config import show
-from ..control import Control, offered
+from ...engine.technique import Effect
+from ..control import Control, Saving, offered
 from ..units import shorten
 
 
-def best_change(control: Control, cells: int) -> str:
-    """As far as it has been worked out: `saves most: l LoRA on, ~-6.72 GiB`; empty if nobody predicts.
+def best_change(control: Control, cells: int) -> list[str]:
+    """As far as it has been worked out: `saves most: k checkpointing layers, ~-6.72 GiB`; empty if nobody predicts.
+
+    What keeps the mathematics comes first. What saves still more follows, where there is no room in a line of its
+    own, and says what it does to the training.
 
     Args:
         control: Who knows.
-        cells: Room; what saves still more and takes two settings is left out first.
+        cells: Room in a line.
     """
     best, state, predictions = control.strongest(), control.state, control.predictions
     if best is None or predictions is None or not best.of:
-        return ""
+        return []
     done = best.tried == best.of
     if not best.found and not done:
-        return f"working out what saves most: {best.tried} of {best.of} changes"
+        return [f"working out what saves most: {best.tried} of {best.of} changes"]
     if not best.found:
-        return "no single change is predicted to lower the peak"
-    known = {option.name: (key if state.live else "", title) for key, title, option, _ in offered()}
-    texts = []
-    for changes, saved_bytes in best.found:
-        parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in changes.items()]
-        texts.append(f"{' with '.join(parts)}, ~-{state.unit.full(saved_bytes)}")
-    elsewhere = not (state.environment and state.environment.on_gpu)
-    head = "saves most" + f" on {predictions.gpu_name}" * elsewhere
+        return ["no single change is predicted to lower the peak"]
+    first, *more = best.found
+    head = "saves most" + f" on {predictions.gpu_name}" * (not (state.environment and state.environment.on_gpu))
     head += "" if done else f" so far ({best.tried} of {best.of})"
-    whole = f"{head}: {'; '.join(texts)}"
-    return whole if len(whole) <= cells else shorten(f"{head}: {texts[0]}", cells)
+    head += ", as another training" * (first.effect is Effect.TRAINING)
+    line = f"{head}: {_named(control, first, first.effect is Effect.NUMERICS)}"
+    if not more:
+        return [shorten(line, cells)]
+    # Of several, the one that saves most is the last.
+    rest = next(
+        text for n in range(len(more)) if len(text := _listed(control, more[n:])) <= cells or n + 1 == len(more)
+    )
+    whole = f"{line}; {rest}"
+    return [whole] if len(whole) <= cells else [shorten(line, cells), shorten(rest, cells)]
+
+
+def _listed(control: Control, savings: list[Saving]) -> str:
+    return "more: " + "; ".join(_named(control, saving, saving.effect is not Effect.NONE) for saving in savings)
+
+
+def _named(control: Control, saving: Saving, with_effect: bool) -> str:
+    """`a accumulation 4 with b batch size 1, ~-6.00 GiB`, and what it does to the training."""
+    live, unit = control.state.live, control.state.unit
+    known = {option.name: (key if live else "", title) for key, title, option, _ in offered()}
+    parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in saving.changes.items()]
+    effect = f" ({saving.effect.title})" * with_effect
+    return f"{' with '.join(parts)}, ~-{unit.full(saving.saved_bytes)}{effect}"

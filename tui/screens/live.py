@@ -308,8 +308,9 @@ class LivePage(Page):
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
         event, keys = state.run.last_recompute, best_change(self.control, width - 2)
+        advice = [Row().add(f" {line}", palette.accent) for line in keys]
         if event is None or state.over:
-            return [Row().add(f" {keys}", palette.accent) if keys else Row().add(" no recompute", palette.dim)]
+            return advice or [Row().add(" no recompute", palette.dim)]
         row = Row().add(" ")
         row.extend(ticks(layers, set(state.run.lit), set(event.layers), min(48, width // 2 - 10), palette))
         name = event.layers[0].rsplit(".", 1)[-1]
@@ -318,9 +319,9 @@ class LivePage(Page):
         row.add(f" {len(set(state.run.lit)):>2}/{len(layers)} recomputed; layer {name:<3}", palette.dim)
         made = f" {state.unit.full(event.bytes)}" + (f" in {duration(event.ms / 1e3)}" if event.ms is not None else "")
         row.add(_fitting((f" made{made}", made), width - row.width), palette.dim)
-        if row.width + len(keys) + 3 < width:
-            return [row.right(keys, width - 1, palette.accent)]
-        return [row, *([Row().add(f" {keys}", palette.accent)] if keys else [])]
+        if len(keys) == 1 and row.width + len(keys[0]) + 3 < width:
+            return [row.right(keys[0], width - 1, palette.accent)]
+        return [row, *advice]
 
     def _last(self, width: int, room: int) -> list[Row]:
         """The latest that happened, newest last; steps and recomputes have places of their own."""

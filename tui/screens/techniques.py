@@ -269,8 +269,7 @@ class TechniquesPage(Page):
         )
 
         def draw() -> list[Row]:
-            text = best_change(self.control, width - 2)
-            return [Row().add(f" {text}", self.palette.accent)] if text else []
+            return [Row().add(f" {line}", self.palette.accent) for line in best_change(self.control, width - 2)]
 
         return self.kept("saves most", shows, draw)
 
