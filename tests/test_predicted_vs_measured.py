@@ -100,12 +100,13 @@ def total(driver: Driver) -> str:
 
 @pytest.mark.parametrize("width", [60, 72, 80, 100, 140])
 async def test_the_prediction_never_pushes_a_measured_figure_out(width: int) -> None:
-    """With and without it every row says the same, but for what is marked with ~."""
+    """With and without it every row says the same, but for what is marked with ~; the oldest that happened may go."""
     async with shown(gpu_run(3), (width, 24)) as driver:
         without = driver.lines
     async with shown(gpu_run(3), (width, 24), predictions=Beside()) as driver:
-        for before, after in zip(without, driver.lines, strict=True):
-            assert after.rstrip().startswith(before.rstrip()) or "saves most" in after
+        happened = re.compile(r" +\d+:\d\d ")
+        for before in (line.rstrip() for line in without if not happened.match(line) and "no recompute" not in line):
+            assert any(after.startswith(before) for after in driver.lines), before
         assert " ~" in total(driver)
 
 
