@@ -13,11 +13,11 @@ from hypothesis import strategies as st
 from gpumem_tui.engine.difference import Owned, compare, difference, from_document, owned, owner_kind
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.prediction.gpus import gpu_of
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.report import report
 from gpumem_tui.tui.commands.common import opened
-from gpumem_tui.tui.prediction_client import gpu_of
 
 from .app_driver import RECORDINGS
 from .conftest import Engine, small_run

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import socket
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +21,15 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.metrics import published
+from gpumem_tui.engine.prediction.gpus import gpu_of
+from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.run import Run, RunId, RunKind
+from gpumem_tui.engine.watch.trackers import PredictedPeak, figures_of
 from gpumem_tui.tui.cli import main
 from gpumem_tui.watch import MemoryCallback
 
-from .fake_source import GPU, FakeSource
+from .conftest import small_run
+from .fake_source import CPU, GPU, FakeSource
 from .test_watch import small_model
 
 QUICK = ["--profile", "tiny", "--batch-size", "2", "--seq-len", "16", "--steps", "2"]
@@ -151,3 +158,18 @@ def test_a_callback_that_was_not_asked_logs_nothing(tmp_path: Path, monkeypatch:
     callback.on_train_begin(None, None, None, model=model, optimizer=optimizer)
     assert CallbackHandler.on_log is before
     callback.close()
+
+
+def test_a_predicted_peak_is_worked_out_beside_the_training() -> None:
+    """For a run on a GPU; on a CPU nobody asks."""
+    config = small_run()
+    run, here = Run(RunId("watched", 1), config, GPU, RunKind.WATCHED), Run(RunId("watched", 1), config, CPU)
+    with closing(PredictedPeak()) as predicted:
+        predicted.ask(here)
+        assert predicted.bytes is None
+        deadline = time.monotonic() + 100
+        while predicted.bytes is None and time.monotonic() < deadline:
+            predicted.ask(run)
+            time.sleep(0.05)
+        assert predicted.bytes == predict(config, gpu_of(GPU)).peak_bytes
+        assert figures_of(run, predicted) == {"memory/predicted_peak": predicted.bytes}

@@ -3,18 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 from ..engine.config import RunConfig, UserError
 from ..engine.events import Environment
 from ..engine.feed import Source
-from ..engine.prediction.gpus import Gpu, gpu
+from ..engine.prediction.gpus import Gpu, gpu, gpu_of
 from ..engine.prediction.outcome import Prediction
 from ..engine.prediction.predictor import Predictor
 from ..engine.run import Run
-
-WITHOUT_A_GPU = "H100 80GB"
-"""Which GPU is asked about where there is none, if nobody says."""
 
 WORKING = "The prediction of this run is being worked out."
 
@@ -121,16 +117,3 @@ class Background:
 def alike(one: Gpu, other: Gpu) -> bool:
     """True if a run allocates the same on both; how much memory they have does not matter to that."""
     return all(getattr(one, name) == getattr(other, name) for name in ("capability", "multiprocessors", "threads"))
-
-
-def gpu_of(environment: Environment) -> Gpu:
-    """The engine's GPU with the memory it really has; without one, `WITHOUT_A_GPU`."""
-    if not environment.on_gpu:
-        return gpu(WITHOUT_A_GPU)
-    name, memory = environment.device_name, environment.device_total_bytes
-    try:
-        return replace(gpu(name.removeprefix("NVIDIA ")), name=name, memory_bytes=memory)
-    except UserError:
-        major, _, minor = (environment.capability or "8.0").partition(".")
-        akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
-        return replace(akin, name=name, memory_bytes=memory, capability=(int(major), int(minor or 0)))

@@ -12,8 +12,11 @@ from pathlib import Path
 from typing import NamedTuple
 
 from ..config import UserError
+from ..events import Environment
 
 TABLE = Path(__file__).parent / "gpus.toml"
+WITHOUT_A_GPU = "H100 80GB"
+"""Which GPU is asked about where there is none, if nobody says."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,3 +204,16 @@ def _unknown(wanted: str, name: str) -> UserError:
     close = close or [known[k] for k in difflib.get_close_matches(_plain(name), known, 3, 0.4)]
     hint = f"did you mean {' or '.join(close)}? " if close else ""
     return UserError(f"--gpu {wanted}: not a GPU known here; {hint}known: {', '.join(gpus())}")
+
+
+def gpu_of(environment: Environment) -> Gpu:
+    """The engine's GPU with the memory it really has; without one, `WITHOUT_A_GPU`."""
+    if not environment.on_gpu:
+        return gpu(WITHOUT_A_GPU)
+    name, memory = environment.device_name, environment.device_total_bytes
+    try:
+        return replace(gpu(name.removeprefix("NVIDIA ")), name=name, memory_bytes=memory)
+    except UserError:
+        major, _, minor = (environment.capability or "8.0").partition(".")
+        akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
+        return replace(akin, name=name, memory_bytes=memory, capability=(int(major), int(minor or 0)))

@@ -7,7 +7,7 @@ from typing import Any
 
 from transformers import TrainerCallback
 
-from .trackers import figures_of, logged
+from .trackers import PredictedPeak, figures_of, logged
 from .watcher import watch
 
 
@@ -18,12 +18,13 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         name: Of the engine in `gpumem-tui ps`; the script's name if None.
         every_step: See `watch`.
         log: Have the trainer log bytes as `memory/<category>` at the peak of the last traced step, with
-            `memory/peak`, `memory/allocated` and `memory/reserved` of the last step: to whatever it reports to.
+            `memory/peak`, `memory/allocated` and `memory/reserved` of the last step and, on a GPU,
+            `memory/predicted_peak`: to whatever it reports to.
     """
 
     def __init__(self, name: str | None = None, *, every_step: bool = False, log: bool = False) -> None:
         self._name, self._every_step, self._log = name, every_step, log
-        self._logging = ExitStack()
+        self._logging, self._predicted = ExitStack(), PredictedPeak()
         self.watch: watch | None = None
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -41,6 +42,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             return
         self.watch.begin()
         if self._log:
+            self._logging.callback(self._predicted.close)
             self._logging.enter_context(logged(self, self._figures))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -59,4 +61,4 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         if self.watch is None:
             return {}
         source = self.watch.source
-        return source.barrier.guard(figures_of)(source.run) or {}
+        return source.barrier.guard(figures_of)(source.run, self._predicted) or {}

@@ -15,6 +15,9 @@ from transformers import TrainerCallback
 from transformers.trainer_callback import CallbackHandler
 
 from ..ledger import Ledger
+from ..prediction.gpus import gpu_of
+from ..prediction.outcome import Prediction
+from ..prediction.predictor import Predictor
 from ..run import Run
 from ..run_events import StepEnded
 
@@ -46,15 +49,17 @@ def logged(callback: TrainerCallback, figures: Callable[[], dict[str, int]]) -> 
         CallbackHandler.on_log = before
 
 
-def figures_of(run: Run | None) -> dict[str, int]:
+def figures_of(run: Run | None, predicted: PredictedPeak) -> dict[str, int]:
     """Bytes to be logged: of the last step by the allocator's counters, and its peak by category if it was traced.
 
     Args:
         run: Watched; None before its first step: there are no figures.
+        predicted: Asked about it.
     """
     if run is None:
         return {}
-    found: dict[str, int] = {}
+    predicted.ask(run)
+    found: dict[str, int] = {} if predicted.bytes is None else {"predicted_peak": predicted.bytes}
     step = next((event for event in reversed(run.events()) if isinstance(event, StepEnded)), None)
     if step is not None:
         known = {"allocated": step.allocated_bytes, "peak": step.peak_bytes, "reserved": step.reserved_bytes}
@@ -65,3 +70,33 @@ def figures_of(run: Run | None) -> dict[str, int]:
         found |= {category.key: size for category, size in peak.by_category.items()}
         found.setdefault("peak", peak.bytes)
     return {f"{PREFIX}{name}": size for name, size in found.items()}
+
+
+class PredictedPeak:
+    """The peak that is predicted of a watched run on its GPU, worked out beside the training by a process that rests.
+
+    Attributes:
+        bytes: None: not known yet, or never: on a CPU, and where the model is not one that can be built anew.
+    """
+
+    def __init__(self) -> None:
+        self.bytes: int | None = None
+        self._predictor: Predictor | None = None
+
+    def ask(self, run: Run) -> None:
+        """Ask for what is known of the run by now, and look whether an answer has come; returns at once."""
+        config = run.config
+        if config.architecture is None or not run.environment.on_gpu:
+            return
+        if self._predictor is None:
+            self._predictor = Predictor(gpu_of(run.environment))
+        answer = self._predictor.get(config)
+        if answer is None:
+            self._predictor.want([], [config])
+        self.bytes = answer.peak_bytes if isinstance(answer, Prediction) else None
+
+    def close(self) -> None:
+        """End the process."""
+        if self._predictor is not None:
+            self._predictor.close()
+            self._predictor = None

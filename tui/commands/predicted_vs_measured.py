@@ -9,10 +9,9 @@ from typing import Any
 from ...engine.config import RunConfig, UserError
 from ...engine.difference import compare
 from ...engine.events import Category, Environment
-from ...engine.prediction.gpus import Understood, understand
+from ...engine.prediction.gpus import Understood, gpu_of, understand
 from ...engine.prediction.predictor import Predictor
 from ..layer_table import NO_LAYER
-from ..prediction_client import gpu_of
 from ..units import GIB, MIB, Unit, tail
 
 ON_A_CPU = (
