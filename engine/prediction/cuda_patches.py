@@ -31,7 +31,7 @@ LOADED_BY_FLASH_ATTENTION = (
     "_process_flash_kwargs_fn",
     "_process_with_kvcache_kwargs_fn",
 )
-"""What transformers remembers of the flash attention that it loaded."""
+"""What transformers remembers of the flash attention that it loaded; an older one remembers less."""
 
 _DATA: Any = torch.Tensor.data
 
@@ -104,7 +104,8 @@ def _without_flash_attn(undo: ExitStack, gpu: Gpu, functions: Any, model_class: 
     _replace(undo, functions, "_is_packed_sequence", unpacked)
     _replace(undo, functions, "_lazy_imports", lambda *_, **__: (flash_attn, not_padded, None, not_padded, not_padded))
     for name in LOADED_BY_FLASH_ATTENTION:
-        _replace(undo, functions, name, None)
+        if hasattr(functions, name):
+            _replace(undo, functions, name, None)
 
 
 @contextmanager
