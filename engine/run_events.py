@@ -125,7 +125,7 @@ class LossNotFinite(RunEvent, frozen=True):
         loss: `nan`, `inf` or `-inf`; JSON has no number for them.
     """
 
-    step: int
+    step: Whole
     loss: str
 
     @property

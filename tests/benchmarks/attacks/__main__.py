@@ -62,7 +62,8 @@ def watched_script() -> Iterator[tuple[EngineDir, Tally]]:
     until(lambda: any(steps_of(found) >= 2 for found in engine_registry.engines()))
     yield engine_registry.find(victim.NAME), proof
     out, err = script.communicate(timeout=60)
-    if script.returncode or err or not out.endswith(b" steps\n"):
+    how_to_attach = f"gpumem-tui: watching Sequential; to see it: gpumem-tui attach {victim.NAME}\n"
+    if script.returncode or err.decode() != how_to_attach or not out.endswith(b" steps\n"):
         proof.failed.append(f"the script ended with {script.returncode}: {out[-300:]!r} {err[-300:]!r}")
 
 
