@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.tui.control import choices, offered
 
@@ -225,3 +226,29 @@ async def test_what_was_measured_is_remembered_and_nothing_else() -> None:
         await driver.tick()
         await driver.press("l")
         assert f"measured last time: {peak / MIB:.1f} MiB" in driver.text
+
+
+@pytest.mark.parametrize("size", [(80, 24), (100, 30)])
+async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_of_all(size: tuple[int, int]) -> None:
+    """Not the next one, which the key steps to."""
+
+    def rule(config: RunConfig) -> int:
+        saved = {"layers": 20, "segments": 30, "input": 10}.get(config.text("checkpointing"), 0)
+        return (100 - saved) * MIB
+
+    async with shown(trained(2), size, predictions=Oracle(rule)) as driver:
+        await driver.press("4")
+        row = driver.line("k + checkpointing").split()
+        assert row[3:7] == ["off", "segments", "~70.0", "~-30.0"]
+        while "[off]" not in driver.text or "segments ~-30.0" not in driver.text:
+            await driver.press("down")
+        values = driver.line("[off]").split()
+        assert values == ["[off]", "layers", "~-20.0", "segments", "~-30.0", "input", "~-10.0"]
+
+
+async def test_why_qlora_can_need_more_than_lora_is_said_where_quantization_is_selected() -> None:
+    async with shown(trained(1, lora=True, quantization="nf4"), (100, 40)) as driver:
+        await driver.press("4")
+        while "dequantizes them where they are used" not in driver.text:
+            await driver.press("down")
+        assert "k-bit preparation makes embeddings, head and norms float32" in driver.text

@@ -64,6 +64,7 @@ class TechniquesPage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a setting; enter applies all changes as one restart."""
         self.expanded: set[str] = set()
+        self._savers: dict[str, Value] = {}
         text = "change the selected setting"
         return (
             *moves("select a setting"),
@@ -131,12 +132,20 @@ class TechniquesPage(Page):
         return found
 
     def candidate(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig | None:
-        """What is collected with this setting changed: as collected, or else by its key; None: no other value."""
+        """What is collected with this setting changed, to what saves most or by its key; None: no other value."""
         name = line.option.name
         if wanted[name] != base[name]:
             return wanted
-        value = self.control.next_value(line.option, wanted[name], 1, around=True)
+        value = self._savers.get(name)
+        if value is None or value == wanted[name]:
+            value = self.control.next_value(line.option, wanted[name], 1, around=True)
         return None if value is None else wanted.with_({name: value})
+
+    def _look_for_savers(self) -> None:
+        """Take note of the values that the line below names as what saves most, by their settings."""
+        best = self.control.strongest()
+        found = best.found if best is not None else ()
+        self._savers = {n: v for saving in found if len(saving.changes) == 1 for n, v in saving.changes.items()}
 
     def against(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig:
         """What a setting's change is told against: all that is collected but this one, if that can be had."""
@@ -168,6 +177,7 @@ class TechniquesPage(Page):
         base, wanted = self.control.base(), self.control.wanted()
         if base is None or wanted is None:
             return None
+        self._look_for_savers()
         cells = []
         for line in self.lines():
             config = self.candidate(line, wanted, base)
@@ -183,6 +193,7 @@ class TechniquesPage(Page):
         base, wanted = self.control.base(), self.control.wanted()
         if base is None or wanted is None:
             return [Row(), Row().add(" No run has started yet.", self.palette.dim)]
+        self._look_for_savers()
         lines = self.lines()
         self.selected = min(self.selected, len(lines) - 1)
         below = 8 if height < 30 else 10
@@ -245,6 +256,8 @@ class TechniquesPage(Page):
             rows += [Row().add(f" {text}", palette.busy) for text in wrap(problem, width - 2)]
         what = line.technique.summary if line.technique is not None and not line.detail else line.option.summary
         texts = [(what, palette.plain)]
+        if line.technique is not None and (caution := line.technique.caution(wanted)):
+            texts = [(caution, palette.busy), *texts]
         if line.technique is not None:
             texts += [(line.technique.formula, palette.dim)] if not line.detail else []
         for text, style in texts:
@@ -290,7 +303,8 @@ class TechniquesPage(Page):
             reason = self.control.unavailable(line.option, value)
             if reason is not None:
                 reasons[value] = reason
-            text = f"[{show(value)}]" if value == current else f" {show(value)} "
+            text = f"[{show(value)}{self._change(line, value, wanted)}]"
+            text = text if value == current else f" {text[1:-1]} "
             if row.width + len(text) >= width:
                 row = Row().add(" ")
                 rows.append(row)
@@ -303,6 +317,16 @@ class TechniquesPage(Page):
             by_reason.setdefault(reason, []).append(show(value))
         text = "; ".join(f"{reason}: {', '.join(names)}" for reason, names in by_reason.items())
         return rows + [Row().add(f" {part}", palette.off) for part in wrap(text, width - 2)]
+
+    def _change(self, line: Line, value: Value, wanted: RunConfig) -> str:
+        """What going over to a value does to the predicted peak; empty: nothing by nature, or it is not known."""
+        asked, config = self.control.predictions, wanted.with_({line.option.name: value})
+        if asked is None or memory_key(config) == memory_key(wanted):
+            return ""
+        found, now = asked.of(config), asked.of(wanted)
+        if found is None or now is None:
+            return ""
+        return f" ~{difference(found.peak_bytes, now.peak_bytes, self.state.unit)}"
 
     def _history(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
         """Peaks measured in this session with other values of the selected setting, all else as wanted."""
