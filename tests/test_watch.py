@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import logging
+import os
 import re
 import shutil
 import signal
@@ -402,6 +403,21 @@ def test_a_forked_worker_is_not_watched(seen: Seen) -> None:
     check_exact(seen)
 
 
+def test_a_forked_child_that_ends_does_not_end_the_watching(seen: Seen) -> None:
+    """Nor does it wait for a lock that a thread of its parent's held."""
+    model, optimizer = small_model()
+    with watch(model, optimizer) as watched:
+        train(model, optimizer, 1)
+        child = os.fork()
+        if not child:
+            with watched.source._feed._lock:  # as when it is forked in the middle of an event
+                watched.end()
+                os._exit(7)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 7
+        train(model, optimizer, 1)
+    assert [step.step for step in seen.told(StepEnded)] == [1, 2]
+
+
 class Workers(torch.utils.data.Dataset[tuple[bool, int]]):
     def __init__(self, watched: watch) -> None:
         self.watched = watched
@@ -559,6 +575,28 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, home: Path)
     until(lambda: remote.role is ViewerRole.GONE)
     assert [type(m) for m in remote.events(0)][-2:] == [RunEnded, EngineEnded]
     remote.close()
+
+
+WITHOUT_DESCRIPTORS = """
+import os, resource, torch
+model = torch.nn.Linear(4, 4)
+torch.optim.SGD([torch.ones(1, requires_grad=True)], 0.1).step()  # loads what a first optimizer loads
+soft, hard = len(os.listdir("/proc/self/fd")) - 1, resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+optimizer = torch.optim.SGD(model.parameters(), 0.1)
+for _ in range(3):
+    model(torch.ones(2, 4)).sum().backward()
+    optimizer.step()
+print("trained")
+"""
+
+
+def test_a_script_that_has_no_descriptors_left_is_left_alone() -> None:
+    script = run_under_exec(sys.executable, "-c", WITHOUT_DESCRIPTORS)
+    out, err = script.communicate(timeout=100)
+    assert (script.returncode, out) == (0, "trained\n"), err
+    (ours,) = [line for line in err.splitlines() if "gpumem" in line]
+    assert ours.startswith("gpumem-tui: not watched, the run goes on: "), err
 
 
 def test_a_training_that_raised_is_unwatched_by_close() -> None:

@@ -7,6 +7,7 @@ process it starts. Nothing happens in one that makes no optimizer.
 
 from __future__ import annotations
 
+import contextlib
 import importlib.machinery
 import importlib.util
 import sys
@@ -70,33 +71,40 @@ class Finder:
         self._undo: Any = None
         self._tried: set[int] = set()
         self._found: Any = None
+        self._over = False
 
     def made(self, optimizer: Any) -> None:
         """An optimizer has been made; wrappers around one have no parameters of their own yet."""
-        if self._found is not None or not getattr(optimizer, "param_groups", None):
+        if self._over or not getattr(optimizer, "param_groups", None):
             return
-        self._optimizers.append(weakref.ref(optimizer))
-        self._tried.clear()
-        if self._undo is None:
-            from ..tracing.module_hooks import module_hooks
+        try:
+            self._optimizers.append(weakref.ref(optimizer))
+            self._tried.clear()
+            if self._undo is None:
+                from ..tracing.module_hooks import module_hooks
 
-            self._undo = module_hooks.add_to_all(self._forward)
+                self._undo = module_hooks.add_to_all(self._forward)
+        except Exception as error:
+            self._give_up(error)
 
     def _forward(self, module: Any, args: Any) -> None:
         import torch
 
-        if not torch.is_grad_enabled() or id(module) in self._tried or self._found is not None:
+        if not torch.is_grad_enabled() or id(module) in self._tried or self._over:
             return
         try:
             self._tried.add(id(module))
             optimizers = self._optimizers_of(module)
             if optimizers:
                 self._begin(module, optimizers, args)
-        except Exception:
-            from .fault_barrier import log
+        except Exception as error:
+            self._give_up(error)
 
-            log.warning("gpumem-tui: the model was not found; the run goes on", exc_info=True)
-            self._stop()
+    def _give_up(self, error: Exception) -> None:
+        """The script is left alone, with one line that says so."""
+        with contextlib.suppress(Exception):
+            sys.stderr.write(f"gpumem-tui: not watched, the run goes on: {type(error).__name__}: {error}\n")
+        self._stop()
 
     def _optimizers_of(self, module: Any) -> list[Any]:
         """Those whose parameters are all the module's."""
@@ -112,6 +120,7 @@ class Finder:
         self._stop()
 
     def _stop(self) -> None:
+        self._over = True
         if self._undo is not None:
             self._undo()
             self._undo = None

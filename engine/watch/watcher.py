@@ -68,7 +68,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._tracer: Tracer | None = None
         self._recorder: Recorder | None = None
         self._hooked: list[torch.nn.Module] = []
-        self._removed = False
+        self._removed = self._in_child = False
 
     def __enter__(self) -> Self:
         self.begin()
@@ -100,7 +100,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._remove()
         self.barrier.off = True
         steps = self._loop.steps if self._loop is not None else 0
-        self.barrier.finish(lambda: self.source.close(steps, error))
+        if not self._in_child:  # its locks may be held by threads that only the parent has
+            self.barrier.finish(lambda: self.source.close(steps, error))
         # Whoever keeps this object is not to keep the model with it.
         for name in ("_model", "_optimizers", "_loop", "_hooked"):
             vars(self).pop(name, None)
@@ -185,8 +186,9 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             self._recorder = None
 
     def _forget_in_child(self) -> None:
-        """A data loader's worker is not watched."""
-        self.barrier.off = self._removed = True
+        """A data loader's worker is not watched, nor does it end the watching."""
+        self.barrier.off = self._removed = self._in_child = True
+        atexit.unregister(self._at_exit)
 
     def _end(self, error: BaseException | None) -> None:
         if self._loop is None or self._tracer is None:

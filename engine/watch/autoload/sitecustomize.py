@@ -14,5 +14,7 @@ try:
     from gpumem_tui.engine.watch.auto_attach import wait_for_torch
 except ImportError:  # another environment than the one that gpumem-tui is installed in
     sys.stderr.write(f"gpumem-tui: not installed for {sys.executable}, which is not watched\n")
+except Exception as error:  # no descriptor left to read it with
+    sys.stderr.write(f"gpumem-tui: {sys.executable} is not watched: {error}\n")
 else:
     wait_for_torch()
