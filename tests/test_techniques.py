@@ -82,7 +82,9 @@ def check(engine: Engine, settings: dict[str, Any]) -> None:
 
 
 def segments(config: Any, layers: int = LAYERS) -> int:
-    size = {"off": 0, "layers": 1, "segments": config["checkpointing.every"], "input": layers}[config["checkpointing"]]
+    size = {"off": 0, "selective": 1, "layers": 1, "segments": config["checkpointing.every"], "input": layers}[
+        config["checkpointing"]
+    ]
     return math.ceil(layers / size) if size else 0
 
 
@@ -401,3 +403,24 @@ def test_what_is_frozen_has_no_gradient_and_what_is_below_it_keeps_nothing(engin
     assert parameters[2] - parameters[1] == (LAYERS - 3) * a_layer
     assert peaks == sorted(peaks)
     assert [len(names) for names in saved] == [2, 4, LAYERS], "the input of the first is what the layer before has made"
+
+
+def test_selective_checkpointing_keeps_what_attention_returns(engine: Engine) -> None:
+    """Beside a layer's input its attention's output and the sums of its softmax, in the run and in the prediction."""
+    kept = {}
+    for mode in ("layers", "selective"):
+        config = configured({"checkpointing": mode})
+        documents = engine.run(config), predict(config, gpu("H100 80GB")).document.as_dict()
+        kept[mode] = [document["saved_by_layer"]["gpt_neox.layers.3"] for document in documents]
+    output, sums = 2 * 16 * TINY["hidden_size"] * 4, 2 * 16 * TINY["num_attention_heads"] * 4
+    more = [selective - layers for selective, layers in zip(kept["selective"], kept["layers"], strict=True)]
+    assert more[0] == output + sums
+    assert output + sums <= more[1] <= output + 2 * 32 * TINY["num_attention_heads"] * 4, "CUDA's kernel rounds rows up"
+
+
+def test_selective_checkpointing_is_recognised_and_wants_the_newer_implementation() -> None:
+    made = build(prepare(configured({"checkpointing": "selective"}), torch.device("cpu")))
+    made.model.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": lambda: (None, None)})
+    assert techniques.recognise(made.model, made.optimizer)["checkpointing"] == "selective"
+    with pytest.raises(UserError, match=r"needs checkpointing\.reentrant=off"):
+        configured({"checkpointing": "selective", "checkpointing.reentrant": "on"})

@@ -21,12 +21,38 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     mode = config.text("checkpointing")
     if mode == "off":
         return
-    every = {"layers": 1, "segments": config.integer("checkpointing.every")}.get(mode)
+    every = {"layers": 1, "selective": 1, "segments": config.integer("checkpointing.every")}.get(mode)
     recipe.layer_period = every or 1
-    recipe.transforms.append(partial(_enable, every=every, reentrant=config.flag("checkpointing.reentrant")))
+    arguments: dict[str, Any] = {"use_reentrant": config.flag("checkpointing.reentrant")}
+    if mode == "selective":
+        from torch.utils.checkpoint import create_selective_checkpoint_contexts
+
+        arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_operators())
+    recipe.transforms.append(partial(_enable, every=every, arguments=arguments))
 
 
-def _enable(model: Any, every: int | None, reentrant: bool) -> Any:
+def _attention_operators() -> list[Any]:
+    """Whose results are kept: computing attention again is what checkpointing costs most where rows are long."""
+    from torch import ops
+
+    names = (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_flash_attention_forward",
+    )
+    return [getattr(ops.aten, name).default for name in names if hasattr(ops.aten, name)]
+
+
+def conflict(config: RunConfig) -> str | None:
+    """The reentrant implementation knows nothing of single operators."""
+    if config.text("checkpointing") == "selective" and config.flag("checkpointing.reentrant"):
+        return "checkpointing=selective needs checkpointing.reentrant=off"
+    return None
+
+
+def _enable(model: Any, every: int | None, arguments: dict[str, Any]) -> Any:
     """Turn checkpointing on as transformers does, in segments of `every` layers.
 
     transformers sends each layer's forward through a function of the layer's.
@@ -36,11 +62,10 @@ def _enable(model: Any, every: int | None, reentrant: bool) -> Any:
     Args:
         model: A transformers model, wrapped by PEFT or not.
         every: Layers a segment; None: all of them, so only the input is kept.
-        reentrant: Which implementation of `torch.utils.checkpoint`.
+        arguments: Of `torch.utils.checkpoint.checkpoint`.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"checkpointing: {type(model).__name__} does not support gradient checkpointing")
-    arguments = {"use_reentrant": reentrant}
     # The new name came in with transformers 5.18; the old one warns from then on.
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=arguments)
@@ -103,14 +128,15 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
         return {"checkpointing": "off"}
     functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
     keywords = next((f.keywords for f in functions if isinstance(f, partial)), {})
-    return {"checkpointing": "layers", "checkpointing.reentrant": bool(keywords.get("use_reentrant", False))}
+    mode = "selective" if "context_fn" in keywords else "layers"
+    return {"checkpointing": mode, "checkpointing.reentrant": bool(keywords.get("use_reentrant", False))}
 
 
 TECHNIQUE = Technique(
     name="checkpointing",
     title="checkpointing",
     summary="keeps only the input of a segment of layers and computes the rest again in backward",
-    formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; costs one more forward, about a third",
+    formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; selective: as much again for attention",
     source="https://arxiv.org/abs/1604.06174",
     cost="what is dropped is computed twice: at most one more forward pass, about a third more computation",
     order=60,
@@ -118,8 +144,8 @@ TECHNIQUE = Technique(
         Option(
             "checkpointing",
             "off",
-            "layers: each layer; segments: every so many layers; input: only the first layer's input is kept",
-            ("off", "layers", "segments", "input"),
+            "layers: each; selective: but for attention; segments: every so many; input: all but the first input",
+            ("off", "layers", "selective", "segments", "input"),
         ),
         Option("checkpointing.every", 2, "layers in a segment", (2, 3, 4, 6, 8), True, 1, 10_000),
         Option("checkpointing.reentrant", False, "the older implementation of torch.utils.checkpoint", (False, True)),
@@ -127,6 +153,7 @@ TECHNIQUE = Technique(
     in_script="model.gradient_checkpointing_enable()",
     acts_on=(Category.ACTIVATIONS,),
     variants=(
+        {"checkpointing": "selective"},
         {"checkpointing": "layers"},
         {"checkpointing": "segments", "checkpointing.every": 3},
         {"checkpointing": "input"},
@@ -134,5 +161,6 @@ TECHNIQUE = Technique(
     ),
     key="k",
     apply=apply,
+    conflict=conflict,
     recognise=recognise,
 )
