@@ -294,3 +294,11 @@ def test_device_shares_when_nvml_sees_no_processes() -> None:
     assert found["context and others"] == (hidden.device_used_bytes or 0) - (hidden.reserved_bytes or 0)
     blind = replace(hidden, device_used_bytes=None)
     assert {s.title: s.bytes for s in shares(blind, 0, True)}["free"] is None
+
+
+async def test_the_header_shows_first_what_differs_from_the_run_before() -> None:
+    source = trained(2, lora=True, quantization="nf4", kv_cache=False)
+    source.start(lora=True, quantization="nf4", kv_cache=False, checkpointing="layers")
+    source.finish_step()
+    async with shown(source) as driver:
+        assert "B8×S256 checkpointing=layers" in driver.lines[0]

@@ -246,6 +246,14 @@ async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_o
         assert values == ["[off]", "layers", "~-20.0", "segments", "~-30.0", "input", "~-10.0"]
 
 
+async def test_a_small_terminal_says_that_there_is_more_below() -> None:
+    async with shown(trained(1), (60, 20)) as driver:
+        await driver.press("4")
+        assert "more below" in driver.text
+        await driver.press("end", *["down"] * 40)
+        assert "more below" not in driver.text
+
+
 async def test_why_qlora_can_need_more_than_lora_is_said_where_quantization_is_selected() -> None:
     async with shown(trained(1, lora=True, quantization="nf4"), (100, 40)) as driver:
         await driver.press("4")

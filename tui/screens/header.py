@@ -16,13 +16,23 @@ ROUTINE = ("batch_size", "seq_len", "rows", "steps", "seed")
 """Shown in another way, or without influence on memory."""
 
 
-def summary(config: RunConfig) -> str:
-    """Size of a batch, and every setting that is not the default."""
+def summary(config: RunConfig, before: RunConfig | None = None) -> str:
+    """Size of a batch, and every setting that is not the default.
+
+    Args:
+        config: Of the run.
+        before: Of the one before; what differs from it comes first, also where it is the default again.
+    """
     # Rows of one token are as a rule no tokens: a watched script's images.
     words = [f"B{config.batch_size}" + f"×S{config.seq_len}" * (config.seq_len > 1)]
-    for name, value in techniques.changed(config):
+    names = [name for name, _ in techniques.changed(config)]
+    if before is not None:
+        differ = [name for name in techniques.all_options() if name in before.options and config[name] != before[name]]
+        names = [*differ, *(name for name in names if name not in differ)]
+    for name in names:
         if name in ROUTINE:
             continue
+        value = config[name]
         words.append(name if value is True else f"{name}={show(value)}")
     return " ".join(words)
 
@@ -46,7 +56,14 @@ def header(state: ViewState, palette: Palette, width: int, frozen: bool = False)
         return row.add(shorten(config.model, room), palette.bold)
     model = shorten(config.model, max(room // 2, 12))
     row.add(model, palette.bold).add("  ")
-    return row.add(shorten(summary(config), room - len(model) - 2), palette.dim)
+    return row.add(shorten(summary(config, _before(state)), room - len(model) - 2), palette.dim)
+
+
+def _before(state: ViewState) -> RunConfig | None:
+    """The configuration of the run before the one on the screens."""
+    runs = state.run_list.runs
+    at = next((n for n, run in enumerate(runs) if run is state.shown), 0)
+    return runs[at - 1].config if at else None
 
 
 def status_text(state: ViewState) -> str:

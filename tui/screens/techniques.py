@@ -203,7 +203,7 @@ class TechniquesPage(Page):
         for i, line in enumerate(lines[self.top : self.top + body], self.top):
             rows.append(self._line(line, base, wanted, i == self.selected, width))
         rows += [Row()] * (body + 1 - len(rows))
-        return rows + self._about(lines[self.selected], wanted, width, below)
+        return rows + self._about(lines[self.selected], wanted, width, below, len(lines) - self.top - body)
 
     def _headings(self, width: int) -> Row:
         title, now, _, figures = _columns(width)
@@ -248,10 +248,11 @@ class TechniquesPage(Page):
                 row.add(f"{text:>{cells}}", dim if text == UNKNOWN else style)
         return row.add(" " * (width - row.width), style) if selected else row
 
-    def _about(self, line: Line, wanted: RunConfig, width: int, room: int) -> list[Row]:
-        """Values, what it does, in bytes, and where that is written; then what stands in the way."""
-        palette = self.palette
-        rows = [Row().add(("-" if palette.ascii else "─") * width, palette.dim), *self._values(line, wanted, width)]
+    def _about(self, line: Line, wanted: RunConfig, width: int, room: int, hidden: int) -> list[Row]:
+        """How many are out of sight; values, what it does, in bytes, where that is written; what stands in the way."""
+        palette, dash = self.palette, "-" if self.palette.ascii else "─"
+        more = f"{dash} {hidden} more below " if hidden > 0 else ""
+        rows = [Row().add(f"{more}{dash * (width - len(more))}", palette.dim), *self._values(line, wanted, width)]
         if problem := self._problem(line, wanted):
             rows += [Row().add(f" {text}", palette.busy) for text in wrap(problem, width - 2)]
         what = line.technique.summary if line.technique is not None and not line.detail else line.option.summary
