@@ -351,6 +351,7 @@ def test_inference_is_watched_without_an_optimizer(seen: Seen, capsys: pytest.Ca
 def test_a_loop_that_never_steps_costs_no_more_the_longer_it_is(seen: Seen, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its open step is published in parts, each traced anew."""
     monkeypatch.setattr(loop, "LONGEST_PART", 200)
+    monkeypatch.setattr(loop, "LEAST_PASSES", 2)
     model, optimizer = small_model()
     parts: list[int] = []
     publish = WatchedSource.publish

@@ -36,8 +36,8 @@ Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
 MORE_HELD = 1.01
 """If a step ends with so many times what any before has ended with, somebody new holds it."""
 
-LONGEST_PART = 100_000
-"""Marks after which a step that has not ended is published as far as it is, and traced anew from there."""
+LONGEST_PART, LEAST_PASSES = 10_000, 64
+"""Marks and forward passes after which a step that has not ended is published as far as it is, and traced anew."""
 
 MOST_MICRO_BATCHES = 2**15 - 1
 """That a mark can number; later ones count as the last."""
@@ -80,7 +80,7 @@ class WatchedLoop:
         self._phase_context: Any = None
         self._inside: weakref.ref[torch.nn.Module] | None = None
         self._has_batch = self._loss_is_share = False
-        self._micro_batch = self._forwards = self._rows = 0
+        self._micro_batch = self._forwards = self._rows = self._passes = 0
         self._tokens: int | None = None
         self._step_began_s = 0.0
         self._peak_before = self._highest = self._most_held_bytes = 0
@@ -199,7 +199,8 @@ class WatchedLoop:
         elif not self._optimizers and self._forwards:
             self._end_step(Phase.FORWARD)
         self._cache = id(cache) if cache is not None else None
-        if self._tracer.marks_in_step > LONGEST_PART:
+        self._passes += 1
+        if self._passes > LEAST_PASSES and self._tracer.marks_in_step > LONGEST_PART:
             self._leave_step(StepLeft(OPEN))
             self._trace_step()
 
@@ -270,7 +271,7 @@ class WatchedLoop:
         if recorder.always_on:
             self._highest = max(self._highest, recorder.peak_bytes()) if self._forwards else 0
             recorder.reset_peak()
-        self._peak_before = recorder.peak_bytes()
+        self._peak_before, self._passes = recorder.peak_bytes(), 0
         context = tracer.step(number, 1, self._source.publisher.wants(number), self._held)
         context.__enter__()
         self._step_context = context
