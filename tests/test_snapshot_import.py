@@ -54,7 +54,7 @@ class Recorded:
         self.plain = taken.snapshot()
         self.parameter_bytes = sum(p.nbytes for p in model.parameters())
         self.state_bytes = sum(t.nbytes for s in optimizer.state.values() for t in s.values())
-        self.peak_bytes, self.end_bytes = taken.peak_bytes(), taken.allocated_bytes()
+        self.peak_bytes, self.end_bytes = taken.peak_bytes, taken.allocated_bytes
 
 
 @pytest.fixture(scope="module")
