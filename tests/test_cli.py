@@ -182,7 +182,7 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["--once", "--hz", "nan"], "takes a number from 0.1 to 60"),
         (["exec", "--", ""], "exec: what is to be run?"),
         (["run", "--steps", "1e999"], "steps takes a whole number"),
-        (["run", "--set", "rows=1e9", "--seq-len", "1048576"], "of the host's memory"),
+        (["run", "--set", "rows=1e9", "--seq-len", "1048576"], "does not fit: 1000000000 rows"),
     ],
 )
 def test_bad_input_is_one_line_and_not_zero(
