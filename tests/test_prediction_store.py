@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from contextlib import closing
 from importlib import metadata
 from pathlib import Path
@@ -16,6 +17,7 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
+from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.prediction import known, prediction_store
 from gpumem_tui.engine.prediction import predict as predict_module
 from gpumem_tui.engine.prediction.disk_cache import DiskCache
@@ -25,6 +27,7 @@ from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_o
 from gpumem_tui.engine.prediction.predictor import Predictor
 
 from .conftest import small_run
+from .terminal import until
 
 H100 = gpu("H100 80GB")
 
@@ -108,6 +111,17 @@ def test_the_app_has_at_once_what_the_command_line_has_worked_out(kept: Path, mo
         assert predictor.wait(60)
         answer = predictor.get(small_run())
     assert isinstance(answer, Prediction) and answer.peak_bytes == first.peak_bytes
+
+
+def test_what_is_known_does_not_wait_for_what_is_not(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    known.predicted(small_run(), H100)
+    busy = threading.Event()
+    monkeypatch.setattr(Predictor, "_ask", lambda *_: busy.wait(60) and UserError("never worked out"))
+    with closing(Predictor(H100)) as predictor:
+        predictor.want([small_run(batch_size=3), small_run()])
+        until(lambda: predictor.answers() == 1)
+        assert isinstance(predictor.get(small_run()), Prediction)
+        busy.set()
 
 
 def test_the_command_line_has_what_the_app_has_worked_out(kept: Path) -> None:

@@ -55,6 +55,7 @@ class Predictor:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._store = gpu, PredictionStore(gpu)
         self._known: dict[str, Answer] = {}
+        self._looked_up: set[str] = set()
         self._wanted: list[tuple[RunConfig, bool]] = []
         self._changed = threading.Condition()
         self._closed = False
@@ -111,20 +112,34 @@ class Predictor:
                 self._changed.wait_for(lambda: self._wanted or self._closed)
                 if self._closed:
                     return
-                config, _ = self._wanted[0]
+                wanted = [config for config, _ in self._wanted]
+            self._look_up(wanted)
+            if memory_key(wanted[0]) in self._known:
+                continue
             began = time.monotonic()
-            answer = self._ask(config)
+            self._learn(wanted[0], self._ask(wanted[0]))
             rest_s = min(LONGEST_REST_S, (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1))
             with self._changed:
-                self._known[memory_key(config)] = answer
-                self._wanted = [other for other in self._wanted if memory_key(other[0]) not in self._known]
-                self._changed.notify_all()
                 self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
 
+    def _look_up(self, wanted: Sequence[RunConfig]) -> None:
+        """Learn what others have worked out: of every wish when it is new, and of the next one as it is now."""
+        for nth, config in enumerate(wanted):
+            key = memory_key(config)
+            if key in self._known or (nth and key in self._looked_up):
+                continue
+            self._looked_up.add(key)
+            found = self._store.get(config)
+            if found is not None:
+                self._learn(config, found)
+
+    def _learn(self, config: RunConfig, answer: Answer) -> None:
+        with self._changed:
+            self._known[memory_key(config)] = answer
+            self._wanted = [other for other in self._wanted if memory_key(other[0]) not in self._known]
+            self._changed.notify_all()
+
     def _ask(self, config: RunConfig) -> Answer:
-        known = self._store.get(config)
-        if known is not None:
-            return known
         process = self._started()
         if self._closed:  # `close` may have looked for it before it was there
             process.kill()
