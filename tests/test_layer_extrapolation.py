@@ -15,7 +15,7 @@ from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.layers import Layers
-from gpumem_tui.engine.prediction.predict import Rehearsal, rehearse
+from gpumem_tui.engine.prediction.rehearsal import Rehearsal, rehearse
 from gpumem_tui.profiles import model_profile, run_fields
 
 H100 = gpu("H100 80GB")

@@ -19,9 +19,10 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu, gpus, understand
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
-from gpumem_tui.engine.prediction.predict import predict, rehearse
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.predictor import Predictor
 from gpumem_tui.engine.prediction.reduction import scratch_bytes
+from gpumem_tui.engine.prediction.rehearsal import rehearse
 from gpumem_tui.engine.prediction.search import largest, largest_that_fit
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields

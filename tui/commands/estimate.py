@@ -154,9 +154,10 @@ def _largest(document: dict[str, Any]) -> str:
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
     """The memory calculator's table, every figure from a prediction."""
-    from ...engine.prediction.predict import calculator
+    from ...engine.prediction.calculator import calculator
 
-    rows = calculator(config, card)
+    rows = calculator(config, telling(predicted, card), card)
+    end_progress()
     with ExitStack() as results:
         if target:
             batch = {"batch_size": config.batch_size, "seq_len": config.seq_len}

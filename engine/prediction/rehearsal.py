@@ -1,0 +1,253 @@
+"""Know before you run: the very same loop over fake tensors, on a modelled GPU.
+
+    plan        the run's, on the device `cpu:0`; of equal layers only a few (`shortened`)
+    recorder    FakeCuda: what operators return, and what CUDA's kernels take beside it
+    build, train, Tracer, hooks, Ledger: those of a measured run
+    requests      what they ask the allocator for; with all layers again (`extrapolate`)
+    allocator   CachingAllocator: blocks, slack and segments (`play`)
+
+Nothing is computed and nothing is read but the model's configuration.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import os
+import warnings
+from dataclasses import dataclass
+
+from ..config import RunConfig, UserError, one_line
+from ..events import Phase, Recompute, StepTrace
+from ..ledger import strip_wrappers
+from ..tracing import owners
+from ..tracing.tracer import Tracer
+from ..train import StepResult, loaded, train
+from ..workload import Plan, numel, prepare
+from . import bitsandbytes_cuda
+from .alloc_requests import AllocRequests
+from .allocator_replay import Replayed, play
+from .caching_allocator import CachingAllocator, OutOfMemoryError
+from .cuda_kernels import kernels, take_workspaces
+from .cuda_patches import cuda_paths, sets_in_order
+from .fake_cuda import DEVICE, FakeCuda
+from .gpus import Gpu
+from .layer_extrapolation import extrapolate
+from .layer_passes import UnlikeError
+from .layers import Layers, shortened
+from .libraries_loading import libraries_loading
+from .op_cache import op_cache
+from .outcome import Verdict, safe_bound_bytes
+from .steady_state import repeat
+
+STEPS = 2
+"""Enough for the steady state: the second step runs beside what the first has left."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rehearsal:
+    """What a run over fake tensors leaves behind: the same as a measured one.
+
+    Attributes:
+        traces: Loading, then each step.
+        steps: Results of the steps; losses and times mean nothing.
+        recomputes: Of all steps.
+        parameters: In the model.
+        trainable_parameters: Those with gradients.
+        workspace_bytes: Of cuBLAS.
+        managed_bytes: Of paged optimizers.
+        reserved_bytes: The most the allocator held.
+        expandable_bytes: The most it held with expandable segments; None: not asked.
+        verdict: Whether it goes through in the GPU's memory.
+        max_positions: Tokens in a row that the model was made for; 0: not said.
+        traced_layers: How many layers were traced to know of all; None: each.
+    """
+
+    traces: list[StepTrace]
+    steps: list[StepResult]
+    recomputes: list[Recompute]
+    parameters: int
+    trainable_parameters: int
+    workspace_bytes: int
+    managed_bytes: int
+    reserved_bytes: int
+    expandable_bytes: int | None
+    verdict: Verdict
+    max_positions: int
+    traced_layers: int | None
+
+
+def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool = False) -> Rehearsal:
+    """Load and train over fake tensors.
+
+    Args:
+        config: The run.
+        gpu: Where it would run.
+        steps: How many to go through, from 2 on.
+        every_layer: Trace each layer, also those that are alike. The result is
+            the same and takes longer.
+
+    Raises:
+        UserError: What a run would refuse as well, or an operator of the model
+            has no shape without data.
+    """
+    config = dataclasses.replace(config, steps=steps)
+    plan = planned(config)
+    short, layers = (plan, None) if every_layer else shortened(plan)
+    gc.freeze()  # so that collecting afterwards looks at what was made here only
+    try:
+        return _Rehearsing(config, gpu, short, layers).run()
+    except UnlikeError:
+        return _Rehearsing(config, gpu, plan, None).run()
+    except UserError:
+        raise
+    except Exception as error:  # whatever a library says to this model and these settings
+        raise UserError(f"{config.model}: this cannot be predicted: {one_line(error)}") from error
+    finally:
+        gc.collect()
+        gc.unfreeze()
+
+
+def planned(config: RunConfig) -> Plan:
+    """A run of shapes only, whose every kernel is known."""
+    with libraries_loading():
+        plan = prepare(config, DEVICE, shapes_only=True)
+    if bitsandbytes_cuda.PACKAGE in plan.recipe.libraries:
+        bitsandbytes_cuda.refuse_unknown()
+    return plan
+
+
+class _Rehearsing:
+    """One pass of the loop.
+
+    Args:
+        config: With the number of steps to go through.
+        gpu: Where it would run.
+        plan: What to build; of fewer layers, if some stand for others.
+        layers: Which those are.
+    """
+
+    def __init__(self, config: RunConfig, gpu: Gpu, plan: Plan, layers: Layers | None) -> None:
+        self.config, self.gpu, self.plan, self.layers = config, gpu, plan, layers
+        self.traces: list[StepTrace] = []
+        self.steps: list[StepResult] = []
+        self.recomputes: list[Recompute] = []
+
+    def run(self) -> Rehearsal:
+        """Rehearse, and give every block its place."""
+        recorder = FakeCuda(kernels(self.gpu))
+        # No step is described: another mode on top would change what the model of CUDA sees of references.
+        tracer = Tracer(recorder, self._keep, self.recomputes.append, float("inf"), described=-1)
+        try:
+            with (
+                cuda_paths(self.gpu, recorder, self.plan.recipe.libraries, self._times),
+                sets_in_order(self.plan.shell),
+                op_cache().mode,
+                recorder,
+            ):
+                recorder.workspaces = take_workspaces(self.gpu, recorder)
+                workspace = recorder.allocated_bytes()
+                counts = self._train(tracer, recorder)
+        finally:
+            tracer.release()
+        requests = AllocRequests(
+            recorder.rows(),
+            list(zip(recorder.starts, self.traces, strict=True)),
+            self.recomputes,
+            recorder.inputs,
+        )
+        if self.layers is not None:
+            requests = extrapolate(requests, self.layers)
+        played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
+        verdict, expandable = _verdict(requests, int(played.allocated.max()), reserved, self.gpu)
+        return Rehearsal(
+            traces=played.traces,
+            steps=[_counted(step, n, requests, played) for n, step in enumerate(self.steps, 1)],
+            recomputes=played.recomputes,
+            parameters=counts[0],
+            trainable_parameters=counts[1],
+            workspace_bytes=workspace,
+            managed_bytes=counts[2],
+            reserved_bytes=reserved,
+            expandable_bytes=expandable,
+            verdict=verdict,
+            max_positions=self.plan.positions,
+            traced_layers=self.layers.traced if self.layers else None,
+        )
+
+    def _keep(self, trace: StepTrace) -> None:
+        if not trace.is_open:
+            self.traces.append(trace)
+
+    def _times(self, name: str) -> int:
+        """How many parameters the named one stands for."""
+        return self.layers.times(strip_wrappers(name)) if self.layers else 1
+
+    def _train(self, tracer: Tracer, recorder: FakeCuda) -> tuple[int, int, int]:
+        """Returns the parameters, those trained, and the bytes in managed memory."""
+
+        def on_step(result: StepResult) -> None:
+            self.steps.append(result)
+            if result.step == self.config.steps:  # while the loop still holds what it holds between steps
+                recorder.close()
+                tracer.settle()
+
+        with loaded(self.plan, tracer) as workload, warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
+            train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
+        names = {parameter: name for name, parameter in workload.model.named_parameters()}
+        sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]
+        managed = sum(
+            self._times(names[parameter]) * owners.paged_bytes([state])
+            for parameter, state in workload.optimizer.state.items()
+        )
+        return (
+            sum(times * size for times, size, _ in sizes),
+            sum(times * size for times, size, trained in sizes if trained),
+            managed,
+        )
+
+
+def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replayed) -> StepResult:
+    """A step's result with the allocator's counters."""
+    start, trace = requests.traces[nth]
+    row = start + max(span.end for span in trace.phases if span.phase is Phase.OPTIMIZER) - 1
+    counted = played.traces[nth].counted
+    assert counted is not None and counted.peak_bytes is not None
+    return dataclasses.replace(
+        step,
+        allocated_bytes=int(played.allocated[row]),
+        peak_bytes=counted.peak_bytes,
+        reserved_bytes=int(played.reserved[row]),
+    )
+
+
+def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Replayed, int]:
+    """Play requests, and one more step, to an allocator that has not been used; also returns the most it held."""
+    played = play(requests, allocator)
+    repeat(allocator, *played.traces[-2:])
+    return played, allocator.peak_reserved_bytes
+
+
+def _verdict(requests: AllocRequests, peak_bytes: int, reserved_bytes: int, gpu: Gpu) -> tuple[Verdict, int | None]:
+    """True if requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
+    margin = safe_bound_bytes(peak_bytes) - peak_bytes
+    capacity = gpu.available_bytes - margin
+    if peak_bytes > capacity:
+        return Verdict.TOO_LARGE, None
+    if reserved_bytes <= capacity:
+        return Verdict.FITS, None
+    if _expandable_segments():
+        return Verdict.FRAGMENTED, reserved_bytes
+    _, expandable = _replay(requests, CachingAllocator(expandable=True))
+    try:
+        _replay(requests, CachingAllocator(capacity))
+    except OutOfMemoryError:
+        return Verdict.FRAGMENTED, expandable
+    return Verdict.TIGHT, expandable
+
+
+def _expandable_segments() -> bool:
+    """True if PyTorch is told to use them, as it would be for the run."""
+    told = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
+    return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
