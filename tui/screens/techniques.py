@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
@@ -261,11 +262,11 @@ class TechniquesPage(Page):
             texts = [(caution, palette.busy), *texts]
         if line.technique is not None:
             texts += [(line.technique.formula, palette.dim)] if not line.detail else []
+        verdict = self._verdict(width)
         for text, style in texts:
-            rows += [Row().add(f" {part}", style) for part in wrap(text, width - 2)[:2]]
+            rows += [Row().add(f" {part}", style) for part in _whole(text, width - 2, room - len(verdict) - len(rows))]
         if line.technique is not None and len(rows) < room - 1:
             rows.append(Row().add(f" {shorten(line.technique.source, width - 2)}", palette.off))
-        verdict = self._verdict(width)
         rows = rows[: room - len(verdict)]
         rows += [Row()] * (room - len(verdict) - len(rows))
         return rows + verdict
@@ -371,6 +372,16 @@ class TechniquesPage(Page):
             return f"{whose}{waiting}"
         elsewhere = "this run is on a CPU; another GPU: gpumem-tui config set gpu=NAME"
         return f"{whose} with its libraries' workspace{waiting}; {elsewhere}"
+
+
+def _whole(text: str, width: int, rows: int) -> list[str]:
+    """As much of a sentence as there is room for, up to the end of a clause."""
+    clauses = re.split(r"(?<=[;:]) ", text)
+    for n in range(len(clauses), 0, -1):
+        lines = wrap(" ".join(clauses[:n]).rstrip(";:"), width)
+        if len(lines) <= rows:
+            return lines
+    return []
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
