@@ -7,6 +7,7 @@ backward hook makes a launch-bound step 1.5 times slower.
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -29,6 +30,9 @@ class Tagger(Protocol):
 
     last_node: int
     """The node of the graph that was tagged last, by its sequence number."""
+
+    last_plain: tuple[Callable[[], torch.Tensor | None], int]
+    """The last output that required no gradient, not held, and the module that it is of."""
 
     def name(self, name: str) -> int:
         """The index of a name, made if new."""
@@ -135,8 +139,13 @@ def _leave(
             tagger.own(Category.LOGITS_LOSS, LOGITS, made)
         node = made.grad_fn
         if node is None:
-            if made.requires_grad and not recomputing:
-                tagger.leaf(f"{tagger.name_of(index)}.output", made)
+            if not made.requires_grad:
+                tagger.last_plain = weakref.ref(made), index
+            elif not recomputing:
+                # A hook of the module that made it ran after this one and had it require gradients:
+                # it is seen when a module that changes nothing, such as a dropout of 0, hands it on.
+                before, maker = tagger.last_plain
+                tagger.leaf(f"{tagger.name_of(maker if before() is made else index)}.output", made)
         # The model itself ends in the loss, which the loop has tagged already; a
         # container that ends in one of its modules leaves the node to that one.
         elif index and node._sequence_nr() != tagger.last_node:

@@ -66,6 +66,7 @@ class Tracer:
     Attributes:
         tagging: Whether a step is being traced.
         last_node: The node of the graph that a hook tagged last.
+        last_plain: The last output that required no gradient, and the module that it is of.
         phase_now: What the loop is doing, traced or not.
         failed_in: The phase that an exception ended.
         step_now: The step under way.
@@ -86,6 +87,7 @@ class Tracer:
         self.recorder = recorder
         self.tagging = False
         self.last_node = -1
+        self.last_plain: tuple[Callable[[], torch.Tensor | None], int] = (lambda: None, 0)
         self.phase_now = Phase.IDLE
         self.failed_in = Phase.IDLE
         self.step_now = 0
