@@ -24,7 +24,7 @@ from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.weights import bits
 from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
-from gpumem_tui.engine.weights.measure import TensorReport
+from gpumem_tui.engine.weights.report import TensorReport
 from gpumem_tui.engine.weights.schemes import registry
 from gpumem_tui.engine.weights.totals import propose
 from gpumem_tui.engine.workload import build, prepare
@@ -131,13 +131,13 @@ def test_a_tensor_in_parts_is_as_far_off_as_the_library_has_it_in_one_call(tmp_p
     assert set(AT_ONCE) == set(registry()) - {"int8-quantile-tensor"}
     weights = heavy_tailed()
     error = (weights - AT_ONCE[key](weights)).double()
-    found = measured(tmp_path, weights, key).fidelity[key]
+    found = measured(tmp_path, weights, key).schemes[key]
     assert found.rmse == pytest.approx(float(error.square().mean().sqrt()), rel=2e-4)
     assert found.largest_error == pytest.approx(float(error.abs().max()), rel=1e-3)
 
 
 def test_quantile_levels_are_used_alike(tmp_path: Path) -> None:
-    found = measured(tmp_path, normal(), "int8-quantile-tensor").fidelity["int8-quantile-tensor"]
+    found = measured(tmp_path, normal(), "int8-quantile-tensor").schemes["int8-quantile-tensor"]
     assert (found.levels_used, found.levels) == (256, 256)
     assert found.entropy_bits > 7.99
     assert found.wasted_bits == pytest.approx(8 - found.entropy_bits)
@@ -224,10 +224,10 @@ def test_normal_weights_with_outliers_as_published(tmp_path: Path) -> None:
     found = measured(tmp_path, with_outliers(4096, 4096), *PUBLISHED, "int8-quantile-tensor", exact=False)
     for key in PUBLISHED.keys() & HERE.keys():
         sqnr, entropy = PUBLISHED[key]
-        assert found.fidelity[key].sqnr_db == pytest.approx(sqnr, abs=0.1), key
-        assert found.fidelity[key].entropy_bits == pytest.approx(entropy, abs=0.02), key
-    assert found.distribution.kurtosis > 20
-    assert found.distribution.largest_sigma > 60
+        assert found.schemes[key].sqnr_db == pytest.approx(sqnr, abs=0.1), key
+        assert found.schemes[key].entropy_bits == pytest.approx(entropy, abs=0.02), key
+    assert found.kurtosis > 20
+    assert found.largest_sigma > 60
 
 
 def test_nf4_against_affine_int4_depends_on_the_block(tmp_path: Path) -> None:
@@ -237,7 +237,7 @@ def test_nf4_against_affine_int4_depends_on_the_block(tmp_path: Path) -> None:
     torch.manual_seed(0)
     weights = torch.distributions.StudentT(30.0).sample((1024, 4096)) * 0.02
     keys = {128: "nf4-block128", 64: "nf4", 32: "nf4-block32"}
-    found = measured(tmp_path, weights, *keys.values(), *(f"int4-affine-block{block}" for block in keys)).fidelity
+    found = measured(tmp_path, weights, *keys.values(), *(f"int4-affine-block{block}" for block in keys)).schemes
     ratios = [found[f"int4-affine-block{block}"].rmse / found[key].rmse for block, key in keys.items()]
     assert ratios == pytest.approx([1.074, 1.009, 0.942], abs=0.004)
 
@@ -251,10 +251,10 @@ def test_a_sample_is_within_a_tenth_of_a_decibel(tmp_path: Path, weights: Draw, 
     drawn = weights().to(dtype)
     sampled, exact = (measured(tmp_path, drawn, exact=exact) for exact in (False, True))
     for key in HERE:
-        assert sampled.fidelity[key].sqnr_db == pytest.approx(exact.fidelity[key].sqnr_db, abs=0.1), key
-    assert sampled.distribution.std == pytest.approx(exact.distribution.std, rel=0.02)
-    assert sampled.distribution.high == exact.distribution.high == drawn.max()
-    assert sampled.distribution.low == exact.distribution.low == drawn.min()
+        assert sampled.schemes[key].sqnr_db == pytest.approx(exact.schemes[key].sqnr_db, abs=0.1), key
+    assert sampled.std == pytest.approx(exact.std, rel=0.02)
+    assert sampled.high == exact.high == drawn.max()
+    assert sampled.low == exact.low == drawn.min()
 
 
 @given(
@@ -287,16 +287,16 @@ def test_any_shape_and_float_is_measured(tmp_path: Path, shape: tuple[int, ...],
     drawn = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8).to(dtype)
     found = measured(tmp_path, drawn, exact=False)
     assert found.shape == shape
-    assert found.distribution.mean == pytest.approx(float(drawn.double().mean()), abs=1e-4)
+    assert found.mean == pytest.approx(float(drawn.double().mean()), abs=1e-4)
     for key in HERE:
-        assert (key in found.fidelity) != (key in found.unsuited)
-        if key in found.fidelity:
-            assert sum(found.fidelity[key].shares) == pytest.approx(1)
-            assert found.fidelity[key].entropy_bits > 0 or found.fidelity[key].levels_used == 1
+        assert (key in found.schemes) != (key in found.unsuited)
+        if key in found.schemes:
+            assert sum(found.schemes[key].shares) == pytest.approx(1, abs=1e-3)
+            assert found.schemes[key].entropy_bits > 0 or found.schemes[key].levels_used == 1
 
 
 def test_weights_that_are_all_zero_come_back_as_zero(tmp_path: Path) -> None:
-    for found in measured(tmp_path, torch.zeros(8, 256)).fidelity.values():
+    for found in measured(tmp_path, torch.zeros(8, 256)).schemes.values():
         assert (found.rmse, found.sqnr_db, found.levels_used, found.entropy_bits) == (0, None, 1, 0)
 
 
@@ -317,12 +317,12 @@ def test_training_makes_outliers_and_they_cost_a_whole_tensors_scale_most(tmp_pa
     workload.model.save_pretrained(tmp_path)
     trained = [r for r in reports(open_checkpoint(str(tmp_path)).tensors, schemes) if "layers" in r.name]
     for report in trained:
-        assert 2.9 < before[report.name].distribution.kurtosis < 3.1
-    assert max(report.distribution.kurtosis for report in trained) > 3.5
+        assert 2.9 < before[report.name].kurtosis < 3.1
+    assert max(report.kurtosis for report in trained) > 3.5
     if "int8-absmax-tensor" in HERE:
         lost = {
             scheme.key: max(
-                (before[r.name].fidelity[scheme.key].sqnr_db or 0) - (r.fidelity[scheme.key].sqnr_db or 0)
+                (before[r.name].schemes[scheme.key].sqnr_db or 0) - (r.schemes[scheme.key].sqnr_db or 0)
                 for r in trained
             )
             for scheme in schemes
@@ -369,14 +369,15 @@ def test_the_document_names_every_tensor_and_scheme(tmp_path: Path, capsys: pyte
 
 def test_a_line_a_tensor_holds_what_its_pictures_need(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["weights", "--profile", "tiny", "--schemes", "nf4", "--jsonl"]) == 0
-    *tensors, total = map(json.loads, capsys.readouterr().out.splitlines())
-    assert len(tensors) == total["total"]["tensors"] + len(total["kept"])
-    levels = tensors[1]["levels"]["nf4"]
-    assert len(levels["shares"]) == len(levels["values"]) == 16
-    assert levels["values"] == sorted(levels["values"])
-    assert sum(levels["shares"]) == pytest.approx(1, abs=1e-3)
-    assert sum(tensors[1]["density"]) == pytest.approx(1, abs=0.01)
-    assert total["random"]
+    head, *tensors, end = map(json.loads, capsys.readouterr().out.splitlines())
+    assert [head["kind"], *(line["kind"] for line in tensors), end["kind"]] == ["model", *["tensor"] * 26, "end"]
+    assert (head["tensors"], head["random"], len(end["kept"])) == (26, True, 2)
+    report = tensors[1]["report"]
+    nf4 = report["schemes"]["nf4"]
+    assert len(nf4["shares"]) == len(nf4["level_values"]) == 16
+    assert nf4["level_values"] == sorted(nf4["level_values"])
+    assert sum(nf4["shares"]) == pytest.approx(1, abs=1e-3)
+    assert sum(report["density"]) == pytest.approx(1, abs=0.01)
 
 
 def test_the_table_says_what_is_kept_and_why(capsys: pytest.CaptureFixture[str]) -> None:

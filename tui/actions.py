@@ -5,6 +5,7 @@ Screens list the actions of their own; those here hold on every screen.
 
 from __future__ import annotations
 
+import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
@@ -204,8 +205,11 @@ _SHOWN = {
 
 
 def shown_keys(actions: Iterable[Action]) -> str:
-    """Keys for reading: `↑ ↓`."""
-    return " ".join(_SHOWN.get(key, key) for action in actions for key in action.keys)
+    """Keys for reading: `↑ ↓`, and of digits in a row `1…7`."""
+    keys = [_SHOWN.get(key, key) for action in actions for key in action.keys]
+    if len(keys) > 2 and "".join(keys) in string.digits:
+        return f"{keys[0]}…{keys[-1]}"
+    return " ".join(keys)
 
 
 def help_lines(actions: Iterable[Action]) -> list[tuple[str, str]]:

@@ -23,6 +23,7 @@ from .screens.progress import progress
 from .screens.step import StepPage
 from .screens.techniques import TechniquesPage
 from .screens.tour import Tour
+from .screens.weights import WeightsPage
 from .settings import Settings
 from .state import ViewState
 from .units import shorten
@@ -31,7 +32,7 @@ MIN_WIDTH, MIN_HEIGHT = 60, 20
 NAMED_WIDTH = 80
 """Columns from which the footer names every screen, and not only the one that is on."""
 
-KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, ComparePage, EventsPage)
+KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, ComparePage, EventsPage, WeightsPage)
 """The screens, in the order of their digits."""
 
 ASCII = str.maketrans({**dict(zip("…–·↑↓×─│▲◆", "~--^vx-|^*", strict=True)), "→": "->", "←": "<-"})
@@ -79,7 +80,7 @@ class Board:
         )  # fmt: skip
         self.tour: Tour | None = None
         self.question = ""
-        self._moved: tuple[int | None, float | None] = (None, None)
+        self._moved: tuple[object, ...] = ()
         self.frozen = False
         self.rate = ""
         self._kept = Kept()
@@ -135,9 +136,9 @@ class Board:
             page.turned()
 
     def moved(self) -> bool:
-        """True if there is more of what is worked on, predictions or saving, since this was asked last."""
+        """True if there is more of what is worked on, predictions, saving, measuring, since this was asked last."""
         saving, before = self.control.saving, self._moved
-        self._moved = self.control.answers, saving.work.share if saving is not None else None
+        self._moved = (self.control.answers, saving.work.share if saving is not None else None, self.page.progress())
         return self._moved != before
 
     def repaint(self, palette: Palette) -> None:

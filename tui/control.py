@@ -262,6 +262,17 @@ class Control:
         elif self._start(base.with_({option.name: value})):
             self.state.say(f"{option.name}: {show(base[option.name])} → {show(value)}, restarting (z goes back)")
 
+    def change(self, changes: Mapping[str, Value]) -> None:
+        """Restart with some settings changed at once."""
+        base = self.base()
+        if base is None:
+            self.state.say("no run has started yet")
+        elif base.with_(changes) == base:
+            self.state.say("the run has these settings already")
+        elif self._start(base.with_(changes)):
+            said = ", ".join(f"{name} {show(value)}" for name, value in changes.items() if base[name] != value)
+            self.state.say(f"{said}, restarting (z goes back)")
+
     def go_back(self) -> None:
         """Restart with the configuration before the last change."""
         if not self._before:

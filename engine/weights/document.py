@@ -1,80 +1,74 @@
-"""What was measured, as JSON: one document of a model, or a line for each tensor as it is measured."""
+"""A model measured: entries as they become known, and all of them as one document."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import numpy as np
-from numpy.typing import NDArray
+import msgspec
 
-from .measure import Fidelity, TensorReport
+from .report import Entry, Measured, ModelEnd, ModelHead, TensorReport, figures
 from .scheme import Scheme
+from .tensors import ModelWeights, geometry
 from .totals import propose, total
 
 SCHEMA = "gpumem-weights/1"
 
 
-def tensor_entry(report: TensorReport) -> dict[str, Any]:
-    """A tensor's figures."""
-    weights = report.distribution
-    return {
-        "name": report.name,
-        "shape": list(report.shape),
-        "dtype": report.dtype,
-        "parameters": report.parameters,
-        "mean": weights.mean,
-        "std": weights.std,
-        "kurtosis": weights.kurtosis,
-        "largest_sigma": weights.largest_sigma,
-        "min": weights.low,
-        "max": weights.high,
-        "schemes": {key: _fidelity(found) for key, found in report.fidelity.items()},
-        **({"unsuited": dict(report.unsuited)} if report.unsuited else {}),
-    }
+def entries(name: str, weights: ModelWeights, schemes: Sequence[Scheme], exact: bool) -> Iterator[Entry]:
+    """Measure a model; what is yielded first says what there is to come.
+
+    Raises:
+        UserError: A tensor cannot be read, or holds NaN or an infinity.
+    """
+    import torch
+
+    from .lens import reports
+    from .quantizable import among, quantizable_modules
+
+    torch.set_num_threads(1)  # tensors are measured side by side
+    unavailable = {scheme.key: why for scheme in schemes if (why := scheme.unavailable) is not None}
+    yield ModelHead(
+        model=name,
+        random=weights.random,
+        exact=exact,
+        tensors=len(weights.tensors),
+        parameters=sum(geometry(tensor).numel for tensor in weights.tensors),
+        vectors=weights.vectors,
+        left_out=dict(weights.left_out),
+        unavailable=unavailable,
+    )
+    names = [tensor.name for tensor in weights.tensors]
+    with ThreadPoolExecutor(1) as beside:
+        modules = beside.submit(quantizable_modules, weights.config)
+        for report in reports(weights.tensors, [s for s in schemes if s.key not in unavailable], exact):
+            yield Measured(report=report)
+        quantized = among(modules.result(), names)
+    kept = () if quantized is None else tuple(name for name in names if name not in quantized)
+    yield ModelEnd(architecture_known=quantized is not None, kept=kept)
 
 
-def _fidelity(found: Fidelity) -> dict[str, Any]:
-    entry = {
-        "bits_per_parameter": found.bits_per_parameter,
-        "bytes": found.storage_bytes,
-        "sqnr_db": found.sqnr_db,
-        "rmse": found.rmse,
-        "relative_rmse": found.relative_rmse,
-        "largest_error": found.largest_error,
-        "levels_used": found.levels_used,
-        "levels": found.levels,
-        "entropy_bits": found.entropy_bits,
-        "wasted_bits": found.wasted_bits,
-    }
-    return entry if found.scales_sqnr_db is None else entry | {"scales_sqnr_db": found.scales_sqnr_db}
+def document(found: Iterable[Entry], schemes: Sequence[Scheme]) -> dict[str, Any]:
+    """What was measured, together."""
+    made: dict[str, Any] = {"schema": SCHEMA}
+    reports: list[TensorReport] = []
+    for entry in found:
+        if isinstance(entry, Measured):
+            reports.append(entry.report)
+        elif isinstance(entry, ModelHead | ModelEnd):
+            made |= {key: value for key, value in msgspec.to_builtins(entry).items() if key != "kind"}
+    kept = set(made["kept"])
+    made["total"] = total_entry([report for report in reports if report.name not in kept], schemes)
+    made["tensors"] = [figures(report) | {"quantized": report.name not in kept} for report in reports]
+    return made
 
 
-def picture_entry(report: TensorReport) -> dict[str, Any]:
-    """What its pictures are drawn from: its density, and by scheme the share and the value of every level."""
-    return {
-        "density": _short(report.distribution.density),
-        "levels": {
-            key: {"shares": _short(found.shares), "values": _short(found.level_values)}
-            for key, found in report.fidelity.items()
-        },
-    }
-
-
-def _short(values: NDArray[np.float64]) -> list[float | None]:
-    """To four digits; None: not a number."""
-    return [None if math.isnan(value) else float(f"{value:.4g}") for value in values.tolist()]
-
-
-def total_entry(reports: Sequence[TensorReport], schemes: Iterable[Scheme]) -> dict[str, Any]:
-    """The tensors that are quantized, together, and under the schemes a run can have what to keep in 16 bit."""
-    schemes = list(schemes)
+def total_entry(reports: Sequence[TensorReport], schemes: Sequence[Scheme]) -> dict[str, Any]:
+    """The tensors that are quantized, together; under the schemes a run can have, what to keep in 16 bit."""
     added = ((scheme.key, total(reports, scheme)) for scheme in schemes)
     totals = {key: found.as_entry() for key, found in added if found is not None}
-    keep = {
-        scheme.key: found.as_entry() for scheme in schemes if scheme.setting and (found := propose(reports, scheme))
-    }
+    keep = {scheme.key: kept.as_entry() for scheme in schemes if scheme.setting and (kept := propose(reports, scheme))}
     return {
         "tensors": len(reports),
         "parameters": sum(report.parameters for report in reports),

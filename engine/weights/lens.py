@@ -7,10 +7,11 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from threading import Event
 from typing import TYPE_CHECKING, TypeVar
 
+import msgspec
 import numpy as np
 from numpy.typing import NDArray
 
@@ -20,7 +21,7 @@ from .survey import Survey, survey
 from .tensors import WeightTensor
 
 if TYPE_CHECKING:
-    from .measure import TensorReport
+    from .report import TensorReport
     from .scheme import Scheme
 
 T = TypeVar("T")
@@ -62,7 +63,7 @@ def reports(tensors: Sequence[WeightTensor], schemes: Sequence[Scheme], exact: b
                 key = _alike(tensor)
                 if key not in known:
                     known[key] = next(measured)
-                yield replace(known[key], name=tensor.name)
+                yield msgspec.structs.replace(known[key], name=tensor.name)
         finally:
             left.set()
             pool.shutdown(cancel_futures=True)

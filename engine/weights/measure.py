@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -11,94 +11,13 @@ import torch
 from numpy.typing import NDArray
 
 from .bits import RUN
-from .scheme import Piece, Scheme, piece_of
+from .piece import Piece, piece_of
+from .report import Fidelity, TensorReport, known, short
+from .scheme import Scheme
 from .survey import Part, Survey
+from .totals import decibels
 
-DENSITY_BINS = 256
-
-
-@dataclass(frozen=True, slots=True)
-class Fidelity:
-    """A tensor under one scheme.
-
-    Attributes:
-        storage_bytes: What it takes, with every constant.
-        bits_per_parameter: The same, a weight.
-        sqnr_db: Signal to quantization noise, 10 log10(sum w² / sum (w - w')²); None: there is no noise.
-        rmse: Root of the mean squared error, in the weights' own unit.
-        relative_rmse: The same over the root of the weights' mean square.
-        largest_error: Of all weights measured.
-        levels_used: Levels that any weight measured is stored as.
-        levels: That there are.
-        entropy_bits: Of the codes: what the weights would take at least, stored as these codes.
-        wasted_bits: Of a code, beyond that.
-        scales_sqnr_db: Double quantization's own: of the scales themselves; None elsewhere.
-        shares: Of the weights at each level, from the lowest [levels].
-        level_values: The mean weight that each level is restored to [levels]; NaN: not used.
-    """
-
-    storage_bytes: int
-    bits_per_parameter: float
-    sqnr_db: float | None
-    rmse: float
-    relative_rmse: float
-    largest_error: float
-    levels_used: int
-    levels: int
-    entropy_bits: float
-    wasted_bits: float
-    scales_sqnr_db: float | None
-    shares: NDArray[np.float64]
-    level_values: NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class Distribution:
-    """A tensor's weights as they are.
-
-    Attributes:
-        mean: Of the weights.
-        std: Their standard deviation.
-        kurtosis: Fourth moment over the square of the second: 3 where they are normal.
-        largest_sigma: The largest distance from the mean, in standard deviations.
-        low: The smallest weight, at most 0.
-        high: The largest, at least 0.
-        density: Share of the weights in each of DENSITY_BINS equal bins from low to high.
-    """
-
-    mean: float
-    std: float
-    kurtosis: float
-    largest_sigma: float
-    low: float
-    high: float
-    density: NDArray[np.float64]
-
-
-@dataclass(frozen=True, slots=True)
-class TensorReport:
-    """All that is known of one tensor.
-
-    Attributes:
-        name: Of its parameter.
-        shape: Its own.
-        dtype: How it is stored, by safetensors' name.
-        distribution: Its weights.
-        fidelity: By scheme's key.
-        unsuited: Why it cannot be stored so, by scheme's key.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-    distribution: Distribution
-    fidelity: Mapping[str, Fidelity]
-    unsuited: Mapping[str, str]
-
-    @property
-    def parameters(self) -> int:
-        """Weights in it."""
-        return math.prod(self.shape)
+DENSITY_BINS = 1024
 
 
 @dataclass
@@ -110,7 +29,8 @@ class _Sums:
     scale_signal: float = 0.0
     scale_noise: float = 0.0
     counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
-    restored: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
+    typical_counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
+    typical_restored: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
 
     def add(self, piece: Piece, scheme: Scheme, weight: float) -> None:
         """Quantize a piece that stands for `weight` times as many."""
@@ -120,7 +40,11 @@ class _Sums:
         self.largest = max(self.largest, float(error.abs().amax()))
         codes = found.codes.reshape(-1)
         self.counts += weight * torch.bincount(codes, minlength=256).numpy()
-        self.restored += weight * torch.bincount(codes, found.restored.reshape(-1), minlength=256).numpy()
+        typical = slice(None) if scheme.error_follows == "nothing" else piece.typical
+        codes = codes.reshape(found.restored.shape)[typical].reshape(-1)
+        restored = found.restored[typical].reshape(-1)
+        self.typical_counts += torch.bincount(codes, minlength=256).numpy()
+        self.typical_restored += torch.bincount(codes, restored, minlength=256).numpy()
         if found.scales is not None:
             ideal, stored = found.scales
             self.scale_signal += weight * _squares(ideal)
@@ -147,9 +71,9 @@ def measure(survey: Survey, schemes: Sequence[Scheme]) -> TensorReport:
         whole.add(part, piece)
         for scheme, its in sums.items():
             its.add(piece, scheme, part.weight)
-    found = {scheme.key: _fidelity(scheme, rows, columns, sums[scheme], whole) for scheme in sums}
-    tensor = survey.tensor
-    return TensorReport(tensor.name, tensor.shape, tensor.dtype, whole.distribution(), found, unsuited)
+    return whole.report(
+        {scheme.key: _fidelity(scheme, rows, columns, sums[scheme], whole) for scheme in sums}, unsuited
+    )
 
 
 def _ordered(survey: Survey) -> NDArray[np.float32]:
@@ -199,21 +123,27 @@ class _Whole:
             return self.survey.mean_square * self.seen / float(self.sums[2])
         return 1.0
 
-    def distribution(self) -> Distribution:
+    def report(self, schemes: dict[str, Fidelity], unsuited: dict[str, str]) -> TensorReport:
         """Of everything added."""
         first, second, third, fourth = (self.sums[1:] / self.seen).tolist()
         variance = max(second - first**2, 0.0)
         std = math.sqrt(variance)
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4
-        low, high = self.survey.low, self.survey.high
-        return Distribution(
+        survey, tensor = self.survey, self.survey.tensor
+        return TensorReport(
+            name=tensor.name,
+            shape=tensor.shape,
+            dtype=tensor.dtype,
+            parameters=survey.geometry.numel,
             mean=first,
             std=std,
             kurtosis=central / variance**2 if variance else 0.0,
-            largest_sigma=max(high - first, first - low) / std if std else 0.0,
-            low=low,
-            high=high,
-            density=self.density / self.seen,
+            largest_sigma=max(survey.high - first, first - survey.low) / std if std else 0.0,
+            low=survey.low,
+            high=survey.high,
+            schemes=schemes,
+            unsuited=unsuited,
+            density=short(self.density / self.seen),
         )
 
 
@@ -225,7 +155,7 @@ def _fidelity(scheme: Scheme, rows: int, columns: int, sums: _Sums, whole: _Whol
     used = shares[shares > 0]
     entropy = abs(float((used * np.log2(used)).sum()))
     with np.errstate(invalid="ignore", divide="ignore"):
-        values = sums.restored[codes] / sums.counts[codes]
+        values = sums.typical_restored[codes] / sums.typical_counts[codes]
     size = scheme.storage_bytes(rows, columns)
     return Fidelity(
         storage_bytes=size,
@@ -239,11 +169,6 @@ def _fidelity(scheme: Scheme, rows: int, columns: int, sums: _Sums, whole: _Whol
         entropy_bits=entropy,
         wasted_bits=scheme.code_bits - entropy,
         scales_sqnr_db=decibels(sums.scale_signal, sums.scale_noise) if sums.scale_signal else None,
-        shares=shares,
-        level_values=values,
+        shares=short(shares),
+        level_values=known(values),
     )
-
-
-def decibels(signal: float, noise: float) -> float | None:
-    """Their ratio; None: one of them is nothing."""
-    return 10 * math.log10(signal / noise) if signal and noise else None

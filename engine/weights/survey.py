@@ -59,6 +59,7 @@ class Survey:
         row_low: The same of each row [rows].
         row_high: The same of each row [rows].
         mean_square: Of its weights.
+        typical: Median of its runs' largest magnitudes.
         absmax_mean: Mean over blocks of 64 weights of their largest magnitude.
         sample: Some runs that stand for all.
         exact: Whether all of the tensor is to be measured, and not the sample.
@@ -71,6 +72,7 @@ class Survey:
     row_low: Floats
     row_high: Floats
     mean_square: float
+    typical: float
     absmax_mean: float
     sample: tuple[Part, ...]
     exact: bool
@@ -121,6 +123,7 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
         row_low=row_low,
         row_high=row_high,
         mean_square=squares.total(largest) / shape.numel,
+        typical=float(np.median(as_float32(largest, tensor.read_as))) if len(largest) else np.inf,
         absmax_mean=block_sum / blocks if exact else _mean_absmax(sample),
         sample=sample,
         exact=exact,

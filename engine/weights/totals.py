@@ -7,12 +7,17 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from .measure import TensorReport, decibels
+from .report import TensorReport
 from .scheme import Scheme
 
 STANDS_OUT_DB = 0.5
 MOST_KEPT = 8
 BYTES_IN_16_BIT = 2
+
+
+def decibels(signal: float, noise: float) -> float | None:
+    """Their ratio; None: one of them is nothing."""
+    return 10 * math.log10(signal / noise) if signal and noise else None
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +77,7 @@ class Total:
 
 def total(reports: Sequence[TensorReport], scheme: Scheme) -> Total | None:
     """Add up; None if no tensor can be stored so."""
-    suited = [(report, report.fidelity[scheme.key]) for report in reports if scheme.key in report.fidelity]
+    suited = [(report, report.schemes[scheme.key]) for report in reports if scheme.key in report.schemes]
     if not suited:
         return None
     parameters = sum(report.parameters for report, _ in suited)
@@ -81,7 +86,7 @@ def total(reports: Sequence[TensorReport], scheme: Scheme) -> Total | None:
         return sum(report.parameters * value for (report, _), value in zip(suited, values, strict=True)) / parameters
 
     noise = mean(found.rmse**2 for _, found in suited)
-    signal = mean(report.distribution.mean**2 + report.distribution.std**2 for report, _ in suited)
+    signal = mean(report.mean_square for report, _ in suited)
     rated = [(found.sqnr_db, report.name) for report, found in suited if found.sqnr_db is not None]
     worst_sqnr_db, worst = min(rated, default=(None, ""))
     return Total(
@@ -135,16 +140,18 @@ class Proposal:
 
 
 def propose(reports: Sequence[TensorReport], scheme: Scheme) -> Proposal | None:
-    """The few worst tensors, down to the widest gap in SQNR; None if none is set apart from the rest."""
+    """The worst tensors, down to the last that is set apart from the next by STANDS_OUT_DB; None if none is."""
     rated = sorted(
-        ((found.sqnr_db, report) for report in reports
-         if (found := report.fidelity.get(scheme.key)) is not None and found.sqnr_db is not None),
+        (
+            (found.sqnr_db, report)
+            for report in reports
+            if (found := report.schemes.get(scheme.key)) is not None and found.sqnr_db is not None
+        ),
         key=lambda pair: pair[0],
-    )  # fmt: skip
-    gaps = [(rated[i][0] - rated[i - 1][0], -i) for i in range(1, min(MOST_KEPT + 1, len(rated)))]
-    gap, minus_count = max(gaps, default=(0.0, 0))
-    if gap < STANDS_OUT_DB:
+    )
+    apart = [i for i in range(1, min(MOST_KEPT + 1, len(rated))) if rated[i][0] - rated[i - 1][0] >= STANDS_OUT_DB]
+    if not apart:
         return None
-    kept = [report for _, report in rated[:-minus_count]]
-    added = sum(BYTES_IN_16_BIT * r.parameters - r.fidelity[scheme.key].storage_bytes for r in kept)
+    kept = [report for _, report in rated[: apart[-1]]]
+    added = sum(BYTES_IN_16_BIT * r.parameters - r.schemes[scheme.key].storage_bytes for r in kept)
     return Proposal(scheme.key, tuple(r.name for r in kept), added, rated[0][0], rated[len(kept)][0])

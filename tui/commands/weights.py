@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import msgspec
+
 from ...engine.config import UserError
+from ...engine.weights.report import Entry, Measured
 from ...engine.weights.scheme import Scheme
 from ...engine.weights.schemes import registry
 from ..units import UNKNOWN, count, tail, unit_for
 from .common import end_progress, refuse_unwritable, tell, write_document
 
 if TYPE_CHECKING:
-    from ...engine.weights.measure import TensorReport
     from ...engine.weights.tensors import ModelWeights
 
 DEFAULT_PROFILE = "tiny"
@@ -51,16 +51,28 @@ def main(flags: argparse.Namespace) -> int:
     name, weights = _opened(flags)
     for left_out, reason in weights.left_out.items():
         sys.stderr.write(f"gpumem-tui: left out: {left_out} {reason}\n")
-    missing = {scheme.key: why for scheme in schemes if (why := scheme.unavailable) is not None}
-    here = [scheme for scheme in schemes if scheme.key not in missing]
-    if not here:
-        raise UserError(f"--schemes {flags.schemes}: {next(iter(missing.values()))}")
-    document = _measured(name, weights, here, flags) | {"unavailable": missing}
+    if all(scheme.unavailable for scheme in schemes):
+        raise UserError(f"--schemes {flags.schemes}: {schemes[0].unavailable}")
+    from ...engine.weights.document import document, entries
+
+    made = document(_told(entries(name, weights, schemes, flags.exact), len(weights.tensors), flags.jsonl), schemes)
+    end_progress()
     if flags.json:
-        write_document(document, flags.json)
+        write_document(made, flags.json)
     if flags.json != "-" and not flags.jsonl:
-        sys.stdout.write(_text(document, here))
+        sys.stdout.write(_text(made, schemes))
     return 0
+
+
+def _told(found: Iterable[Entry], tensors: int, as_lines: bool) -> Iterator[Entry]:
+    """The same, with how far it is told; with --jsonl each as a line."""
+    for number, entry in enumerate(found):
+        if isinstance(entry, Measured):
+            tell(f"{number} of {tensors} tensors: {entry.report.name}")
+        if as_lines:
+            sys.stdout.write(msgspec.json.encode(entry).decode() + "\n")
+            sys.stdout.flush()
+        yield entry
 
 
 def _chosen(keys: str | None) -> list[Scheme]:
@@ -88,48 +100,6 @@ def _opened(flags: argparse.Namespace) -> tuple[str, ModelWeights]:
 
     profile = model_profile(flags.profile or DEFAULT_PROFILE)
     return profile.name, random_model(profile.config, profile.dtype)
-
-
-def _measured(name: str, weights: ModelWeights, schemes: Sequence[Scheme], flags: argparse.Namespace) -> dict[str, Any]:
-    """Everything about every tensor; with --jsonl told as it becomes known."""
-    import torch
-
-    from ...engine.weights.document import SCHEMA, picture_entry, tensor_entry, total_entry
-    from ...engine.weights.lens import reports
-    from ...engine.weights.quantizable import among, quantizable_modules
-
-    torch.set_num_threads(1)  # tensors are measured side by side
-    names = [tensor.name for tensor in weights.tensors]
-    with ThreadPoolExecutor(1) as beside:
-        modules = beside.submit(quantizable_modules, weights.config)
-        found: list[TensorReport] = []
-        for report in reports(weights.tensors, schemes, flags.exact):
-            tell(f"{len(found) + 1} of {len(names)} tensors: {report.name}")
-            found.append(report)
-            if flags.jsonl:
-                _line(tensor_entry(report) | picture_entry(report))
-        end_progress()
-        quantized = among(modules.result(), names)
-    kept = {report.name for report in found if quantized is not None and report.name not in quantized}
-    totals = {
-        "schema": SCHEMA,
-        "model": name,
-        "random": weights.random,
-        "exact": flags.exact,
-        "architecture_known": quantized is not None,
-        "kept": sorted(kept),
-        "vectors": weights.vectors,
-        "left_out": dict(weights.left_out),
-        "total": total_entry([report for report in found if report.name not in kept], schemes),
-    }
-    if flags.jsonl:
-        _line(totals)
-    return totals | {"tensors": [tensor_entry(report) | {"quantized": report.name not in kept} for report in found]}
-
-
-def _line(entry: Mapping[str, Any]) -> None:
-    sys.stdout.write(json.dumps(entry) + "\n")
-    sys.stdout.flush()
 
 
 def _text(document: Mapping[str, Any], schemes: Sequence[Scheme]) -> str:

@@ -76,6 +76,10 @@ class Page(ABC):
     def turned(self) -> None:  # noqa: B027 (most screens hold on to nothing)
         """Let go of what belongs to the recording that was looked at before."""
 
+    def progress(self) -> object:
+        """How far something is that goes on beside it: when it is another, there is more to draw."""
+        return None
+
     def undo(self) -> None:
         """Take back a change."""
         self.state.say("nothing to undo here; on the live screen it goes back to the run before")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from ..scheme import Piece, Quantized, Scheme
+from ..scheme import Quantized, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from ..piece import Piece
 
 SOURCE = "https://docs.pytorch.org/ao/stable/"
 SCALE_BYTES = 4

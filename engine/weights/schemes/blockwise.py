@@ -6,10 +6,12 @@ import math
 from functools import cache
 from typing import TYPE_CHECKING
 
-from ..scheme import Piece, Quantized, Scheme
+from ..scheme import Quantized, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from ..piece import Piece
 
 LEVELS = 256
 BLOCK = 256

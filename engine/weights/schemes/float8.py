@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..scheme import Piece, Quantized, Scheme
+from typing import TYPE_CHECKING
+
+from ..scheme import Quantized, Scheme
+
+if TYPE_CHECKING:
+    from ..piece import Piece
 
 SOURCE = "https://arxiv.org/abs/2209.05433"
 SIGN, LARGEST = 0x80, 0x7E

@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING, Any
 
-from ..scheme import Piece, Quantized, Scheme
+from ..scheme import Quantized, Scheme
 
 if TYPE_CHECKING:
     import torch
+
+    from ..piece import Piece
 
 BLOCK = 64
 NESTED_BLOCK = 256

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
-from ..scheme import Piece, Quantized, Scheme
+from typing import TYPE_CHECKING
+
+from ..scheme import Quantized, Scheme
+
+if TYPE_CHECKING:
+    from ..piece import Piece
 
 
 def _quantize(piece: Piece) -> Quantized:
