@@ -116,8 +116,20 @@ def output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
 
 
 def _enter(tagger: Tagger, index: int, _module: Any, _args: Any) -> None:
-    if tagger.tagging:
-        tagger.tag(Phase.FORWARD if _current_graph_task_id() == -1 else Phase.RECOMPUTE, index)
+    if not tagger.tagging:
+        return
+    recomputing = _current_graph_task_id() != -1
+    before, maker = tagger.last_plain
+    made = before()
+    # A hook of the module that made it, such as `enable_input_require_grads` sets, ran after ours.
+    if made is not None and made.requires_grad and made.grad_fn is None and not recomputing:
+        tagger.last_plain = _nothing, 0
+        tagger.leaf(f"{tagger.name_of(maker)}.output", made)
+    tagger.tag(Phase.RECOMPUTE if recomputing else Phase.FORWARD, index)
+
+
+def _nothing() -> None:
+    """No tensor."""
 
 
 def _leave(
@@ -127,7 +139,7 @@ def _leave(
     is_head: bool,
     before_backward: Callable[..., Any],
     _module: Any,
-    _args: Any,
+    args: Any,
     output: Any,
 ) -> None:
     if not tagger.tagging:
@@ -141,11 +153,9 @@ def _leave(
         if node is None:
             if not made.requires_grad:
                 tagger.last_plain = weakref.ref(made), index
-            elif not recomputing:
-                # A hook of the module that made it ran after this one and had it require gradients:
-                # it is seen when a module that changes nothing, such as a dropout of 0, hands it on.
-                before, maker = tagger.last_plain
-                tagger.leaf(f"{tagger.name_of(maker if before() is made else index)}.output", made)
+            # One that is handed on as it came, by a dropout of 0, is known already.
+            elif not recomputing and not any(made is given for given in args):
+                tagger.leaf(f"{tagger.name_of(index)}.output", made)
         # The model itself ends in the loss, which the loop has tagged already; a
         # container that ends in one of its modules leaves the node to that one.
         elif index and node._sequence_nr() != tagger.last_node:
