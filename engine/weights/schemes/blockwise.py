@@ -24,13 +24,14 @@ def _quantile(piece: Piece) -> Quantized:
     holds the tensor's, so that all blocks have that scale.
     """
     import torch
-    from bitsandbytes import functional
+
+    from ..blockwise_8bit import quantize_blockwise
 
     middles = (torch.arange(LEVELS) + 0.5) / LEVELS
     levels = piece.ordered[(middles * len(piece.ordered)).long()]
     largest = piece.bounds.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
     values = torch.cat([piece.values, largest.expand(len(piece.values), 1)], 1)
-    codes, _ = functional.quantize_blockwise(values, code=levels / largest, blocksize=values.shape[1])
+    codes, _ = quantize_blockwise(values, code=levels / largest, blocksize=values.shape[1])
     codes = codes[:, :-1].contiguous()
     return Quantized(codes, levels[codes.int()])
 
@@ -46,7 +47,9 @@ def _dynamic_map() -> torch.Tensor:
 def _dynamic(piece: Piece) -> Quantized:
     from bitsandbytes import functional
 
-    codes, state = functional.quantize_blockwise(piece.values, code=_dynamic_map(), blocksize=BLOCK)
+    from ..blockwise_8bit import quantize_blockwise
+
+    codes, state = quantize_blockwise(piece.values, code=_dynamic_map(), blocksize=BLOCK)
     return Quantized(codes, functional.dequantize_blockwise(codes, state))
 
 

@@ -53,8 +53,10 @@ def _double(piece: Piece, kind: str) -> Quantized:
     """As `quantize_4bit(compress_statistics=True)` does it, with the mean of all the tensor's scales."""
     from bitsandbytes import functional
 
+    from ..blockwise_8bit import quantize_blockwise
+
     packed, state = _packed(piece, kind, BLOCK)
-    nested, nested_state = functional.quantize_blockwise(state.absmax - piece.absmax_mean, blocksize=NESTED_BLOCK)
+    nested, nested_state = quantize_blockwise(state.absmax - piece.absmax_mean, None, NESTED_BLOCK)
     absmax = functional.dequantize_blockwise(nested, nested_state) + piece.absmax_mean
     stored = functional.QuantState(
         absmax, shape=state.shape, code=state.code, blocksize=BLOCK, quant_type=kind, dtype=state.dtype

@@ -1,0 +1,19 @@
+"""bitsandbytes' block-wise 8-bit quantization on a CPU, by one thread at a time."""
+
+from __future__ import annotations
+
+import threading
+from typing import Any
+
+import torch
+
+_one_at_a_time = threading.Lock()
+
+
+def quantize_blockwise(values: torch.Tensor, code: torch.Tensor | None, blocksize: int) -> tuple[torch.Tensor, Any]:
+    """As `bitsandbytes.functional.quantize_blockwise`; threads that called it at once were seen to get wrong codes."""
+    from bitsandbytes import functional
+
+    with _one_at_a_time:
+        codes, state = functional.quantize_blockwise(values, code=code, blocksize=blocksize)
+    return codes, state
