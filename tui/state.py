@@ -103,7 +103,6 @@ class ViewState:
         self.shown: Run | None = None
         self.gauge: Gauge | None = None
         self.logs: dict[Filter, deque[RunEvent]] = {f: deque(maxlen=KEPT_EVENTS) for f in Filter}
-        self._source: Source | None = None
         self.run_list = RunList()
         self.traces = ShownTraces()
         self._following = True
@@ -128,7 +127,7 @@ class ViewState:
             Whether anything changed.
         """
         before = self.version
-        self._clock_s, self._source, self.live = clock_s, source, source.live
+        self._clock_s, self.live = clock_s, source.live
         if self.message is not None and clock_s >= self.message.until_s:
             self.dismiss()
         self.run_list.update(source)
