@@ -13,6 +13,7 @@ from typing import Annotated, Any, ClassVar
 import msgspec
 
 from .events import Whole
+from .out_of_memory.report import OutOfMemoryReport
 
 
 def _kind(class_name: str) -> str:
@@ -181,13 +182,36 @@ class OutOfMemory(RunEvent, frozen=True):
         step: Under way.
         phase: Of the loop, then: `backward`.
         requested_bytes: Asked for; None: not known.
-        allocated_bytes: By the allocator, afterwards.
+        allocated_bytes: By the allocator, then.
+        report: All that was to be known at that instant; None: nothing was, as in older recordings.
     """
 
     step: Whole
     phase: str
     requested_bytes: Whole | None = None
     allocated_bytes: Whole | None = None
+    report: OutOfMemoryReport | None = None
+
+    @property
+    def is_problem(self) -> bool:
+        """Always."""
+        return True
+
+
+class MemoryLeak(RunEvent, frozen=True):
+    """What is alive at the same point of every step grows from step to step: a leak, told before it kills.
+
+    Attributes:
+        step: That has ended.
+        growth_bytes: A step.
+        owner: What grows, as far as that was traced; empty: not known.
+        steps_left: After which memory runs out at that pace; None: not known.
+    """
+
+    step: Whole
+    growth_bytes: Whole
+    owner: str = ""
+    steps_left: Whole | None = None
 
     @property
     def is_problem(self) -> bool:
@@ -292,8 +316,8 @@ class EngineEnded(RunEvent, frozen=True):
 
 
 AnyRunEvent = (
-    RunStarted | Loaded | StepEnded | LossNotFinite | Recomputed | Paused | Resumed | OutOfMemory | RunFailed | Refused
-    | RunEnded | Saved | Note | Output | EngineEnded
+    RunStarted | Loaded | StepEnded | LossNotFinite | Recomputed | Paused | Resumed | OutOfMemory | MemoryLeak
+    | RunFailed | Refused | RunEnded | Saved | Note | Output | EngineEnded
 )  # fmt: skip
 """What a decoder is given: the kind says which."""
 

@@ -11,6 +11,7 @@ from ...engine.config import show
 from ...engine.run_events import (
     Loaded,
     LossNotFinite,
+    MemoryLeak,
     OutOfMemory,
     Output,
     Recomputed,
@@ -35,6 +36,7 @@ MEANINGS: dict[type[RunEvent], str] = {
     LossNotFinite: "The loss is nan or infinite: the weights are lost, and every step from here on is.",
     Recomputed: "Backward computed a checkpointed segment again: the bytes held for that, and the time it took.",
     OutOfMemory: "The device refused an allocation. The run has ended, everything of it is freed.",
+    MemoryLeak: "More is alive at the end of every step than of the one before: somebody keeps tensors.",
     RunFailed: "The run raised an error. The traceback is in the details.",
     Refused: "The engine did not do what was asked, and says why.",
     RunEnded: "The run is over. Leaked bytes are what the allocator still counts beyond what was there before.",
