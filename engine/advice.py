@@ -1,4 +1,4 @@
-"""What a change would do to a loop that is not ours: advice instead of a restart."""
+"""Advice for a loop that is not ours, in place of a restart: the change to make and what it would do."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ OF_WORKLOAD: dict[str, tuple[str, tuple[Category, ...]]] = {
 
 
 def advice(command: Command, run: Run | None) -> str:
-    """Why a command is refused on a watched script, and what to do instead. One line."""
+    """The answer to a command that a watched script refuses: the reason, and what to do instead. One line."""
     if not isinstance(command, Start):
         return "the loop is your own script's: pause it, stop it and end it there"
     name = _changed(run.config, command.config) if run is not None else None

@@ -55,7 +55,7 @@ class Archive:
 
     @property
     def names(self) -> list[str]:
-        """Of its parts, in order."""
+        """Names of the parts, in order."""
         return [*self._parts]
 
     def text(self, name: str) -> bytes:

@@ -1,4 +1,4 @@
-"""What a run is: `RunConfig`, the single description every room agrees on.
+"""`RunConfig`: the single description of a run that every room agrees on.
 
 Loads neither torch nor textual, so that the app can show and change a
 configuration before the engine has imported anything heavy.
@@ -26,7 +26,7 @@ class UserError(Exception):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error of somebody else's says, in a line."""
+    """An exception from another library as one line."""
     try:
         said = str(error)
     except Exception:  # an error of somebody else's need not be printable

@@ -66,7 +66,7 @@ def memory_total_bytes(device: torch.device) -> int:
 
 
 def memory_for_a_run_bytes(device: torch.device) -> int:
-    """What a run could have at most: the GPU's capacity, or the RAM that is available now."""
+    """The most bytes a run could have: the GPU's capacity, or the RAM that is available now."""
     return memory_total_bytes(device) if device.type == "cuda" else int(psutil.virtual_memory().available)
 
 
@@ -82,7 +82,7 @@ def installed_packages() -> dict[str, str]:
 
 
 def environment(device: torch.device) -> Environment:
-    """What this machine is."""
+    """The environment that this machine is."""
     capability = driver = None
     name = platform.processor() or platform.machine()
     if device.type == "cuda":

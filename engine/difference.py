@@ -1,7 +1,7 @@
-"""What two peaks differ by: a difference for each category, made of named terms, all adding up to the byte.
+"""The difference of two peaks, by category, made of named terms that all add up to the byte.
 
-The same for two runs and for a run and its prediction. Works on what is held by
-category and owner; where that comes from, a ledger or a document, does not matter.
+It is the same for two runs and for a run and its prediction, and takes bytes held
+by category and owner from a ledger or from a document alike.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def owner_kind(name: str) -> str:
 
 
 def owned(ledger: Ledger, event: int) -> Owned:
-    """What is held after an event; sums to the ledger's composition there."""
+    """Bytes held after an event, by category and owner; they sum to the ledger's composition there."""
     held: Owned = {}
     for category in Category:
         kinds: dict[str, int] = {}
@@ -46,7 +46,7 @@ def owned(ledger: Ledger, event: int) -> Owned:
 
 
 def from_document(peak: Mapping[str, Any]) -> Owned:
-    """What a document's `peak` says is held."""
+    """Bytes held at the peak, read from a document's `peak`."""
     categories = {category.key: category for category in Category}
     return {categories[key]: dict(kinds) for key, kinds in peak["by_owner"].items()}
 
@@ -92,7 +92,7 @@ class Part(NamedTuple):
 
 
 def difference(base: Owned, other: Owned, named: int = NAMED_TERMS) -> list[Part]:
-    """By category what is held beyond a base, and by whom.
+    """Bytes held beyond a base, by category and by owner.
 
     Args:
         base: What is compared with: the prediction, where a measured run is.
@@ -112,7 +112,7 @@ def difference(base: Owned, other: Owned, named: int = NAMED_TERMS) -> list[Part
 
 
 def _terms(before: Mapping[str, int], after: Mapping[str, int], named: int) -> tuple[Term, ...]:
-    """Whoever differs; a single one left over keeps its name."""
+    """Terms for the owners that differ, the largest first; a single one left over keeps its name."""
     found = [Term(name, before.get(name, 0), after.get(name, 0)) for name in dict.fromkeys((*before, *after))]
     found = sorted((term for term in found if term.difference_bytes), key=lambda t: (-abs(t.difference_bytes), t.name))
     if len(found) <= named + 1:

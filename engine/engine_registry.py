@@ -1,4 +1,4 @@
-"""Where engines live on this machine: one folder each, held by a lock that dies with its process.
+"""The folders of this machine's engines: one each, held by a lock that dies with its process.
 
     <runtime>/gpumem-tui/           mode 0700, ours
         .lock                       held while a folder is made or cleaned
@@ -39,7 +39,7 @@ LONGEST_NAME = 40
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What an engine says of itself to those who list engines.
+    """An engine's own account of itself, for those who list engines.
 
     Attributes:
         name: Of its folder.
@@ -71,12 +71,12 @@ class EngineDir:
 
     @property
     def socket(self) -> Path:
-        """Where it listens."""
+        """The socket that the engine listens on."""
         return self.folder / "socket"
 
     @property
     def log(self) -> Path:
-        """What it and its libraries print."""
+        """The file that takes all that the engine and its libraries print."""
         return self.folder / "log"
 
     @property
@@ -85,7 +85,7 @@ class EngineDir:
         return self.folder / "lock"
 
     def info(self) -> EngineInfo | None:
-        """Who it is; None if that cannot be read."""
+        """The engine's account of itself; None if it cannot be read."""
         try:
             return msgspec.json.decode((self.folder / "card.json").read_bytes(), type=EngineInfo)
         except (OSError, ValueError, RecursionError):  # msgspec's errors are ValueErrors

@@ -19,7 +19,7 @@ Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 
 
 class Category(enum.IntEnum):
-    """What a byte is there for. The order is the order of the stacked bars."""
+    """The use of a byte. The order is the order of the stacked bars."""
 
     PARAMETERS = 0
     BUFFERS = 1
@@ -48,7 +48,7 @@ class Category(enum.IntEnum):
 
 
 class CategoryInfo(NamedTuple):
-    """How a category is shown and what it means."""
+    """A category as it is shown, and its meaning."""
 
     letter: str
     title: str
@@ -76,7 +76,7 @@ N_CATEGORIES = len(Category)
 
 
 class Phase(enum.IntEnum):
-    """What the training loop was doing."""
+    """A part of the training loop."""
 
     LOAD = 0
     DATA = 1
@@ -89,7 +89,7 @@ class Phase(enum.IntEnum):
 
     @property
     def title(self) -> str:
-        """For people: `optimizer step`."""
+        """Name for people: `optimizer step`."""
         return {Phase.OPTIMIZER: "optimizer step", Phase.ZERO_GRAD: "zero_grad", Phase.DATA: "batch"}.get(
             self, self.name.lower()
         )
@@ -188,7 +188,7 @@ class Recompute(NamedTuple):
 
 
 class EndKind(enum.StrEnum):
-    """How a traced step ended."""
+    """The state of a traced step at its last event."""
 
     OPEN = "open"
     COMPLETE = "complete"
@@ -196,7 +196,7 @@ class EndKind(enum.StrEnum):
 
 
 class Ending(NamedTuple):
-    """How a traced step ended, if it has.
+    """The ending of a traced step, if it has one.
 
     Attributes:
         kind: Open: it goes on, what is alive may yet change category. Aborted: an
@@ -305,7 +305,7 @@ class Gauge:
 
     @property
     def unaccounted_bytes(self) -> int | None:
-        """What the process holds now beyond torch's bytes and the context as it was measured."""
+        """Bytes the process holds now beyond torch's and beyond the context as it was measured."""
         if self.beyond_torch_bytes is None or self.context_bytes is None:
             return None
         return self.beyond_torch_bytes - self.context_bytes
@@ -320,7 +320,7 @@ class Gauge:
 
 @dataclass(frozen=True, slots=True)
 class Environment:
-    """Where a run happens: enough to say what can run here and why not.
+    """The machine and device of a run: enough to say which settings can run there, and why others cannot.
 
     Attributes:
         device: `cpu` or `cuda:0`.

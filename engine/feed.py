@@ -73,7 +73,7 @@ class Save:
 
 @dataclass(frozen=True, slots=True)
 class TakeOver:
-    """From now on it is this viewer that commands; the one before may only look."""
+    """The command that makes a viewer the commander; the one before may only look."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +85,7 @@ Command = Start | Pause | Stop | Save | TakeOver | End
 
 
 class ViewerRole(enum.StrEnum):
-    """How a viewer stands to the engine."""
+    """A viewer's rights on an engine."""
 
     OWNER = "owner"
     """It made the engine, which ends with it; or there is none."""
@@ -112,11 +112,11 @@ class Source(Protocol):
 
     @property
     def role(self) -> ViewerRole:
-        """How the viewer stands to the engine."""
+        """The viewer's rights on the engine."""
         ...
 
     def environment(self) -> Environment | None:
-        """Where a run would happen; None until the engine has looked."""
+        """The machine and device that a run would have; None until the engine has looked."""
         ...
 
     def gauge(self) -> Gauge | None:
@@ -239,7 +239,7 @@ class Published:
     _feed: Feed
 
     def environment(self) -> Environment | None:
-        """Where runs happen; None until that is known."""
+        """The machine and device of runs; None until they are known."""
         return self._feed.environment
 
     def gauge(self) -> Gauge | None:

@@ -1,4 +1,4 @@
-"""What a forked child, such as a data loader's worker, must not go on with."""
+"""State that a forked child, such as a data loader's worker, must not go on with."""
 
 from __future__ import annotations
 

@@ -29,7 +29,7 @@ IGNORED = -100
 
 
 class Scaling(NamedTuple):
-    """What a model does to the product of hidden states and head before the softmax.
+    """The change a model makes to the product of hidden states and head before the softmax.
 
     Attributes:
         factor: Multiplied with.
@@ -75,7 +75,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
     def forward(
         ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, targets: Tensor, scaling: Scaling
     ) -> Tensor:
-        """From hidden [N, H], weight [V, H], bias [V] and targets [N] to log-probabilities [N], float32."""
+        """Log-probabilities [N], float32, of hidden [N, H], weight [V, H], bias [V] and targets [N]."""
         device, count = hidden.device, len(hidden)
         dtype = torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else hidden.dtype
         highest = torch.full((count,), float("-inf"), device=device)
@@ -136,7 +136,7 @@ def _pieces(count: int, size: int) -> list[slice]:
 
 
 def _within(targets: Tensor, words: slice) -> tuple[Tensor, Tensor]:
-    """Which targets are among these words, and where; of the others any."""
+    """A mask of the targets among these words, and their indices there; the others' indices are any."""
     index = targets - words.start
     return (index >= 0) & (index < words.stop - words.start), index.clamp_(0, words.stop - words.start - 1)
 

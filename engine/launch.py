@@ -66,7 +66,7 @@ class Launcher:
         return EngineDir(runtime_folder() / last.removeprefix(READY))
 
     def ending(self) -> str:
-        """How the engine started last has ended: `killed by SIGKILL`; empty if it was not started from here."""
+        """The ending of the engine started last: `killed by SIGKILL`; empty if it was not started from here."""
         process = self._process
         if process is None:
             return ""
@@ -77,7 +77,7 @@ class Launcher:
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" if code else ""
 
     def let_stay(self) -> None:
-        """From now on an engine outlives this process, also one that is started later: somebody has seen it."""
+        """Let engines outlive this process from now on, also those started later: somebody has seen one."""
         self.stays = True
         process = self._process
         if process is not None and process.stdin is not None and not process.stdin.closed:

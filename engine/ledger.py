@@ -257,7 +257,7 @@ class Ledger:
 
     @property
     def mismatch_bytes(self) -> int:
-        """How far the sums are from the allocator's own counters: 0 in a sound trace.
+        """Bytes by which the sums miss the allocator's own counters: 0 in a sound trace.
 
         At the end of the step, and at its peak where that was counted.
         """
@@ -274,7 +274,7 @@ class Ledger:
         return self.blocks[self.is_alive(event)]
 
     def is_alive(self, event: int) -> Bools:
-        """Which rows of `blocks` are alive after an event."""
+        """A mask over `blocks` of those alive after an event."""
         mask: Bools = (self.blocks["born"] <= event) & (self.blocks["died"] > event)
         return mask
 
@@ -318,7 +318,7 @@ class Ledger:
         return [cached.get(layer, layer) for layer in map(layer_of, self.trace.names)]
 
     def describe(self, index: int) -> LiveBlock:
-        """What is known of a block, by its row."""
+        """The facts known about a block, by its row."""
         trace, row, description = self.trace, self.blocks[index], int(self.made[index])
         born = int(row["born_mark"])
         phase, micro_batch, module = Phase.IDLE, 0, ""
@@ -432,7 +432,7 @@ KEY = np.dtype([(name, MADE[name]) for name in ("phase", "micro_batch", "module"
 
 
 def allocation_keys(marks: npt.NDArray[Any], born_marks: Ints, sizes: Ints) -> npt.NDArray[Any]:
-    """What tells one allocation of a step from all others, in any step like it.
+    """Keys that tell one allocation of a step from all others, in any step like it.
 
     Args:
         marks: dtype MARK.

@@ -53,7 +53,7 @@ class LatestRun:
         self._folded: list[Ledger] = []
 
     def text(self) -> bytes:
-        """As it is now; no samples before the first run."""
+        """The metrics at this moment; no samples before the first run."""
         runs = self._source.runs()
         with self._lock:
             return exposition([self._reading(runs[-1])] if runs else [])
@@ -76,7 +76,7 @@ class LatestRun:
 
 @contextmanager
 def _in_file(path: Path, text: Callable[[], bytes]) -> Iterator[None]:
-    """As node_exporter's textfile collector wants it: replaced whole, never half there."""
+    """Write a file for node_exporter's textfile collector: replaced whole, never half there."""
     _replace(path, text())
     over = threading.Event()
 

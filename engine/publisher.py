@@ -1,4 +1,4 @@
-"""What a run publishes while it trains: written once, for the engine's own loop and for a watched script.
+"""The publishing of a run while it trains: written once, for the engine's own loop and for a watched script.
 
     publisher = RunPublisher(feed)
     publisher.look_around(device)               environment and meter; the gauge may be read
@@ -216,7 +216,7 @@ class RunPublisher:
 
 
 def trained(parameters: int, trainable: int) -> str:
-    """How many of the parameters are trained."""
+    """The number of parameters trained, for people."""
     if trainable == parameters:
         return "all trained"
     return f"{trainable:,} trained ({100 * trainable / parameters:.4f} %)"

@@ -1,4 +1,4 @@
-"""Which of a model's modules transformers has bitsandbytes quantize, and how one is kept from it."""
+"""The modules that transformers has bitsandbytes quantize, and how one is kept from it."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ class RunHead(msgspec.Struct):
 
 
 def head_of(trace: StepTrace) -> TraceHead:
-    """What stands beside a trace's columns."""
+    """The head that stands beside a trace's columns."""
     return TraceHead(**{name: getattr(trace, name) for name in TraceHead.__struct_fields__})
 
 
@@ -216,7 +216,7 @@ class Recording:
         return self._runs[-1] if self._runs else None
 
     def environment(self) -> Environment | None:
-        """Where the first was recorded."""
+        """The environment of the first run recorded."""
         return self._runs[0].environment if self._runs else None
 
     def gauge(self) -> Gauge | None:
@@ -228,7 +228,7 @@ class Recording:
         return self._runs
 
     def events(self, since: int = 0) -> Sequence[RunEvent]:
-        """What became of commands; what the runs told is theirs (`Run.events`)."""
+        """The events that answer commands; a run's own are its `Run.events`."""
         return self._told.since(since)
 
     def command(self, command: Command) -> None:
@@ -320,7 +320,7 @@ def _old_heads(packed: bytes, archive: Archive) -> list[RunHead]:
 
 
 def _old_event(milestone: dict[str, Any]) -> dict[str, Any]:
-    """What was data of a milestone are fields of an event; None stood for what has a default now."""
+    """An event made of a milestone of versions 1 and 2; a None in its data stood for a default."""
     told = {name: value for name, value in milestone["data"].items() if value is not None}
     return {name: milestone[name] for name in ("kind", "text", "index", "time_s", "run")} | told
 

@@ -308,7 +308,7 @@ class Remote(Published):
 
 
 def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:
-    """How an engine is doing; None if it does not say."""
+    """A quick look at an engine's state; None if it does not answer."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(timeout_s)
         try:

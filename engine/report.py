@@ -18,7 +18,7 @@ Figures = TypeVar("Figures", bound=msgspec.Struct)
 
 
 class Composition(msgspec.Struct, frozen=True):
-    """What is allocated at an instant.
+    """The bytes allocated at an instant, by category.
 
     Attributes:
         allocated_bytes: Sum over the categories.
@@ -253,7 +253,7 @@ def _figures(kind: type[Figures], event: msgspec.Struct) -> Figures:
 
 
 def mapping_as_dict(value: Any) -> Any:
-    """For msgspec, which does not know read-only mappings."""
+    """A read-only mapping as a dict, for msgspec."""
     if isinstance(value, MappingProxyType):
         return dict(value)
     raise NotImplementedError(type(value).__name__)

@@ -21,7 +21,7 @@ from .run_events import RunEnded, RunEvent
 
 
 class RunId(NamedTuple):
-    """What tells a run from all others.
+    """The identity of a run.
 
     Attributes:
         engine: Name of the engine, the recording or the GPU predicted for.
@@ -37,7 +37,7 @@ class RunId(NamedTuple):
 
 
 class RunKind(enum.StrEnum):
-    """How a run comes to be."""
+    """The origin of a run."""
 
     TRAINED = "trained"
     """Our own loop trains it."""
@@ -155,7 +155,7 @@ class Run:
 
     @property
     def ended(self) -> RunEnded | None:
-        """How it ended; None while it goes on."""
+        """The event that ended the run; None while it goes on."""
         return next((event for event in reversed(self.events()) if isinstance(event, RunEnded)), None)
 
 

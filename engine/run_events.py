@@ -171,7 +171,7 @@ class Resumed(RunEvent, frozen=True):
 
     @property
     def words(self) -> str:
-        """For people."""
+        """Words for people."""
         return "goes on"
 
 
@@ -311,7 +311,7 @@ class EngineEnded(RunEvent, frozen=True):
 
     @property
     def is_problem(self) -> bool:
-        """Where nobody ended it."""
+        """True if nobody ended it."""
         return not self.by
 
 

@@ -108,7 +108,7 @@ class Server:
 
     @property
     def viewers(self) -> int:
-        """How many are attached."""
+        """Number of viewers attached."""
         return sum(viewer.attached for viewer in self._viewers)
 
     def wake(self) -> None:

@@ -44,7 +44,7 @@ OOM_SCORE = 500
 
 
 def version() -> str:
-    """Of this program as installed."""
+    """Version of this program as installed."""
     try:
         return metadata.version("gpumem-tui")
     except metadata.PackageNotFoundError:
@@ -52,7 +52,7 @@ def version() -> str:
 
 
 class Linger:
-    """When an engine nobody looks at ends.
+    """The time after which an engine that nobody looks at ends.
 
     Args:
         seconds: After the last viewer has left; None: ten minutes after that
@@ -91,7 +91,7 @@ class Log:
         self._rest = b""
 
     def take_output(self) -> None:
-        """From now on what anybody prints goes here, a crash's last words included."""
+        """Send all output of the process here from now on, a crash's last words included."""
         sys.stdout.flush()
         sys.stderr.flush()
         os.dup2(self._handle, 1)

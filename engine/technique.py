@@ -1,4 +1,4 @@
-"""What a technique is. One file each in `engine/techniques/`, exporting TECHNIQUE."""
+"""The form of a technique. One file each in `engine/techniques/`, exporting TECHNIQUE."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 class Effect(enum.IntEnum):
-    """What a change does to the training, beside its memory; the larger, the less harmless."""
+    """A change's effect on the training, beside its memory; the larger, the less harmless."""
 
     NONE = 0
     NUMERICS = 1
@@ -24,12 +24,12 @@ class Effect(enum.IntEnum):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name for people."""
         return ("same mathematics", "other rounding", "another training", "may not train at all")[self]
 
 
 class Mathematics(NamedTuple):
-    """What a configuration computes, as far as one technique decides it.
+    """The mathematics of a configuration, as far as one technique decides it.
 
     Two configurations that agree in all fields make the same updates, up to the
     order in which numbers are added.
@@ -45,7 +45,7 @@ class Mathematics(NamedTuple):
     unsound: str = ""
 
     def effect(self, other: Mathematics) -> Effect:
-        """What going over to another one changes."""
+        """The effect of going over to another one."""
         if other.unsound and not self.unsound:
             return Effect.UNSOUND
         if self.training != other.training:
@@ -58,7 +58,7 @@ Recognise = Callable[[Any, Any], Mapping[str, Value]]
 
 
 def _nothing(_config: RunConfig, _recipe: Recipe) -> None:
-    """For techniques that act in the loop alone."""
+    """The `apply` of techniques that act in the loop alone."""
 
 
 def _never(_config: RunConfig) -> str | None:
@@ -82,7 +82,7 @@ def _the_same(_config: RunConfig) -> Mathematics:
 
 
 def _not_visible(_model: Any, _optimizer: Any) -> Mapping[str, Value]:
-    """For techniques that leave no mark on a model or its optimizer."""
+    """The `recognise` of techniques that leave no mark on a model or its optimizer."""
     return {}
 
 
@@ -173,5 +173,5 @@ class Technique:
         return f"{show(overruled[0])} ({overruled[1]})" if overruled else show(config[self.name])
 
     def cost_of(self, value: Value) -> str:
-        """What one of the switch's values costs in time."""
+        """The cost in time of one of the switch's values."""
         return self.cost if isinstance(self.cost, str) else self.cost[value]

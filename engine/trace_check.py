@@ -1,4 +1,4 @@
-"""What a trace that comes from elsewhere must be before anything is folded: every index leads somewhere.
+"""Checks of a trace from elsewhere, before anything is folded: every index leads somewhere.
 
 A recording or an engine of another make may hold anything. What passes here,
 the ledger, the screens and the exports take as it is.
@@ -53,7 +53,7 @@ def _ranges(trace: StepTrace) -> Iterator[tuple[str, str, int, int]]:
 
 
 def _of_the_rest(trace: StepTrace) -> Iterator[str]:
-    """What is wrong beside the columns."""
+    """Faults beside the columns."""
     if not trace.names or not all(len(name) <= LONGEST_NAME and name.isprintable() for name in trace.names):
         yield "names are lines of text, and there is one"
     if not 0 <= trace.step < MOST_BYTES or not 0 <= trace.micro_batches < MOST_BYTES:

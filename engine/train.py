@@ -36,7 +36,7 @@ from .workload import Plan, Workload, build
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
-    """What one optimizer step did.
+    """The results of one optimizer step.
 
     Attributes:
         step: From 1.

@@ -1,4 +1,4 @@
-"""What travels between an engine's process and its viewers: typed, versioned, limited in length.
+"""The messages between an engine's process and its viewers: typed, versioned, limited in length.
 
 A message is four bytes of length and that many of MessagePack, decoded by
 msgspec into the types below and nothing else; no pickle anywhere. The viewer
@@ -52,7 +52,7 @@ class Peek(msgspec.Struct, tag="peek"):
 
 
 class Ask(msgspec.Struct, tag="ask"):
-    """For what is new: events from an index on, runs and a trace after a number, the gauge."""
+    """A question for what is new: events from an index on, runs and a trace after a number, the gauge."""
 
     since: int
     trace: int
@@ -304,7 +304,7 @@ def unpack_trace(packed: Trace) -> StepTrace:
 
 
 def pack_run(number: int, run: Run) -> RunTold:
-    """What a viewer has to know of a run before its events and traces come."""
+    """The description of a run that a viewer needs before its events and traces come."""
     return RunTold(number, run.id, run.kind, run.config.as_dict(), run.environment)
 
 

@@ -1,4 +1,4 @@
-"""From a RunConfig to something that can be trained: model, optimizer, batches."""
+"""The workload of a RunConfig: a model, an optimizer and batches that can be trained."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ Model = Any
 
 @dataclass
 class Recipe:
-    """What the techniques decide, filled in before anything is loaded.
+    """The decisions of the techniques, filled in before anything is loaded.
 
     Attributes:
         shell: The model on the meta device, to be read only.

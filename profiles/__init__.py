@@ -1,4 +1,4 @@
-"""What can be trained and with what: one TOML file per model, one per preset.
+"""Models and presets to train: one TOML file each.
 
 Adding a model is adding a file to `models/`, adding a preset one to `presets/`;
 nothing else has to be edited. Loads no torch, so that the app can list them.
@@ -54,7 +54,7 @@ class ModelProfile:
 
     @property
     def architecture(self) -> Architecture:
-        """What a run of it carries."""
+        """The architecture that a run of the model carries."""
         _, _, hub_id = self.source.partition("https://huggingface.co/")
         return Architecture(self.config, self.dtype, self.lora_targets, hub_id if hub_id.count("/") == 1 else "")
 

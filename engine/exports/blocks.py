@@ -29,7 +29,7 @@ class Actions(NamedTuple):
 
 
 def actions(ledger: Ledger) -> Actions:
-    """What became of every block.
+    """Allocations and frees of every block.
 
     A block whose free was lost ends where the next one at its address begins,
     so one event may free a block and make another.
@@ -81,7 +81,7 @@ class BlockTexts:
         self._key = key * (len(trace.descriptions) + 1) + ledger.made + 1
 
     def of(self, rows: npt.NDArray[np.int64]) -> list[bytes]:
-        """Of blocks, by their rows."""
+        """Texts of blocks, by their rows."""
         keys, texts = self._key[rows].tolist(), self._texts
         for key, row in zip(keys, rows.tolist(), strict=True):
             if key not in texts:

@@ -1,4 +1,4 @@
-"""What a format is given: runs, folded once, and a place to write to."""
+"""The runs that a format is given, folded once, and the sink it writes to."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ class ExportedRun:
 
     @cached_property
     def traces(self) -> Sequence[StepTrace]:
-        """Of the steps kept, in order; the load is step 0.
+        """Traces of the steps kept, in order; the load is step 0.
 
         Raises:
             UserError: There is none.
@@ -119,7 +119,7 @@ class Format(NamedTuple):
 
 
 class Sink:
-    """Where a format writes: counts how far it is, and stops where that is asked for.
+    """The file that a format writes to: counts how far it is, and stops where that is asked for.
 
     Args:
         file: Opened for writing bytes.

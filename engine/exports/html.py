@@ -44,7 +44,7 @@ def _text(name: str) -> str:
 
 
 def _hash(content: str) -> str:
-    """As a content security policy names it."""
+    """The hash of a script or style, as a content security policy names it."""
     return f"'sha256-{base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()}'"
 
 

@@ -25,7 +25,7 @@ POINTS = 600
 
 
 class CategoryFigures(msgspec.Struct, frozen=True):
-    """What a byte is there for: its key in this document, and how it is shown to people."""
+    """A category: its key in this document, and how it is shown to people."""
 
     key: str
     letter: str
@@ -34,7 +34,7 @@ class CategoryFigures(msgspec.Struct, frozen=True):
 
 
 class NowFigures(Composition, frozen=True):
-    """What is held as the last traced step ended, and the last reading of the device.
+    """Bytes held as the last traced step ended, and the last reading of the device.
 
     Attributes:
         step: The last traced.
@@ -149,7 +149,7 @@ class RunExport(msgspec.Struct, frozen=True):
 
 
 class Export(msgspec.Struct, frozen=True):
-    """What `gpumem-tui export --format json` writes: one document for one or several runs.
+    """The document that `gpumem-tui export --format json` writes, for one or several runs.
 
     Attributes:
         schema: Name and version of this form.
@@ -176,7 +176,7 @@ def schema() -> dict[str, Any]:
 
 
 def document(runs: Sequence[ExportedRun], latest: int | None = None) -> Export:
-    """What is written.
+    """The document of one or several runs.
 
     Args:
         runs: At least one.
@@ -265,5 +265,5 @@ def _points(total: npt.NDArray[np.int64]) -> list[int]:
 
 
 def encoded(plain: Export) -> bytes:
-    """As JSON; a loss that is no number becomes null."""
+    """The document as JSON; a loss that is no number becomes null."""
     return msgspec.json.encode(plain, enc_hook=mapping_as_dict)

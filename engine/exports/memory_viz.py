@@ -110,7 +110,7 @@ def _texts(is_alloc: npt.NDArray[np.bool_], places: list[bytes], details: list[b
 
 
 def _details(block: LiveBlock, layer: str) -> bytes:
-    """What an entry says of its block behind the numbers."""
+    """Details of an entry's block that follow the numbers."""
     shape = str(list(block.shape)) if block.shape else ""
     known = {
         "category": block.category.key,

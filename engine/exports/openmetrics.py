@@ -104,6 +104,6 @@ def _reading(exported: ExportedRun) -> Reading:
 
 
 def labels_of(exported: ExportedRun) -> dict[str, str]:
-    """What tells a run from others in a time series."""
+    """The labels that tell a run from others in a time series."""
     run = exported.run
     return {"run": exported.name, "rank": str(run.id.rank), "device": run.environment.device}

@@ -142,7 +142,7 @@ def _packet(content: bytes) -> bytes:
 
 
 def _slices(uuid: int, found: Sequence[Slice]) -> bytes:
-    """In order of time; they do not overlap."""
+    """Packets of slices that are in order of time and do not overlap."""
     out = []
     for name, begin_ns, end_ns in found:
         begin = whole(Field.TYPE, SLICE_BEGIN) + whole(Field.TRACK_UUID, uuid) + part(Field.EVENT_NAME, name)

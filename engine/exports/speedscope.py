@@ -74,7 +74,7 @@ def peak_stacks(ledger: Ledger) -> dict[Stack, int]:
 
 
 def _stack(ledger: Ledger, row: int, slack: bool) -> Stack:
-    """Of a block, or of the slack behind it; what is not known is left out."""
+    """The stack of a block, or of the slack behind it; unknown parts are left out."""
     block, layer = ledger.describe(row), ledger.layers[ledger.blocks["name"][row]]
     category = Category.SLACK if slack else block.category
     owner = block.name if block.name != layer else ""

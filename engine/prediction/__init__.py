@@ -1,1 +1,1 @@
-"""What a CUDA GPU would do, modelled: its allocator, its kernels' memory, its names."""
+"""A model of a CUDA GPU: its allocator, its kernels' memory, its names."""

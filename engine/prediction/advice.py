@@ -1,4 +1,4 @@
-"""Which changes of a configuration help most: each predicted alone, and of their combinations those that promise most.
+"""The changes of a configuration that help most: each predicted alone, then the most promising combinations.
 
 Some changes help only together: with 4-bit weights alone a model may need more than without, since its
 activations become float32, and with each layer checkpointed as well it needs least. All combinations are too
@@ -54,13 +54,13 @@ class Advice:
 
     @property
     def text(self) -> str:
-        """As `--set` takes it."""
+        """The settings as `--set` takes them."""
         return " ".join(f"{name}={show(value)}" for name, value in self.changes.items())
 
 
 @dataclass(frozen=True, slots=True)
 class Advised:
-    """What has been found out.
+    """The changes found so far.
 
     Attributes:
         now: The run as it is.
@@ -161,7 +161,7 @@ class _Search:
             self._ask(wanted)
 
     def result(self) -> Advised:
-        """What is known by now."""
+        """The changes found so far."""
         found = [self._advice(one) for one in self._outlook.known if one and self._counts(one)]
         found.sort(key=lambda advice: (advice.effect, -advice.saved_bytes))
         single = {id(advice) for advice in found if sum(name in techniques.registry() for name in advice.changes) == 1}
@@ -202,11 +202,11 @@ class _Search:
                 yield from (one for one in map(Combination, product(*some)) if one not in self._asked)
 
     def _most_promising(self, promised: Mapping[Combination, int], effect: Effect) -> list[Combination]:
-        """What is worth predicting of that with no more effect than this.
+        """The combinations most worth predicting among those with no more effect than this.
 
-        First what is expected to be better than the best that is known. When there is nothing left, that with one
-        change more than the best, if it is not expected to be much worse: a change may turn out well where another
-        has taken away what it is bad for. Of what promises as much, the smallest.
+        Those expected to be better than the best known come first. When none is left, those follow that have one
+        change more than the best and are not expected to be much worse: a change may turn out well where another
+        has taken away what it is bad for. Of combinations that promise as much, the smallest is taken.
         """
         known = self._outlook.known
         best = min((one for one in known if self._effect(one) <= effect), key=lambda one: known[one].peak_bytes)

@@ -1,4 +1,4 @@
-"""What a rehearsal leaves behind: allocations in order, of blocks that have numbers and no place yet."""
+"""The allocations of a rehearsal in order, of blocks that have numbers and no place yet."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ from .caching_allocator import CachingAllocator
 
 @dataclass(frozen=True)
 class Replayed:
-    """What the allocator made of a list of requests.
+    """A list of requests after the allocator has served them.
 
     Attributes:
         traces: With addresses, slack and the allocator's own counters.

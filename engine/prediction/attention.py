@@ -1,4 +1,4 @@
-"""Which attention kernel CUDA would choose, and what it allocates.
+"""The attention kernel that CUDA would choose, and the memory it allocates.
 
 The choice follows `aten/src/ATen/native/transformers/cuda/sdp_utils.cpp`, the
 order of the allocations `attention.cu`, `attention_backward.cu` and the

@@ -24,12 +24,12 @@ LAST_ADDRESS = 1 << 46
 
 
 def rounded_bytes(size: int) -> int:
-    """What the allocator's counter moves by for a request, at the least."""
+    """The least that the allocator's counter moves by for a request."""
     return max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
 
 
 def segment_bytes(rounded: int) -> int:
-    """What is taken from CUDA when no free block will do."""
+    """The bytes taken from CUDA when no free block will do."""
     if rounded <= SMALL_BYTES:
         return SMALL_SEGMENT_BYTES
     if rounded < MIN_LARGE_BYTES:

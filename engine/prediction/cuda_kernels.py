@@ -1,4 +1,4 @@
-"""What CUDA's kernels allocate beyond the tensors they return, operator by operator.
+"""Memory that CUDA's kernels allocate beyond the tensors they return, operator by operator.
 
 Found in PyTorch's sources and in allocator traces of a GPU; where a size depends
 on the device, the formula is the kernel's own.
@@ -53,7 +53,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
 
 
 def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
-    """What cuBLAS and cuBLASLt keep, on the loop's thread and on autograd's; returns the addresses.
+    """Allocate the workspaces of cuBLAS and cuBLASLt, the loop's thread's and autograd's; returns the addresses.
 
     `getChosenWorkspaceSize` of `aten/src/ATen/cuda/CublasHandlePool.cpp`: 32 MiB
     from sm_90 on, else :4096:2:16:8. The order is that of `AllocatorTrace`'s
@@ -149,7 +149,7 @@ CUB_SCAN_BYTES = 1279
 
 
 def _sort_scratch_bytes(count: int) -> int:
-    """Of `cub::DeviceRadixSort::SortPairs` with 64-bit keys and values, to about a kilobyte."""
+    """Scratch of `cub::DeviceRadixSort::SortPairs` with 64-bit keys and values, to about a kilobyte."""
     return 16 * count + 18_000
 
 
@@ -173,7 +173,7 @@ def _any(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _nonzero(_tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
-    """How many there are depends on the data; mostly there are none."""
+    """The result's size depends on the data; mostly it is empty."""
     (tensor,) = args
     return aten.empty.memory_format([0, tensor.dim()], dtype=torch.int64, device=tensor.fake_device)
 

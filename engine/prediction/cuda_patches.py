@@ -82,7 +82,7 @@ def cuda_paths(
 
 
 def _without_flash_attn(undo: ExitStack, gpu: Gpu, functions: Any, model_class: Any) -> None:
-    """What transformers takes from the package flash-attn, which needs a GPU to be installed."""
+    """Stand in for transformers' use of the package flash-attn, which needs a GPU to be installed."""
 
     def can_dispatch(model: Any, flash_attn_version: int, is_init_check: bool = False) -> bool:
         if not model._supports_flash_attn:

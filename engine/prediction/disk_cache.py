@@ -26,7 +26,7 @@ class DiskCache:
         self._folder, self._largest_bytes = folder, largest_bytes
 
     def get(self, key: str) -> bytes | None:
-        """What was put; None if it is not there. A damaged entry is dropped."""
+        """The entry of a key; None if there is none. A damaged entry is dropped."""
         path = self._path(key)
         if path is None:
             return None

@@ -170,7 +170,7 @@ class FakeCuda(OpTracker):
         self._rows.extend((block, size, wanted_bytes, self._mark, self._clock_us))
 
     def scratch(self, *sizes: int) -> None:
-        """What a kernel takes and gives back before it returns."""
+        """Memory that a kernel takes and gives back before it returns."""
         for address in [self.allocate(size) for size in sizes if size][::-1]:
             self.release(address)
 

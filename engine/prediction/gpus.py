@@ -42,12 +42,12 @@ class Gpu:
 
     @property
     def available_bytes(self) -> int:
-        """What there is for the allocator."""
+        """Bytes that the allocator can have."""
         return self.memory_bytes - self.context_bytes
 
 
 class Understood(NamedTuple):
-    """What was meant by a name.
+    """A GPU by the name that was typed.
 
     Attributes:
         gpu: The GPU.

@@ -10,7 +10,7 @@ from .prediction_store import PredictionStore
 
 
 def predicted(config: RunConfig, gpu: Gpu) -> Prediction:
-    """What `predict` says: read if any process of this user has predicted it before, worked out and kept if not.
+    """The prediction of `predict`: read if any process of this user has made it before, made and kept if not.
 
     Raises:
         UserError: As `predict`.

@@ -1,4 +1,4 @@
-"""From the requests of a few layers to that of all layers.
+"""The requests of all layers, made from those of a few.
 
 Wherever a training step goes through the layers, forwards or backwards, its
 rows are a run for each of them, one after the other. Where the runs of three
@@ -95,7 +95,7 @@ class _Extrapolating:
                 self.block.append(in_first if other < 0 else in_last if other > copies else inside)
 
     def _freed_in(self, run: LayerRun) -> list[tuple[int, int, int, int] | None]:
-        """For each row of a middle run that frees: how many groups away, and the block in each of the three."""
+        """Frees of a middle run, row by row: how many groups away, and the block in each of three; None: no free."""
         found: list[tuple[int, int, int, int] | None] = []
         for block, size in zip(
             self.passes.blocks[run.begin : run.end], self.passes.sizes[run.begin : run.end], strict=True
@@ -111,7 +111,7 @@ class _Extrapolating:
         return found
 
     def _new_row(self, row: int, written_before: int) -> int:
-        """Where an old row is now; of a middle one, where it was written so many times before."""
+        """The new place of an old row; of a middle one, the place of the copy after so many."""
         index = self.passes.run_of[row]
         run = self.passes.runs[index]
         again = written_before * (run.end - run.begin) if run.group == MIDDLE else 0
@@ -160,7 +160,7 @@ class _Extrapolating:
         return np.array(marks, MARK)
 
     def _owners(self, trace: StepTrace, begin: int, end: int, names: dict[str, int]) -> Any:
-        """Who owns a block, from the mark of its own row on."""
+        """The owners of blocks, from the mark of the block's own row on."""
         born = {self.block[row]: row - begin for row in range(begin, end) if self.passes.sizes[self.origin[row]] > 0}
         made: list[tuple[int, int, int, int, int]] = []
         for block, _, category, name, description in trace.owners.tolist():

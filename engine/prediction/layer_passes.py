@@ -1,4 +1,4 @@
-"""Where a list of requests passes through a model's layers, and whether it does the same in each.
+"""The passes of a list of requests through a model's layers, and whether each layer does the same.
 
 A row belongs to a layer if one of its modules was at work, and outside of
 forward and backward if what it allocates or frees is that layer's: a list of
@@ -36,7 +36,7 @@ class LayerRun(NamedTuple):
 
 
 class BlockOrigin(NamedTuple):
-    """Where a block was made.
+    """The origin of a block.
 
     Attributes:
         layer_pass: In which pass, by the number of its middle run.
@@ -83,7 +83,7 @@ class LayerPasses:
         self._compare()
 
     def place(self, block: int) -> BlockOrigin | None:
-        """Where a block was made; None: not in a pass."""
+        """The origin of a block; None: it was not made in a pass."""
         row = self._born.get(block)
         index = -1 if row is None else self.run_of[row]
         if row is None or index not in self.pass_of:
@@ -106,7 +106,7 @@ class LayerPasses:
     # --- reading ------------------------------------------------------------------
 
     def _read(self) -> None:
-        """What was at work at each row, and who owns each block."""
+        """Read the phase, micro-batch and module of each row, and the owner of each block."""
         self.phase = [Phase.IDLE] * len(self.blocks)
         self.micro = [0] * len(self.blocks)
         self.module = [""] * len(self.blocks)
@@ -177,7 +177,7 @@ class LayerPasses:
         return layers.pop() if layers else None
 
     def _passes(self) -> dict[int, int]:
-        """By the number of a run, the pass through the layers that it is part of."""
+        """The pass through the layers that a run of rows is part of, by the run's number."""
         passes: dict[int, int] = {}
         groups = [run.group for run in self.runs]
         for index, group in enumerate(groups):

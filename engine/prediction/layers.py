@@ -34,7 +34,7 @@ _INDEX = re.compile(r"(^|_)(idx|index|id|number)$")
 
 @dataclass(frozen=True)
 class Layers:
-    """Which of a model's layers are traced, and for how many each stands.
+    """The layers of a model that are traced, and how many each stands for.
 
     Attributes:
         container: Name of the list of layers: `model.layers`.
@@ -58,7 +58,7 @@ class Layers:
 
     @property
     def traced(self) -> int:
-        """How many layers are traced."""
+        """Number of layers traced."""
         return self.head + GROUPS * self.period + self.tail
 
     @cached_property
@@ -81,7 +81,7 @@ class Layers:
         return -1 if layer < self.head else min((layer - self.head) // self.period, GROUPS)
 
     def times(self, name: str) -> int:
-        """How many of the model's modules the named one stands for."""
+        """Number of the model's modules that the named one stands for."""
         return self.copies + 1 if self.layer(name) in self.middle else 1
 
     def shifted(self, name: str, layers: int) -> str:

@@ -37,7 +37,7 @@ class _Made(NamedTuple):
 
 
 class OpCache:
-    """What operators returned, by what they were given.
+    """Results of operators by their arguments.
 
     Attributes:
         mode: Makes the fake tensors that it knows of; no others may be given to it.
@@ -112,7 +112,7 @@ def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[Any]
 
 
 def _recipe(out: Any, tensors: list[Any], storages: list[int], key: Any) -> Any:
-    """How to make the result again; None if it depends on more than the arguments' descriptions."""
+    """The recipe that makes the result again; None if it depends on more than the arguments' descriptions."""
     again: list[Any] = []
     for tensor in tensors:
         _describe(tensor, again, [])

@@ -1,4 +1,4 @@
-"""What a prediction says. Loads no torch, so that whoever asks need not either."""
+"""The outcome of a prediction. Loads no torch, so that those who ask need not either."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ class Prediction:
 
     @cached_property
     def document(self) -> RunDocument:
-        """What `run --json` would say of the run."""
+        """The document that `run --json` would write of the run."""
         return report(self.run)
 
     def packed(self) -> bytes:
-        """As it goes to another process, or to disk; `unpacked` reads it back."""
+        """The prediction as it goes to another process or to disk; `unpacked` reads it back."""
         run = self.whole_run if isinstance(self.whole_run, bytes) else pack_whole_run(self.whole_run)
         return _encoder.encode(_Packed({name: getattr(self, name) for name in _figures()}, run))
 
@@ -144,7 +144,7 @@ class Prediction:
 
     @property
     def margin_bytes(self) -> int:
-        """What would be left above the safe bound; negative: what is missing."""
+        """Bytes left above the safe bound; negative: bytes missing."""
         return self.available_bytes - self.safe_bound_bytes
 
 

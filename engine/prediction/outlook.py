@@ -1,4 +1,4 @@
-"""What combinations of changes promise, told from some that are known."""
+"""Expected peaks of combinations of changes, told from some that are known."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class Change:
 
     @property
     def technique(self) -> str:
-        """Whose switch it is."""
+        """The name of the technique whose switch it is."""
         return self.settings[0][0]
 
 
@@ -75,7 +75,7 @@ class Outlook:
         self._shares: dict[Change, Moments] = {}
 
     def learn(self, combination: Combination, prediction: Prediction) -> None:
-        """What came of a combination; of a pair one of which is new, also what that one does."""
+        """Take in a combination's prediction; of a pair one of which is new, also that change's share."""
         self.known[combination] = prediction
         self._moments[combination] = _moments(prediction)
         new = [change for change in combination if change not in self._shares]
@@ -108,7 +108,7 @@ class Outlook:
         return useful
 
     def expected_peak_bytes(self, combination: Combination) -> int:
-        """What a combination of changes that are all known about is expected to need."""
+        """The peak expected of a combination whose changes are all known."""
         start = next(part for part in combination.parts() if part in self._moments)
         shares = np.stack([self._shares[change] for change in combination - start])
         together = np.minimum(shares, 1).prod(axis=0) * np.maximum(shares, 1).max(axis=0)

@@ -1,4 +1,4 @@
-"""What a run over fake tensors comes to: figures, and a Run as any other."""
+"""A run over fake tensors made into a prediction: figures, and a Run as any other."""
 
 from __future__ import annotations
 

@@ -82,7 +82,7 @@ class Predictor:
         return self._known.get(memory_key(config))
 
     def answers(self) -> int:
-        """How many configurations are known."""
+        """Number of configurations that are known."""
         return len(self._known)
 
     def wait(self, timeout_s: float) -> bool:
@@ -183,7 +183,7 @@ def _bury(process: subprocess.Popen[bytes]) -> None:
 
 
 class Question(msgspec.Struct):
-    """What is asked of the process: a configuration as `RunConfig.as_dict`, and for which GPU."""
+    """A question to the process: a configuration as `RunConfig.as_dict`, and the GPU."""
 
     config: dict[str, Any]
     gpu: Gpu

@@ -46,7 +46,7 @@ STEPS = 2
 
 @dataclass(frozen=True, slots=True)
 class Rehearsal:
-    """What a run over fake tensors leaves behind: the same as a measured one.
+    """The results of a run over fake tensors, in the form of a measured run's.
 
     Attributes:
         traces: Loading, then each step.
@@ -180,7 +180,7 @@ class _Rehearsing:
             self.traces.append(trace)
 
     def _times(self, name: str) -> int:
-        """How many parameters the named one stands for."""
+        """Number of parameters that the named one stands for."""
         return self.layers.times(strip_wrappers(name)) if self.layers else 1
 
     def _train(self, tracer: Tracer, recorder: FakeCuda) -> tuple[int, int, int]:

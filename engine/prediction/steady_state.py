@@ -2,8 +2,9 @@
 
 From the second step on the events repeat, but the allocator may still need a
 step or two until its segments suffice for every order of them. So the last
-step's events are played to it again: what they allocate is new, and what they
-free that was there before is what the last step left in its place.
+step's events are played to it again. Their allocations get new blocks. A block
+that they free without having allocated it has been freed already: its successor,
+a block of the same size that the last step left behind, is freed instead.
 """
 
 from __future__ import annotations
@@ -22,19 +23,24 @@ def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> N
         before: The step before the last.
         last: What to repeat.
     """
-    heir = _heirs(before, last)
+    successors = _successors(before, last)
     now: dict[int, int] = {}
     for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
         if size > 0:
             now[address] = allocator.allocate(size)[0]
         elif address in now:
             allocator.free(now.pop(address))
-        elif address in heir:
-            allocator.free(heir.pop(address))
+        elif address in successors:
+            allocator.free(successors.pop(address))
 
 
-def _heirs(before: StepTrace, last: StepTrace) -> dict[int, int]:
-    """By the address of what the last step found and freed, that of what it left of the same size and rank."""
+def _successors(before: StepTrace, last: StepTrace) -> dict[int, int]:
+    """Addresses of blocks that take the place of those freed, by the address freed.
+
+    A block that the last step found and freed is succeeded by one of the same size
+    that the step left behind: the first allocated in the step before by the first
+    allocated in the last step, and so on.
+    """
     left: dict[int, int] = {}
     freed: dict[int, int] = {}
     for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
@@ -49,8 +55,8 @@ def _heirs(before: StepTrace, last: StepTrace) -> dict[int, int]:
     for address, size in left.items():
         by_size[size].append(address)
     born = {address: index for index, address in enumerate(before.events["address"].tolist())}
-    heirs = {}
+    successors = {}
     for address, size in sorted(freed.items(), key=lambda item: born.get(item[0], -1)):
         if by_size[size]:
-            heirs[address] = by_size[size].popleft()
-    return heirs
+            successors[address] = by_size[size].popleft()
+    return successors

@@ -56,7 +56,7 @@ def _read(file: BinaryIO, size: int, work: Work) -> Snapshot:
 
 
 def _take(snapshot: Snapshot, root: Any, size: int) -> None:
-    """What a pickle holds beside its entries."""
+    """Take what a pickle holds beside its entries into a snapshot."""
     plain = {"segments": root} if isinstance(root, list) else root
     if not isinstance(plain, dict):
         raise RefusedError("it holds no snapshot")

@@ -1,4 +1,4 @@
-"""What is kept of a snapshot: its entries as columns, every stack and text once.
+"""A snapshot in memory: its entries as columns, every stack and text once.
 
 Both readers hand their entries over one by one and forget them, so that a file
 of a gigabyte takes the memory of its columns.
@@ -56,7 +56,7 @@ class Stacks:
         return tuple(self._frames[frame] for frame in self._stacks[index])
 
     def places(self, index: int) -> tuple[FrameIndex, ...]:
-        """Of the frames of a stack."""
+        """Indices of a stack's frames."""
         return self._stacks[index]
 
     def add_frame(self, plain: Mapping[str, Any]) -> FrameIndex:
@@ -77,7 +77,7 @@ class Stacks:
         return found
 
     def index(self, plain: Any) -> int:
-        """Of a stack as in the file, or as a reader has handed it over; none is the first."""
+        """Index of a stack as in the file, or as a reader has handed it over; the empty stack is the first."""
         if plain.__class__ is StackIndex:
             return int(plain)
         frames = (frame if frame.__class__ is FrameIndex else self.add_frame(frame) for frame in plain or ())
@@ -85,14 +85,14 @@ class Stacks:
 
 
 class Texts:
-    """What else was said of allocations, every combination once."""
+    """Texts that a snapshot adds to its allocations, every combination once."""
 
     def __init__(self) -> None:
         self.said: list[Mapping[str, str]] = [{}]
         self._index: dict[tuple[tuple[str, str], ...], int] = {(): 0}
 
     def index(self, said: Mapping[str, str]) -> int:
-        """Of what was said."""
+        """Index of a combination of texts."""
         key = tuple(said.items())
         found = self._index.get(key)
         if found is None:
@@ -224,7 +224,7 @@ class Snapshot:
         return len(listed)
 
     def _said(self, plain: Mapping[str, Any]) -> int:
-        """What is in `user_metadata`, and the category where there is one."""
+        """Index of `user_metadata`, and of the category where there is one."""
         known = plain.get("user_metadata")
         said = {str(k): str(v) for k, v in known.items()} if isinstance(known, dict) else {}
         if "category" not in said and isinstance(plain.get("category"), str):

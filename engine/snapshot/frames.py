@@ -1,4 +1,4 @@
-"""What a stack tells of an allocation: what the loop was doing, in whose code, and at times what for.
+"""Tags of allocations from their stacks: what the loop was doing, in whose code, and at times what for.
 
 A snapshot has no hooks' tags. The frames of PyTorch's own functions say which
 phase an allocation belongs to; the innermost frame outside of PyTorch says
@@ -18,7 +18,7 @@ Stack = tuple[Frame, ...]
 
 
 class Tag(NamedTuple):
-    """What is known of an allocation.
+    """A reading of an allocation's stack.
 
     Attributes:
         phase: None: the frames do not tell.
@@ -89,7 +89,7 @@ SAID_PHASES = {phase.title: phase for phase in Phase}
 
 
 def tag(stack: Stack, said: Mapping[str, str]) -> Tag:
-    """What a stack, and whatever was said of an allocation beside it, tells.
+    """Read an allocation's stack and the texts beside it.
 
     Args:
         stack: Innermost frame first.

@@ -42,7 +42,7 @@ class Columns(NamedTuple):
 
 
 class Tags:
-    """What is known of each combination of stack and text, worked out once."""
+    """Tags of each combination of stack and text, worked out once."""
 
     def __init__(self, snapshot: Snapshot) -> None:
         self.tags: list[Tag] = []
@@ -117,7 +117,7 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
 
 
 def _begin(table: Ints, is_alloc: npt.NDArray[np.bool_], alive: Ints, exact: bool) -> Ints:
-    """What was there before the trace: freed in it without having been made in it, or there all along."""
+    """Blocks from before the trace: freed in it without having been made in it, or there all along."""
     _, first = np.unique(table[:, 1], return_index=True)
     freed = table[first[~is_alloc[first]]]
     slack = np.zeros(len(freed), np.int64) if exact else -freed[:, 2] % ROUNDED
@@ -126,7 +126,7 @@ def _begin(table: Ints, is_alloc: npt.NDArray[np.bool_], alive: Ints, exact: boo
 
 
 def _slack_at_end(events: npt.NDArray[Any], is_alloc: npt.NDArray[np.bool_], alive: Ints) -> None:
-    """Of what is alive at the end the snapshot tells the slack: a remainder too small to be split off is in it."""
+    """Fill in the slack of blocks alive at the end, from the snapshot: a remainder too small to split off is in it."""
     last = np.flatnonzero(is_alloc)[::-1]
     address, where = np.unique(events["address"][last], return_index=True)
     at = np.searchsorted(address, alive[:, 0].astype(np.uint64))
@@ -171,7 +171,7 @@ def _carried(values: Ints, first: int) -> Ints:
 
 
 def _cuts(phases: Ints) -> list[int]:
-    """Where steps begin, and the end: behind the loading, and behind each optimizer before what comes then."""
+    """The events that steps begin at, and the end: behind the loading, and behind each optimizer."""
     n = len(phases)
     forward = np.flatnonzero(phases == Phase.FORWARD)
     loads = np.flatnonzero(phases[: forward[0]] == Phase.LOAD) if len(forward) else forward
@@ -225,7 +225,7 @@ def _step(
 
 
 def _micro_batches(phases: Ints) -> Ints:
-    """From 0; one more with each forward that follows a backward."""
+    """Micro-batches from 0; one more with each forward that follows a backward."""
     main = _carried(np.where(np.isin(phases, (Phase.FORWARD, Phase.BACKWARD)), phases, -1), -1)
     again = (main[1:] == Phase.FORWARD) & (main[:-1] == Phase.BACKWARD)
     return np.concatenate([np.zeros(min(len(main), 1), np.int64), np.cumsum(again)])
@@ -262,7 +262,7 @@ def _runs(phases: Ints, micro: Ints, times: Ints, only: Phase | None = None) -> 
 def _categories(
     columns: Columns, phases: Ints, cuts: Sequence[int], blocks: npt.NDArray[Any], tags: Sequence[Tag]
 ) -> Ints:
-    """What is known of each block for certain, -1 for nothing; `made` becomes a block's place in `begin`."""
+    """Category of each block that is known for certain, else -1; `made` becomes a block's place in `begin`."""
     n = len(columns.events)
     before = blocks["born"] < 0
     blocks["made"] = np.where(before, np.cumsum(before) - 1, 0)
@@ -302,7 +302,7 @@ def _categories(
 
 
 def refused_bytes(snapshot: Snapshot, device: int) -> tuple[int, int] | None:
-    """What the last allocation that failed asked for, and what was free on the device; None: none failed."""
+    """Bytes the last failed allocation asked for, and bytes free on the device then; None: none failed."""
     trace = snapshot.devices[device].columns if device < len(snapshot.devices) else ()
     table = np.array(trace, np.int64).reshape(-1, DeviceTrace.FIELDS)
     failed = table[table[:, 0] == OUT_OF_MEMORY]

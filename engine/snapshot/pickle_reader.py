@@ -232,7 +232,7 @@ class PickleReader:
         self._stack.append(_MARK)
 
     def _marked(self) -> list[Any]:
-        """What lies above the last mark, taken off the stack with it."""
+        """The items above the last mark, taken off the stack with it."""
         stack = self._stack
         at = len(stack) - 1
         while stack[at] is not _MARK:

@@ -82,6 +82,6 @@ def _held_after(trace: StepTrace) -> int:
 
 
 def _seconds(trace: StepTrace) -> float:
-    """From the first event to the last; 0 where the snapshot has no times."""
+    """Seconds from the first event to the last; 0 if the snapshot has no times."""
     times = trace.events["time_us"]
     return float(np.ptp(times)) / 1e6 if len(times) else 0.0

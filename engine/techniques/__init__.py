@@ -158,7 +158,7 @@ def check(config: RunConfig, environment: Environment | None = None) -> None:
 
 
 def memory_key(config: RunConfig) -> str:
-    """What decides a run's memory on a device: two runs with equal keys hold the same on it."""
+    """A key of all that decides a run's memory: two runs with equal keys hold the same on a device."""
     plain = config.as_dict()
     everything = plain | plain.pop("options")
     without = {"device", "trace"} | {option.name for option in all_options().values() if not option.affects_memory}
@@ -166,19 +166,19 @@ def memory_key(config: RunConfig) -> str:
 
 
 def effect(old: RunConfig, new: RunConfig) -> Effect:
-    """What a change of the configuration does to the training, beside its memory."""
+    """The effect of a configuration's change on the training, beside its memory."""
     same = (old.seq_len, old.learning_rate) == (new.seq_len, new.learning_rate)
     of_workload = Effect.NONE if same else Effect.TRAINING
     return max(of_workload, *(t.mathematics(old).effect(t.mathematics(new)) for t in registry().values()))
 
 
 def unsound(config: RunConfig) -> list[str]:
-    """Why a run may not train at all, a line for each reason; mostly there is none."""
+    """Reasons why a run may not train at all, a line each; mostly there are none."""
     return [reason for technique in registry().values() if (reason := technique.mathematics(config).unsound)]
 
 
 def cautions(config: RunConfig) -> list[str]:
-    """What of a configuration's memory surprises, a line each."""
+    """Surprises in a configuration's memory, a line each."""
     return [line for technique in registry().values() if (line := technique.caution(config))]
 
 

@@ -1,4 +1,4 @@
-"""Which attention implementation the model runs."""
+"""The attention implementation that the model runs."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def conflict(config: RunConfig) -> str | None:
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
-    """What transformers has chosen for the model."""
+    """The implementation that transformers has chosen for the model."""
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
     return {"attention": chosen} if chosen else {}
 

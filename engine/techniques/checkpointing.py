@@ -32,7 +32,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
 
 def _attention_operators() -> list[Any]:
-    """Whose results are kept: computing attention again is what checkpointing costs most where rows are long."""
+    """The operators whose results are kept: with long rows, attention is the dearest part to compute again."""
     from torch import ops
 
     names = (

@@ -74,7 +74,7 @@ def _settings(peft: Any, config: RunConfig, targets: str | list[str] | None, par
 
 
 def _expert_parameters(model: Model) -> set[str]:
-    """What a mixture of experts keeps of all its experts in one parameter: adapted as such, being no module."""
+    """Parameters that hold all experts of a mixture in one: no modules, so they are adapted as parameters."""
     return {name.rsplit(".", 1)[-1] for name, parameter in model.named_parameters() if parameter.dim() == 3}
 
 
@@ -152,7 +152,7 @@ _FIELDS = {
 
 
 def _kind(settings: Any) -> str:
-    """Of PEFT's settings."""
+    """The kind of adapter that PEFT's settings describe; empty: none of ours."""
     if getattr(settings, "use_dora", False):
         return "dora"
     if str(getattr(settings, "init_lora_weights", "")).startswith("pissa"):

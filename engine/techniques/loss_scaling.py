@@ -28,7 +28,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
 
 def conflict(config: RunConfig) -> str | None:
-    """What `GradScaler` cannot scale, as far as the dtype is said."""
+    """A dtype that `GradScaler` cannot scale, as far as the dtype is set."""
     dtype = config.text("dtype")
     if not config.flag("loss_scaling") or dtype not in FLOAT16:
         return None

@@ -1,4 +1,4 @@
-"""Which of the model's own parameters are trained; the others have neither gradients nor optimizer state."""
+"""The choice of parameters that are trained; the others have neither gradients nor optimizer state."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def _layers(model: Any) -> list[Any]:
 
 
 def _embeddings(model: Any) -> Iterator[Any]:
-    """Of tokens and positions, and the head."""
+    """Parameters of the embeddings of tokens and positions, and of the head."""
     from torch.nn import Embedding
 
     head: Any = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
@@ -75,7 +75,7 @@ def mathematics(config: RunConfig) -> Mathematics:
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
-    """What has `requires_grad`, if it is one of these choices; adapters are LoRA's."""
+    """The choice that `requires_grad` shows, if it is one of these; adapters are LoRA's."""
     if getattr(model, "peft_config", None):
         return {}
     of_embeddings = {id(p): p.requires_grad for p in _embeddings(model)}

@@ -1,1 +1,1 @@
-"""Where the stream of allocations comes from."""
+"""The sources of the stream of allocations."""

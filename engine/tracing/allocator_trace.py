@@ -68,7 +68,7 @@ class AllocatorTrace:
         return entries
 
     def alive(self, started: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
-        """What the allocator holds."""
+        """Blocks the allocator holds."""
         if started is not None:
             self._layout = BlockLayout(started)
         return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)

@@ -1,4 +1,4 @@
-"""What a tracer took of a step becomes a `StepTrace`, on a thread of its own.
+"""`StepTrace`s made of what a tracer took of a step, on a thread of their own.
 
 Turning thousands of the allocator's entries into columns takes longer than
 reading them. On the engine's thread it would stand between two steps while the

@@ -1,4 +1,4 @@
-"""How the caching allocator cuts its segments into blocks, followed event by event.
+"""The caching allocator's cutting of segments into blocks, followed event by event.
 
 The trace gives the bytes that were asked for; the allocator's counter moves by
 the block it handed out. Mostly that is the request rounded up to 512 bytes, but

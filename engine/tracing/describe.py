@@ -15,7 +15,7 @@ from torch.utils._pytree import tree_leaves
 
 
 class Watcher(Protocol):
-    """What the mode talks to."""
+    """The listener that the mode talks to."""
 
     def operator(self, name: str) -> None:
         """An operator is about to run on this thread."""

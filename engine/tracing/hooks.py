@@ -23,7 +23,7 @@ from .module_hooks import module_hooks
 
 
 class Tagger(Protocol):
-    """What the hooks talk to."""
+    """The listener that the hooks talk to."""
 
     tagging: bool
     """True if tags are wanted now; hooks return at once when not."""
@@ -43,7 +43,7 @@ class Tagger(Protocol):
         ...
 
     def tag(self, phase: Phase, module: int) -> None:
-        """From now on, this thread runs `module`."""
+        """Tag what this thread allocates from now on with `module`."""
         ...
 
     def leaf(self, name: str, tensor: torch.Tensor) -> None:

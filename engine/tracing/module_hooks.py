@@ -30,7 +30,7 @@ After = Callable[[torch.nn.Module, Any, Any], None]
 
 
 class Hooked(NamedTuple):
-    """What is called for one module."""
+    """The functions called for one module."""
 
     module: weakref.ref[torch.nn.Module]
     before: Before
@@ -140,7 +140,7 @@ class _CompiledCall:
 
 
 def _is_written_down() -> bool:
-    """Whether a forward pass is being compiled, exported or traced, rather than run."""
+    """True if a forward pass is being compiled, exported or traced, rather than run."""
     return torch.compiler.is_compiling() or torch._C._is_tracing()
 
 

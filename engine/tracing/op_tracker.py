@@ -120,11 +120,11 @@ class OpTracker(TorchDispatchMode):
         return rows
 
     def alive(self, started: array[int]) -> npt.NDArray[Any]:
-        """As columns."""
+        """Blocks as columns."""
         return columns(started, BLOCK)
 
     def events(self, drained: array[int]) -> npt.NDArray[Any]:
-        """As columns."""
+        """Events as columns."""
         return columns(drained, EVENT)
 
     def stop(self) -> None:

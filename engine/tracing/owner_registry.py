@@ -34,7 +34,7 @@ class OwnerRows:
 
 
 class OwnerRegistry:
-    """Whose tensors to look for, and what was found of those that stay where they are.
+    """The owners whose tensors are looked for, and the tensors found that stay where they are.
 
     Only the model that is trained and its optimizers are held; everything else
     by weak references, since a strong one would keep memory alive.

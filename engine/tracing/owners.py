@@ -1,4 +1,4 @@
-"""Who holds which tensor: the names behind the addresses."""
+"""The owners of tensors: the names behind the addresses."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def int8_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
 
 
 def of_last_batch(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[Owned]:
-    """What int8 layers keep of the batch they last saw: the outlier columns' indices."""
+    """Outlier columns' indices that int8 layers keep of the batch they last saw."""
     for name, module in modules:
         for part, tensor in tensors_in(vars(module.state)):
             if part not in INT8_WEIGHT:
@@ -55,7 +55,7 @@ def of_last_batch(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[Ow
 
 
 def _quantized_parts(parameter: Any) -> Iterator[tuple[str, torch.Tensor]]:
-    """What bitsandbytes keeps beside the packed weight: scales and code tables."""
+    """Tensors that bitsandbytes keeps beside the packed weight: scales and code tables."""
     state = getattr(parameter, "quant_state", None)
     prefix = ""
     while state is not None:
@@ -71,7 +71,7 @@ def _quantized_parts(parameter: Any) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[tuple[str, torch.Tensor]]:
-    """What it updates, named after it: for those that no module has."""
+    """Parameters that an optimizer updates, named after it: for those that no module has."""
     parameters = (parameter for group in optimizer.param_groups for parameter in group["params"])
     for index, parameter in enumerate(parameters):
         yield f"{type(optimizer).__name__}.parameters.{index}", parameter
@@ -132,7 +132,7 @@ def of_cache(cache: Any) -> Iterator[Owned]:
 
 
 def of_libraries() -> Iterator[Owned]:
-    """What libraries keep for themselves between calls: bitsandbytes' code tables."""
+    """Tensors that libraries keep for themselves between calls: bitsandbytes' code tables."""
     module = sys.modules.get("bitsandbytes.functional")
     for name, tensor in getattr(module, "name2qmap", {}).items():
         yield Category.WORKSPACE, f"bitsandbytes.{name}", tensor

@@ -1,4 +1,4 @@
-"""What every recorder of allocations offers, whatever it listens to."""
+"""The interface of every recorder of allocations."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ class Recorder(Protocol):
         ...
 
     def drain(self) -> Raw:
-        """What happened since `start` or the last drain, as cheaply as it can be had."""
+        """Raw events since `start` or the last drain, as cheaply as they can be had."""
         ...
 
     def alive(self, started: Raw) -> npt.NDArray[Any]:
-        """What `start` returned as columns, dtype BLOCK; on another thread, in the order it was taken."""
+        """Blocks alive at `start`, made of what it returned: dtype BLOCK; on another thread, in the order taken."""
         ...
 
     def events(self, drained: Raw) -> npt.NDArray[Any]:
-        """What `drain` returned as columns, dtype EVENT, `mark` as stamped; on that thread too."""
+        """Events made of what `drain` returned: dtype EVENT, `mark` as stamped; on that thread too."""
         ...
 
     def stop(self) -> None:
@@ -56,7 +56,7 @@ class Recorder(Protocol):
         ...
 
     def allocated_bytes(self) -> int:
-        """What the allocator itself counts now."""
+        """Bytes allocated by the allocator's own count."""
         ...
 
     def peak_bytes(self) -> int:

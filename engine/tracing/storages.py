@@ -48,6 +48,6 @@ def _is_transformed(tensor: torch.Tensor) -> bool:
 
 
 def is_fake(tensor: Any) -> bool:
-    """Whether a tensor has no memory, as while something is exported or compiled."""
+    """True if a tensor has no memory, as while something is exported or compiled."""
     module = sys.modules.get("torch._subclasses.fake_tensor")
     return module is not None and isinstance(tensor, module.FakeTensor)

@@ -1,4 +1,4 @@
-"""From a recorder's events to traces: steps, phases, tags and owners.
+"""The tracer: it makes `StepTrace`s of a recorder's events, with phases, tags and owners.
 
 The training loop says what it does (`step`, `phase`, `own`), the hooks say
 which module runs, the recorder says what was allocated; the tracer joins them
@@ -116,7 +116,7 @@ class Tracer:
 
     @property
     def marks_in_step(self) -> int:
-        """How long the trace of the step under way is by now; 0 where it is not traced."""
+        """Number of marks in the trace of the step under way; 0 if it is not traced."""
         return len(self._step.marks) if self._step is not None else 0
 
     # --- what the loop calls ------------------------------------------------
@@ -134,7 +134,7 @@ class Tracer:
         self._owners.beside(models, optimizers)
 
     def loader(self, shell: torch.nn.Module) -> Callable[[str], None]:
-        """What tags the modules of a model about to be loaded, as their weights are read.
+        """Hooks that tag the modules of a model about to be loaded, as their weights are read.
 
         Args:
             shell: The model without its weights. Its modules are named first, since
@@ -285,7 +285,7 @@ class Tracer:
         self._owners.leaf(name, tensor)
 
     def tag(self, phase: Phase, module: int) -> None:
-        """From here on, this thread's allocations carry a new mark."""
+        """Give this thread's allocations a new mark from here on."""
         step = self._step
         if step is None:
             return
@@ -312,7 +312,7 @@ class Tracer:
     # --- what the operators' watch calls ------------------------------------
 
     def operator(self, name: str) -> None:
-        """What is allocated from here on is this operator's."""
+        """Name the operator that makes what is allocated from here on."""
         step = self._step
         if step is not None:
             self._bump()

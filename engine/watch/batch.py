@@ -23,7 +23,7 @@ class Batch(NamedTuple):
 
     @property
     def tokens(self) -> int | None:
-        """In all rows."""
+        """Number of tokens in all rows."""
         return None if self.seq_len is None else self.rows * self.seq_len
 
 

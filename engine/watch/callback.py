@@ -57,7 +57,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self.watch = None
 
     def _figures(self) -> dict[str, int]:
-        """What is logged; a failure of ours is no failure of the training."""
+        """Figures for the log; a failure of ours is no failure of the training."""
         if self.watch is None:
             return {}
         source = self.watch.source

@@ -1,4 +1,4 @@
-"""What can be told of somebody else's loop by looking at its model and optimizer."""
+"""Descriptions of somebody else's loop, read off its model and optimizer."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ NO_ARCHITECTURE = ("auto_map", "attn_implementation", "quantization_config")
 
 
 def script_name() -> str:
-    """What to call this process: the script's name, with its rank if it has several."""
+    """The script's name, with its rank if it has several: the engine's name."""
     script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
     name = script.parent.name if script.stem == "__main__" else script.stem
     rank = os.environ.get("RANK")
@@ -74,7 +74,7 @@ def admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
 
 
 def device_of(model: torch.nn.Module) -> torch.device:
-    """Where it is watched: the GPU of its first parameter that is on one, or the CPU."""
+    """The device to watch: the GPU of the model's first parameter that is on one, or the CPU."""
     devices = [p.device for p in model.parameters()]
     return next((d for d in devices if d.type == "cuda"), torch.device("cpu"))
 

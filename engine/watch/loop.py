@@ -46,7 +46,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class WatchedLoop:
-    """What the hooks of a watched model and its optimizers are told becomes a run's steps.
+    """A watched loop: makes a run's steps of what the hooks of a model and its optimizers are told.
 
     Args:
         model: That is trained, or used.
@@ -184,14 +184,14 @@ class WatchedLoop:
             self._tracer.tag(Phase.BACKWARD, self._tracer.name(LOSS))
 
     def _is_inside(self, module: torch.nn.Module) -> bool:
-        """Whether another module that stands for the model is running: what compiles or wraps it."""
+        """True if another module that stands for the model is running: one that compiles or wraps it."""
         outer = self._inside() if self._inside is not None else None
         return outer is not None and outer is not module
 
     # --- steps and micro-batches ----------------------------------------------------
 
     def _next_pass(self, kwargs: Mapping[str, Any]) -> None:
-        """Which micro-batch, or which step, a forward pass is of."""
+        """Begin the micro-batch, or the step, that a forward pass belongs to."""
         cache = _cache_in(kwargs)
         continues = cache is not None and id(cache) == self._cache
         if self._phase is Phase.BACKWARD or (continues and not self._optimizers):
@@ -244,7 +244,7 @@ class WatchedLoop:
         self._begin_step()
 
     def _learn(self) -> None:
-        """What only a whole step shows."""
+        """Learn what only a whole step shows: paged optimizer state, micro-batches a step."""
         states = chain.from_iterable(optimizer.state.values() for optimizer in self._optimizers)
         self._source.publisher.managed_bytes = owners.paged_bytes(states)
         if self._accumulation is None and self._optimizers:
@@ -295,7 +295,7 @@ class WatchedLoop:
         _leave(context, error)
 
     def _held(self) -> Iterator[owners.Owned]:
-        """What the script still holds of the batch and the outputs we saw last."""
+        """Tensors of the last batch and outputs that the script still holds."""
         for category, name, reference in (*self._batch, *self._outputs):
             tensor = reference()
             if tensor is not None:

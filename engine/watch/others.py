@@ -18,7 +18,7 @@ from ..ledger import OTHER_MODEL
 
 
 class Others(NamedTuple):
-    """What was found.
+    """Models and optimizers found in the process.
 
     Attributes:
         models: Outermost modules with tensors of their own, each with what the names of its tensors begin with.
@@ -49,7 +49,7 @@ def find_others(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimiz
 
 
 def compiled_modules(model: torch.nn.Module) -> int:
-    """How many modules of a model are compiled."""
+    """Number of a model's modules that are compiled."""
     compiled = ("_orig_mod" in module._modules or "_compiled_call_impl" in vars(module) for module in model.modules())
     return sum(compiled)
 
@@ -68,7 +68,7 @@ def _tensors(model: torch.nn.Module) -> Iterator[torch.Tensor]:
 
 
 def _names(models: Sequence[torch.nn.Module]) -> Iterator[str]:
-    """What the script calls them, where a global variable or an attribute holds them; otherwise their classes."""
+    """Names of models, where a global variable or an attribute holds them; otherwise their classes."""
     held: dict[int, str] = {}
     wanted = set(map(id, models))
     for holder in gc.get_referrers(*models) if models else ():

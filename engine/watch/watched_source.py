@@ -1,4 +1,4 @@
-"""What a watched script shows: a `Source`, its gauge, and the socket, on threads of their own."""
+"""The `Source` of a watched script, its gauge, and the socket, on threads of their own."""
 
 from __future__ import annotations
 

@@ -83,7 +83,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
                 hide_our_frames(error)
 
     def begin(self, *forward: Any) -> None:
-        """From here on.
+        """Watch from here on.
 
         Args:
             forward: The module and the positional arguments of a forward pass of the model

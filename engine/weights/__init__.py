@@ -1,4 +1,4 @@
-"""What quantization does to weights: measured tensor by tensor, on a CPU, from the file they lie in.
+"""The damage of quantization to weights: measured tensor by tensor, on a CPU, from the file they lie in.
 
 ```
 checkpoint.py      a safetensors file, a model's folder, a hub id -> the tensors, none of them loaded

@@ -68,12 +68,12 @@ class Extremes(NamedTuple):
         np.maximum(self.low[at], other.low, out=self.low[at])
 
     def over(self, groups: int) -> Extremes:
-        """Of `groups` larger groups, each of as many neighbouring ones."""
+        """Extremes of `groups` larger groups, each of as many neighbouring ones."""
         return Extremes(self.high.reshape(groups, -1).max(1), self.low.reshape(groups, -1).max(1))
 
 
 def no_extremes(groups: int, form: Format) -> Extremes:
-    """Of groups of which nothing has been seen."""
+    """Extremes of groups of which nothing has been seen."""
     return Extremes(np.zeros(groups, form.unsigned), np.zeros(groups, form.unsigned))
 
 
@@ -85,7 +85,7 @@ def _from_maxima(positive: Bits, negative: Bits, form: Format) -> Extremes:
 
 
 def run_extremes(bits: Bits, form: Format) -> Extremes:
-    """Of every RUN numbers of a flat array; the last ones may be fewer."""
+    """Extremes of every RUN numbers of a flat array; the last ones may be fewer."""
     if len(bits) % RUN:
         bits = np.concatenate([bits, np.zeros(-len(bits) % RUN, bits.dtype)])
     runs = bits.reshape(-1, RUN)
@@ -93,7 +93,7 @@ def run_extremes(bits: Bits, form: Format) -> Extremes:
 
 
 def row_extremes(bits: Bits, columns: int, start: int, form: Format) -> tuple[slice, Extremes]:
-    """Of the rows of `columns` numbers that a part of a matrix touches.
+    """Extremes of the rows of `columns` numbers that a part of a matrix touches.
 
     Args:
         bits: The part, flat.

@@ -11,7 +11,7 @@ _one_at_a_time = threading.Lock()
 
 
 def quantize_blockwise(values: torch.Tensor, code: torch.Tensor | None, blocksize: int) -> tuple[torch.Tensor, Any]:
-    """As `bitsandbytes.functional.quantize_blockwise`; threads that called it at once were seen to get wrong codes."""
+    """`bitsandbytes.functional.quantize_blockwise` by one thread at a time: several were seen to get wrong codes."""
     from bitsandbytes import functional
 
     with _one_at_a_time:

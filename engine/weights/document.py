@@ -50,7 +50,7 @@ def entries(name: str, weights: ModelWeights, schemes: Sequence[Scheme], exact: 
 
 
 def document(found: Iterable[Entry], schemes: Sequence[Scheme]) -> dict[str, Any]:
-    """What was measured, together."""
+    """One document of all that was measured."""
     made: dict[str, Any] = {"schema": SCHEMA}
     reports: list[TensorReport] = []
     for entry in found:

@@ -22,7 +22,7 @@ DENSITY_BINS = 1024
 
 @dataclass
 class _Sums:
-    """Of one scheme, over the parts of a tensor."""
+    """Sums of one scheme, over the parts of a tensor."""
 
     noise: float = 0.0
     largest: float = 0.0
@@ -110,7 +110,7 @@ class _Whole:
         return float(self.sums[0])
 
     def share(self, scheme: Scheme) -> float:
-        """By how much more all weights err than those measured.
+        """The ratio of all weights' error to that of those measured.
 
         All rows' largest weights and the mean square of all weights are known.
         What is measured of some is told of all in proportion, since a few rows
@@ -124,7 +124,7 @@ class _Whole:
         return 1.0
 
     def report(self, schemes: dict[str, Fidelity], unsuited: dict[str, str]) -> TensorReport:
-        """Of everything added."""
+        """The report of everything added."""
         first, second, third, fourth = (self.sums[1:] / self.seen).tolist()
         variance = max(second - first**2, 0.0)
         std = math.sqrt(variance)

@@ -16,7 +16,7 @@ ENDED = "The process that measures has ended."
 
 
 class Request(msgspec.Struct, frozen=True):
-    """What the process is asked for.
+    """A request to the process.
 
     Attributes:
         model: Name, folder or hub id.
@@ -31,7 +31,7 @@ class Request(msgspec.Struct, frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Weights:
-    """Whose weights: equal for all configurations of one model.
+    """The weights that are measured: equal for all configurations of one model.
 
     Attributes:
         model: Name, folder or hub id.
@@ -80,7 +80,7 @@ class Measurement:
 
     @property
     def running(self) -> bool:
-        """Whether there is more to come."""
+        """True if there is more to come."""
         return self.end is None and not self.failure
 
     def stop(self) -> None:

@@ -1,4 +1,4 @@
-"""What a scheme gets to quantize: some runs of a tensor."""
+"""The runs of a tensor that a scheme gets to quantize."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ class Piece:
     shared: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[Piece], T]) -> T:
-        """What another scheme has made of this piece under that name, or else make it."""
+        """The value that another scheme has made of this piece under that name, or else a new one."""
         if name not in self.shared:
             self.shared[name] = make(self)
         found: T = self.shared[name]

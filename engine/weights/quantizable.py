@@ -1,4 +1,4 @@
-"""Which of a model's weights a run stores quantized: what transformers and bitsandbytes convert."""
+"""The weights of a model that a run stores quantized: those that transformers and bitsandbytes convert."""
 
 from __future__ import annotations
 

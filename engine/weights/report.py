@@ -1,4 +1,4 @@
-"""What is known of a tensor: figures only, as they go from the process that measures to whoever shows them."""
+"""Reports of tensors: figures only, as they go from the process that measures to the one that shows them."""
 
 from __future__ import annotations
 
@@ -81,12 +81,12 @@ class TensorReport(msgspec.Struct, frozen=True, kw_only=True, rename={"low": "mi
 
     @property
     def mean_square(self) -> float:
-        """Of the weights."""
+        """Mean square of the weights."""
         return self.mean**2 + self.std**2
 
 
 class ModelHead(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="model"):
-    """What is about to be measured.
+    """A model before its tensors are measured.
 
     Attributes:
         model: What it is called.

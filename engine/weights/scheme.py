@@ -1,4 +1,4 @@
-"""What a quantization scheme is. One file a family in `engine/weights/schemes/`, exporting SCHEMES."""
+"""The form of a quantization scheme. One file a family in `engine/weights/schemes/`, exporting SCHEMES."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Quantized:
-    """What has become of a piece.
+    """A quantized piece.
 
     Attributes:
         codes: uint8, flat: what each weight is stored as: one of the scheme's.
@@ -73,7 +73,7 @@ class Scheme:
 
     @property
     def unavailable(self) -> str | None:
-        """Why it cannot be measured here (one line), or None."""
+        """The reason why it cannot be measured here (one line), or None."""
         if importlib.util.find_spec(self.package) is not None:
             return None
         return f"the package {self.package} is not installed: pip install 'gpumem-tui[weights]'"

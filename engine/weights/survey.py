@@ -49,7 +49,7 @@ class Part:
 
 @dataclass(frozen=True, slots=True)
 class Survey:
-    """What every scheme needs to know of the whole tensor.
+    """Figures of the whole tensor that every scheme needs.
 
     Attributes:
         tensor: Which.
@@ -78,7 +78,7 @@ class Survey:
     exact: bool
 
     def parts(self) -> Iterator[Part]:
-        """What is to be measured."""
+        """The parts to measure."""
         yield from _all_parts(self.tensor) if self.exact else self.sample
 
 
@@ -148,7 +148,7 @@ class _Squares:
         self.rest += float(np.square(as_float32(bits[whole * RUN :], self.read_as), dtype=np.float64).sum())
 
     def total(self, largest: Bits) -> float:
-        """Of all runs by their largest weights, in proportion to what those added have that are alike in it."""
+        """Sum of squares of all runs, told by their largest weights from the runs added that are alike."""
         if not len(largest):
             return self.rest
         classes = (largest >> (self.form.mantissa_bits - ALIKE_BITS)).astype(np.int64)

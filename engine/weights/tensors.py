@@ -26,12 +26,12 @@ class WeightTensor(Protocol):
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Of two dimensions or more."""
+        """The shape, of two dimensions or more."""
         ...
 
     @property
     def dtype(self) -> str:
-        """How it is stored, by safetensors' name."""
+        """The dtype it is stored in, by safetensors' name."""
         ...
 
     @property
@@ -62,7 +62,7 @@ class Geometry:
 
     @property
     def numel(self) -> int:
-        """How many weights."""
+        """Number of weights."""
         return self.rows * self.columns
 
     @property
@@ -83,7 +83,7 @@ def format_of(tensor: WeightTensor) -> Format:
 
 @dataclass(frozen=True, slots=True)
 class ModelWeights:
-    """What a model holds.
+    """The weights of a model.
 
     Attributes:
         tensors: The matrices of weights, in the order they lie in.

@@ -22,7 +22,7 @@ def decibels(signal: float, noise: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class Total:
-    """Of all tensors that are stored quantized.
+    """Totals over all tensors that are stored quantized.
 
     Attributes:
         parameters: Weights in them.
@@ -54,11 +54,11 @@ class Total:
 
     @property
     def bits_per_parameter(self) -> float:
-        """With every constant."""
+        """Bits a parameter, every constant included."""
         return 8 * self.storage_bytes / self.parameters
 
     def as_entry(self) -> dict[str, Any]:
-        """As it is written in a document."""
+        """The totals as a document holds them."""
         return {
             "parameters": self.parameters,
             "bits_per_parameter": self.bits_per_parameter,
@@ -107,7 +107,7 @@ def total(reports: Sequence[TensorReport], scheme: Scheme) -> Total | None:
 
 @dataclass(frozen=True, slots=True)
 class Proposal:
-    """Which tensors to keep in 16 bit under a scheme.
+    """The tensors to keep in 16 bit under a scheme.
 
     Attributes:
         scheme: Its key.
@@ -125,11 +125,11 @@ class Proposal:
 
     @property
     def skip(self) -> str:
-        """What `quantization.skip` has to be set to for it."""
+        """The value of `quantization.skip` that keeps them."""
         return ",".join(name.removesuffix(".weight") for name in self.tensors)
 
     def as_entry(self) -> dict[str, Any]:
-        """As it is written in a document."""
+        """The proposal as a document holds it."""
         return {
             "tensors": list(self.tensors),
             "skip": self.skip,

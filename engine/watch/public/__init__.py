@@ -1,4 +1,4 @@
-"""What a training script imports: `from gpumem_tui.watch import watch, MemoryCallback`.
+"""The part that a training script imports: `from gpumem_tui.watch import watch, MemoryCallback`.
 
     with watch(model, optimizer):
         ...                                     any PyTorch loop

@@ -50,7 +50,7 @@ def _single(piece: Piece, kind: str, block: int) -> Quantized:
 
 
 def _double(piece: Piece, kind: str) -> Quantized:
-    """As `quantize_4bit(compress_statistics=True)` does it, with the mean of all the tensor's scales."""
+    """Quantize as `quantize_4bit(compress_statistics=True)` does, with the mean of all the tensor's scales."""
     from bitsandbytes import functional
 
     from ..blockwise_8bit import quantize_blockwise

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
 
 
 def _quantize(piece: Piece) -> Quantized:
-    """By rows in float16.
+    """Quantize by rows in float16.
 
     A column is added that holds the row's largest weight, so that the scale is that of the whole row.
     """
