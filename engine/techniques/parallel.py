@@ -1,0 +1,155 @@
+"""Several GPUs: replicas of the model (DDP), or shards of it (FSDP2, DeepSpeed ZeRO)."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from ..config import Option, RunConfig, Value
+from ..events import Category, Environment
+from ..technique import Mathematics, Technique
+
+if TYPE_CHECKING:
+    pass
+
+ZERO = ("zero1", "zero2", "zero3")
+ON_A_CPU = 2
+"""Ranks where there is no GPU to count and none are asked for."""
+ELEMENTWISE = ("adamw", "adamw-fused", "adamw-single", "sgd", "sgd-momentum")
+"""Optimizers that can step a shard: what they do to a number depends on no other number."""
+
+
+def ranks(config: RunConfig, gpus: int) -> int:
+    """Processes of a run, one a GPU.
+
+    Args:
+        config: The run.
+        gpus: Visible here, or in the machine that is predicted for; 0: it is a CPU.
+    """
+    if config.text("parallel") == "none":
+        return 1
+    return config.integer("parallel.ranks") or gpus or ON_A_CPU
+
+
+def shard_ranks(config: RunConfig, world: int) -> int:
+    """Ranks that hold one copy of the model between them; under `hybrid` half of all unless it is said.
+
+    Args:
+        config: The run.
+        world: Ranks of the job.
+    """
+    if config.text("parallel.shard") == "full":
+        return world
+    return config.integer("parallel.shard_ranks") or max(1, world // 2)
+
+
+def conflict(config: RunConfig) -> str | None:
+    """What the engines cannot do together."""
+    kind = config.text("parallel")
+    if kind == "none":
+        return None
+    if config.flag("optimizer_in_backward"):
+        return f"parallel={kind} reduces gradients before a step: set optimizer_in_backward=off"
+    if kind == "ddp":
+        return None
+    optimizer = config.text("optimizer")
+    if optimizer not in ELEMENTWISE:
+        return f"parallel={kind} steps shards, which optimizer={optimizer} cannot: one of {', '.join(ELEMENTWISE)}"
+    if config.flag("loss_scaling"):
+        return f"parallel={kind}: GradScaler looks for overflows in one rank's shards only: set loss_scaling=off"
+    if config.text("quantization") != "none":
+        return f"parallel={kind} cannot shard bitsandbytes' packed weights: set parallel=ddp, or quantization=none"
+    return _mesh_problem(config) if kind == "fsdp2" else None
+
+
+def _mesh_problem(config: RunConfig) -> str | None:
+    """Groups of equal size."""
+    world, shard = config.integer("parallel.ranks"), config.integer("parallel.shard_ranks")
+    if config.text("parallel.shard") != "hybrid" or not world:
+        return None
+    if world % (shard or 2):
+        return f"parallel.ranks={world} makes no groups of equal size for parallel.shard_ranks={shard or world // 2}"
+    return None
+
+
+def unavailable(value: Value, environment: Environment) -> str | None:
+    """ZeRO is DeepSpeed's."""
+    if value in ZERO and "deepspeed" not in environment.packages:
+        return "the package deepspeed is not installed: pip install gpumem-tui[deepspeed]"
+    return None
+
+
+def mathematics(config: RunConfig) -> Mathematics:
+    """Every rank trains on rows of its own, so a step is of all ranks' rows; sums may be taken in another dtype."""
+    kind = config.text("parallel")
+    if kind == "none":
+        return Mathematics()
+    reduce = config.text("parallel.reduce")
+    return Mathematics(f"{config['parallel.ranks'] or 'all'} ranks", "" if reduce == "auto" else f"reduced in {reduce}")
+
+
+TECHNIQUE = Technique(
+    name="parallel",
+    title="several GPUs",
+    summary="a replica on each GPU (ddp), or of weights, gradients and optimizer state a shard (fsdp2, zero)",
+    formula="zero1: optimizer state / ranks; zero2: gradients too; fsdp2, zero3: weights too; ddp: gradients twice",
+    source="https://arxiv.org/abs/1910.02054",
+    cost={
+        "none": "none",
+        "ddp": "one all-reduce of all gradients a step, while backward goes on",
+        "fsdp2": "weights travel twice a micro-batch and gradients once, layer by layer",
+        "zero1": "gradients are reduced and updated weights gathered once a step",
+        "zero2": "gradients are reduced in every micro-batch, weights gathered once a step",
+        "zero3": "weights travel twice a micro-batch and gradients once, module by module",
+    },
+    order=90,
+    options=(
+        Option(
+            "parallel",
+            "none",
+            "ddp: a replica a GPU; fsdp2: torch's fully_shard; zero1 to zero3: DeepSpeed's stages",
+            ("none", "ddp", "fsdp2", *ZERO),
+        ),
+        Option(
+            "parallel.ranks",
+            0,
+            "processes, one a GPU; 0: all visible GPUs, two on a CPU",
+            (0, 2, 4, 8, 16, 32, 64),
+            True,
+            0,
+            65536,
+        ),
+        Option("parallel.shard", "full", "fsdp2: full over all ranks; hybrid: over groups of them", ("full", "hybrid")),
+        Option("parallel.shard_ranks", 0, "hybrid: ranks in a group; 0: half of all", (0, 2, 4, 8), True, 0, 65536),
+        Option("parallel.reshard", True, "fsdp2: free gathered weights between forward and backward", (True, False)),
+        Option(
+            "parallel.reduce",
+            "auto",
+            "fsdp2: dtype gradients are summed in; auto: the gradients', under dtype=mixed float32",
+            ("auto", "float32", "bfloat16", "float16"),
+        ),
+        Option("parallel.offload", False, "fsdp2, zero: shards and optimizer state on the host", (False, True)),
+        Option("parallel.bucket_view", False, "ddp: gradients are views of the reducer's buckets", (False, True)),
+        Option(
+            "parallel.bucket",
+            "auto",
+            "zero: bucket sizes; auto: as Hugging Face sets them, from hidden size; default: DeepSpeed's",
+            ("auto", "default"),
+        ),
+    ),
+    in_script="torchrun, and DistributedDataParallel(model), fully_shard(layer) or deepspeed.initialize(...)",
+    acts_on=(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE),
+    variants=(
+        {"parallel": "ddp", "parallel.ranks": 1},
+        {"parallel": "ddp", "parallel.ranks": 1, "parallel.bucket_view": True},
+        {"parallel": "fsdp2", "parallel.ranks": 1},
+        {"parallel": "fsdp2", "parallel.ranks": 1, "parallel.reshard": False},
+        {"parallel": "zero1", "parallel.ranks": 1},
+        {"parallel": "zero2", "parallel.ranks": 1},
+        {"parallel": "zero3", "parallel.ranks": 1},
+    ),
+    packages=("deepspeed",),
+    saves=("fsdp2",),
+    conflict=conflict,
+    mathematics=mathematics,
+    unavailable=unavailable,
+)
