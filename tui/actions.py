@@ -57,7 +57,7 @@ def offered_here(actions: Iterable[Action], live: bool, several: bool) -> tuple[
 
 
 def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
-    """What calls a method of the app or of a screen."""
+    """A function that calls a method of the app or of a screen."""
 
     def run(target: Any) -> None:
         getattr(target, method)(*arguments)
@@ -66,7 +66,7 @@ def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
 
 
 def everywhere(titles: Sequence[str]) -> tuple[Action, ...]:
-    """What can be done on every screen.
+    """The actions of every screen.
 
     Args:
         titles: Of the screens, in the order of their digits.

@@ -235,7 +235,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         return self.board.page
 
     def go(self, index: int) -> None:
-        """To a screen by its place."""
+        """Go to a screen by its place."""
         self.board.go(index)
 
     def quit(self) -> None:

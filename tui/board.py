@@ -100,7 +100,7 @@ class Board:
         return None
 
     def elsewhere(self, key: str) -> str:
-        """Of a character that does nothing here: where it does something."""
+        """The answer to a character that does nothing here: the screens where it does something."""
         found: dict[str, list[str]] = {}
         for page in self.pages:
             for action in offered_here(page.actions, self.state.live, self.state.several):
@@ -111,7 +111,7 @@ class Board:
         return f"{key} does nothing here" + (f", elsewhere: {where}" if where else f"; {helps} lists the keys")
 
     def go(self, index: int) -> None:
-        """To a screen by its place."""
+        """Go to a screen by its place."""
         self.page = self.pages[index]
 
     def toggle_help(self) -> None:
@@ -187,7 +187,7 @@ class Board:
         return row
 
     def _said(self, width: int) -> list[Row]:
-        """What has just been said, in up to three rows, or else the page's own keys."""
+        """The latest message in up to three rows, or else the page's own keys."""
         if self.question:
             return [Row().add(f" {shorten(self.question, width - 2)}", self.palette.busy)]
         if (saving := self.control.saving) is not None:
@@ -208,17 +208,17 @@ class Board:
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
     def _name(self, action: str) -> str:
-        """What to press for something that can be done everywhere."""
+        """The keys of an action that every screen has."""
         return shown_keys(a for a in self.everywhere if a.name == action)
 
     def _resumes(self) -> str:
-        """What to press where nothing goes on."""
+        """The key that resumes where nothing goes on, as a hint."""
         if self.state.status == "held":
             return f"{self._name('hold')} goes on"
         return f"{self._name('restart')} starts it again" if self.state.over and not self.state.requested else ""
 
     def _keys(self, width: int, commands: bool, resumes: str) -> Row:
-        """What can be done on the page by whoever looks at it."""
+        """The keys of the page for whoever looks at it."""
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
         keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
         if self.state.several:

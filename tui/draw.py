@@ -56,7 +56,7 @@ class Row:
         return "".join(text for text, _ in self.spans)
 
     def strip(self, width: int) -> Strip:
-        """For Textual: cut or filled to a width, every segment with a style.
+        """A row for Textual: cut or filled to a width, every segment with a style.
 
         A change of style costs a terminal up to forty bytes: neighbours of one
         style are one segment, and blanks take the style they stand beside.

@@ -1,4 +1,4 @@
-"""Why the peak is where it is, in a sentence or two. Says only what the ledger says."""
+"""The reasons why the peak is where it is, in a sentence or two. Says only what the ledger says."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def where(peak: Peak, ledger: Ledger) -> str:
 
 
 def _comparison(category: Category, peak: Peak, before: Bytes, unit: Unit) -> str:
-    """What a figure is the difference of; the optimizer's temporaries against the gradients it steps with."""
+    """The operands of a figure that is a difference; for the optimizer's temporaries, their ratio to the gradients."""
     gradients = peak.by_category[Category.GRADIENTS]
     if float(unit.show(before[category])):
         return f" ({unit.show(peak.by_category[category])} - {unit.show(before[category])})"

@@ -69,7 +69,7 @@ class LayerTable(NamedTuple):
 
 
 def layer_table(ledger: Ledger) -> LayerTable:
-    """What each layer held, at the peak and at the most, during the step of a ledger."""
+    """Bytes that each layer held, at the peak and at the most, during the step of a ledger."""
     total = tuple(int(ledger.curve[list(categories)].sum(axis=0).max()) for _, categories in GROUPS)
     rows = sorted(_rows(ledger, ledger.layers, 0), key=lambda row: not row.sizes[0])
     return LayerTable(rows, ledger.peak.bytes, total)
@@ -82,7 +82,7 @@ def modules_of(ledger: Ledger, parent: LayerRow) -> list[LayerRow]:
 
 
 def shared_prefix(names: Iterable[str]) -> str:
-    """What the names of a model's layers begin with and nobody needs to read: `gpt_neox.` of `gpt_neox.layers.3`."""
+    """The beginning that a model's layers have in common, not to be read: `gpt_neox.` of `gpt_neox.layers.3`."""
     layers = numbered_layers(tuple(names))
     module = layers[0].rsplit(".", 2)[:-2] if layers else []
     return f"{module[0]}." if module else ""
@@ -115,7 +115,7 @@ def _within(name: str, parent: str) -> str | None:
 
 
 def owners_in(ledger: Ledger, row: str) -> set[str]:
-    """Whoever belongs to a layer or to a module."""
+    """Names of the owners that belong to a layer or to a module."""
     return {
         name
         for name, layer in zip(ledger.trace.names, ledger.layers, strict=True)
@@ -124,7 +124,7 @@ def owners_in(ledger: Ledger, row: str) -> set[str]:
 
 
 def _at_peak(ledger: Ledger, codes: Ints, n_layers: int) -> Ints:
-    """What the blocks of each layer hold at the peak, shape [n_layers]."""
+    """Bytes held by each layer's blocks at the peak, shape [n_layers]."""
     blocks = ledger.alive(ledger.peak.event)
     layer = codes[blocks["name"]]
     held = np.zeros(n_layers, np.int64)

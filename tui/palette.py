@@ -42,12 +42,12 @@ class Palette:
 
     @cached_property
     def dim(self) -> Style:
-        """What recedes."""
+        """The style of text that recedes."""
         return Style(dim=True) if self.mono or not self.theme.dim else Style(color=self.theme.dim)
 
     @cached_property
     def off(self) -> Style:
-        """What cannot be had."""
+        """The style of values that cannot be had."""
         return self.dim + Style(italic=True)
 
     @cached_property

@@ -45,20 +45,20 @@ class Background:
         self._looked_at = environment
 
     def waiting(self) -> int:
-        """How many are still being worked out."""
+        """Number of predictions that are still being worked out."""
         return self.unanswered([config for config, _ in self._asked.values()])
 
     def unanswered(self, configs: Sequence[RunConfig]) -> int:
-        """For how many of these neither a prediction is known nor why there can be none."""
+        """Number of these of which neither a prediction is known nor the reason why there is none."""
         known = self._predictor
         return sum(known is None or known.get(config) is None for config in configs)
 
     def answers(self) -> int:
-        """How many have been worked out."""
+        """Number of predictions worked out."""
         return self._predictor.answers() if self._predictor is not None else 0
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-        """What is known; a wish if nothing is."""
+        """The prediction if it is known; a wish for it if not."""
         environment = self._looked_at or self._source.environment()
         if environment is None:
             return None
@@ -78,7 +78,7 @@ class Background:
         return None
 
     def _for(self, environment: Environment) -> Predictor:
-        """Who predicts for the GPU there; what is looked at may have become another GPU's recording."""
+        """The predictor for the GPU there; a recording of another GPU may be looked at by now."""
         if self._predictor is None or environment != self._here:
             target = self._gpu or gpu_of(environment)
             if self._predictor is None or target != self._target:
@@ -95,7 +95,7 @@ class Background:
             self._predictor.want([])
 
     def of_run(self, run: Run) -> Prediction | str:
-        """What is known of a run; why nothing can be set beside it."""
+        """The prediction of a run; a line that says why nothing can be set beside it."""
         environment, config = run.environment, run.config
         if not environment.on_gpu:
             return "No prediction is set beside this run: it is on a CPU, predictions are of GPUs."

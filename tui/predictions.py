@@ -1,4 +1,4 @@
-"""What the screens ask of whoever can tell a peak before a run."""
+"""The interface by which screens ask for the peaks of runs that have not begun."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ class Predictions(Protocol):
         ...
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
-        """What is known of a configuration; returns at once, None while it is being worked out.
+        """The prediction of a configuration; returns at once, None while it is being worked out.
 
         Args:
             config: Which.
@@ -34,15 +34,15 @@ class Predictions(Protocol):
         ...
 
     def of_run(self, run: Run) -> Prediction | str:
-        """Of a run, for the GPU it ran on; a line that says why nothing can be set beside it."""
+        """The prediction of a run, for the GPU it ran on; a line that says why nothing can be set beside it."""
         ...
 
     def waiting(self) -> int:
-        """How many are still being worked out."""
+        """Number of predictions that are still being worked out."""
         ...
 
     def unanswered(self, configs: Sequence[RunConfig]) -> int:
-        """For how many of these neither a prediction is known nor why there can be none."""
+        """Number of these of which neither a prediction is known nor the reason why there is none."""
         ...
 
     def drop(self) -> None:
@@ -50,5 +50,5 @@ class Predictions(Protocol):
         ...
 
     def answers(self) -> int:
-        """How many have been worked out: when it grows, there is something to draw."""
+        """Number of predictions worked out: when it grows, there is something to draw."""
         ...

@@ -41,13 +41,13 @@ class RunList:
         return self.runs[-1] if self.runs else None
 
     def state_of(self, run: Run) -> RunState:
-        """What a run has told by now."""
+        """The run's state, with all it has told by now."""
         state = self._states.setdefault(run, RunState(run))
         state.fold_new()
         return state
 
     def origin_of(self, run: Run) -> str:
-        """Where a run is from, for people: `run 2`, a recording's name, the GPU it is predicted for."""
+        """The origin of a run, for people: `run 2`, a recording's name, the GPU it is predicted for."""
         if run.kind is RunKind.PREDICTED and run not in self.runs:
             return f"predicted for {run.id.engine}"
         if self._live:
@@ -106,7 +106,7 @@ class RunList:
         return found
 
     def place_of(self, run: Run | None) -> int:
-        """Where a run is in `listed`; beyond them if it is not there."""
+        """The place of a run in `listed`; beyond them if it is not there."""
         groups = self.listed
         return next((i for i, group in enumerate(groups) if run in group), len(groups))
 

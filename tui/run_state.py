@@ -1,4 +1,4 @@
-"""What one run has told so far, folded from its events one by one."""
+"""The state of one run, folded from its events one by one."""
 
 from __future__ import annotations
 
@@ -33,9 +33,9 @@ class LayerRecomputes:
         count: How often in this run.
         bytes: What the latest one held afterwards; None: it is part of a
             segment, and counted at the segment's first layer.
-        timed: Number of recomputes that `seconds` is the sum of. The first step loads
-            kernels, so its recomputes count only until there are others.
-        seconds: Their sum; None: none is known.
+        timed: Recomputes whose times are known and in `seconds`. Those of the first
+            step, which loads kernels, are dropped once a later step has been timed.
+        seconds: The sum of their times; None: no time is known.
     """
 
     count: int = 0
@@ -112,12 +112,12 @@ class RunState:
 
     @property
     def number(self) -> int:
-        """From 1; 0 before the first."""
+        """Number of the run, from 1; 0 before the first."""
         return self.run.id.number if self.run is not None else 0
 
     @property
     def config(self) -> RunConfig | None:
-        """What it runs."""
+        """The run's configuration; None before the first run."""
         return self.run.config if self.run is not None else None
 
     @property

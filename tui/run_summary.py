@@ -77,7 +77,7 @@ class RunSummary(NamedTuple):
 
 
 def label(config: RunConfig) -> str:
-    """What a run is called in a narrow column: the batch, then what is not the default."""
+    """A run's name in a narrow column: the batch, then each setting that is not the default."""
     words = [f"B{config.batch_size}"]
     for name, value in techniques.changed(config):
         if name not in (*ROUTINE, "batch_size"):

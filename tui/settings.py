@@ -53,12 +53,12 @@ def automatic_hz() -> float:
 
 
 def config_path() -> Path | None:
-    """Where the config file is, whether there is one or not; None without a home folder."""
+    """The path of the config file, whether there is one or not; None without a home folder."""
     return _home("XDG_CONFIG_HOME", ".config", "config.toml")
 
 
 def state_path(name: str) -> Path | None:
-    """Where the program notes something for itself, such as that the tour has been seen; None without a home folder."""
+    """The path of a note of the program to itself, such as that the tour has been seen; None without a home folder."""
     return _home("XDG_STATE_HOME", ".local/state", name)
 
 
@@ -74,7 +74,7 @@ def _home(variable: str, fallback: str, name: str) -> Path | None:
 
 @dataclass
 class Settings:
-    """What the config file says, and the defaults for what it does not.
+    """The settings of the config file, and defaults for all that it does not set.
 
     Attributes:
         path: The file; None: there is nowhere to have one, and what is set holds for this session only.

@@ -1,4 +1,4 @@
-"""What the screens show, folded from a source and the Run of it that is looked at. Plain Python: no terminal.
+"""The state of the screens, folded from a source and the Run of it that is looked at. Plain Python: no terminal.
 
 Every tick asks for what is new and folds only that: a trace when it is another
 object than before, events from the last index on.
@@ -40,7 +40,7 @@ INFO_SHOWN_S, PROBLEM_SHOWN_S = 6.0, 60.0
 
 
 class Filter(IntEnum):
-    """Which events the log shows."""
+    """The events that the log shows."""
 
     ALL = 0
     NO_RECOMPUTES = 1
@@ -49,7 +49,7 @@ class Filter(IntEnum):
 
     @property
     def title(self) -> str:
-        """For people."""
+        """Name for people."""
         return ("everything", "without recomputes", "without steps and recomputes", "problems only")[self]
 
     def admits(self, event: RunEvent) -> bool:
@@ -248,7 +248,7 @@ class ViewState:
         return self.traces.fold(trace)
 
     def origin_of(self, run: Run) -> str:
-        """Where a run is from, for people."""
+        """The origin of a run, for people."""
         return self.run_list.origin_of(run)
 
     def summary_of(self, run: Run) -> RunSummary:
@@ -270,7 +270,7 @@ class ViewState:
 
     @property
     def place(self) -> int:
-        """Of the run on the screens, among `runs`; beyond them if it is not there."""
+        """The place of the run on the screens among `runs`; beyond them if it is not there."""
         return self.run_list.place_of(self.shown)
 
     @property
@@ -304,12 +304,12 @@ class ViewState:
 
     @property
     def environment(self) -> Environment | None:
-        """Where the run on the screens is, or where one would be; None until the engine has looked."""
+        """The environment of the run on the screens, or of one to come; None until the engine has looked."""
         return self.shown.environment if self.shown is not None else self._environment
 
     @property
     def config(self) -> RunConfig | None:
-        """Of the run on the screens."""
+        """The configuration of the run on the screens."""
         return self.shown.config if self.shown is not None else None
 
     def summary(self) -> RunSummary | None:
@@ -320,7 +320,7 @@ class ViewState:
 
     @property
     def origin(self) -> str:
-        """Where the run on the screens is from; empty: it is the engine's latest."""
+        """The origin of the run on the screens; empty: it is the engine's latest."""
         return "" if self.shown is None or self.under_way else self.origin_of(self.shown)
 
     @property
@@ -352,7 +352,7 @@ class ViewState:
 
     @property
     def latest(self) -> Bytes | None:
-        """What the latest trace holds at its end, by category; of a run that is over, only that it is nothing."""
+        """Bytes that the latest trace holds at its end, by category; of a run that is over, only that it is nothing."""
         if self.over:
             nothing = self.gauge is not None and not self.gauge.allocated_bytes
             return dict.fromkeys(Category, 0) if nothing else None
@@ -360,7 +360,7 @@ class ViewState:
 
     @property
     def phase(self) -> Phase:
-        """What the loop is doing."""
+        """The phase that the loop is in."""
         return self.gauge.phase if self.gauge is not None else Phase.IDLE
 
     @property
@@ -373,7 +373,7 @@ class ViewState:
 
     @property
     def unit(self) -> Unit:
-        """What this run's screens count in; a device's memory, which is on them, is nothing to count in KiB."""
+        """The unit of this run's screens; a device's memory, which is on them, is nothing to count in KiB."""
         return unit_for(max(self.largest_bytes, 4 * MIB), self.units)
 
     @property

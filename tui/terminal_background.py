@@ -50,7 +50,7 @@ def asked_background(ask: bool) -> Iterator[Callable[[], str]]:
 
 
 def _read(terminal: int, wait_s: float) -> bytes:
-    """What the terminal says, up to the answer that comes last."""
+    """The terminal's answers, up to the one that comes last."""
     answer, deadline = b"", time.monotonic() + wait_s
     while not ANSWERED.search(answer):
         ready, _, _ = select.select([terminal], [], [], max(0.0, deadline - time.monotonic()))

@@ -10,7 +10,7 @@ KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
 class Unit(NamedTuple):
-    """What a screen counts bytes in."""
+    """A unit of bytes for a screen."""
 
     name: str
     bytes: int

@@ -55,7 +55,7 @@ def add_open(parser: argparse.ArgumentParser) -> None:
 
 
 def add_display_flags(parser: argparse.ArgumentParser) -> None:
-    """How the app draws."""
+    """Add the flags of drawing."""
     on = argparse.BooleanOptionalAction
     parser.add_argument("--hz", type=float, help="refreshes a second (default: 10, over SSH 4)")
     parser.add_argument("--theme", choices=("auto", "dark", "light", "ansi"), help="colours (default: auto)")
@@ -128,7 +128,7 @@ def view(remote: Remote, launcher: Launcher, settings: Settings) -> int:
 
 
 def goes_on(name: str, ours: bool) -> str:
-    """How to get back to an engine that was left, a line each: a terminal would wrap a longer one within a word.
+    """The ways back to an engine that was left, a line each: a terminal would wrap a longer one within a word.
 
     Args:
         name: Of the engine.
@@ -160,7 +160,7 @@ def display_settings(flags: argparse.Namespace) -> Settings:
 
 
 def refresh_hz(settings: Settings) -> float:
-    """As set, or what suits the link."""
+    """Refreshes a second: as set, or as the link allows."""
     if set_hz := float(settings["refresh"]):
         return max(set_hz, SLOWEST_HZ)
     return automatic_hz()

@@ -1,4 +1,4 @@
-"""What `check` found: for people, for programs, for a CI server and for a pull request's comment."""
+"""The result of `check`: for people, for programs, for a CI server and for a pull request's comment."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ LAYERS = 12
 
 @dataclass(frozen=True)
 class Limits:
-    """What a run may hold.
+    """The memory that a run may take.
 
     Attributes:
         budget_bytes: The most at its peak; None: as much as it likes.
@@ -54,7 +54,7 @@ class Checked:
 
     @property
     def bound_bytes(self) -> int:
-        """What a measured peak stays under."""
+        """The safe bound: a measured peak stays under it."""
         return int(self.document["safe_bound_bytes"])
 
     @property
@@ -69,7 +69,7 @@ class Checked:
 
     @property
     def parts(self) -> list[Part]:
-        """By category what differs from the base; without one, what there is."""
+        """The difference from the base by category; without a base, everything."""
         before = {} if self.base is None else from_document(self.base["peak"])
         return difference(before, from_document(self.document["peak"]))
 
@@ -154,7 +154,7 @@ def as_text(checked: Sequence[Checked]) -> str:
 
 
 def _terms(one: Checked, unit: Unit) -> list[str]:
-    """What differs, by category."""
+    """The owners that differ, by category."""
     return [
         f"{part.category.info.title:<14}{signed(part.bytes, part.base_bytes, unit):>10} {unit.name}"
         for part in one.parts
@@ -163,7 +163,7 @@ def _terms(one: Checked, unit: Unit) -> list[str]:
 
 
 def as_json(checked: Sequence[Checked]) -> str:
-    """What a later `--against` reads."""
+    """The document that a later `--against` reads."""
     return json.dumps({"schema": SCHEMA, "runs": [one.as_dict() for one in checked]}, indent=1) + "\n"
 
 

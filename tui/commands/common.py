@@ -1,4 +1,4 @@
-"""What several commands share: the flags that describe a run, and driving one to its end."""
+"""The parts that several commands share: the flags that describe a run, and driving one to its end."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def config_from(
 
 
 def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:
-    """What was typed: --set, then the workload's flags of their own.
+    """The settings that were typed: --set, then the workload's flags of their own.
 
     Raises:
         UserError: An unknown setting, or a value that is not allowed.

@@ -33,7 +33,7 @@ class Command(NamedTuple):
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """Which shell."""
+    """Add the argument: the shell."""
     parser.add_argument("shell", choices=tuple(SHELLS))
     parser.set_defaults(command=main)
 
@@ -102,7 +102,7 @@ _gpumem_tui_words() {
 
 
 def bash(found: list[Command]) -> str:
-    """For bash: one function, a case a command."""
+    """The script for bash: one function, a case a command."""
     lines = []
     for command in found[1:]:
         before, name = " ".join(command.path[:-1]), command.path[-1]
@@ -120,12 +120,12 @@ def bash(found: list[Command]) -> str:
 
 
 def zsh(found: list[Command]) -> str:
-    """For zsh: bash's function through its own emulation."""
+    """The script for zsh: bash's function through its own emulation."""
     return f"#compdef {PROGRAM}\nautoload -U +X bashcompinit && bashcompinit\n{bash(found)}"
 
 
 def fish(found: list[Command]) -> str:
-    """For fish: a line a word."""
+    """The script for fish: a line a word."""
     lines = [f"complete -c {PROGRAM} -f"]
     for command in found:
         inner = [other.path[-1] for other in found if other.path[:-1] == command.path and other.path]

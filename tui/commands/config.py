@@ -17,7 +17,7 @@ DEFAULT_EDITOR = "vi"
 
 
 def add(parser: argparse.ArgumentParser) -> None:
-    """What to do with them."""
+    """Add the argument: the action."""
     parser.set_defaults(command=show_all)
     what = parser.add_subparsers(title="what", metavar="WHAT")
     for name, function, summary in (

@@ -178,7 +178,7 @@ def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
 
 
 def _cautions(config: RunConfig) -> list[str]:
-    """What surprises in a configuration's memory, in sentences."""
+    """The surprises in a configuration's memory, in sentences."""
     return [f"{line[0].upper()}{line[1:]}." for line in techniques.cautions(config)]
 
 

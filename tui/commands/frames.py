@@ -104,7 +104,7 @@ def text(board: Board) -> str:
 
 
 def frame(state: ViewState) -> dict[str, Any]:
-    """What the live screen shows, for programs; sizes in whole bytes, null for what is not known."""
+    """The figures of the live screen, for programs; sizes in whole bytes, null if not known."""
     from ...engine.events import Category
 
     run, gauge, peak = state.run, state.gauge, state.peak.peak if state.peak else None

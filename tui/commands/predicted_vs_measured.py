@@ -1,4 +1,4 @@
-"""What `run --predict` adds: the run as it was predicted, and what it differs by."""
+"""The addition of `run --predict`: the run as it was predicted, and the difference from it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def check(name: str, config: RunConfig) -> None:
 
 
 def predicted(document: dict[str, Any], config: RunConfig, environment: Environment, name: str = "") -> dict[str, Any]:
-    """What is added to a run's document.
+    """The entries that are added to a run's document.
 
     Args:
         document: Of the run.
@@ -62,7 +62,7 @@ def predicted(document: dict[str, Any], config: RunConfig, environment: Environm
 
 
 def table(document: dict[str, Any]) -> str:
-    """What was added, for people: by category, and under each its terms in whole bytes."""
+    """The difference for people: by category, and under each its terms in whole bytes."""
     if document["predicted"] is None:
         return str(document["not_compared"])
     difference, peak = document["difference"], document["peak"]["allocated_bytes"]

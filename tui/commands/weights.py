@@ -89,7 +89,7 @@ def _chosen(keys: str | None) -> list[Scheme]:
 
 
 def _opened(flags: argparse.Namespace) -> tuple[str, ModelWeights]:
-    """What it is called, and the weights."""
+    """The name of the weights, and the weights."""
     if flags.file or flags.model:
         from ...engine.weights.checkpoint import open_checkpoint
 

@@ -1,4 +1,4 @@
-"""Which changes would save most: a line or two of the live and of the techniques screen."""
+"""The changes that would save most: a line or two of the live and of the techniques screen."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from ..units import shorten
 
 
 def best_change(control: Control, cells: int) -> list[str]:
-    """As far as it has been worked out: `saves most: k checkpointing layers, ~-6.72 GiB`; empty if nobody predicts.
+    """The best changes found so far: `saves most: k checkpointing layers, ~-6.72 GiB`; empty if nobody predicts.
 
-    What keeps the mathematics comes first. What saves still more follows, where there is no room in a line of its
-    own, and says what it does to the training.
+    The change that keeps the mathematics comes first. Changes that save still more follow, in a line of their own
+    where there is no room in the first, and say what they do to the training.
 
     Args:
         control: Who knows.

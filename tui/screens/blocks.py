@@ -29,7 +29,7 @@ def _fitting(shape: str, cells: int) -> str:
 
 
 def made_in(block: LiveBlock) -> str:
-    """Where it was made, if that was within the step."""
+    """The phase it was made in, if that was within the step."""
     return "" if block.phase is Phase.IDLE else f"in {block.phase.title}"
 
 

@@ -58,7 +58,7 @@ class ComparePage(Page):
         )  # fmt: skip
 
     def topic(self) -> Topic:
-        """What is compared by."""
+        """The explanation of the rows that are compared."""
         texts = (
             "What filled the memory at each run's highest peak, by category. The first column is the run that all "
             "others are compared with, the earliest or the first file named; behind every other figure stands its "
@@ -219,7 +219,7 @@ class ComparePage(Page):
     def _saved_most(
         self, layers: list[Line], runs: list[RunSummary], shown: list[int], unit: Unit, width: int
     ) -> list[Row]:
-        """Of each run that has a column, the layers that keep less than the base's by the most, as it reads."""
+        """The layers that keep the fewest activations against the base, for each run with a column."""
         texts = []
         for i in (i for i in shown if i != self.base and not runs[i].predicted):
             by_name = {name: (sizes[i] or 0) - (sizes[self.base] or 0) for name, sizes, _ in layers}
@@ -231,7 +231,7 @@ class ComparePage(Page):
         return [row] * bool(texts)
 
     def _instants(self, runs: list[RunSummary], shown: list[int], width: int) -> Row:
-        """In what phase each column's peak is: a difference between two phases is not what a change saves."""
+        """The phase of each column's peak: a difference between two phases is not what a change saves."""
         phases = {_letter(i): runs[i].peak_where.rsplit(", ", 1)[-1].removesuffix(" step") for i in shown}
         text = ", ".join(f"{letter} in {phase}" for letter, phase in phases.items())
         apart = len({*phases.values()}) > 1
@@ -239,7 +239,7 @@ class ComparePage(Page):
         return Row().add(shorten(text, width - 1), self.palette.busy if apart else self.palette.dim)
 
     def _footnote(self, width: int) -> list[Row]:
-        """What to know of the prediction; owner by owner, where it is looked for, why there is none."""
+        """The caveat of the prediction; in the list of owners, the reason why there is none."""
         predicted = self.control.prediction()
         word = predicted * (self.mode == OWNERS) if isinstance(predicted, str) else predicted.caveat
         return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
@@ -250,7 +250,7 @@ class ComparePage(Page):
         return sorted(list(dict.fromkeys((self.base, self.selected, n_runs - 1, *near)))[:room])
 
     def _legend(self, runs: list[RunSummary], listed: list[int], unit: Unit, width: int) -> list[Row]:
-        """Which letter is which run."""
+        """The legend: the letter of each run."""
         word = "now" if self.state.live else "shown" if self.state.several else ""
         common = set.intersection(*(set(run.label.split()) for run in runs))
         rows = []

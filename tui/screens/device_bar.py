@@ -25,7 +25,7 @@ class Share(NamedTuple):
 
 
 def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
-    """What the device holds besides the categories, in the order of the bar.
+    """Shares of the device's memory besides the categories, in the order of the bar.
 
     Args:
         gauge: The reading.

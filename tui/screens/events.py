@@ -60,7 +60,7 @@ class EventsPage(Page):
 
     @property
     def log(self) -> deque[RunEvent]:
-        """What the filter admits."""
+        """The events that the filter admits."""
         return self.state.logs[self.filter]
 
     def make_actions(self) -> tuple[Action, ...]:
@@ -113,7 +113,7 @@ class EventsPage(Page):
             self.selected = None if at == len(self.log) - 1 else self.log[at].index
 
     def _position(self) -> int:
-        """Where in the log the selected event is; the oldest, if it has been dropped."""
+        """The selected event's place in the log; the oldest's, if it has been dropped."""
         log = self.log
         if self.selected is None:
             return len(log) - 1

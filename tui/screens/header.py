@@ -38,7 +38,7 @@ def summary(config: RunConfig, before: RunConfig | None = None) -> str:
 
 
 def header(state: ViewState, palette: Palette, width: int, frozen: bool = False) -> Row:
-    """What the engine is doing, or that the view is frozen while it does, or which recording it is; model, settings."""
+    """The engine's activity, that the view is frozen meanwhile, or the recording's name; then model and settings."""
     mark, style = status_style(state, palette)
     # What changes most stands leftmost: a row is sent from its left end.
     text = "view paused" if frozen else status_text(state)

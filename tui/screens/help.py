@@ -66,7 +66,7 @@ class HelpPage(Page):
         self.top = max(0, self.top + by)
 
     def undo(self) -> None:
-        """As on the screen it is called from."""
+        """Undo as on the screen that help was called from."""
         self._page().undo()
 
     def rows(self, width: int, height: int) -> list[Row]:
@@ -84,7 +84,7 @@ class HelpPage(Page):
         return rows[self.top : self.top + height]
 
     def _keys(self, width: int) -> list[Row]:
-        """What is selected, then the keys: the screen's own, those that hold everywhere, a letter for each setting."""
+        """The selected part, then the keys: the screen's own, those of every screen, a letter for each setting."""
         palette, page = self.palette, self._page()
         live, several = self.state.live, self.state.several
         topic = page.topic()

@@ -164,7 +164,7 @@ class LayersPage(Page):
     # --- what is on show --------------------------------------------------------------
 
     def layers(self) -> LayerTable | None:
-        """Of the latest complete step, folded once a step."""
+        """The layers of the latest complete step, folded once a step."""
         ledger = self.state.complete
         if ledger is None:
             return None
@@ -173,7 +173,7 @@ class LayersPage(Page):
         return self._table[1]
 
     def tensors(self) -> list[LiveBlock]:
-        """Of the layer opened, at the peak of the step."""
+        """The tensors of the layer opened, at the peak of the step."""
         ledger = self.state.complete
         if ledger is None or self.opened is None:
             return []
@@ -211,7 +211,7 @@ class LayersPage(Page):
         return self.state.run.recomputes.get(row.name, NOTHING)
 
     def _value(self, row: LayerRow, column: Column) -> float | None:
-        """What stands in a column: bytes, times or milliseconds; None: not known."""
+        """The value in a column: bytes, times or milliseconds; None: not known."""
         if column.name == "at peak":
             return row.peak_bytes
         if column.over == MOST:

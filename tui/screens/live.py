@@ -239,7 +239,7 @@ class LivePage(Page):
         row.add(f"{share:>{room}}" * bool(room), self.palette.dim).add(" ")
 
     def _small(self, now: Bytes | None, peak: Bytes | None, width: int) -> Row:
-        """What is small as a rule in one row; where the bar would be, what it is, as far as there is room."""
+        """Small categories in one row, named with their bytes where the bar would be, as far as there is room."""
         palette, unit = self.palette, self.state.unit
         row = Row().to(3).add(OTHERS)
         for start, sizes in ((NAME_WIDTH, now), (self._second_column(width), peak)):

@@ -21,7 +21,7 @@ ROOMY = 76
 
 
 def peak_rows(runs: Mapping[str, RunSummary], width: int, palette: Palette) -> list[Row]:
-    """Where each peak is, which need not be the same place, and the heads of the columns.
+    """The place of each peak, which need not be the same, and the heads of the columns.
 
     Args:
         runs: The base and the other, by their letters.

@@ -1,4 +1,4 @@
-"""What a screen is to the app: rows for a size, and what can be done on it."""
+"""A screen as the app sees it: rows for a size, and the actions on it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ Table = list[list[str]]
 
 
 class Topic(NamedTuple):
-    """What `?` says of the part of a screen that is selected: at most 60 words."""
+    """The explanation that `?` gives of the selected part of a screen: at most 60 words."""
 
     title: str
     text: str
@@ -63,7 +63,7 @@ class Page(ABC):
 
     @abstractmethod
     def topic(self) -> Topic:
-        """What the selected part is."""
+        """The explanation of the selected part."""
 
     def table(self) -> Table | None:
         """The whole of its table, also what is out of sight; None: what is shown is all there is."""
@@ -77,7 +77,7 @@ class Page(ABC):
         """Let go of what belongs to the recording that was looked at before."""
 
     def progress(self) -> object:
-        """How far something is that goes on beside it: when it is another, there is more to draw."""
+        """The state of work that goes on beside the screen: when it is another, there is more to draw."""
         return None
 
     def undo(self) -> None:

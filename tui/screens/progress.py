@@ -1,4 +1,4 @@
-"""How far a start or restart is: stopping, freeing, loading, warm-up, each as it happens."""
+"""The progress of a start or restart: stopping, freeing, loading, warm-up, each as it happens."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ STAGES = ("stopping", "freeing", "loading", "warm-up")
 
 
 def stage(state: ViewState) -> str | None:
-    """What a start is at; None: there is none under way."""
+    """The stage of a start; None: there is none under way."""
     if not state.live:
         return None
     if state.stopping and state.run.running:

@@ -285,7 +285,7 @@ class StepPage(Page):
     # --- at the cursor ------------------------------------------------------------
 
     def _at(self, ledger: Ledger, event: int, width: int) -> list[Row]:
-        """Where the cursor is and what is allocated there, by category."""
+        """The cursor's place and the bytes allocated there, by category."""
         palette, unit, trace = self.palette, self.state.unit, ledger.trace
         phase, micro_batch, module = ledger.where(event)
         sizes = ledger.at(event)

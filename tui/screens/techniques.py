@@ -124,7 +124,7 @@ class TechniquesPage(Page):
     # --- what is listed -------------------------------------------------------------
 
     def lines(self) -> list[Line]:
-        """What can be selected: details only of what is expanded."""
+        """The lines that can be selected: details only of what is expanded."""
         found: list[Line] = []
         for key, title, option, technique in offered():
             found.append(Line(key, title, option, technique))
@@ -133,7 +133,7 @@ class TechniquesPage(Page):
         return found
 
     def candidate(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig | None:
-        """What is collected with this setting changed, to what saves most or by its key; None: no other value."""
+        """The collected changes and this setting's: its value that saves most, or its key's; None: no other value."""
         name = line.option.name
         if wanted[name] != base[name]:
             return wanted
@@ -149,7 +149,7 @@ class TechniquesPage(Page):
         self._savers = {n: v for saving in found if len(saving.changes) == 1 for n, v in saving.changes.items()}
 
     def against(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig:
-        """What a setting's change is told against: all that is collected but this one, if that can be had."""
+        """The configuration without a setting's change: all that is collected but this one, if that can be had."""
         rest = wanted.with_({line.option.name: base[line.option.name]})
         return rest if self.control.problem(rest) is None else base
 
@@ -217,7 +217,7 @@ class TechniquesPage(Page):
         return row
 
     def _heads(self, figures: tuple[int, ...]) -> tuple[str, ...]:
-        """Of the figures; those of a run on a CPU and what is predicted of a GPU are no two of a kind."""
+        """The heads of the figures; a run on a CPU and a prediction of a GPU are not subtracted."""
         here = self.state.environment
         if here is None or here.on_gpu:
             return ("peak", "change", "fits", "measured")
@@ -250,7 +250,7 @@ class TechniquesPage(Page):
         return row.add(" " * (width - row.width), style) if selected else row
 
     def _about(self, line: Line, wanted: RunConfig, width: int, room: int, hidden: int) -> list[Row]:
-        """How many are out of sight; values, what it does, in bytes, where that is written; what stands in the way."""
+        """Lines out of sight; values, effect, bytes, and where that is written; obstacles."""
         palette, dash = self.palette, "-" if self.palette.ascii else "─"
         more = f"{dash} {hidden} more below " if hidden > 0 else ""
         rows = [Row().add(f"{more}{dash * (width - len(more))}", palette.dim), *self._values(line, wanted, width)]
@@ -289,7 +289,7 @@ class TechniquesPage(Page):
         return self.kept("saves most", shows, draw)
 
     def _problem(self, line: Line, wanted: RunConfig) -> str | None:
-        """Why the value that the key steps to cannot be had with the others as they are, or None."""
+        """The reason why the key's next value cannot be had with the others as they are, or None."""
         base = self.control.base()
         config = self.candidate(line, wanted, base) if base is not None else None
         # What stands in the way of the changes collected is said in any case.
@@ -321,7 +321,7 @@ class TechniquesPage(Page):
         return rows + [Row().add(f" {part}", palette.off) for part in wrap(text, width - 2)]
 
     def _change(self, line: Line, value: Value, wanted: RunConfig) -> str:
-        """What going over to a value does to the predicted peak; empty: nothing by nature, or it is not known."""
+        """The change of the predicted peak by going over to a value; empty: nothing by nature, or it is not known."""
         asked, config = self.control.predictions, wanted.with_({line.option.name: value})
         if asked is None or memory_key(config) == memory_key(wanted):
             return ""
@@ -342,7 +342,7 @@ class TechniquesPage(Page):
         return [Row().add(f" {shorten('measured peak, ' + unit.name + '  ' + '   '.join(texts), width - 2)}")]
 
     def _verdict(self, width: int) -> list[Row]:
-        """What enter would do, or why it would not."""
+        """The effect of enter, or the reason why it would have none."""
         palette, pending = self.palette, self.control.pending
         if not pending:
             lines = wrap(f"no changes collected{self._predicted_for()}", width - 2)
@@ -362,7 +362,7 @@ class TechniquesPage(Page):
         return [row.add(f"   measured last time: {self.state.unit.full(last)}" if last else "", palette.plain)]
 
     def _predicted_for(self) -> str:
-        """Which GPU the predictions are of; where it is not the run's, how to have another."""
+        """The GPU of the predictions; where it is not the run's, the way to have another."""
         predictions, here = self.control.predictions, self.state.environment
         if predictions is None or not predictions.gpu_name:
             return ""
@@ -375,7 +375,7 @@ class TechniquesPage(Page):
 
 
 def _whole(text: str, width: int, rows: int) -> list[str]:
-    """As much of a sentence as there is room for, up to the end of a clause."""
+    """As many rows of a sentence as there is room for, up to the end of a clause."""
     clauses = re.split(r"(?<=[;:]) ", text)
     for n in range(len(clauses), 0, -1):
         lines = wrap(" ".join(clauses[:n]).rstrip(";:"), width)

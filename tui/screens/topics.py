@@ -1,4 +1,4 @@
-"""What `?` says of the parts of the live screen; a part and its category's meaning: at most 60 words."""
+"""The explanations that `?` gives of the parts of the live screen; with a category's meaning at most 60 words."""
 
 from __future__ import annotations
 

@@ -17,7 +17,7 @@ KEYS = ("enter next, esc ends", "enter, esc", "")
 
 
 class Tour:
-    """Where the tour is: it waits for its reader, and goes on from there when it is asked for again.
+    """The tour: it waits for its reader, and goes on from where it was when it is asked for again.
 
     Enter and escape are its own; every other key leaves it and does what it always does.
     """

@@ -128,7 +128,7 @@ class WeightsPage(Page):
             self.tensor = 0
 
     def progress(self) -> object:
-        """How far measuring is."""
+        """The state of measuring."""
         found = self.measurement
         return None if found is None else (len(found.reports), found.head, found.end, found.failure)
 
@@ -155,7 +155,7 @@ class WeightsPage(Page):
         return sorted(found, key=lambda report: _sqnr(report.schemes.get(self.scheme.key)))
 
     def proposal(self) -> Proposal | None:
-        """What should be kept under the selected scheme, if a run can have it and all is known."""
+        """The tensors to keep under the selected scheme, if a run can have it and all is known."""
         measurement, scheme = self.measurement, self.scheme
         if measurement is None or measurement.end is None or not scheme.setting:
             return None
@@ -277,7 +277,7 @@ class WeightsPage(Page):
         return row.add(" " * (width - row.width), style) if selected else row
 
     def _picture(self, found: list[TensorReport], width: int, height: int) -> list[Row]:
-        """Of the selected tensor, or of the worst."""
+        """The picture of the selected tensor, or of the worst."""
         palette, scheme = self.palette, self.scheme
         if not found or height < 4:
             return []
@@ -312,7 +312,7 @@ class WeightsPage(Page):
         return pictures.tensor_map(shown, self.schemes, (chosen, self.scheme.key), width, self.palette)
 
     def _below(self, measurement: Measurement, width: int) -> list[Row]:
-        """What has gone wrong, or what to keep and what that does to the peak."""
+        """The failure, or the tensors to keep and the peak that follows."""
         palette = self.palette
         if measurement.failure:
             return [Row().add(f" {line}", palette.bad) for line in wrap(measurement.failure, width - 2)[:3]]

@@ -44,7 +44,7 @@ def _bars(heights: Sequence[float], height: int, style: Style, palette: Palette)
 
 
 def density(report: TensorReport, fidelity: Fidelity, width: int, height: int, palette: Palette) -> list[Row]:
-    """How many weights are how large, and beneath them the levels that they become.
+    """A histogram of the weights, and beneath it the levels that they become.
 
     A scheme's levels may span a small part of the tensor's range, which a few
     weights stretch: then that part is shown, and how many weights are beyond it.
@@ -92,7 +92,7 @@ def _axis(low: float, high: float, columns: int, beyond: float, palette: Palette
 
 
 def codes(scheme: Scheme, fidelity: Fidelity, width: int, height: int, palette: Palette) -> list[Row]:
-    """How often each code is used; were all used alike, no bit would be wasted."""
+    """A histogram of the codes; were all used alike, no bit would be wasted."""
     columns = width - LEFT - 2
     levels = len(fidelity.shares)
     each = max(1, columns // levels)

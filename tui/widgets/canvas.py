@@ -89,5 +89,5 @@ class Canvas(Widget):
 
     @property
     def lines(self) -> list[str]:
-        """What is shown, without styles."""
+        """The rows shown, without styles."""
         return [strip.text for strip in self._strips]

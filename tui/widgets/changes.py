@@ -1,4 +1,4 @@
-"""What a terminal has to be sent so that one row becomes another: the cells that differ, and no style twice."""
+"""The bytes that turn one row of a terminal into another: the cells that differ, and no style twice."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def changed(before: Sequence[Cell], after: Sequence[Cell]) -> tuple[int, int]:
 
 
 def sequence(row: Sequence[Cell], y: int, begin: int, end: int, colours: str | None) -> str:
-    """What draws the columns of a row, with the terminal in its plain style before and after.
+    """The escape sequences and text of a row's columns, from plain style to plain style.
 
     Args:
         row: All of it.
