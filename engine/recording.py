@@ -6,7 +6,7 @@
     runs/<r>/<t>/<column>.npy       events, marks, begin, owners, made
 
 Nothing in it is ever unpickled. A recording is a `Source` like any other.
-Versions 1 and 2 held one run and are read as well.
+Versions 1 and 2 held one run and are read as well; up to 3 there were two categories less.
 """
 
 from __future__ import annotations
@@ -28,6 +28,8 @@ from .atomic_file import replacing
 from .config import UserError, one_line, printable
 from .events import (
     COMPLETE,
+    OWNER,
+    Category,
     Counted,
     Ending,
     Environment,
@@ -42,10 +44,14 @@ from .run import EventLog, Run, RunId, RunKind
 from .run_events import Note, Refused, RunEvent, Saved, from_plain, placed, to_plain
 from .trace_check import COLUMNS, check
 
-VERSION = 3
+VERSION = 4
 
 SNAPSHOT_BEGINS = (b"\x80", b"{", b"[")
 """A pickle's first byte, and JSON's."""
+CATEGORIES_BEFORE_4 = np.array(
+    [c for c in Category if c not in (Category.GATHERED, Category.COMMUNICATION)], dtype=OWNER["category"]
+)
+"""Today's number of each category by the number it had up to version 3."""
 PIECE = 1 << 20
 """Bytes that are packed before it is asked whether to go on."""
 
@@ -284,7 +290,7 @@ def _runs(archive: Archive, name: str) -> list[Run]:
     heads = msgspec.json.decode(head, type=_Head).runs if version > 2 else _old_heads(head, archive)
     folder = "runs/{r}/{t}" if version > 2 else "traces/{t}"
     return [
-        _run(of_run, name, [_read_trace(archive, folder.format(r=r, t=t)) for t in range(of_run.traces)])
+        _run(of_run, name, [_read_trace(archive, folder.format(r=r, t=t), version) for t in range(of_run.traces)])
         for r, of_run in enumerate(heads)
     ]
 
@@ -339,7 +345,7 @@ def _run(head: RunHead, name: str, traces: Sequence[StepTrace]) -> Run:
     return run
 
 
-def _read_trace(archive: Archive, where: str) -> StepTrace:
+def _read_trace(archive: Archive, where: str, version: int) -> StepTrace:
     head = msgspec.json.decode(archive.text(f"{where}.json"), type=TraceHead)
     columns = {}
     for column, dtype in COLUMNS.items():
@@ -351,6 +357,9 @@ def _read_trace(archive: Archive, where: str) -> StepTrace:
         if array.dtype != dtype:
             array = _with_new_fields(array, dtype, f"{where}: {column}")
         columns[column] = array
+    if version < 4:
+        owners = columns["owners"] = columns["owners"].copy()
+        owners["category"] = CATEGORIES_BEFORE_4[owners["category"]]
     return trace_of(head, columns)
 
 

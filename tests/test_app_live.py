@@ -30,8 +30,8 @@ async def test_live_says_what_the_ledger_says(size: tuple[int, int], advances: i
         assert trace is not None
         now = Ledger(trace).end
         peak = max((Ledger(t).peak for t in [*source.run.traces(), trace]), key=lambda p: p.bytes)
-        # What only a watched script can hold has no row here.
-        small = "H" if size[1] > 30 else "BIWsH"
+        # What only several ranks or a watched script hold has no row here.
+        small = "UCH" if size[1] > 30 else "BIWsUCH"
         for category, info in CATEGORIES.items():
             if info.letter in small:
                 continue

@@ -16,6 +16,7 @@ import pytest
 
 from gpumem_tui.engine import recording
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.feed import Save, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, save, write
@@ -127,8 +128,6 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
                     content = json.dumps(json.loads(content) | {"version": 99}).encode()
                 if how == "pickle" and name == "runs/0/0/events.npy":
                     array = np.array([{"not": "numbers"}], dtype=object)
-                    import io
-
                     buffer = io.BytesIO()
                     np.save(buffer, array, allow_pickle=True)
                     content = buffer.getvalue()
@@ -144,7 +143,7 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
         ("missing", "No such file"),
         ("cut", "not a gpumem recording, or a damaged one"),
         ("text", "not a gpumem recording, or a damaged one"),
-        ("version", "written by a newer version .file format 99, this reads up to 3."),
+        ("version", "written by a newer version .file format 99, this reads up to 4."),
         ("pickle", "not a gpumem recording, or a damaged one"),
         ("columns", "not a gpumem recording, or a damaged one"),
     ],
@@ -155,6 +154,28 @@ def test_a_file_that_cannot_be_opened(recorded: Path, tmp_path: Path, how: str, 
         Recording(path)
     assert str(refusal.value).startswith(str(path))
     assert "\n" not in str(refusal.value)
+
+
+def test_the_categories_of_an_older_version_are_todays(recorded: Path, tmp_path: Path) -> None:
+    """Up to version 3 there were no gathered parameters and no communication, and the numbers behind them differed."""
+    before_4 = [c for c in Category if c not in (Category.GATHERED, Category.COMMUNICATION)]
+    path = tmp_path / "older.gpumem"
+    with zipfile.ZipFile(recorded) as new, zipfile.ZipFile(path, "w") as old:
+        for name in new.namelist():
+            content = new.read(name)
+            if name == "gpumem.json":
+                content = json.dumps(json.loads(content) | {"version": 3}).encode()
+            if name.endswith("owners.npy"):
+                owners = np.load(io.BytesIO(content))
+                owners["category"] = [before_4.index(Category(category)) for category in owners["category"]]
+                buffer = io.BytesIO()
+                np.save(buffer, owners)
+                content = buffer.getvalue()
+            old.writestr(name, content)
+    todays, olders = (Recording(each).runs()[0].traces() for each in (recorded, path))
+    assert len({*todays[-1].owners["category"]}) > 3
+    for today, older in zip(todays, olders, strict=True):
+        assert np.array_equal(today.owners, older.owners)
 
 
 # --- what is none ---------------------------------------------------------------------

@@ -57,7 +57,8 @@ SIGHT: dict[str, npt.NDArray[np.float64]] = {
         [[0.367322, 0.860646, -0.227968], [0.280085, 0.672501, 0.047413], [-0.011820, 0.042940, 0.968881]]
     ),
 }
-OFTEN_TOUCH = ("PG", "PO", "GO", "OA", "OT", "AL", "AK", "AR", "AT", "KL", "LT", "GA", "PA", "GT", "OK", "RL", "RT")
+OFTEN_TOUCH = ("PG", "PO", "GO", "OA", "OT", "AL", "AK", "AR", "AT", "KL", "LT", "GA", "PA", "GT", "OK", "RL", "RT",
+               "PU", "GU", "UT", "UR", "UL", "CA", "CL")  # fmt: skip
 APART = 0.1
 """In OKLab; black and white are 1.0 apart."""
 

@@ -12,18 +12,18 @@ from ..engine.events import Category
 from ..engine.ledger import Ints, Ledger, numbered_layers, strip_wrappers
 
 _OTHER = (
-    Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.WORKSPACE, Category.HELD_BY_SCRIPT,
-    Category.UNKNOWN,
+    Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.COMMUNICATION, Category.WORKSPACE,
+    Category.HELD_BY_SCRIPT, Category.UNKNOWN,
 )  # fmt: skip
 GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = (
-    ("par", (Category.PARAMETERS, Category.BUFFERS)),
+    ("par", (Category.PARAMETERS, Category.BUFFERS, Category.GATHERED)),
     ("grad", (Category.GRADIENTS,)),
     ("opt", (Category.OPTIMIZER_STATE,)),
     ("act", (Category.ACTIVATIONS, Category.RECOMPUTED)),
     ("tmp", (Category.TEMPORARIES,)),
     ("other", _OTHER),
 )
-"""Columns of the table. Activations made again count as activations."""
+"""Columns of the table. Activations made again count as activations, gathered parameters as parameters."""
 
 _STATE = re.compile(r"\.(?:weight|bias)\..*$")
 _OWN = re.compile(r"\.(?:weight|bias)$")

@@ -62,15 +62,15 @@ ANSI = Theme(
     "ansi",
     (),
     by_category(
-        "blue", "bright_blue", "yellow", "magenta", "green", "bright_yellow", "cyan",
-        "red", "bright_green", "bright_magenta", "bright_cyan", "white", "bright_black", "bright_red",
+        "blue", "bright_blue", "yellow", "magenta", "bright_black", "green", "bright_yellow", "cyan",
+        "red", "bright_green", "bright_magenta", "bright_white", "bright_cyan", "white", "black", "bright_red",
     ),
     {"c": "bright_black", "x": "white", "o": "bright_black", "m": "magenta", "u": "red"},
 )  # fmt: skip
 
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
 
-TEXTURES = by_category(" ", ".", "/", "-", "\\", "x", "|", "=", ":", "+", "'", "*", "~", "?")
+TEXTURES = by_category(" ", ".", "/", "-", "%", "\\", "x", "|", "=", ":", "+", "^", "'", "*", "~", "?")
 """What fills a category's area between its letters: told apart without colours, and a byte a cell."""
 
 XTERM = {

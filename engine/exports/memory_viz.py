@@ -32,6 +32,7 @@ LEGEND = {
     Category.BUFFERS: "parameters, buffers",
     Category.GRADIENTS: "gradients",
     Category.OPTIMIZER_STATE: "optimizer state",
+    Category.GATHERED: "parameters, buffers",
     Category.ACTIVATIONS: "activations",
     Category.RECOMPUTED: "recomputed",
     Category.KV_CACHE: "KV cache",

@@ -28,6 +28,9 @@ from .topics import MORE, OTHERS, PARTS
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
 """Together in one row, `OTHERS`, where there is no room for a row each."""
 
+RARE = {Category.GATHERED, Category.COMMUNICATION, Category.HELD_BY_SCRIPT}
+"""Of several ranks, or of watched scripts: no row until something has been held."""
+
 NAME_WIDTH, FIGURE_WIDTH = 17, 9
 ROOMY = 26
 """Rows from which every category has a row of its own."""
@@ -41,7 +44,7 @@ TRACING_WIDTH = 76
 """Columns from which the share of tracing has room."""
 
 CRAMPED = 20
-"""Rows up to which a category that has held nothing has no row; what only a watched script can hold never has."""
+"""Rows up to which no category that has held nothing has a row."""
 
 
 class LivePage(Page):
@@ -171,7 +174,7 @@ class LivePage(Page):
         peak = self.state.peak.peak.by_category if self.state.peak else None
         scale = max((max(sizes.values()) for sizes in (now, peak) if sizes), default=0)
         totals = tuple(sum(sizes.values()) if sizes else 0 for sizes in (now, peak))
-        rare = {Category.HELD_BY_SCRIPT} if height > CRAMPED else set(Category)
+        rare = RARE if height > CRAMPED else set(Category)
         alone = [c for c in Category if (roomy or c not in SMALL) and (c in ever or c not in rare)]
         self._alone = alone
         rows = [self._headings(width)]
