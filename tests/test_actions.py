@@ -171,7 +171,7 @@ async def test_a_key_that_the_help_lists_closes_it_and_acts() -> None:
         assert driver.app.board.page.title == "live"
         assert driver.last_start.config["checkpointing"] == "layers"
         await driver.press("4", "l", "?", "z")
-        assert driver.app.control.pending == {}, "undo is the screen's that the help is called from"
+        assert driver.app.control.changes.pending == {}, "undo is the screen's that the help is called from"
         await driver.press("down")
         assert driver.app.board.page.title == "help", "arrows scroll"
 

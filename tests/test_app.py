@@ -10,7 +10,7 @@ import pytest
 
 from gpumem_tui.engine.events import CATEGORIES
 from gpumem_tui.tui.app import GpumemApp
-from gpumem_tui.tui.control import offered
+from gpumem_tui.tui.changes import offered
 from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.writer import writing
@@ -22,7 +22,7 @@ from .vt import Screen
 
 def test_the_app_loads_no_torch() -> None:
     code = (
-        "import sys; import gpumem_tui.tui.app; from gpumem_tui.tui.control import offered; assert offered();"
+        "import sys; import gpumem_tui.tui.app; from gpumem_tui.tui.changes import offered; assert offered();"
         "sys.exit(','.join(m for m in ('torch', 'transformers', 'peft', 'bitsandbytes') if m in sys.modules) or 0)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)

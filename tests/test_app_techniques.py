@@ -7,7 +7,7 @@ import pytest
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.tui.control import choices, offered
+from gpumem_tui.tui.changes import choices, offered
 
 from .app_driver import SIZES, Oracle, shown, trained
 from .fake_source import CPU, GPU, MIB
@@ -113,7 +113,7 @@ async def test_undo_says_before_it_restarts_when_nothing_is_collected_any_more()
         source.obey()
         source.finish_step()
         await driver.press("4", "l", "b", "z", "z")
-        assert driver.app.control.pending == {}
+        assert driver.app.control.changes.pending == {}
         started = len(source.commands)
         await driver.press("z")
         assert "once more restarts with the configuration before: B8×S256" in driver.text
@@ -135,7 +135,9 @@ async def test_why_a_setting_cannot_be_had_is_said_in_full(size: tuple[int, int]
         names = [line.option.name for line in driver.app.page.lines()]
         for keys in ((), ("b",)):
             await driver.press(*keys, "home", *["down"] * names.index("quantization"))
-            reason = driver.app.control.problem(driver.app.control.wanted().with_({"quantization": "nf4"}))
+            reason = driver.app.control.changes.problem(
+                driver.app.control.changes.wanted().with_({"quantization": "nf4"})
+            )
             assert f"nf4: {reason}" in " ".join(driver.text.split())
 
 
@@ -181,7 +183,7 @@ async def test_what_cannot_run_here_is_greyed_with_its_reason_and_skipped() -> N
         seen = []
         for _ in range(8):
             await driver.press("right")
-            seen.append(driver.app.control.pending.get("optimizer", "adamw"))
+            seen.append(driver.app.control.changes.pending.get("optimizer", "adamw"))
         assert "adamw-8bit" not in seen
         assert "sgd" in seen
 

@@ -184,7 +184,7 @@ async def test_random_weights_are_told_apart_and_another_model_is_not_shown(
         page = await opened(driver, measured)
         assert page.measurement is None  # of another model
         assert "measures a sample of" in driver.text
-        config = driver.app.control.base()
+        config = driver.app.control.changes.base()
         weights = weights_of(config)
         assert weights is not None and measured.head is not None
         page.measurement = replace(measured, weights=weights, head=msgspec.structs.replace(measured.head, random=True))

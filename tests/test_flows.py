@@ -635,7 +635,7 @@ async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
         await driver.press("4", "b", "2", "<", "left", "space")
         assert "frozen" in driver.text
         await driver.press("j")
-        assert driver.app.control.pending == {}
+        assert driver.app.control.changes.pending == {}
         assert "frozen" not in driver.text and "view paused" not in driver.text
         trace = driver.app.state.kept[-1]
         assert driver.app.page.ledger.trace is trace

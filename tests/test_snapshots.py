@@ -25,7 +25,7 @@ from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.run_summary import summarize
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.themes import THEMES
-from gpumem_tui.tui.widgets.changes import Cell, cells
+from gpumem_tui.tui.widgets.row_diff import Cell, cells
 
 from .app_driver import RECORDINGS, shown
 

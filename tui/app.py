@@ -373,8 +373,9 @@ class GpumemApp(App[None], inherit_bindings=False):
 
     def toggle_predictions(self) -> None:
         """Have what changes would do worked out, or no longer."""
-        self.control.predict(not self.control.predicts)
-        self._set("predict", self.control.predicts)
+        forecasts = self.control.forecasts
+        forecasts.enable(not forecasts.enabled)
+        self._set("predict", forecasts.enabled)
 
     def next_units(self) -> None:
         """GiB or GB."""

@@ -64,7 +64,7 @@ class Board:
         self.state = ViewState()
         self.state.units = str(settings["units"])
         self.control = Control(source, self.state, save_dir or Path.cwd(), predictions)
-        self.control.predicts = bool(settings["predict"])
+        self.control.forecasts.enabled = bool(settings["predict"])
         self.control.on_turn = self._turned
         self.palette = palette
         self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
@@ -138,7 +138,8 @@ class Board:
     def moved(self) -> bool:
         """True if there is more of what is worked on, predictions, saving, measuring, since this was asked last."""
         saving, before = self.control.saving, self._moved
-        self._moved = (self.control.answers, saving.work.share if saving is not None else None, self.page.progress())
+        saved = saving.work.share if saving is not None else None
+        self._moved = (self.control.forecasts.answers, saved, self.page.progress())
         return self._moved != before
 
     def repaint(self, palette: Palette) -> None:

@@ -114,7 +114,7 @@ class ComparePage(Page):
 
     def runs(self) -> list[RunSummary]:
         """Those of the state, and at the end, once it is steady, what was predicted of the one on the screens."""
-        runs, predicted = self.state.runs, self.control.prediction()
+        runs, predicted = self.state.runs, self.forecasts.of_shown()
         steady = self.state.run.steady and self.state.summary() is not None
         listed = isinstance(predicted, str) or predicted.run in (run.run for run in runs) or not steady
         return runs if isinstance(predicted, str) or listed else [*runs, predicted]
@@ -240,7 +240,7 @@ class ComparePage(Page):
 
     def _footnote(self, width: int) -> list[Row]:
         """The caveat of the prediction; in the list of owners, the reason why there is none."""
-        predicted = self.control.prediction()
+        predicted = self.forecasts.of_shown()
         word = predicted * (self.mode == OWNERS) if isinstance(predicted, str) else predicted.caveat
         return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
 

@@ -12,7 +12,7 @@ from ...engine.events import Category, Phase, StepTrace
 from ...engine.ledger import Bytes, numbered_layers
 from ...engine.run_events import RunEvent
 from ..actions import Action, changes, moves
-from ..control import offered
+from ..changes import offered
 from ..draw import Row, wrap
 from ..explain import explain
 from ..state import Filter
@@ -276,7 +276,7 @@ class LivePage(Page):
 
     def _predicted(self, row: Row, peak_bytes: int | None, width: int) -> Row:
         """The predicted peak, and how far beyond it the measured one is, as far as there is room."""
-        predicted, unit = self.control.prediction(), self.state.unit
+        predicted, unit = self.forecasts.of_shown(), self.state.unit
         if isinstance(predicted, str):
             return row
         figure, beyond = f"~{unit.show(predicted.peak_bytes)}", ""
@@ -300,8 +300,8 @@ class LivePage(Page):
         return [Row().add(f" {line}") for line in [*lines, ""][: max(2, len(lines))]]
 
     def _recomputes(self, width: int) -> list[Row]:
-        state, answers = self.state, self.control.answers
-        config = state.run.config or self.control.base()
+        state, answers = self.state, self.forecasts.answers
+        config = state.run.config or self.changes.base()
         keys = (state.peak, state.live, state.over, state.environment, config, answers)
         shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)
         return self.kept("recompute", (*shows, width), lambda: self._recompute(width))
@@ -310,7 +310,7 @@ class LivePage(Page):
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
         layers = numbered_layers(state.now.trace.names) if state.now is not None else []
-        event, keys = state.run.last_recompute, best_change(self.control, width - 2)
+        event, keys = state.run.last_recompute, best_change(self.forecasts, width - 2)
         advice = [Row().add(f" {line}", palette.accent) for line in keys]
         if event is None or state.over:
             return advice or [Row().add(" no recompute", palette.dim)]

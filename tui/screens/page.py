@@ -46,6 +46,7 @@ class Page(ABC):
 
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
         self.state, self.control, self.palette = state, control, palette
+        self.changes, self.forecasts = control.changes, control.forecasts
         self.actions = self.make_actions()
         self._kept = Kept()
 

@@ -9,7 +9,7 @@ from ...engine.config import Option, RunConfig, Value, show
 from ...engine.technique import Technique
 from ...engine.techniques import memory_key
 from ..actions import Action, changes, moves
-from ..control import choices, offered
+from ..changes import choices, offered
 from ..draw import Row, wrap
 from ..state import Message
 from ..units import UNKNOWN, difference, shorten
@@ -95,12 +95,12 @@ class TechniquesPage(Page):
     def change(self, by: int) -> None:
         """Step the selected setting's value."""
         lines = self.lines()
-        self.control.collect(lines[min(self.selected, len(lines) - 1)].option, by)
+        self.changes.collect(lines[min(self.selected, len(lines) - 1)].option, by)
 
     def undo(self) -> None:
         """Take back the last change collected; if there is none, go back to the run before, once that was announced."""
-        if self.control.collected:
-            self.control.undo()
+        if self.changes.collected:
+            self.changes.undo()
         elif (before := self.control.before) is None or self.state.message is self._announced is not None:
             self.control.go_back()
         else:
@@ -139,24 +139,24 @@ class TechniquesPage(Page):
             return wanted
         value = self._savers.get(name)
         if value is None or value == wanted[name]:
-            value = self.control.next_value(line.option, wanted[name], 1, around=True)
+            value = self.changes.next_value(line.option, wanted[name], 1, around=True)
         return None if value is None else wanted.with_({name: value})
 
     def _look_for_savers(self) -> None:
         """Take note of the values that the line below names as what saves most, by their settings."""
-        best = self.control.strongest()
+        best = self.forecasts.strongest()
         found = best.found if best is not None else ()
         self._savers = {n: v for saving in found if len(saving.changes) == 1 for n, v in saving.changes.items()}
 
     def against(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig:
         """The configuration without a setting's change: all that is collected but this one, if that can be had."""
         rest = wanted.with_({line.option.name: base[line.option.name]})
-        return rest if self.control.problem(rest) is None else base
+        return rest if self.changes.problem(rest) is None else base
 
     def figures(self, config: RunConfig, base: RunConfig) -> tuple[str, str, str, str]:
         """Predicted peak, change and whether it fits; and the change as measured, once it was run."""
         show = self.state.unit
-        asked = self.control.predictions
+        asked = self.forecasts.predictions
         found, now = (asked.of(c) if asked is not None else None for c in (config, base))
         peak = UNKNOWN if found is None else f"~{show.show(found.peak_bytes)}"
         change = UNKNOWN if found is None or now is None else difference(found.peak_bytes, now.peak_bytes, show)
@@ -175,7 +175,7 @@ class TechniquesPage(Page):
 
     def table(self) -> Table | None:
         """Every setting with what is known of changing it."""
-        base, wanted = self.control.base(), self.control.wanted()
+        base, wanted = self.changes.base(), self.changes.wanted()
         if base is None or wanted is None:
             return None
         self._look_for_savers()
@@ -191,7 +191,7 @@ class TechniquesPage(Page):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """The list, and below it what is selected."""
-        base, wanted = self.control.base(), self.control.wanted()
+        base, wanted = self.changes.base(), self.changes.wanted()
         if base is None or wanted is None:
             return [Row(), Row().add(" No run has started yet.", self.palette.dim)]
         self._look_for_savers()
@@ -275,8 +275,8 @@ class TechniquesPage(Page):
         """Among all values of all techniques, where the list has the next ones."""
         state = self.state
         shows = (
-            self.control.answers,
-            state.run.config or self.control.base(),
+            self.forecasts.answers,
+            state.run.config or self.changes.base(),
             state.environment,
             state.live,
             state.unit,
@@ -284,16 +284,16 @@ class TechniquesPage(Page):
         )
 
         def draw() -> list[Row]:
-            return [Row().add(f" {line}", self.palette.accent) for line in best_change(self.control, width - 2)]
+            return [Row().add(f" {line}", self.palette.accent) for line in best_change(self.forecasts, width - 2)]
 
         return self.kept("saves most", shows, draw)
 
     def _problem(self, line: Line, wanted: RunConfig) -> str | None:
         """The reason why the key's next value cannot be had with the others as they are, or None."""
-        base = self.control.base()
+        base = self.changes.base()
         config = self.candidate(line, wanted, base) if base is not None else None
         # What stands in the way of the changes collected is said in any case.
-        reason = self.control.problem(config) if config is not None and config != self.control.wanted() else None
+        reason = self.changes.problem(config) if config is not None and config != self.changes.wanted() else None
         return f"{show(config[line.option.name])}: {reason}" if config is not None and reason else None
 
     def _values(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
@@ -302,7 +302,7 @@ class TechniquesPage(Page):
         row, reasons = Row().add(" "), dict[Value, str]()
         rows = [row]
         for value in choices(line.option, current):
-            reason = self.control.unavailable(line.option, value)
+            reason = self.changes.unavailable(line.option, value)
             if reason is not None:
                 reasons[value] = reason
             text = f"[{show(value)}{self._change(line, value, wanted)}]"
@@ -322,7 +322,7 @@ class TechniquesPage(Page):
 
     def _change(self, line: Line, value: Value, wanted: RunConfig) -> str:
         """The change of the predicted peak by going over to a value; empty: nothing by nature, or it is not known."""
-        asked, config = self.control.predictions, wanted.with_({line.option.name: value})
+        asked, config = self.forecasts.predictions, wanted.with_({line.option.name: value})
         if asked is None or memory_key(config) == memory_key(wanted):
             return ""
         found, now = asked.of(config), asked.of(wanted)
@@ -343,27 +343,27 @@ class TechniquesPage(Page):
 
     def _verdict(self, width: int) -> list[Row]:
         """The effect of enter, or the reason why it would have none."""
-        palette, pending = self.palette, self.control.pending
+        palette, pending = self.palette, self.changes.pending
         if not pending:
             lines = wrap(f"no changes collected{self._predicted_for()}", width - 2)
             return [*self._saves_most(width), *(Row().add(f" {line}", palette.dim) for line in lines)]
-        problem = self.control.conflict()
+        problem = self.changes.conflict()
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)]
         changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
         text = f" enter applies {changed} as one restart"
         text = text if self.state.live else f" {changed} predicted; a recording runs nothing"
-        wanted = self.control.wanted()
+        wanted = self.changes.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
-        if wanted is not None and (base := self.control.base()) is not None:
+        if wanted is not None and (base := self.changes.base()) is not None:
             peak, change, *_ = self.figures(wanted, base)
             row.add(f"   peak {peak}, {change}" if change != UNKNOWN else "", palette.plain)
         return [row.add(f"   measured last time: {self.state.unit.full(last)}" if last else "", palette.plain)]
 
     def _predicted_for(self) -> str:
         """The GPU of the predictions; where it is not the run's, the way to have another."""
-        predictions, here = self.control.predictions, self.state.environment
+        predictions, here = self.forecasts.predictions, self.state.environment
         if predictions is None or not predictions.gpu_name:
             return ""
         waiting = f", {count} being worked out" if (count := predictions.waiting()) else ""
@@ -386,4 +386,4 @@ def _whole(text: str, width: int, rows: int) -> list[str]:
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
     page.select(option)
-    page.control.collect(option, by, around)
+    page.changes.collect(option, by, around)

@@ -76,7 +76,7 @@ class WeightsPage(Page):
 
     def measure(self, exact: bool = False) -> None:
         """Begin, or leave what is under way; what is known stays."""
-        config = self.control.base()
+        config = self.changes.base()
         if self.measurement is not None and self.measurement.running:
             self.measurement.stop()
             return
@@ -91,7 +91,7 @@ class WeightsPage(Page):
 
     def _select_setting(self) -> None:
         """Begin with the scheme that the run has, if it has any."""
-        config = self.control.base()
+        config = self.changes.base()
         for place, scheme in enumerate(self.schemes.values()):
             if config is not None and scheme.setting and all(config[name] == value for name, value in scheme.setting):
                 self.selected = place
@@ -117,11 +117,11 @@ class WeightsPage(Page):
         if proposal is None:
             self.state.say("there is nothing to keep: measure first, and select a scheme that a run can have")
         else:
-            self.control.change(self.changes(proposal))
+            self.control.change(self.settings_for(proposal))
 
     def turned(self) -> None:
         """Leave what is of another model's weights."""
-        measurement, config = self.measurement, self.control.base()
+        measurement, config = self.measurement, self.changes.base()
         if measurement is not None and (config is None or weights_of(config) != measurement.weights):
             measurement.stop()
             self.measurement = None
@@ -161,7 +161,7 @@ class WeightsPage(Page):
             return None
         return propose(self.quantized(), scheme)
 
-    def changes(self, proposal: Proposal) -> dict[str, bool | int | float | str]:
+    def settings_for(self, proposal: Proposal) -> dict[str, bool | int | float | str]:
         """The settings that it takes."""
         return {**dict(self.scheme.setting), "quantization.skip": proposal.skip}
 
@@ -185,11 +185,11 @@ class WeightsPage(Page):
         if self.measurement is None:
             return self._invitation(width)
         shows = (self.progress(), self.selected, self.tensor, self.picture, self.state.units, width, height,
-                 self.control.answers, self.control.base())  # fmt: skip
+                 self.forecasts.answers, self.changes.base())  # fmt: skip
         return self.kept("all", shows, lambda: self._measured(self.measurement, width, height))
 
     def _invitation(self, width: int) -> list[Row]:
-        config = self.control.base()
+        config = self.changes.base()
         if config is None:
             return [Row(), Row().add(" No run has started yet.", self.palette.dim)]
         model = shorten(config.model, width - 40)
@@ -335,15 +335,15 @@ class WeightsPage(Page):
         """`k keeps the 3 worst in 16 bit: +0.02 GiB, worst 14.1 → 20.2 dB; peak ~12.31, +0.02`."""
         worst = len(proposal.tensors)
         size = unit_for(proposal.added_bytes, self.state.units).full(proposal.added_bytes)
-        base, asked = self.control.base(), self.control.predictions
-        wanted = base.with_(self.changes(proposal)) if base is not None else None
+        base, asked = self.changes.base(), self.forecasts.predictions
+        wanted = base.with_(self.settings_for(proposal)) if base is not None else None
         text = (
             f"{'the run' if wanted == base else 'k'} keeps the {f'{worst} worst' if worst > 1 else 'worst'} in 16 bit: "
             f"+{size}, worst {proposal.worst_before_db:.1f} → {proposal.worst_after_db:.1f} dB"
         )
         if base is None or wanted is None or asked is None or wanted == base:
             return text
-        if problem := self.control.problem(wanted):
+        if problem := self.changes.problem(wanted):
             return f"{text}; {problem}"
         then, now = asked.of(wanted), asked.of(base)
         if then is None or now is None:

@@ -10,7 +10,7 @@ from textual.strip import Strip
 from textual.widget import Widget
 
 from ..draw import PLAIN, Row
-from .changes import Cell, cells, changed, sequence
+from .row_diff import Cell, cells, changed, sequence
 
 
 class Canvas(Widget):

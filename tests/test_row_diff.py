@@ -11,7 +11,7 @@ from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.themes import THEMES
-from gpumem_tui.tui.widgets.changes import ATTRIBUTES, cells, changed, sequence
+from gpumem_tui.tui.widgets.row_diff import ATTRIBUTES, cells, changed, sequence
 
 from .vt import Look, Screen
 

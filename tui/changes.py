@@ -1,0 +1,145 @@
+"""Changes of settings, collected one by one until they are applied as one restart."""
+
+from __future__ import annotations
+
+from ..engine import techniques
+from ..engine.config import Option, RunConfig, UserError, Value
+from ..engine.events import Environment
+from ..engine.feed import Source, ViewerRole
+from ..engine.technique import Technique
+from .state import ViewState
+
+WORKLOAD = (
+    ("b", "batch size", "batch_size"),
+    ("n", "sequence length", "seq_len"),
+    ("", "learning rate", "learning_rate"),
+)
+"""Settings of the workload that the app offers: key, title, name."""
+
+LADDERS: dict[str, tuple[Value, ...]] = {"learning_rate": (1e-5, 3e-5, 1e-4, 3e-4, 1e-3, 3e-3, 1e-2)}
+"""Values to step through for options that name none."""
+
+
+class Changes:
+    """The settings changed and not yet applied, and the configuration they make.
+
+    Args:
+        source: The engine; its role says whether changes can be applied here.
+        state: The run that changes start from.
+
+    Attributes:
+        pending: The changed settings, by option.
+    """
+
+    def __init__(self, source: Source, state: ViewState) -> None:
+        self._source, self._state = source, state
+        self.pending: dict[str, Value] = {}
+        self._undo: list[dict[str, Value]] = []
+
+    # --- the configuration they make ------------------------------------------------
+
+    def base(self) -> RunConfig | None:
+        """The configuration that changes start from: the one sent last, or the run's. None before the first run."""
+        return self._state.requested or self._state.config
+
+    def wanted(self) -> RunConfig | None:
+        """The base with all changes."""
+        base = self.base()
+        return base.with_(self.pending) if base is not None else None
+
+    def conflict(self) -> str | None:
+        """The reason why the changes cannot be applied, or None."""
+        wanted = self.wanted()
+        return self.problem(wanted) if wanted is not None else None
+
+    def problem(self, config: RunConfig) -> str | None:
+        """The reason why a configuration cannot be run here, or None."""
+        try:
+            techniques.check(config, self._environment)
+        except UserError as error:
+            return str(error)
+        return None
+
+    def unavailable(self, option: Option, value: Value) -> str | None:
+        """The reason why a value cannot be used on this machine, or None."""
+        technique = techniques.registry().get(option.name)
+        if technique is None or self._environment is None:
+            return None
+        return technique.unavailable(value, self._environment)
+
+    @property
+    def _environment(self) -> Environment | None:
+        """The machine that would run a change; None: there is none, and a prediction needs no package."""
+        runs = self._state.live and self._source.role is not ViewerRole.WATCHING
+        return self._state.environment if runs else None
+
+    # --- one more, one less -----------------------------------------------------------
+
+    def next_value(self, option: Option, current: Value, by: int, around: bool) -> Value | None:
+        """The value a key steps to, past those that are unavailable; None if there is none."""
+        values = choices(option, current)
+        position = values.index(current)
+        for _ in values:
+            position += by
+            if around:
+                position %= len(values)
+            if not 0 <= position < len(values) or values[position] == current:
+                return None
+            if self.unavailable(option, values[position]) is None:
+                return values[position]
+        return None
+
+    def collect(self, option: Option, by: int, around: bool = False) -> None:
+        """Step an option's value without applying it."""
+        base, wanted = self.base(), self.wanted()
+        if base is None or wanted is None:
+            return
+        value = self.next_value(option, wanted[option.name], by, around)
+        if value is None:
+            return
+        self._undo.append(dict(self.pending))
+        if value == base[option.name]:
+            self.pending.pop(option.name, None)
+        else:
+            self.pending[option.name] = value
+        self._state.version += 1
+
+    @property
+    def collected(self) -> bool:
+        """True if there is a change to take back before it was applied."""
+        return bool(self._undo)
+
+    def undo(self) -> None:
+        """Take back the last change collected."""
+        if self._undo:
+            self.pending = self._undo.pop()
+            self._state.version += 1
+        else:
+            self._state.say("nothing to undo")
+
+    def clear(self) -> None:
+        """Forget all changes: they have been applied, or were meant for another run."""
+        self.pending = {}
+        self._undo.clear()
+
+
+def choices(option: Option, current: Value) -> tuple[Value, ...]:
+    """The values that keys step through, the current one among them."""
+    values = option.choices or LADDERS.get(option.name, ())
+    if isinstance(option.default, bool):
+        values = values or (False, True)
+    if current in values:
+        return values
+    if isinstance(current, int | float):
+        return tuple(sorted((*(v for v in values if isinstance(v, int | float)), current)))
+    return (*values, current)
+
+
+def offered() -> list[tuple[str, str, Option, Technique | None]]:
+    """Everything that can be changed: key, title, option, and the technique it switches."""
+    named = techniques.all_options()
+    rows: list[tuple[str, str, Option, Technique | None]] = [
+        (key, title, named[name], None) for key, title, name in WORKLOAD
+    ]
+    rows += [(t.key, t.title, t.switch, t) for t in techniques.registry().values()]
+    return rows

@@ -1,0 +1,129 @@
+"""The predictions that screens show: the run's own, and the changes that would save most."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from ..engine import techniques
+from ..engine.config import Value
+from ..engine.prediction.advice import LEAST_SAVING_BYTES, single_changes
+from ..engine.technique import Effect
+from .changes import Changes
+from .predictions import Predictions
+from .run_summary import RunSummary, predicted_beside
+from .state import ViewState
+
+
+class Saving(NamedTuple):
+    """A change of a single technique, and what it would do.
+
+    Attributes:
+        changes: Settings by name: mostly one, two where they go together (accumulation with a smaller batch).
+        saved_bytes: At the predicted peak.
+        effect: On the training.
+    """
+
+    changes: Mapping[str, Value]
+    saved_bytes: int
+    effect: Effect
+
+
+class Strongest(NamedTuple):
+    """The changes of a single technique that save most at the predicted peak, as far as they are known.
+
+    Attributes:
+        found: The change that keeps the mathematics, then those that save more and do not; each saves more
+            than those before it. Of changes with the same effect the best of one setting, then of two.
+        tried: Number of changes worked out.
+        of: Number of changes there are.
+    """
+
+    found: tuple[Saving, ...]
+    tried: int
+    of: int
+
+
+class Forecasts:
+    """Predictions about the run on the screens.
+
+    Args:
+        state: The run, and the engine's or a recording's.
+        changes: The configuration that changes start from, and which of them can be had.
+        predictions: Peaks of configurations that have not run; None: nobody predicts.
+
+    Attributes:
+        enabled: Whether anything is asked of `predictions`.
+    """
+
+    def __init__(self, state: ViewState, changes: Changes, predictions: Predictions | None) -> None:
+        self.state = state
+        self.enabled = True
+        self._changes, self._predictions = changes, predictions
+        self._own: tuple[object, RunSummary | str] | None = None
+
+    @property
+    def predictions(self) -> Predictions | None:
+        """The predictions to ask; None if nobody predicts or nothing is to be asked."""
+        return self._predictions if self.enabled else None
+
+    @property
+    def answers(self) -> int | None:
+        """Number of predictions known: what shows some is drawn anew when it changes; None: nobody is asked."""
+        return self.predictions.answers() if self.predictions is not None else None
+
+    def enable(self, enabled: bool) -> None:
+        """Ask for predictions, or no longer: those still to be worked out are not begun."""
+        self.enabled = enabled
+        if self._predictions is not None and not enabled:
+            self._predictions.drop()
+
+    def turned(self) -> None:
+        """Predict for the machine of the run that is on the screens now."""
+        if self._predictions is not None and self.state.shown is not None:
+            self._predictions.look_at(self.state.shown.environment)
+
+    def strongest(self) -> Strongest | None:
+        """The changes of a single technique that save most, as far as they are known; None if nobody predicts."""
+        base, predictions = self.state.run.config or self._changes.base(), self.predictions
+        if base is None or predictions is None:
+            return None
+        hurry = not self.state.live  # beside a recording there is no training to give way to
+        now = predictions.of(base, hurry)
+        changes = [one for one in single_changes(base) if self._changes.problem(base.with_(one)) is None]
+        configs = [base.with_(one) for one in changes]
+        then = [predictions.of(config, hurry) for config in configs]
+        tried = len(configs) - predictions.unanswered(configs) if now else 0
+        savings = [
+            Saving(one, now.peak_bytes - found.peak_bytes, techniques.effect(base, config))
+            for one, config, found in zip(changes, configs, then, strict=True)
+            if now is not None and found is not None
+        ]
+        savings.sort(key=lambda one: (one.effect, len(one.changes), -one.saved_bytes))
+        best: list[Saving] = []
+        for saving in savings:
+            if saving.saved_bytes - (best[-1].saved_bytes if best else 0) >= LEAST_SAVING_BYTES:
+                best.append(saving)
+        return Strongest(tuple(best), tried, len(configs))
+
+    def of_shown(self) -> RunSummary | str:
+        """The run on the screens as it was predicted, a run of its own; if it is a prediction, itself.
+
+        Returns:
+            A line that says why there is none to set beside it, empty if nobody predicts.
+        """
+        shown, predictions, state = self.state.shown, self.predictions, self.state
+        if shown is None:
+            return ""
+        if state.run.predicted:
+            return state.summary_of(shown)
+        if predictions is None:
+            return ""
+        if state.run.watched:
+            return "No prediction is set beside this run: the loop is a script's own."
+        key = (shown, shown.config, predictions.answers())
+        if self._own is None or self._own[0] != key:
+            found = predictions.of_run(shown)
+            said = found if isinstance(found, str) else predicted_beside(found.run, shown, state.origin_of(shown))
+            self._own = (key, said)
+        return self._own[1]
