@@ -27,7 +27,7 @@ from gpumem_tui.engine import device as devices
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.session import TRACE_SHARE
+from gpumem_tui.engine.publisher import TRACE_SHARE
 from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
