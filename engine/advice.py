@@ -15,7 +15,7 @@ OF_WORKLOAD: dict[str, tuple[str, tuple[Category, ...]]] = {
     "batch_size": ("the loader's batch size", OF_A_BATCH),
     "seq_len": ("the rows' length", OF_A_BATCH),
 }
-"""How what is no technique is changed in a script of one's own, and the categories it acts on."""
+"""Advice for settings that are no technique's: the change in a script of one's own, and the categories it acts on."""
 
 
 def advice(command: Command, run: Run | None) -> str:

@@ -16,7 +16,7 @@ import numpy.typing as npt
 MOST_BYTES = 1 << 30
 """Unpacked, all parts together: the traces of a hundred steps of a hundred thousand allocations each."""
 MOST_TEXT_BYTES = 1 << 26
-"""Of one part that is JSON: as objects it takes twenty times that."""
+"""The largest part that is JSON: as objects it takes twenty times that."""
 NPY_1 = b"\x93NUMPY\x01\x00"
 _NPY = struct.Struct("<8sH")
 PACKED_AS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED)

@@ -168,7 +168,7 @@ WORKLOAD_OPTIONS: tuple[Option, ...] = (
 """The settings of the workload itself: same shape as a technique's options."""
 
 TRACES = ("auto", "every")
-"""Which steps are traced: as the governor's time budget allows, or each."""
+"""The steps traced: as many as the governor's time budget allows, or each."""
 
 
 DTYPES = ("float32", "float16", "bfloat16")

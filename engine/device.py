@@ -20,7 +20,7 @@ from .events import Environment
 from .techniques import registry
 
 PACKAGES = ("torch", "transformers", "accelerate", "textual", "nvidia-ml-py")
-"""Of which every run is made; techniques name their own."""
+"""Packages that every run is made of; techniques name their own."""
 
 
 def packages() -> tuple[str, ...]:

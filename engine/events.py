@@ -108,13 +108,13 @@ indexes the trace's marks: what was running.
 """
 
 MARK = np.dtype([("phase", "u1"), ("micro_batch", "i2"), ("module", "i4")])
-"""What was running, from one tag to the next. `module` indexes the names."""
+"""The work going on from one tag to the next. `module` indexes the names."""
 
 BLOCK = np.dtype([("address", "u8"), ("bytes", "i8"), ("slack", "i8")])
 """A block that was alive when the trace began."""
 
 OWNER = np.dtype([("address", "u8"), ("mark", "i4"), ("category", "u1"), ("name", "i4"), ("made", "i4")])
-"""Who held an address at a mark: a parameter, a `.grad`, an optimizer's tensor.
+"""The owner of an address at a mark: a parameter, a `.grad`, an optimizer's tensor.
 
 It speaks of the block alive at that address when the mark was set; addresses
 are reused within a step, so the address alone says nothing. `made` indexes the
@@ -124,7 +124,7 @@ trace's descriptions of tensors.
 MADE = np.dtype(
     [("phase", "u1"), ("micro_batch", "i2"), ("module", "i4"), ("bytes", "i8"), ("nth", "i4"), ("made", "i4")]
 )
-"""What the `nth` allocation of so many bytes by a module in a phase is.
+"""The description of the `nth` allocation of so many bytes by a module in a phase.
 
 Learned once, in a step whose operators were watched (`tracing/describe.py`);
 the steps of a run repeat one another, so it holds for the others.

@@ -151,7 +151,7 @@ class Feed:
     """
 
     KEPT_RUNS = 24
-    """Of the runs before, the traces that `Run.settle` leaves; older runs are forgotten."""
+    """Runs kept beside the latest, with the traces that `Run.settle` leaves; older runs are forgotten."""
 
     def __init__(self, name: str = "", on_trace: Callable[[StepTrace], None] | None = None) -> None:
         self.name = name

@@ -22,7 +22,7 @@ TOKENS, WORDS = 4096, 32_768
 """A tile: what is known of the logits at once (TRL's `TOKEN_CHUNK_SIZE` and `_CHUNKED_LOGPROB_CHUNK_SIZE`)."""
 
 ROWS = 128
-"""Of a tile, what is in float32 at once; TRL's Triton kernel has that in registers."""
+"""Rows of a tile in float32 at once; TRL's Triton kernel has them in registers."""
 
 IGNORED = -100
 """The label of a token that is not trained on."""

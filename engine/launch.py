@@ -12,9 +12,9 @@ from .config import RunConfig, UserError
 from .engine_registry import EngineDir, clean, runtime_folder
 
 READY = "gpumem-tui engine listens: "
-"""What a new engine says on its standard output, with its name, before that becomes its log."""
+"""The line, ended by its name, that a new engine writes to its standard output before that becomes its log."""
 STAY = b"stay\n"
-"""What an engine is told, after its order, once it is to outlive whoever started it."""
+"""The message to an engine, after its order, that makes it outlive the process that started it."""
 REAP_WITHIN_S = 2.0
 
 

@@ -53,7 +53,7 @@ _PARAMETER = re.compile(r"\.(?:weight|bias)(?:\.|$)")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _NUMBERED = re.compile(r"^(.*\.)\d+$")
 _CACHED = "layers."
-"""What a KV cache calls its layers, of which it knows nothing but the number."""
+"""The name of a KV cache's layers, of which the cache knows nothing but the number."""
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
 

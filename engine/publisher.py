@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 GAUGE_EVERY_S = 0.1
 TRACE_SHARE = 0.01
-"""Of the run's wall time that tracing may take when left to the governor."""
+"""Share of the run's wall time that tracing may take when left to the governor."""
 
 
 class RunPublisher:

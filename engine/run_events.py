@@ -199,7 +199,7 @@ class OutOfMemory(RunEvent, frozen=True):
 
 
 class MemoryLeak(RunEvent, frozen=True):
-    """What is alive at the same point of every step grows from step to step: a leak, told before it kills.
+    """A leak, told before it kills: bytes alive at the same point of every step grow from step to step.
 
     Attributes:
         step: That has ended.
@@ -319,7 +319,7 @@ AnyRunEvent = (
     RunStarted | Loaded | StepEnded | LossNotFinite | Recomputed | Paused | Resumed | OutOfMemory | MemoryLeak
     | RunFailed | Refused | RunEnded | Saved | Note | Output | EngineEnded
 )  # fmt: skip
-"""What a decoder is given: the kind says which."""
+"""Any event of a run, for a decoder: its `kind` says which."""
 
 
 def placed(event: RunEvent, index: int, time_s: float, run: int) -> RunEvent:

@@ -34,7 +34,7 @@ EVENTS_A_TIME = 2_000
 VIEWERS_MAX = 64
 SAY_HELLO_WITHIN_S = 10.0
 FIRST_VIEWER_WITHIN_S = 60.0
-"""Whoever started an engine is on the way; until then it is not alone."""
+"""Time for the viewer that started an engine to come; until then the engine does not count as alone."""
 ANSWER_A_TIME = 1 << 16
 OUT_OF_DESCRIPTORS = frozenset({errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM})
 ACCEPT_AGAIN_S = 1.0

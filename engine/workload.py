@@ -393,7 +393,7 @@ def _reading_each(weights: Iterable[tuple[str, Any]], reading: Callable[[str], N
 
 
 RANDOM_STD = 0.02
-"""Of a profile's random matrices."""
+"""Standard deviation of a profile's random matrices."""
 
 
 class _RandomWeight:

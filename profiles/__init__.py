@@ -21,7 +21,7 @@ MODELS = Path(__file__).parent / "models"
 PRESETS = Path(__file__).parent / "presets"
 MEASURES = ("leftover", "loaded", "after_step", "peak_first_step", "peak_all_steps", "reserved_after_first_step",
             "gradients", "optimizer", "logits")  # fmt: skip
-"""What a preset's rows may say about a run: sizes in GiB, 1024**3 bytes.
+"""The measures of a run in a preset's rows: sizes in GiB, 1024**3 bytes.
 
 `leftover` was allocated before the run began, `after_step` is all that is
 allocated when the first optimizer step has returned.

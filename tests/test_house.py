@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -101,6 +102,18 @@ def test_documents_lead_to_what_is_there() -> None:
     for document in (path for pattern in patterns for path in ROOT.glob(pattern)):
         for target in re.findall(r"\]\((?!https?:|#)([^)#]+)", document.read_text(encoding="utf-8")):
             assert (document.parent / target).exists(), f"{document.relative_to(ROOT)}: {target}"
+
+
+def test_docstrings_begin_with_the_thing_they_speak_of() -> None:
+    """A docstring is a text that stands alone: beneath a class or a function, a constant or an attribute."""
+    asks = re.compile(r"\s*(What|Whatever|Who|Whoever|Whose|Whether|Which|Where|Why|How|Of)\b")
+    found = []
+    for path in (path for top in ("engine", "tui", "profiles") for path in (ROOT / top).rglob("*.py")):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            match node:
+                case ast.Expr(value=ast.Constant(value=str(text))) if asks.match(text):
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno} {text.strip().splitlines()[0]}")
+    assert not found, "\n".join(sorted(found))
 
 
 def test_only_these_things_are_at_the_top() -> None:

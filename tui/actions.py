@@ -18,7 +18,7 @@ KEYS_WIDTH = 12
 """Columns for keys in the help."""
 
 RESERVED = ("ctrl+a", "ctrl+b", "ctrl+s", "ctrl+q")
-"""Of tmux, screen and the terminal: no action may have them."""
+"""Keys of tmux, screen and the terminal: no action may have them."""
 
 
 class Action(NamedTuple):

@@ -37,7 +37,7 @@ from .writer import send, writing
 QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
 
 NOTHING_TO_LOSE_S = 10.0
-"""How long after the start Ctrl-C ends the app, and the engine it has started, without a question."""
+"""Time after the start in which Ctrl-C ends the app, and the engine it has started, without a question."""
 
 RATES = (0.5, 1.0, 2.0, 4.0, 10.0, 20.0)
 """Refreshes a second that `[` and `]` step through."""

@@ -36,7 +36,7 @@ KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage,
 """The screens, in the order of their digits."""
 
 ASCII = str.maketrans({**dict(zip("…–·↑↓×─│▲◆", "~--^vx-|^*", strict=True)), "→": "->", "←": "<-"})
-"""For terminals and fonts that have ASCII only."""
+"""Replacements for terminals and fonts that have ASCII only."""
 
 
 class Board:

@@ -30,7 +30,7 @@ _OWN = re.compile(r"\.(?:weight|bias)$")
 
 
 NO_LAYER = "(the model)"
-"""What the model itself is called in a list of its layers."""
+"""The name of the model itself in a list of its layers."""
 
 
 class LayerRow(NamedTuple):

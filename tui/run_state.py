@@ -22,7 +22,7 @@ from ..engine.run_events import (
 )
 
 STEADY_STEPS = 2
-"""From this step on a run holds all it will hold."""
+"""The step from which on a run holds all it will hold."""
 
 
 @dataclass

@@ -71,7 +71,7 @@ ANSI = Theme(
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
 
 TEXTURES = by_category(" ", ".", "/", "-", "%", "\\", "x", "|", "=", ":", "+", "^", "'", "*", "~", "?")
-"""What fills a category's area between its letters: told apart without colours, and a byte a cell."""
+"""Fills of a category's area between its letters: told apart without colours, and a byte a cell."""
 
 XTERM = {
     "black": "#000000", "red": "#cd0000", "green": "#00cd00", "yellow": "#cdcd00", "blue": "#0000ee",
@@ -79,7 +79,7 @@ XTERM = {
     "bright_red": "#ff0000", "bright_green": "#00ff00", "bright_yellow": "#ffff00", "bright_blue": "#5c5cff",
     "bright_magenta": "#ff00ff", "bright_cyan": "#00ffff", "bright_white": "#ffffff",
 }  # fmt: skip
-"""What the sixteen colours are where nobody has changed them."""
+"""The sixteen colours where nobody has changed them."""
 
 
 def luminance(colour: str) -> float:

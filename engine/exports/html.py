@@ -21,7 +21,7 @@ from .json import document, encoded
 LATEST = 200
 """Steps, recomputes and events of a run that the page has room for."""
 SOFTNESS = 0.72
-"""Of a fill on light: 1 is the colour itself, 0 white."""
+"""Strength of a fill on light: 1 is the colour itself, 0 white."""
 _HERE = Path(__file__).parent
 
 

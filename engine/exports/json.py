@@ -21,7 +21,7 @@ from .exported_run import ExportedRun, Format, Sink
 
 SCHEMA = "gpumem-export/1"
 POINTS = 600
-"""Of a timeline: each is the highest instant of its part of the step, so that no peak is lost."""
+"""Points of a timeline: each is the highest instant of its part of the step, so that no peak is lost."""
 
 
 class CategoryFigures(msgspec.Struct, frozen=True):

@@ -15,7 +15,7 @@ from .exported_run import ExportedRun, Format, Sink
 _SCHEMA = "https://www.speedscope.app/file-format-schema.json"
 
 Stack = tuple[str, ...]
-"""From the outside in."""
+"""Frames from the outside in."""
 
 
 def write(runs: Sequence[ExportedRun], sink: Sink) -> None:

@@ -14,7 +14,7 @@ from ..events import Whole
 
 
 class Verdict(enum.StrEnum):
-    """Why an allocation was refused."""
+    """The reason why an allocation was refused."""
 
     TOO_BIG = "too_big"
     """It alone is more than the device could ever give to torch."""
@@ -33,7 +33,7 @@ class Verdict(enum.StrEnum):
 
     @property
     def words(self) -> str:
-        """For people: `somebody else's`."""
+        """Words for people: `somebody else's`."""
         return "somebody else's" if self is Verdict.SOMEBODY_ELSES else self.value.replace("_", " ")
 
 
@@ -56,7 +56,7 @@ class LargestTensor(msgspec.Struct, frozen=True, kw_only=True):
 
 
 class Pool(msgspec.Struct, frozen=True, kw_only=True):
-    """What the caching allocator holds free for one stream, in one pool.
+    """Bytes that the caching allocator holds free for one stream, in one pool.
 
     Attributes:
         stream: As the allocator numbers it; 0: the default stream.

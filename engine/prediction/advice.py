@@ -25,10 +25,10 @@ MOST_ROUNDS, EACH_ROUND = 4, 2
 """In each, what promises most is predicted, and what comes of it is learnt from."""
 
 LEAST_GAIN = 0.01
-"""Of the peak: what a combination has to promise beyond the best known to be predicted."""
+"""Share of the peak that a combination has to promise beyond the best known, to be predicted."""
 
 MOST_PESSIMISM = 0.1
-"""Of the peak: what is expected to be worse than the best by more is."""
+"""Share of the peak: a combination expected to be worse than the best by more is not predicted."""
 
 LEAST_SAVING_BYTES = 1 << 20
 """A saving of less is none."""

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from ..tracing.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 LARGE_SEGMENT_BYTES = 20 << 20
-"""What requests from 1 to 10 MiB take from CUDA at a time (kLargeBuffer)."""
+"""The segment that requests from 1 to 10 MiB take from CUDA (kLargeBuffer)."""
 MIN_LARGE_BYTES = 10 << 20
 """Requests from here on get a segment of their own size (kMinLargeAlloc)..."""
 ROUND_LARGE_BYTES = 2 << 20

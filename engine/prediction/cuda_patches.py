@@ -31,7 +31,7 @@ LOADED_BY_FLASH_ATTENTION = (
     "_process_flash_kwargs_fn",
     "_process_with_kvcache_kwargs_fn",
 )
-"""What transformers remembers of the flash attention that it loaded; an older one remembers less."""
+"""Attributes in which transformers remembers the flash attention it loaded; an older one has fewer."""
 
 _DATA: Any = torch.Tensor.data
 

@@ -16,7 +16,7 @@ from ..events import Environment
 
 TABLE = Path(__file__).parent / "gpus.toml"
 WITHOUT_A_GPU = "H100 80GB"
-"""Which GPU is asked about where there is none, if nobody says."""
+"""The GPU to predict for where there is none, unless one is named."""
 
 
 @dataclass(frozen=True, slots=True)

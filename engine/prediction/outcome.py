@@ -39,7 +39,7 @@ class Verdict(enum.StrEnum):
     TIGHT = "fits tightly"
     """The allocator has to give CUDA cached blocks back and ask again."""
     FRAGMENTED = "does not fit: fragmented"
-    """What is allocated would, but not with the gaps between blocks."""
+    """The verdict where the allocated bytes would fit, but not with the gaps between blocks."""
     TOO_LARGE = "does not fit"
 
 

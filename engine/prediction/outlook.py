@@ -22,7 +22,7 @@ FLOOR_BYTES = float(1 << 20)
 """Added to each figure, so that what comes up from nothing has a share as well."""
 
 LEAST_EFFECT = 0.005
-"""Of the peak: what lowers no phase by so much helps nothing."""
+"""Share of the peak: a change that lowers no phase by so much is of no use."""
 
 
 @dataclass(frozen=True, slots=True)

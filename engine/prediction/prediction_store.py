@@ -23,7 +23,7 @@ from .gpus import Gpu
 from .outcome import Prediction
 
 LARGEST_BYTES = 256 << 20
-"""Of all predictions; one takes some hundred kilobytes."""
+"""The most that all predictions take; one takes some hundred kilobytes."""
 LIBRARIES = ("torch", "transformers", "peft", "accelerate", "bitsandbytes")
 """Those whose code a prediction runs."""
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")

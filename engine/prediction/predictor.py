@@ -36,7 +36,7 @@ NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
 
 UNHURRIED_SHARE = 0.5
-"""Of the time that it works while nobody waits: a training next to it feels a busy core, even one of its own."""
+"""Share of the time that it works while nobody waits: a training beside it feels a busy core, even another one."""
 
 LONGEST_REST_S = 5.0
 """The first answer takes as long as loading the libraries."""

@@ -21,9 +21,9 @@ from .entries import DeviceTrace, FrameIndex, Snapshot, StackIndex
 PIECE = 1 << 22
 """Bytes read at once."""
 LONGEST = 1 << 20
-"""Of a text: stacks are short lines."""
+"""The longest text in bytes: stacks are short lines."""
 DEEPEST = 1 << 23
-"""Of the stack; a list's items lie on it a thousand at a time, from C++ all at once."""
+"""The most items on the stack; a list's lie on it a thousand at a time, those from C++ all at once."""
 _SPARE = 16
 """Bytes: more than the longest opcode without a text."""
 _NAMES = {ord(opcode.code): opcode.name for opcode in pickletools.opcodes}
@@ -368,4 +368,4 @@ _ADMITTED: dict[int, Callable[[PickleReader], None]] = {
         (pickle.APPENDS, PickleReader._appends),
     )
 }
-"""What is read beside the opcodes of `_run`. `pickle` gives the opcodes' names; nothing else of it is used."""
+"""The opcodes read beside those of `_run`. `pickle` gives the opcodes' names; nothing else of it is used."""

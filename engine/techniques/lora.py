@@ -148,7 +148,7 @@ _FIELDS = {
     "lora.dropout": ("lora_dropout", "vera_dropout"),
     "lora.tokens": ("num_virtual_tokens",),
 }
-"""Where PEFT's settings have our details."""
+"""The fields of PEFT's settings, by the option they are."""
 
 
 def _kind(settings: Any) -> str:

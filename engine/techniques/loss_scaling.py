@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from ..workload import Recipe
 
 FLOAT16 = {"float16": True, "mixed-float16": True, "float32": False, "bfloat16": False, "mixed": False}
-"""Whether a dtype computes in float16; what a profile's is shows when it is loaded."""
+"""The dtypes that are known: True if they compute in float16. A profile's shows when it is loaded."""
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -24,7 +24,7 @@ CLASSES = {
     "PagedAdamW8bit": "paged-adamw-8bit",
     "Adafactor": "adafactor",
 }
-"""What an optimizer is, by the name of its class."""
+"""The option's value, by the name of an optimizer's class."""
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

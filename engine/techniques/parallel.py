@@ -43,7 +43,7 @@ def shard_ranks(config: RunConfig, world: int) -> int:
 
 
 def conflict(config: RunConfig) -> str | None:
-    """What the engines cannot do together."""
+    """Settings that the engines cannot have together."""
     kind = config.text("parallel")
     if kind == "none":
         return None

@@ -25,7 +25,7 @@ from .recorder import Raw, Recorder, columns
 Publish = Callable[[StepTrace], None]
 
 MODULE_BITS = 24
-"""Of a mark, those below its module."""
+"""Bits of a mark below its module."""
 
 # A tracer further ahead than this waits: what is not assembled yet is memory on the host.
 PENDING = 2

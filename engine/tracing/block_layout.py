@@ -14,7 +14,7 @@ MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
 """Requests up to this come from the small pool (kSmallSize)."""
 SMALL_SEGMENT_BYTES = 2 << 20
-"""What the small pool takes from CUDA at a time (kSmallBuffer)."""
+"""The segment that the small pool takes from CUDA (kSmallBuffer)."""
 
 
 class _Block:

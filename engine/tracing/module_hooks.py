@@ -172,4 +172,4 @@ def keyword_arguments() -> Mapping[str, Any]:
 
 
 module_hooks = ModuleHooks()
-"""Of all that is watched in this process."""
+"""The hooks of all that is watched in this process."""

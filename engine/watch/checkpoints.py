@@ -13,7 +13,7 @@ import torch
 from .. import recompute
 
 ATTRIBUTE = "_gradient_checkpointing_func"
-"""Where transformers' layers keep what checkpoints them."""
+"""The attribute that holds the function by which transformers checkpoints a layer."""
 
 
 @contextmanager

@@ -34,7 +34,7 @@ from .fault_barrier import FaultBarrier, log
 from .leftovers import name_leftovers
 
 LAST_ANSWERS_S = 0.5
-"""How long viewers have to ask for what was said last."""
+"""Time for viewers to ask for the last events."""
 
 
 _SAID: set[str] = set()

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 
 PICTURES = ("density", "shares", "level_values")
-"""What is there to be drawn; documents do without."""
+"""Fields that are there to be drawn; documents do without."""
 
 
 class Fidelity(msgspec.Struct, frozen=True, kw_only=True, rename={"storage_bytes": "bytes"}):

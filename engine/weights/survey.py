@@ -21,7 +21,7 @@ from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 Floats = NDArray[np.float32]
 
 SAMPLED_RUNS = 1024
-"""Of 256 weights, in each tensor."""
+"""Runs of 256 weights sampled in each tensor."""
 ALWAYS = 4
 """One in so many of them are those with the largest weights."""
 BLOCK = 64

@@ -27,9 +27,9 @@ class Command(NamedTuple):
     words: tuple[tuple[str, str], ...]
     """Flags and sub-commands, with what they do."""
     values: dict[str, tuple[str, ...]]
-    """What a flag takes, where that can be listed; empty: file names."""
+    """Values of a flag, where they can be listed; empty: file names."""
     positional: tuple[str, ...]
-    """What the first argument may be, where that can be listed."""
+    """Values of the first argument, where they can be listed."""
 
 
 def add(parser: argparse.ArgumentParser) -> None:

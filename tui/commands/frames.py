@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 SCHEMA = "gpumem-live/1"
 WIDTH, HEIGHT = 100, 40
 ENOUGH_STEPS = 2
-"""From the second step on, a run holds what it will hold."""
+"""The step from which on a run holds what it will hold."""
 
 
 def add_flags(parser: argparse.ArgumentParser) -> None:

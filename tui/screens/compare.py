@@ -22,7 +22,7 @@ FIGURE, NAME, WIDEST = 9, 18, 36
 """Cells of a figure, and of a row's name: at the least and at the most."""
 
 LEGEND_ROWS = 5
-"""Of the list of runs, at the least: more where the comparison leaves room."""
+"""The least rows of the list of runs: more where the comparison leaves room."""
 
 PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
 

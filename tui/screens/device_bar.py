@@ -13,7 +13,7 @@ from ..units import shorten
 from ..widgets.bars import Part, stacked
 
 SHOWN_FROM_BYTES = 1 << 20
-"""Of what nobody accounts for; below it is a driver's breathing."""
+"""The least of what nobody accounts for that is shown; less is a driver's breathing."""
 
 
 class Share(NamedTuple):

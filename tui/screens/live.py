@@ -29,7 +29,7 @@ SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
 """Together in one row, `OTHERS`, where there is no room for a row each."""
 
 RARE = {Category.GATHERED, Category.COMMUNICATION, Category.HELD_BY_SCRIPT}
-"""Of several ranks, or of watched scripts: no row until something has been held."""
+"""Categories of several ranks or of watched scripts: no row until something has been held."""
 
 NAME_WIDTH, FIGURE_WIDTH = 17, 9
 ROOMY = 26

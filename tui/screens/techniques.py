@@ -21,7 +21,7 @@ FIGURES = (9, 9, 6, 10)
 """Cells of predicted peak, predicted change, whether it fits, measured change."""
 
 PLAIN_FIGURES = (0, 8, 5, 9)
-"""Of the same where there is little room."""
+"""Cells of the same figures where there is little room."""
 
 NARROW = 77
 """Columns below which the list moves closer together."""
@@ -375,7 +375,7 @@ class TechniquesPage(Page):
 
 
 def _whole(text: str, width: int, rows: int) -> list[str]:
-    """As many rows of a sentence as there is room for, up to the end of a clause."""
+    """The rows of a sentence that there is room for, up to the end of a clause."""
     clauses = re.split(r"(?<=[;:]) ", text)
     for n in range(len(clauses), 0, -1):
         lines = wrap(" ".join(clauses[:n]).rstrip(";:"), width)

@@ -45,4 +45,4 @@ MORE: dict[Category, str] = {
     Category.TEMPORARIES: "AdamW's foreach holds a copy of all gradients for a moment; fused AdamW does not.",
     Category.COMMUNICATION: "DDP's buckets are one more copy of the gradients, but for gradient_as_bucket_view.",
 }
-"""Of a category, beyond its meaning: what it follows, and what lowers it."""
+"""Notes on a category beyond its meaning: what it follows, and what lowers it."""

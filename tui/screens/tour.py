@@ -13,7 +13,7 @@ STOPS = (
     "5 compares runs, 6 is the log. : finds every action; s saves, q quits, w is this tour.",
 )
 KEYS = ("enter next, esc ends", "enter, esc", "")
-"""What is said of them, as far as there is room."""
+"""The keys as the tour names them, by the room there is."""
 
 
 class Tour:

@@ -22,7 +22,7 @@ DECADES = 6.0
 """Shares that a logarithmic bar spans: an outlier in a million is still to be seen."""
 
 CELL = 4
-"""Of one scheme in the map of tensors."""
+"""Cells of one scheme in the map of tensors."""
 
 NAMES = 19
 """Cells of a tensor's name beside it, at least."""

@@ -15,10 +15,10 @@ if TYPE_CHECKING:
 BLOCK = 64
 NESTED_BLOCK = 256
 TABLE_BYTES, NESTED_TABLE_BYTES, OFFSET_BYTES = 16 * 4, 256 * 4, 4
-"""Of the levels' tables, which bitsandbytes keeps with each tensor, and of the scales' mean."""
+"""Bytes of the levels' tables, which bitsandbytes keeps with each tensor, and of the scales' mean."""
 
 FP4_ORDER = (11, 10, 13, 12, 15, 14, 9, 8, 0, 1, 6, 7, 4, 5, 2, 3)
-"""From -1 to 1: its bits are a sign, an exponent and a mantissa of their own."""
+"""Codes in the order of their values, from -1 to 1: the bits are a sign, an exponent and a mantissa."""
 
 QLORA = "https://arxiv.org/abs/2305.14314"
 
