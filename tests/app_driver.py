@@ -142,7 +142,7 @@ async def shown(
         yield driver
 
 
-def trained(steps: int = 2, **settings: object) -> FakeSource:
+def trained(steps: int = 2, **settings: Any) -> FakeSource:
     """A source some steps into a run."""
     source = FakeSource()
     source.start(**settings)

@@ -5,10 +5,14 @@ from __future__ import annotations
 import argparse
 import gc
 import time
+from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
+from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Gauge, StepTrace
+from gpumem_tui.engine.feed import Command, Feed, Published, ViewerRole
 from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.settings import Settings
@@ -18,45 +22,64 @@ from ..fake_source import GPU, MIB, FakeSource
 FRAME_S = 0.1
 
 
-class Animated(FakeSource):
-    """Shows frame after frame, ten a second, by the clock."""
+class Frame(NamedTuple):
+    """All that a tenth of a second brought."""
 
-    def make(self, frames: int) -> None:
-        """Make them all."""
-        self.start(checkpointing="layers")
+    gauge: Gauge
+    trace: StepTrace
+    events: Sequence[RunEvent]
+
+
+class Animated(Published):
+    """A run that goes on by the clock, ten frames a second, until its frames are used up.
+
+    Args:
+        frames: To make beforehand.
+    """
+
+    live = True
+    role = ViewerRole.OWNER
+
+    def __init__(self, frames: int) -> None:
+        made = FakeSource(GPU, layers=24, unit=12 * MIB)
+        made.start(checkpointing="layers")
+        self._feed = Feed()
+        self._feed.environment = GPU
+        assert made.run is not None
+        self._feed.begin_run(made.run.config)
         for _ in range(2):
-            self.finish_step()
-        self.frames: list[tuple[Gauge | None, StepTrace | None, Sequence[StepTrace], int]] = []
+            made.finish_step()
+        told, self._frames = 0, deque[Frame]()
         for _ in range(frames):
-            self.advance()
-            seen = self.feed.events(0)
-            self.frames.append((self.feed.gauge, self.feed.latest, self.feed.traces(), len(seen)))
-        self.told = list(self.feed.events(0))
-        self.began = time.monotonic()
-
-    @property
-    def _frame(self) -> tuple[Gauge | None, StepTrace | None, Sequence[StepTrace], int]:
-        return self.frames[int((time.monotonic() - self.began) / FRAME_S) % len(self.frames)]
+            made.advance()
+            gauge, trace, events = made.gauge(), made.run.latest, made.events(told)
+            assert gauge is not None
+            assert trace is not None
+            self._frames.append(Frame(gauge, trace, events))
+            told += len(events)
+        self._next_s = time.monotonic()
 
     def gauge(self) -> Gauge | None:
-        return self._frame[0]
+        """Publish what has become due; the app asks for the gauge first."""
+        while self._frames and self._next_s <= time.monotonic():
+            frame = self._frames.popleft()
+            self._feed.publish_gauge(frame.gauge)
+            self._feed.publish_trace(frame.trace)
+            for event in frame.events:
+                self._feed.tell(event)
+            self._next_s += FRAME_S
+        return super().gauge()
 
-    def trace(self) -> StepTrace | None:
-        return self._frame[1]
-
-    def traces(self) -> Sequence[StepTrace]:
-        return self._frame[2]
-
-    def milestones(self, since: int) -> Sequence[RunEvent]:
-        return self.told[since : self._frame[3]]
+    def command(self, command: Command) -> None:
+        """Nothing can be asked of it."""
+        raise UserError("made beforehand")
 
 
 def main() -> None:
     """Run it."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--hz", type=float, default=10)
-    source = Animated(GPU, layers=24, unit=12 * MIB)
-    source.make(1200)
+    source = Animated(1200)
     gc.freeze()  # as `commands/app.py` does; the run made beforehand is not the app's
     GpumemApp(source, refresh_hz=parser.parse_args().hz, settings=Settings(Path("/proc/none/config.toml"))).run(
         mouse=False

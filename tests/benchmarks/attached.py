@@ -28,7 +28,7 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.feed import End
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
-from gpumem_tui.engine.run_events import RunEvent, StepEnded
+from gpumem_tui.engine.run_events import StepEnded
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.settings import LOCAL_HZ
 
@@ -49,7 +49,7 @@ class Engine:
         self.viewer.start(config)
         self._offsets_s: list[float] = []
 
-    def steps(self) -> list[RunEvent]:
+    def steps(self) -> list[StepEnded]:
         """All that were told of so far."""
         gauge = self.viewer.gauge()
         if gauge is not None:
@@ -59,7 +59,8 @@ class Engine:
     def during(self, window: tuple[float, float]) -> list[float]:
         """Seconds of the steps that lie within a window of the monotonic clock."""
         begin_s, end_s = (at - min(self._offsets_s) for at in window)
-        return [m.seconds for m in self.steps() if begin_s <= m.time_s - m.seconds and m.time_s <= end_s]
+        steps = ((m.time_s, m.seconds) for m in self.steps() if m.seconds is not None)
+        return [seconds for end, seconds in steps if begin_s <= end - seconds and end <= end_s]
 
     def wait(self, seconds: float) -> tuple[float, float]:
         """Let it train; returns the window without its margin."""

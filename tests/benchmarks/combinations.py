@@ -117,8 +117,9 @@ def write(name: str, found: Mapping[str, Any]) -> None:
     """Compositions at the highest moment of each phase, by the settings as JSON."""
     table = [[[rows.get(p, {}).get(c, 0) for c in CATEGORIES] for p in PHASES] for rows in found.values()]
     path = DATA / f"combinations-{name}.npz"
-    names = {"phases": np.array(PHASES), "categories": np.array(CATEGORIES)}
-    np.savez_compressed(path, settings=np.array([*found]), bytes=np.array(table, np.int64), **names)
+    phases, categories = np.array(PHASES), np.array(CATEGORIES)
+    settings, sizes = np.array([*found]), np.array(table, np.int64)
+    np.savez_compressed(path, settings=settings, bytes=sizes, phases=phases, categories=categories)
 
 
 def main(names: list[str]) -> None:

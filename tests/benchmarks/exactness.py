@@ -108,7 +108,7 @@ def main(arguments: list[str] | None = None) -> int:
         expected = math.ceil(layers / size) * 3 * config.integer("accumulation") if size else 0
         seen = sum(isinstance(m, Recomputed) for m in events)
         failed = [m.text for m in events if isinstance(m, RunFailed | OutOfMemory | Refused)]
-        leaked = sum(m.leaked_bytes for m in events if isinstance(m, RunEnded))
+        leaked = sum(m.leaked_bytes or 0 for m in events if isinstance(m, RunEnded))
         label = f"{model} " + " ".join(str(v) for v in settings.values() if v != "on")
         print(
             f"{label:<74}{check.events:>8}{check.unknown:>9}{check.mismatch:>9}"

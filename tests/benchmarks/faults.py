@@ -268,8 +268,8 @@ def main() -> int:
         shutil.rmtree(bench.home, ignore_errors=True)
     print(f"{'fault':<18}{'trials':>8}{'failed':>8}{'median s':>10}{'worst s':>10}")
     for name, seconds in took.items():
-        trials, middle = len(seconds) + failed[name], statistics.median(seconds or [0.0])
-        print(f"{name:<18}{trials:>8}{failed[name]:>8}{middle:>10.3f}{max(seconds, default=0.0):>10.3f}")
+        tried, middle = len(seconds) + failed[name], statistics.median(seconds or [0.0])
+        print(f"{name:<18}{tried:>8}{failed[name]:>8}{middle:>10.3f}{max(seconds, default=0.0):>10.3f}")
     print(f"{sum(map(len, took.values())) + sum(failed.values())} trials, {sum(failed.values())} failed")
     return min(sum(failed.values()), 1)
 

@@ -19,6 +19,7 @@ from typing import Any
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import Architecture, RunConfig, UserError
 from gpumem_tui.engine.prediction.gpu_here import gpu_here
+from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.session import Session
 
@@ -52,7 +53,7 @@ def main() -> None:
         for settings in RUNS:
             config = config_of(name, settings)
             try:
-                predicted = predict(config, info)
+                predicted: Prediction | UserError = predict(config, info)
             except UserError as error:
                 predicted = error
             rows.append(compare(config, predicted, *measure(session, config)) | {"held_out": True})

@@ -84,7 +84,8 @@ class Toggled:
     def restart(self, before: RunConfig, after: RunConfig) -> tuple[float, float, float]:
         """Seconds from the command to the end of the old run, from there to the new one loaded, of its first step."""
         settled = self._start(before, SETTLED)[StepEnded]
-        time.sleep(random.uniform(0, settled.seconds))
+        assert isinstance(settled, StepEnded)
+        time.sleep(random.uniform(0, settled.seconds or 0.0))
         began = time.perf_counter()
         told = self._start(after, 1)
         seconds = time.perf_counter() - began

@@ -39,7 +39,7 @@ def main() -> int:
         traces.append(trace)
         publish(source, trace)
 
-    WatchedSource.publish = keep  # type: ignore[method-assign]
+    WatchedSource.publish = keep  # type: ignore[method-assign, assignment]
     failed = 0
     for loop in strangers.LOOPS:
         if chosen.only and loop.__name__ not in chosen.only.split(","):

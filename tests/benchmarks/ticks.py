@@ -18,7 +18,7 @@ if __name__ == "__main__":
         times.append(time.monotonic())
         tick(app)
 
-    GpumemApp.tick = noted  # type: ignore[method-assign]
+    GpumemApp.tick = noted  # type: ignore[method-assign, assignment]
     try:
         code = main(sys.argv[2:])
     finally:

@@ -6,6 +6,7 @@ Every function trains for some steps on a device, tiny or at a real size.
 import copy
 import tempfile
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch.nn import functional
@@ -31,7 +32,8 @@ def token_ids(device: str, big: bool) -> torch.Tensor:
 
 def log_probability(model: torch.nn.Module, ids: torch.Tensor) -> torch.Tensor:
     scores = model(input_ids=ids).logits[:, :-1].log_softmax(-1)
-    return scores.gather(-1, ids[:, 1:, None]).sum((1, 2))
+    chosen: torch.Tensor = scores.gather(-1, ids[:, 1:, None]).sum((1, 2))
+    return chosen
 
 
 def preferences(steps: int, device: str, big: bool) -> None:
@@ -133,7 +135,7 @@ def compiled(steps: int, device: str, big: bool) -> None:
     """`torch.compile`: whole regions of the model are one operation."""
     model = language_model(device, big)
     optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-    call = torch.compile(model, backend="inductor" if device == "cuda" else "aot_eager")
+    call: Any = torch.compile(model, backend="inductor" if device == "cuda" else "aot_eager")
     with watch(model, optimizer):
         for _ in range(steps):
             ids = token_ids(device, big)

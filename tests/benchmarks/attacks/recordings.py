@@ -15,7 +15,7 @@ import struct
 import time
 import zipfile
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -258,7 +258,7 @@ def spoilt_snapshot(rnd: random.Random, plain: dict[str, Any]) -> bytes:
     return rnd.choice((pickle.dumps(changed), json.dumps(changed).encode(errors="surrogatepass")))
 
 
-def files(seed: int, count: int) -> Iterator[bytes]:
+def files(seed: int, count: int) -> Generator[bytes]:
     """So many recordings: bombs, then one thing after another of some of them, then at random."""
     rnd, taken = random.Random(seed), snapshot()
     originals = [members(path) for path in sorted(HERE.glob("*.gpumem"))]
