@@ -1,0 +1,163 @@
+"""`gpumem-tui estimate`: does it fit, what is the most that would, and what is said of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
+from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.search import largest, largest_that_fit
+from gpumem_tui.tui import interrupt
+from gpumem_tui.tui.cli import main
+from gpumem_tui.tui.commands import estimate
+from gpumem_tui.tui.commands.estimate import verdict
+
+from .conftest import small_run
+
+H100 = gpu("H100 80GB")
+
+
+def test_the_largest_that_fits_is_found_in_few_questions() -> None:
+    asked: list[int] = []
+
+    def bound_at(n: int) -> int:
+        asked.append(n)
+        return 1000 + 37 * n
+
+    assert (100_000 - 1000) // 37 * 63 // 64 <= largest(bound_at, 8, 100_000, 65_536) <= (100_000 - 1000) // 37
+    assert len(asked) <= 5
+    assert 179 <= largest(lambda n: 500 + 3 * n * n, 8, 100_000, 65_536) <= 182
+    assert largest(lambda n: 37 * n, 8, 1000, 65_536) == 27
+    assert largest(lambda _: 10, 8, 5, 100) == 0
+    assert largest(lambda _: 1, 8, 5, 100) == 100
+
+
+def test_gaps_between_blocks_are_part_of_the_one_verdict() -> None:
+    """The smaller the GPU, the more has to be given back; what is allocated would fit in all but the smallest."""
+    config = small_run()
+    plenty = predict(config, H100)
+    bound, gaps = plenty.safe_bound_bytes, plenty.reserved_bytes - plenty.peak_bytes
+
+    def on(share_of_gaps: float) -> Prediction:
+        available = int(bound + share_of_gaps * gaps)
+        return predict(config, dataclasses.replace(H100, name="mine", memory_bytes=H100.context_bytes + available))
+
+    found = {share: on(share) for share in (-0.01, 0.0, 0.7, 1.0)}
+    assert [one.verdict for one in found.values()] == [
+        Verdict.TOO_LARGE,
+        Verdict.FRAGMENTED,
+        Verdict.TIGHT,
+        Verdict.FITS,
+    ]
+    assert [one.fits for one in found.values()] == [False, False, True, True]
+    assert all(one.reserved_bytes == plenty.reserved_bytes for one in found.values())
+    assert found[1.0].expandable_bytes is None
+    assert plenty.peak_bytes < (found[0.7].expandable_bytes or 0) < plenty.reserved_bytes
+    assert "MiB too little" in verdict(found[-0.01]) or "GiB too little" in verdict(found[-0.01])
+    assert "gaps between blocks" in verdict(found[0.0]) and "It does not fit" in verdict(found[0.0])
+    assert "tightly" in verdict(found[0.7]) and "expandable_segments:True it would be" in verdict(found[0.7])
+    assert "the allocator reserves" in verdict(found[1.0])
+
+
+def test_the_largest_batch_that_fits_is_one_that_fits_with_its_gaps() -> None:
+    card = gpu("RTX 3060:2GiB")
+    now = predict(small_run(), card)
+    found = largest_that_fit(now, lambda config: predict(config, card))["max_batch_size"]
+    assert predict(small_run(batch_size=found), card).fits
+
+
+def test_estimate_writes_the_document_of_a_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    target = tmp_path / "estimate.json"
+    quick = ["--batch-size", "2", "--seq-len", "1024"]
+    assert main(["estimate", "--profile", "tiny", *quick, "--gpu", "H200", "--json", str(target)]) == 0
+    document = json.loads(target.read_text())
+    assert document["schema"] == "gpumem-run/1"
+    assert document["predicted"] is True
+    assert document["gpu"] == "H200"
+    assert document["fits"] is True
+    assert document["margin_bytes"] > 0
+    assert document["safe_bound_bytes"] > document["peak"]["allocated_bytes"]
+    assert document["max_batch_size"] > 100
+    assert document["max_sequence_length"] == 2048  # what the model was made for
+    assert "fits" in capsys.readouterr().out
+
+
+def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--preset", "qlora", "--gpu", "L4 24GB"]) == 0
+    said = " ".join(capsys.readouterr().out.split())
+    assert said.startswith("tiny batch_size=8 seq_len=256 dtype=mixed")
+    assert "K-bit preparation makes embeddings, head and norms float32" in said
+
+
+def test_rows_longer_than_a_model_was_made_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--batch-size", "1", "--seq-len", "3000", "--gpu", "L4"]) == 0
+    assert "3000 tokens in a row: the model was made for 2048." in capsys.readouterr().out
+
+
+def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--table", "--json", "-", "--gpu", "L4 24GB"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert (document["batch_size"], document["seq_len"]) == (8, 256)
+    rows = {row["dtype"]: row for row in document["rows"]}
+    assert list(rows) == ["float32", "float16/bfloat16", "int8", "int4"]
+    assert rows["float32"]["weights_bytes"] == pytest.approx(2 * rows["float16/bfloat16"]["weights_bytes"], rel=0.01)
+    assert rows["int4"]["weights_bytes"] < rows["int8"]["weights_bytes"] < rows["float16/bfloat16"]["weights_bytes"]
+    assert rows["int4"]["training_adam_bytes"] is None
+    assert rows["float32"]["lora_bytes"] < rows["float32"]["training_adam_bytes"]
+
+
+def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Ctrl-C while the largest batch is searched: what was said stands, and is in the document."""
+    said: list[str] = []
+
+    def left(*_: object) -> None:
+        said.append(capsys.readouterr().out)
+        interrupt._interrupted()
+
+    monkeypatch.setattr(estimate, "largest_that_fit", left)
+    monkeypatch.setattr(estimate, "end", lambda: sys.exit(interrupt.INTERRUPTED))
+    target = tmp_path / "estimate.json"
+    with pytest.raises(SystemExit, match="130"):
+        main(["estimate", "--batch-size", "2", "--seq-len", "16", "--gpu", "H200", "--json", str(target)])
+    assert "It fits in the" in said[0] and "Largest" not in said[0] + capsys.readouterr().out
+    document = json.loads(target.read_text())
+    assert document["peak"]["allocated_bytes"] > 0 and "max_batch_size" not in document
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--profile", "tiny", "--gpu", "Voodoo 2"], "--gpu Voodoo 2"),
+        (["--profile", "tiny", "--gpu", ""], "not a GPU known here"),
+        (["--model", "."], ".: Unrecognized model"),
+        (["--profile", "tiny", "--set", "quantization=nf4"], "lora=on"),
+        (["--profile", "tiny", "--json", "/nowhere/x.json"], "cannot write there"),
+    ],
+    ids=["gpu", "no name", "folder without a config", "combination", "json"],
+)
+@pytest.mark.parametrize("command", ["estimate", "advise"])
+def test_what_cannot_be_is_one_clear_line(
+    command: str, arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main([command, *arguments]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("gpumem-tui: ") and error.count("\n") == 1
+    assert says in error
+
+
+def test_only_the_config_of_a_folder_is_read(tmp_path: Path) -> None:
+    from gpumem_tui.profiles import model_profile
+
+    fields = dict(model_profile("tiny").config) | {"architectures": ["GPTNeoXForCausalLM"], "dtype": "float32"}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    base = {"model": str(tmp_path), "pretrained": True}
+    from_folder = predict(small_run(base), H100)
+    assert from_folder.peak_bytes == predict(small_run(), H100).peak_bytes

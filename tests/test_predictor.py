@@ -1,0 +1,97 @@
+"""Predictions of a process of its own: what somebody waits for first, and what nobody wants never."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from typing import Any
+
+import pytest
+
+from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.predictor import Predictor
+
+from .conftest import small_run
+from .terminal import until
+
+H100 = gpu("H100 80GB")
+
+
+def test_a_process_of_its_own_predicts_in_the_background() -> None:
+    predictor = Predictor(H100)
+    try:
+        wanted = [small_run(), small_run(lora=True)]
+        assert predictor.get(wanted[0]) is None
+        predictor.want(wanted)
+        assert predictor.wait(90)
+        answers = [predictor.get(config) for config in wanted]
+        assert all(not isinstance(answer, UserError | None) for answer in answers)
+        here = predict(wanted[1], H100)
+        assert answers[1].peak_bytes == here.peak_bytes  # type: ignore[union-attr]
+        assert answers[1].by_category == here.by_category  # type: ignore[union-attr]
+        # What does not decide the memory is no other question.
+        assert predictor.get(dataclasses.replace(wanted[0], steps=7, seed=3)) is answers[0]
+        impossible = small_run(**{"lora": True, "lora.targets": "nothing_is_called_so"})
+        predictor.want([impossible])
+        assert predictor.wait(60)
+        assert isinstance(predictor.get(impossible), UserError)
+    finally:
+        predictor.close()
+
+
+def test_what_is_no_longer_wanted_is_never_begun(monkeypatch: pytest.MonkeyPatch) -> None:
+    import threading
+
+    begun: list[int] = []
+    go, first = threading.Event(), threading.Event()
+
+    def ask(_self: Predictor, config: RunConfig) -> Any:
+        begun.append(config.batch_size)
+        first.set()
+        go.wait()
+        return UserError("pretended")
+
+    monkeypatch.setattr(Predictor, "_ask", ask)
+    predictor = Predictor(H100)
+    predictor.want([small_run(batch_size=n) for n in (1, 2, 3)])
+    first.wait()
+    predictor.want([small_run(batch_size=4)])
+    go.set()
+    assert predictor.wait(30)
+    predictor.close()
+    assert begun == [1, 4]
+
+
+def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    begun: list[int] = []
+
+    def ask(_self: Predictor, config: RunConfig) -> Any:
+        begun.append(config.batch_size)
+        return UserError("pretended")
+
+    monkeypatch.setattr(Predictor, "_ask", ask)
+    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.UNHURRIED_SHARE", 1e-12)
+    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.LONGEST_REST_S", 3600.0)
+    predictor = Predictor(H100)
+    unhurried = small_run(batch_size=2)
+    predictor.want([], [small_run(batch_size=1), unhurried])
+    until(lambda: predictor.get(small_run(batch_size=1)))
+    for hurried in (small_run(batch_size=4), small_run(batch_size=5)):
+        predictor.want([hurried], [unhurried])
+        until(lambda wanted=hurried: predictor.get(wanted))
+    predictor.close()
+    assert begun == [1, 4, 5], "after each answer it rests, and what somebody waits for ends the rest"
+    assert predictor.get(unhurried) is None
+
+
+def test_asking_loads_no_torch() -> None:
+    import subprocess
+
+    code = (
+        "import sys, gpumem_tui.engine.prediction.predictor, gpumem_tui.engine.prediction.advice;"
+        "import gpumem_tui.tui.commands.estimate, gpumem_tui.tui.commands.advise;"
+        "assert not {'torch', 'transformers'} & set(sys.modules), 'torch was loaded'"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
