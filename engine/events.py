@@ -282,6 +282,7 @@ class Gauge:
         context_bytes: CUDA context and libraries: this process's bytes beyond
             torch's, measured when a run began and again when its first steps
             had loaded their kernels.
+        pinned_bytes: Of the host's memory, page-locked by torch: what was offloaded, and cached for it.
     """
 
     time_s: float
@@ -294,6 +295,7 @@ class Gauge:
     phase: Phase = Phase.IDLE
     step: Whole = 0
     context_bytes: Whole | None = None
+    pinned_bytes: Whole = 0
 
     @property
     def cached_bytes(self) -> int | None:

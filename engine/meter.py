@@ -49,6 +49,7 @@ class Meter:
             phase=tracer.phase_now if tracer else Phase.IDLE,
             step=tracer.step_now if tracer else 0,
             context_bytes=self._context_bytes,
+            pinned_bytes=_pinned_bytes() if self._nvml is not None else 0,
         )
 
     def measure_context(self, recorder: Recorder) -> bool:
@@ -68,3 +69,10 @@ class Meter:
             memory = psutil.virtual_memory()
             self._host = psutil.Process().memory_info().rss, memory.total - memory.available
         return self._host
+
+
+def _pinned_bytes() -> int:
+    """What torch's host allocator has page-locked, cached blocks included."""
+    import torch
+
+    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))

@@ -271,6 +271,7 @@ class Session(Published):
         if self._device is not None and self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
             torch.cuda.empty_cache()
+            torch._C._host_emptyCache()  # pinned memory of what was offloaded
         managed, still_managed = publisher.managed_bytes, free_paged(self._managed)
         publisher.managed_bytes = still_managed
         self._managed.clear()

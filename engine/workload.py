@@ -7,7 +7,7 @@ import json
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import ERROR, getLogger
 from pathlib import Path
@@ -48,6 +48,7 @@ class Recipe:
         libraries: Packages whose own kernels run beside PyTorch's.
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
+        checkpoint_context: Made of the model, and entered around each segment that is checkpointed.
     """
 
     shell: Model
@@ -68,6 +69,7 @@ class Recipe:
     libraries: set[str] = field(default_factory=set)
     last_layers: int = 0
     layer_period: int = 1
+    checkpoint_context: Callable[[Model], AbstractContextManager[None]] = lambda _: nullcontext()
 
 
 @dataclass

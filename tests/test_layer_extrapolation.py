@@ -52,7 +52,8 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
         assert ledger.end == expected.end
         assert ledger.unmatched_frees == 0
     assert [r._replace(ms=0.0) for r in few.recomputes] == [r._replace(ms=0.0) for r in all_.recomputes]
-    for name in ("parameters", "trainable_parameters", "workspace_bytes", "managed_bytes", "reserved_bytes"):
+    outside = ("managed_bytes", "pinned_bytes", "reserved_bytes")
+    for name in ("parameters", "trainable_parameters", "workspace_bytes", *outside):
         assert getattr(few, name) == getattr(all_, name), name
     sizes = [[(s.allocated_bytes, s.peak_bytes, s.reserved_bytes) for s in done.steps] for done in (few, all_)]
     assert sizes[0] == sizes[1]
@@ -69,7 +70,7 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
         ("gpt2", {"optimizer": "paged-adamw-8bit", "attention": "eager"}),
         ("gpt2", {"trainable": "last-layers", "trainable.layers": 3, "checkpointing": "layers"}),
         ("gpt2", {"trainable": "norms-biases", "loss": "chunked"}),
-        ("gpt2", {"optimizer_in_backward": True}),
+        ("gpt2", {"optimizer_in_backward": True, "offload": "activations"}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "nf4"}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "int8", "dtype": "float16"}),
     ],

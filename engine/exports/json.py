@@ -40,6 +40,7 @@ class NowFigures(Composition, frozen=True):
         step: The last traced.
         reserved_bytes: Held by the caching allocator.
         managed_bytes: CUDA managed memory of paged optimizers.
+        pinned_bytes: Pinned memory of the host.
         process_bytes: On the device by this process.
         context_bytes: CUDA context and libraries.
         others_bytes: On the device by other processes.
@@ -50,6 +51,7 @@ class NowFigures(Composition, frozen=True):
     step: int
     reserved_bytes: int | None
     managed_bytes: int | None
+    pinned_bytes: int | None
     process_bytes: int | None
     context_bytes: int | None
     others_bytes: int | None
@@ -215,6 +217,7 @@ def _now(exported: ExportedRun) -> NowFigures:
         step=last.trace.step,
         reserved_bytes=gauge.reserved_bytes if gauge else None,
         managed_bytes=gauge.managed_bytes if gauge else None,
+        pinned_bytes=gauge.pinned_bytes if gauge else None,
         process_bytes=gauge.process_bytes if gauge else None,
         context_bytes=gauge.context_bytes if gauge else None,
         others_bytes=gauge.others_bytes if gauge else None,

@@ -255,6 +255,8 @@ def _costs(changes: Mapping[str, Value], predicted: Prediction) -> str:
         flops = 2 * (document.parameters or 0) * tokens
         if layers:
             words.append(f"{len(layers)} layers are computed twice, up to {flops / 1e12:.3g} TFLOP more a step")
+    if predicted.pinned_bytes:
+        words.append(f"{predicted.pinned_bytes / 2**30:.2f} GiB of pinned host memory")
     if predicted.managed_bytes:
         words.append(f"up to {2 * predicted.managed_bytes / 2**30:.2f} GiB over PCIe a step, there and back")
     return "; ".join(words)

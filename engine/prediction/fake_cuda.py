@@ -23,6 +23,7 @@ from ..tracing.op_tracker import OpTracker
 from .alloc_requests import InputBlocks
 from .caching_allocator import rounded_bytes
 from .op_cache import op_cache
+from .pinned_memory import PinnedMemory
 
 DEVICE = torch.device("cpu", 0)
 
@@ -46,6 +47,7 @@ class FakeCuda(OpTracker):
             namespace and name.
         starts: Rows recorded before each `start`.
         inputs: By block, see `AllocRequests`.
+        pinned: Of the host.
     """
 
     def __init__(self, kernels: dict[Any, Kernel]) -> None:
@@ -58,6 +60,7 @@ class FakeCuda(OpTracker):
         self._kernels = kernels
         self._in_library = False
         self._cache = op_cache()
+        self.pinned = PinnedMemory()
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0
@@ -84,6 +87,8 @@ class FakeCuda(OpTracker):
             out = self._cache.call(func, args, kwargs or {})
         if isinstance(out, torch.Tensor):
             self.see(out, args)
+            if kwargs and kwargs.get("pin_memory"):
+                self.pinned.see(out)
         elif isinstance(out, list | tuple):
             for nth, part in enumerate(out):
                 if isinstance(part, torch.Tensor):

@@ -62,6 +62,7 @@ class Prediction:
             difference to what fits.
         verdict: Whether it fits, gaps between blocks included.
         managed_bytes: Of paged optimizers, outside the allocator.
+        pinned_bytes: Of the host's memory, page-locked, the most at once.
         safe_bound_bytes: Above what will be measured.
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
         max_positions: Tokens in a row that the model was made for; 0: not said.
@@ -81,6 +82,7 @@ class Prediction:
     expandable_bytes: int | None
     verdict: Verdict
     managed_bytes: int
+    pinned_bytes: int
     safe_bound_bytes: int
     available_bytes: int
     max_positions: int

@@ -63,6 +63,7 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         expandable_bytes=done.expandable_bytes,
         verdict=done.verdict,
         managed_bytes=done.managed_bytes,
+        pinned_bytes=done.pinned_bytes,
         safe_bound_bytes=safe_bound_bytes(peak.allocated_bytes),
         available_bytes=gpu.available_bytes,
         max_positions=done.max_positions,

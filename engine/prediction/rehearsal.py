@@ -56,6 +56,7 @@ class Rehearsal:
         trainable_parameters: Those with gradients.
         workspace_bytes: Of cuBLAS.
         managed_bytes: Of paged optimizers.
+        pinned_bytes: Of the host's memory, the most.
         reserved_bytes: The most the allocator held.
         expandable_bytes: The most it held with expandable segments; None: not asked.
         verdict: Whether it goes through in the GPU's memory.
@@ -70,6 +71,7 @@ class Rehearsal:
     trainable_parameters: int
     workspace_bytes: int
     managed_bytes: int
+    pinned_bytes: int
     reserved_bytes: int
     expandable_bytes: int | None
     verdict: Verdict
@@ -138,6 +140,7 @@ class _Rehearsing:
         recorder = FakeCuda(kernels(self.gpu))
         # No step is described: another mode on top would change what the model of CUDA sees of references.
         tracer = Tracer(recorder, self._keep, self.recomputes.append, float("inf"), described=-1)
+        recorder.pinned.times = lambda: self._times(tracer.module_now)
         try:
             with (
                 cuda_paths(self.gpu, recorder, self.plan.recipe.libraries, self._times),
@@ -168,6 +171,7 @@ class _Rehearsing:
             trainable_parameters=counts[1],
             workspace_bytes=workspace,
             managed_bytes=counts[2],
+            pinned_bytes=recorder.pinned.peak_bytes,
             reserved_bytes=reserved,
             expandable_bytes=expandable,
             verdict=verdict,

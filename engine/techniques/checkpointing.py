@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -28,7 +29,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
         from torch.utils.checkpoint import create_selective_checkpoint_contexts
 
         arguments["context_fn"] = partial(create_selective_checkpoint_contexts, _attention_operators())
-    recipe.transforms.append(partial(_enable, every=every, arguments=arguments))
+    recipe.transforms.append(lambda model: _enable(model, every, arguments, recipe.checkpoint_context(model)))
 
 
 def _attention_operators() -> list[Any]:
@@ -52,7 +53,7 @@ def conflict(config: RunConfig) -> str | None:
     return None
 
 
-def _enable(model: Any, every: int | None, arguments: dict[str, Any]) -> Any:
+def _enable(model: Any, every: int | None, arguments: dict[str, Any], around: AbstractContextManager[None]) -> Any:
     """Turn checkpointing on as transformers does, in segments of `every` layers.
 
     transformers sends each layer's forward through a function of the layer's.
@@ -63,6 +64,7 @@ def _enable(model: Any, every: int | None, arguments: dict[str, Any]) -> Any:
         model: A transformers model, wrapped by PEFT or not.
         every: Layers a segment; None: all of them, so only the input is kept.
         arguments: Of `torch.utils.checkpoint.checkpoint`.
+        around: Entered around each call of that.
     """
     if not getattr(model, "supports_gradient_checkpointing", False):
         raise UserError(f"checkpointing: {type(model).__name__} does not support gradient checkpointing")
@@ -75,7 +77,7 @@ def _enable(model: Any, every: int | None, arguments: dict[str, Any]) -> Any:
     size = every or len(named)
     for start in range(0, len(named), size):
         names, layers = zip(*named[start : start + size], strict=True)
-        segment = _Segment(names, layers, layers[0]._gradient_checkpointing_func)
+        segment = _Segment(names, layers, layers[0]._gradient_checkpointing_func, around)
         for layer in layers:
             layer._gradient_checkpointing_func = partial(segment.call, layer)
     return model
@@ -94,12 +96,19 @@ class _Segment:
         names: The layers' names in the model, first to last.
         layers: The layers.
         checkpoint: `torch.utils.checkpoint.checkpoint` as transformers set it up.
+        around: Entered around each call of that.
     """
 
-    def __init__(self, names: tuple[str, ...], layers: tuple[Any, ...], checkpoint: Callable[..., Any]) -> None:
+    def __init__(
+        self,
+        names: tuple[str, ...],
+        layers: tuple[Any, ...],
+        checkpoint: Callable[..., Any],
+        around: AbstractContextManager[None],
+    ) -> None:
         self.names = tuple(map(layer_of, names))
         self.first, self.last = layers[0], layers[-1]
-        self.checkpoint = checkpoint
+        self.checkpoint, self.around = checkpoint, around
         self.calls: list[tuple[Callable[..., Any], tuple[Any, ...]]] = []
 
     def call(self, layer: Any, forward: Callable[..., Any], hidden_states: Any, *rest: Any) -> Any:
@@ -118,7 +127,8 @@ class _Segment:
                 hidden = output[0] if isinstance(output, tuple) and position < len(calls) else output
             return hidden
 
-        return self.checkpoint(recompute.observed(run, self.names), hidden_states)
+        with self.around:
+            return self.checkpoint(recompute.observed(run, self.names), hidden_states)
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:

@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from .. import recompute
+from .. import activation_offload, recompute
 from ..config import one_line
 from ..events import COMPLETE, OPEN, Category, Counted, Ending, EndKind, Made, Phase
 from ..ledger import LOSS
@@ -119,6 +119,12 @@ class Tracer:
         """Number of marks in the trace of the step under way; 0 if it is not traced."""
         return len(self._step.marks) if self._step is not None else 0
 
+    @property
+    def module_now(self) -> str:
+        """Name of the module at work in the step under way; empty: none, or the step is not traced."""
+        step = self._step
+        return self.name_of(step.marks[-1] >> MODULE_BITS) if step is not None and step.marks else ""
+
     # --- what the loop calls ------------------------------------------------
 
     def adopt(self, model: torch.nn.Module, *optimizers: torch.optim.Optimizer) -> None:
@@ -156,7 +162,11 @@ class Tracer:
             raise RuntimeError("adopt a model first")
         self._guard = guard
         try:
-            with recompute.observer(observer or self.recomputing), ExitStack() as self._hooks:
+            with (
+                recompute.observer(observer or self.recomputing),
+                activation_offload.observer(self.brought_back),
+                ExitStack() as self._hooks,
+            ):
                 yield
         finally:
             self._hooks, self._hooked = None, False
@@ -308,6 +318,11 @@ class Tracer:
         self._owners.note_gradients_of(step.owners, self._mark(step), optimizer)
         self.tag(Phase.OPTIMIZER, self.name(type(optimizer).__name__))
         return lambda: self.tag(Phase.BACKWARD, module)
+
+    def brought_back(self, tensor: torch.Tensor) -> None:
+        """An activation has come back from the host, for the module at work."""
+        if self._step is not None:
+            self._own_all([(Category.ACTIVATIONS, self.module_now, tensor)])
 
     # --- what the operators' watch calls ------------------------------------
 

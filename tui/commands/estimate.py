@@ -118,6 +118,8 @@ def _text(prediction: Prediction, document: dict[str, Any]) -> str:
     lines += ["", f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}."]
     if prediction.managed_bytes:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
+    if prediction.pinned_bytes:
+        lines.append(f"Pinned memory of the host besides: {show(prediction.pinned_bytes)}.")
     lines += _filled([verdict(prediction), *_cautions(prediction.config)])
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")

@@ -126,6 +126,7 @@ def frame(state: ViewState) -> dict[str, Any]:
             "allocated_bytes": gauge.allocated_bytes,
             "reserved_bytes": gauge.reserved_bytes,
             "managed_bytes": gauge.managed_bytes,
+            "pinned_bytes": gauge.pinned_bytes,
             "process_bytes": gauge.process_bytes,
             "used_bytes": gauge.device_used_bytes,
             "total_bytes": gauge.device_total_bytes,

@@ -17,11 +17,12 @@ SHOWN_FROM_BYTES = 1 << 20
 
 
 class Share(NamedTuple):
-    """One figure under the device bar; None: not known."""
+    """One figure under the device bar; None: not known. Not in the bar: what is elsewhere."""
 
     letter: str
     title: str
     bytes: int | None
+    in_bar: bool = True
 
 
 def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
@@ -43,6 +44,8 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
             found.append(Share("u", "unaccounted", gauge.unaccounted_bytes))
         if gauge.managed_bytes:
             found.append(Share("m", "managed", gauge.managed_bytes))
+        if gauge.pinned_bytes >= SHOWN_FROM_BYTES:
+            found.append(Share("h", "on host", gauge.pinned_bytes, in_bar=False))
     else:
         found.append(Share("x", "rest of process", None if process is None else max(0, process - allocated)))
     others = gauge.others_bytes
@@ -74,7 +77,9 @@ def device_rows(state: ViewState, palette: Palette, width: int) -> list[Row]:
     title.add(shorten(environment.device_name, width - title.width - len(figures) - 3), palette.dim)
     title.right(figures, width - 1)
     inside = _inside(state, sizes, allocated, palette)
-    parts = inside + [Part(s.letter, s.bytes, palette.device[s.letter]) for s in rest if s.letter and s.bytes]
+    parts = inside + [
+        Part(s.letter, s.bytes, palette.device[s.letter]) for s in rest if s.letter and s.bytes and s.in_bar
+    ]
     bar_row = Row().add(" ").extend(stacked(parts, gauge.device_total_bytes, width - 2, palette))
     return [title, bar_row, _figures(state, palette, allocated, rest, width)]
 

@@ -1,0 +1,128 @@
+"""Activations on the host between forward and backward.
+
+    with ActivationsOnHost(model):    around a forward pass, or around a checkpointed segment
+        outputs = model(...)
+
+What autograd saves is copied into pinned memory on the compute stream and brought back when
+its node runs, as `torch.autograd.graph.save_on_cpu` does. As in TRL's `OffloadActivations`
+parameters, buffers and what is small stay. A storage that several nodes save travels once.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+
+LEAST_BYTES = 1024
+"""A storage of fewer stays where it is (TRL's `min_offload_size`)."""
+
+HOST = torch.device("cpu")
+
+BroughtBack = Callable[[torch.Tensor], None]
+
+# A plain global: CUDA's backward runs on a thread of autograd's own.
+_observers: tuple[BroughtBack, ...] = ()
+
+
+@contextmanager
+def observer(callback: BroughtBack) -> Iterator[None]:
+    """Have `callback(tensor)` called with every storage that comes back to the device."""
+    global _observers  # noqa: PLW0603
+    _observers = (*_observers, callback)
+    try:
+        yield
+    finally:
+        _observers = tuple(other for other in _observers if other is not callback)
+
+
+class _OnHost:
+    """The content of a storage, on the host until it is first asked for.
+
+    Args:
+        flat: All of the storage, one-dimensional and on the device.
+    """
+
+    def __init__(self, flat: torch.Tensor) -> None:
+        self._device = flat.device
+        self._host: torch.Tensor | None = _page_locked(flat)
+        self._host.copy_(flat, non_blocking=True)
+        self._back: torch.Tensor | None = None
+
+    def back(self) -> torch.Tensor:
+        """The storage's content on the device, where it stays for as long as a node wants it."""
+        if self._back is None:
+            assert self._host is not None
+            self._back, self._host = self._host.to(self._device, non_blocking=True), None
+            for each in _observers:
+                each(self._back)
+        return self._back
+
+
+def _page_locked(like: torch.Tensor) -> torch.Tensor:
+    return torch.empty(like.shape, dtype=like.dtype, device=HOST, pin_memory=True)
+
+
+@dataclass(frozen=True, slots=True)
+class _Saved:
+    """A tensor in a storage that is on the host."""
+
+    storage: _OnHost
+    size: torch.Size
+    stride: tuple[int, ...]
+    offset: int
+    dtype: torch.dtype
+
+
+class ActivationsOnHost(saved_tensors_hooks):
+    """Hooks that keep what is saved for backward on the host; may be entered again and again.
+
+    Args:
+        model: Its parameters and buffers stay on the device.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self._model = weakref.ref(model)
+        self._staying: set[int] = set()
+        self._moved: dict[int, tuple[weakref.ref[Any], int, weakref.ref[_OnHost]]] = {}
+        super().__init__(self._pack, self._unpack)
+
+    def __enter__(self) -> None:
+        model = self._model()
+        if model is not None:
+            named = [*model.parameters(), *model.buffers()]
+            self._staying = {tensor.untyped_storage()._cdata for tensor in named}
+        self._moved.clear()
+        super().__enter__()
+
+    def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
+        storage = tensor.untyped_storage()
+        if tensor.device == HOST or storage.nbytes() < LEAST_BYTES or storage._cdata in self._staying:
+            return tensor
+        if storage.nbytes() % tensor.element_size():
+            return tensor
+        moved = self._host_copy(tensor, storage)
+        return _Saved(moved, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+
+    def _host_copy(self, tensor: torch.Tensor, storage: Any) -> _OnHost:
+        """The copy of a storage; the one there is, if nothing has been written since."""
+        reference, version, copy = self._moved.get(storage._cdata, (None, 0, None))
+        known = copy() if copy is not None else None
+        if known is not None and reference is not None and reference() is storage and version == tensor._version:
+            return known
+        with torch.no_grad():
+            made = _OnHost(tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0))
+        self._moved[storage._cdata] = weakref.ref(storage), tensor._version, weakref.ref(made)
+        return made
+
+    @staticmethod
+    def _unpack(saved: torch.Tensor | _Saved) -> torch.Tensor:
+        if isinstance(saved, torch.Tensor):
+            return saved
+        flat = saved.storage.back()
+        return flat.view(saved.dtype).as_strided(saved.size, saved.stride, saved.offset)

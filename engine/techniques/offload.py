@@ -1,0 +1,106 @@
+"""Where what is saved for backward waits: on the device, or in the host's memory."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from ..config import Option, RunConfig, Value
+from ..events import Category, Environment
+from ..technique import Technique
+
+if TYPE_CHECKING:
+    from ..workload import Recipe
+
+LIBRARIES = ("OffloadActivations.", "save_on_cpu.")
+"""Classes whose hooks move to the host what autograd saves: TRL's and PyTorch's."""
+
+
+def apply(config: RunConfig, recipe: Recipe) -> None:
+    """Enter the hooks around the model without its head, or around each checkpointed segment."""
+    match config.text("offload"):
+        case "activations":
+            recipe.transforms.append(_around_body)
+        case "checkpoints":
+            from ..activation_offload import ActivationsOnHost
+
+            recipe.checkpoint_context = ActivationsOnHost
+
+
+def _around_body(model: Any) -> Any:
+    """Logits and loss stay, as with TRL: backward wants them at once."""
+    from ..activation_offload import ActivationsOnHost
+
+    whole = model.get_base_model() if hasattr(model, "get_base_model") else model
+    hooks = ActivationsOnHost(whole)
+    body = whole.base_model
+    body.register_forward_pre_hook(partial(_enter, hooks))
+    body.register_forward_hook(partial(_leave, hooks), always_call=True)
+    return model
+
+
+def _enter(hooks: Any, *_: Any) -> None:
+    hooks.__enter__()
+
+
+def _leave(hooks: Any, *_: Any) -> None:
+    hooks.__exit__()
+
+
+def conflict(config: RunConfig) -> str | None:
+    """Without checkpoints there are none to move."""
+    if config.text("offload") == "checkpoints" and config.text("checkpointing") == "off":
+        return "offload=checkpoints needs checkpointing: set checkpointing=layers, or offload=activations"
+    return None
+
+
+def unavailable(value: Value, environment: Environment) -> str | None:
+    """There has to be a device that is not the host."""
+    return "there is no GPU to move them from" if value != "off" and not environment.on_gpu else None
+
+
+def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
+    """PyTorch's or TRL's hooks around the forward, or transformers' around its checkpoints."""
+    import torch
+
+    for module in model.modules():
+        function: Any = getattr(module, "_gradient_checkpointing_func", None)
+        function = getattr(function, "func", function)
+        if getattr(module, "gradient_checkpointing", False) and "checkpoint_func" in str(
+            getattr(function, "__qualname__", "")
+        ):
+            return {"offload": "checkpoints"}
+    hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
+    pack = str(getattr(hooks[0], "__qualname__", "")) if hooks else ""
+    return {"offload": "activations" if pack.startswith(LIBRARIES) else "off"}
+
+
+TECHNIQUE = Technique(
+    name="offload",
+    title="offload",
+    summary="what backward needs waits in pinned host memory: all that is saved, or the inputs of checkpoints alone",
+    formula="activations, or 2·seq·batch·hidden bytes a checkpointed layer; a layer's come back while it runs",
+    source="https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.save_on_cpu.html",
+    cost={
+        "off": "nothing",
+        "activations": "every activation over PCIe and back: several times slower than checkpointing",
+        "checkpoints": "a layer's input over PCIe and back, little beside computing the layer again",
+    },
+    order=55,
+    options=(
+        Option(
+            "offload",
+            "off",
+            "activations: all that the layers save; checkpoints: the inputs of checkpointed segments",
+            ("off", "activations", "checkpoints"),
+        ),
+    ),
+    in_script="SFTConfig(activation_offloading=True); activation_checkpointing_kwargs={'offload': True}",
+    acts_on=(Category.ACTIVATIONS,),
+    variants=({"offload": "activations"}, {"offload": "checkpoints", "checkpointing": "layers"}),
+    apply=apply,
+    conflict=conflict,
+    unavailable=unavailable,
+    recognise=recognise,
+)
