@@ -107,7 +107,7 @@ class ActivationsOnHost(saved_tensors_hooks):
         if storage.nbytes() % tensor.element_size():
             return tensor
         moved = self._host_copy(tensor, storage)
-        return _Saved(moved, tensor.size(), tensor.stride(), tensor.storage_offset(), tensor.dtype)
+        return _Saved(moved, tensor.size(), tensor.stride(), int(tensor.storage_offset()), tensor.dtype)
 
     def _host_copy(self, tensor: torch.Tensor, storage: Any) -> _OnHost:
         """The copy of a storage; the one there is, if nothing has been written since."""

@@ -28,6 +28,16 @@ class Effect(enum.IntEnum):
         return ("same mathematics", "other rounding", "another training", "may not train at all")[self]
 
 
+class Group(enum.StrEnum):
+    """What a technique is about; the order is the screen's."""
+
+    NUMBERS = "numbers"
+    MODEL = "model"
+    MEMORY_FOR_TIME = "memory for time"
+    OPTIMIZER = "optimizer"
+    SEVERAL_GPUS = "several GPUs"
+
+
 class Mathematics(NamedTuple):
     """The mathematics of a configuration, as far as one technique decides it.
 
@@ -96,6 +106,7 @@ class Technique:
     Attributes:
         name: Also the name of its switch, `options[0]`.
         title: For people.
+        group: Which techniques it stands among.
         summary: One line: what it does to memory.
         formula: What it saves or costs, in bytes.
         source: Where it is described: paper or library documentation.
@@ -134,6 +145,7 @@ class Technique:
 
     name: str
     title: str
+    group: Group
     summary: str
     formula: str
     source: str

@@ -13,6 +13,11 @@ from .app_driver import SIZES, Oracle, shown, trained
 from .fake_source import CPU, GPU, MIB
 
 
+def down_to(name: str) -> list[str]:
+    """Keys that select a setting."""
+    return ["home", *["down"] * [option.name for _, _, option, _ in offered()].index(name)]
+
+
 @pytest.mark.parametrize("name", [t.name for t in techniques.registry().values() if t.key])
 async def test_a_techniques_key_flips_it_and_restarts(name: str) -> None:
     source = trained(1, **({"lora": True} if name == "quantization" else {}))
@@ -64,7 +69,7 @@ async def test_two_quick_flips_add_up() -> None:
 
 async def test_changes_are_collected_undone_and_applied_as_one() -> None:
     source = trained(1)
-    async with shown(source) as driver:
+    async with shown(source, (100, 48)) as driver:
         await driver.press("4", "l", "k", "b")
         assert source.commands == []
         for title, old, new in (("LoRA", "off", "on"), ("checkpointing", "off", "layers"), ("batch size", "8", "16")):
@@ -85,7 +90,7 @@ async def test_changes_are_collected_undone_and_applied_as_one() -> None:
 @pytest.mark.parametrize("size", [(60, 20), *SIZES])
 async def test_a_technique_that_another_overrules_says_what_it_comes_to_and_why(size: tuple[int, int]) -> None:
     async with shown(trained(1, checkpointing="layers"), size) as driver:
-        await driver.press("4")
+        await driver.press("4", *down_to("kv_cache"))
         assert driver.line("c   KV cache").split()[3:5] == ["off", "(checkpointing)"]
         heads, *cells = driver.app.page.table()
         (row,) = (row for row in cells if row[0] == "kv_cache")
@@ -160,8 +165,10 @@ async def test_the_columns_of_all_rows_end_at_one_edge(width: int) -> None:
     """Also where another setting decides, and the words for that take up two columns."""
     async with shown(trained(1, checkpointing="layers"), (width, 24)) as driver:
         await driver.press("4")
+        await driver.press(*down_to("kv_cache"))
         table = driver.lines[1 : driver.lines.index(next(line for line in driver.lines if "───" in line))]
-        assert {len(line.rstrip()) for line in table if line.strip()} == {width - 1}
+        figures = [line.rstrip() for line in table if line.rstrip().endswith(("measured", "–"))]
+        assert len(figures) > 4 and {len(line) for line in figures} == {width - 1}
 
 
 async def test_details_open_and_change() -> None:
@@ -240,6 +247,10 @@ async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_o
 
     async with shown(trained(2), size, predictions=Oracle(rule)) as driver:
         await driver.press("4")
+        assert "~-30.0" in next(text for text in driver.lines if "memory for time" in text), (
+            "what a group would save is said where it is folded"
+        )
+        await driver.press(*down_to("checkpointing"))
         row = driver.line("k + checkpointing").split()
         assert row[3:7] == ["off", "segments", "~70.0", "~-30.0"]
         while "[off]" not in driver.text or "segments ~-30.0" not in driver.text:
@@ -248,9 +259,24 @@ async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_o
         assert all(figure in said for figure in ("[off]", "layers ~-20.0", "segments ~-30.0", "input ~-10.0"))
 
 
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_all_groups_are_in_sight_and_the_one_selected_is_open(size: tuple[int, int]) -> None:
+    async with shown(trained(1, checkpointing="layers"), size) as driver:
+        await driver.press("4")
+        for line in driver.app.page.lines():
+            for group in ("batch", "numbers", "model", "memory", "optimizer", "GPUs"):
+                assert group in driver.text
+            now = line.now(driver.app.page.changes.wanted())[:6]
+            assert any(line.title[:10] in text and now in text for text in driver.lines), line.title
+            await driver.press("down")
+        await driver.press(*down_to("dtype"))
+        said = {60: "memory 1", 80: "checkpointing layers", 120: "k + checkpointing"}
+        assert said[size[0]] in driver.text, "what differs from the defaults is said of a folded group"
+
+
 async def test_a_small_terminal_says_that_there_is_more_below() -> None:
     async with shown(trained(1), (60, 20)) as driver:
-        await driver.press("4")
+        await driver.press("4", *down_to("parallel"), "tab")
         assert "more below" in driver.text
         await driver.press("end", *["down"] * 40)
         assert "more below" not in driver.text

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig
 from ..events import Category
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -25,6 +25,7 @@ def mathematics(config: RunConfig) -> Mathematics:
 TECHNIQUE = Technique(
     name="accumulation",
     title="accumulation",
+    group=Group.MEMORY_FOR_TIME,
     summary="adds up the gradients of several micro-batches before a step: a larger batch for the memory of one",
     formula="effective batch = batch_size · accumulation; activations and logits of one micro-batch at a time",
     source="https://arxiv.org/abs/1806.00187",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -46,6 +46,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="attention",
     title="attention",
+    group=Group.MODEL,
     summary="eager keeps the whole seq x seq score matrix of every head; sdpa and flash never build it",
     formula="eager saves about 5·heads·batch·seq² bytes a layer at 16 bit; sdpa and flash 4·heads·batch·seq",
     source="https://arxiv.org/abs/2205.14135",

@@ -11,7 +11,7 @@ from .. import recompute
 from ..config import Option, RunConfig, UserError, Value
 from ..events import Category
 from ..ledger import layer_of
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -145,6 +145,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="checkpointing",
     title="checkpointing",
+    group=Group.MEMORY_FOR_TIME,
     summary="keeps only the input of a segment of layers and computes the rest again in backward",
     formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; selective: as much again for attention",
     source="https://arxiv.org/abs/1604.06174",

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -73,6 +73,7 @@ def _autocast(model: Any) -> str | None:
 TECHNIQUE = Technique(
     name="dtype",
     title="data type",
+    group=Group.NUMBERS,
     summary="bytes per number: weights, gradients, optimizer state and activations all follow it",
     formula="float32 4 B, float16 and bfloat16 2 B; mixed: float32 weights, 16-bit arithmetic under autocast",
     source="https://arxiv.org/abs/1710.03740",

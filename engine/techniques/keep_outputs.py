@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig
 from ..events import Category
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -20,6 +20,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 TECHNIQUE = Technique(
     name="keep_outputs",
     title="keep outputs",
+    group=Group.MEMORY_FOR_TIME,
     summary="a loop that does not delete its outputs holds logits and KV cache while the next forward runs",
     formula="batch·seq·vocab·bytes of logits and the KV cache, a second time, from the second step on",
     source="https://docs.pytorch.org/docs/stable/notes/faq.html#my-model-reports-cuda-runtime-error-2-out-of-memory",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -37,6 +37,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="kv_cache",
     title="KV cache",
+    group=Group.MODEL,
     summary="transformers keeps keys and values for generation by default, also in training, where nobody reads them",
     formula="2·layers·batch·seq·kv_heads·head_dim·bytes, alive as long as the outputs are",
     source="https://huggingface.co/docs/transformers/kv_cache",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, UserError, Value, one_line
 from ..events import Category, Environment
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Model, Recipe
@@ -165,6 +165,7 @@ def _kind(settings: Any) -> str:
 TECHNIQUE = Technique(
     name="lora",
     title="LoRA",
+    group=Group.MODEL,
     summary="trains two small matrices beside each chosen weight: gradients and optimizer state all but vanish",
     formula="r·(d_in + d_out) trainable parameters a target; dora: and a copy of each weight while it is used",
     source="https://arxiv.org/abs/2106.09685",

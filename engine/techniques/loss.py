@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Model, Recipe
@@ -77,6 +77,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="loss",
     title="loss",
+    group=Group.MODEL,
     summary="a large vocabulary's logits, in float32 and with their gradient, are often the peak; chunks avoid them",
     formula="full: about 12·batch·seq·vocab bytes; chunked: 4096·32768 numbers; float32 gradients of head and hidden",
     source="https://huggingface.co/docs/trl/sft_trainer",

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig, UserError
 from ..events import Category
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -47,6 +47,7 @@ def _problem(config: RunConfig, computes_float16: bool, holds_float16: bool) -> 
 TECHNIQUE = Technique(
     name="loss_scaling",
     title="loss scaling",
+    group=Group.NUMBERS,
     summary="multiplies the loss before backward and divides the gradients before the step; bad steps are skipped",
     formula="two numbers, and one more per step: gradients are unscaled in place",
     source="https://docs.pytorch.org/docs/stable/amp.html#gradient-scaling",

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -79,6 +79,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="offload",
     title="offload",
+    group=Group.MEMORY_FOR_TIME,
     summary="what backward needs waits in pinned host memory: all that is saved, or the inputs of checkpoints alone",
     formula="activations, or 2·seq·batch·hidden bytes a checkpointed layer; a layer's come back while it runs",
     source="https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.save_on_cpu.html",

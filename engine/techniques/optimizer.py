@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -91,6 +91,7 @@ def recognise(_model: Any, optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="optimizer",
     title="optimizer",
+    group=Group.OPTIMIZER,
     summary="AdamW keeps two moments per trainable parameter; foreach AdamW makes one more copy while it steps",
     formula="a parameter: AdamW 2 numbers, 8-bit 2 bytes and scales, Adafactor a row and a column, SGD none",
     source="https://arxiv.org/abs/2110.02861",

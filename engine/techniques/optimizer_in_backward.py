@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category
-from ..technique import Technique
+from ..technique import Group, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -43,6 +43,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="optimizer_in_backward",
     title="step in backward",
+    group=Group.OPTIMIZER,
     summary="steps each parameter as soon as its gradient is there and frees it: gradients never exist all at once",
     formula="gradients: the largest parameter's instead of all; no gain where logits or activations are the peak",
     source="https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html",

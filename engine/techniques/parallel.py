@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     pass
@@ -90,6 +90,7 @@ def mathematics(config: RunConfig) -> Mathematics:
 TECHNIQUE = Technique(
     name="parallel",
     title="several GPUs",
+    group=Group.SEVERAL_GPUS,
     summary="a replica on each GPU (ddp), or of weights, gradients and optimizer state a shard (fsdp2, zero)",
     formula="zero1: optimizer state / ranks; zero2: gradients too; fsdp2, zero3: weights too; ddp: gradients twice",
     source="https://arxiv.org/abs/1910.02054",

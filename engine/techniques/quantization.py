@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
 from ..quantized_modules import convertible_modules, keep_in, left_as_they_are
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Model, Recipe
@@ -144,6 +144,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="quantization",
     title="quantization",
+    group=Group.NUMBERS,
     summary="stores the frozen weights of linear layers in 4 or 8 bit and dequantizes them where they are used",
     formula="nf4, fp4: 4.5 bit a weight, 4.127 with double quantization; int8: 8 bit and a scale per row",
     source="https://arxiv.org/abs/2305.14314",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category
-from ..technique import Mathematics, Technique
+from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
     from ..workload import Recipe
@@ -96,6 +96,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
 TECHNIQUE = Technique(
     name="trainable",
     title="trained part",
+    group=Group.MODEL,
     summary="frozen parameters have no gradient and no optimizer state; layers below the first trained keep nothing",
     formula="gradients, state and activations from the first trained layer on; with checkpointing all are passed",
     source="https://arxiv.org/abs/2106.10199",

@@ -16,6 +16,7 @@ from ..units import UNKNOWN, difference, shorten
 from .best_change import best_change
 from .header import summary
 from .page import Page, Table, Topic, scrolled
+from .technique_groups import Kind, ListRow, Told, arranged, folded_row, tabs_row
 
 FIGURES = (9, 9, 6, 10)
 """Cells of predicted peak, predicted change, whether it fits, measured change."""
@@ -43,6 +44,11 @@ class Line(NamedTuple):
     option: Option
     technique: Technique | None
     detail: bool = False
+
+    @property
+    def group(self) -> str:
+        """The group it stands in; the workload's own settings are about the batch."""
+        return self.technique.group if self.technique is not None else "batch"
 
     def now(self, config: RunConfig) -> str:
         """Its value in a configuration, as it has an effect."""
@@ -198,13 +204,61 @@ class TechniquesPage(Page):
         lines = self.lines()
         self.selected = min(self.selected, len(lines) - 1)
         below = 8 if height < 30 else 10
-        body = max(3, height - below - 1)
-        self.top = scrolled(self.top, self.selected, body, len(lines))
-        rows = [self._headings(width)]
-        for i, line in enumerate(lines[self.top : self.top + body], self.top):
-            rows.append(self._line(line, base, wanted, i == self.selected, width))
-        rows += [Row()] * (body + 1 - len(rows))
-        return rows + self._about(lines[self.selected], wanted, width, below, len(lines) - self.top - body)
+        listed, hidden = self._list(lines, base, wanted, width, max(3, height - below - 1))
+        return [self._headings(width), *listed, *self._about(lines[self.selected], wanted, width, below, hidden)]
+
+    def _list(
+        self, lines: list[Line], base: RunConfig, wanted: RunConfig, width: int, room: int
+    ) -> tuple[list[Row], int]:
+        """The settings in so many rows, and how many are out of sight below."""
+        arrangement = arranged([line.group for line in lines], self.selected, room)
+        fixed = [row for row in arrangement if row.kind is Kind.TABS]
+        moving = arrangement[len(fixed) :]
+        at = next(i for i, row in enumerate(moving) if row.line == self.selected)
+        body = room - len(fixed)
+        self.top = scrolled(self.top, at, body, len(moving))
+        rows = []
+        for each in (*fixed, *moving[self.top : self.top + body]):
+            if each.kind is Kind.SETTING:
+                rows.append(self._line(lines[each.line], base, wanted, each.line == self.selected, width))
+            else:
+                rows.append(self._group(each, lines, base, wanted, width))
+        return rows + [Row()] * (room - len(rows)), len(moving) - self.top - body
+
+    def _group(self, row: ListRow, lines: list[Line], base: RunConfig, wanted: RunConfig, width: int) -> Row:
+        """What stands for a group: its name, with what is set in it where it is folded."""
+        if row.kind is Kind.HEADING:
+            return Row().add(f" {row.group}", self.palette.bold)
+        if row.kind is Kind.TABS:
+            names = list(dict.fromkeys(line.group for line in lines))
+            set_in = [line.group for line in lines if wanted[line.option.name] != line.option.default]
+            return tabs_row(names, row.group, [set_in.count(name) for name in names], self.palette)
+        inside = [line for line in lines if line.group == row.group]
+        *_, fits, measured = _columns(width)[3]
+        told = [self._told(line, base, wanted) for line in inside if not line.detail]
+        change = self._best_in(inside, base, wanted)
+        return folded_row(row.group, told, change, width - 1 - (fits + measured) * bool(change), self.palette)
+
+    def _told(self, line: Line, base: RunConfig, wanted: RunConfig) -> Told:
+        name, palette = line.option.name, self.palette
+        is_default = wanted[name] == line.option.default
+        style = palette.busy if wanted[name] != base[name] else palette.dim if is_default else palette.plain
+        return Told(f"{line.title} {line.now(wanted)}", style, is_default)
+
+    def _best_in(self, lines: list[Line], base: RunConfig, wanted: RunConfig) -> str:
+        """The largest predicted saving of one setting among some; empty: none is known."""
+        asked, savings = self.forecasts.predictions, []
+        if asked is None:
+            return ""
+        for line in lines:
+            config = self.candidate(line, wanted, base)
+            found, now = (asked.of(c) if c else None for c in (config, self.against(line, wanted, base)))
+            if found is not None and now is not None and found.peak_bytes < now.peak_bytes:
+                savings.append((found.peak_bytes - now.peak_bytes, found, now))
+        if not savings:
+            return ""
+        _, found, now = min(savings, key=lambda saving: saving[0])
+        return f"~{difference(found.peak_bytes, now.peak_bytes, self.state.unit)}"
 
     def _headings(self, width: int) -> Row:
         title, now, _, figures = _columns(width)
