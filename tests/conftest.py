@@ -8,14 +8,18 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import shutil
+import signal
+import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
-from gpumem_tui.engine import techniques
+from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import Start
@@ -24,6 +28,9 @@ from gpumem_tui.engine.report import Report
 from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.engine.session import Session
 from gpumem_tui.profiles import model_profile, run_fields
+
+from .terminal import until
+from .viewing import Viewers
 
 predictor.NICENESS = 0  # two workers on two cores would leave it nothing
 
@@ -85,6 +92,33 @@ def engine() -> Iterator[Engine]:
 def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
     """No test knows what another has predicted, nor what whoever runs them has."""
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.mktemp("cache")))
+
+
+@pytest.fixture
+def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A machine of one's own: nothing runs on it, and when a test is over nothing of it is left."""
+    base = Path(tempfile.mkdtemp(prefix="g-"))  # the path of a socket has to be short
+    runtime, temporary = base / "run", base / "tmp"
+    for folder in (runtime, temporary):
+        folder.mkdir()
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(runtime))
+    monkeypatch.setenv("TMPDIR", str(temporary))
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    yield base
+    for engine_dir in engine_registry.engines():
+        info = engine_dir.info()
+        assert info is not None
+        os.kill(info.pid, signal.SIGKILL)
+        until(lambda p=engine_dir: not p.alive())  # type: ignore[misc]
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def viewers(home: Path) -> Iterator[Viewers]:
+    made = Viewers()
+    yield made
+    for viewer in made.all:
+        viewer.close()
 
 
 def wait_until(condition: Callable[[], bool], session: Session, seconds: float = 60.0) -> None:

@@ -1,15 +1,19 @@
-"""An engine with a finished run, served on a socket by a thread of the tests' own process."""
+"""An engine with a finished run, served by a thread of the tests' own process, and bare connections to its socket."""
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
+import struct
 import tempfile
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from unittest import mock
+
+import msgspec
 
 from gpumem_tui.engine import wire
 from gpumem_tui.engine.config import RunConfig
@@ -45,3 +49,25 @@ def an_engine_served(config: RunConfig) -> Iterator[tuple[EngineDir, Engine]]:
     engine_lock.release()
     engine.session.close()
     shutil.rmtree(base)
+
+
+def raw(engine_dir: EngineDir) -> socket.socket:
+    connection = socket.socket(socket.AF_UNIX)
+    connection.settimeout(30)
+    connection.connect(str(engine_dir.socket))
+    return connection
+
+
+def ends(connection: socket.socket) -> bool:
+    try:
+        return connection.recv(1) == b""
+    except ConnectionError:
+        return True
+
+
+def pack(message: object) -> bytes:
+    body = msgspec.msgpack.encode(message)
+    return struct.pack("!I", len(body)) + body
+
+
+HELLO = {"type": "hello", "protocol": wire.PROTOCOL, "version": "x"}

@@ -1,0 +1,72 @@
+"""Viewers of an engine, the command line, and what they leave on the machine."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import psutil
+
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.engine_registry import EngineDir
+from gpumem_tui.engine.feed import ViewerRole
+from gpumem_tui.engine.launch import Launcher
+from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.run_events import RunEvent, StepEnded
+
+from .terminal import until
+
+SMALL = ["--device", "cpu", "--batch-size", "2", "--seq-len", "16", "--set", "rows=8"]
+
+
+def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-m", "gpumem_tui.tui", *arguments], capture_output=True, text=True, timeout=120, check=False
+    )
+
+
+def left_over(home: Path) -> list[str]:
+    """Sockets, folders and temporary files that should not be there any more."""
+    ours = {home / "run" / "gpumem-tui", home / "run" / "gpumem-tui" / ".lock"}
+    found = {path for folder in ("run", "tmp") for path in (home / folder).rglob("*")}
+    # torch makes a cache folder for its compiler, whoever imports it.
+    return [str(path) for path in found - ours if not path.name.startswith("torchinductor")]
+
+
+def step_of(engine_dir: EngineDir) -> int:
+    status = peek(engine_dir)
+    return status.step if status is not None else 0
+
+
+def gone(pid: int) -> bool:
+    return not psutil.pid_exists(pid) or psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+
+
+class Viewers:
+    """Viewers of one engine in this process, detached when the test is over."""
+
+    def __init__(self) -> None:
+        self.all: list[Remote] = []
+
+    def start(self, config: RunConfig, linger_s: float | None = None) -> Remote:
+        remote = Remote(launch=Launcher(linger_s))
+        self.all.append(remote)
+        remote.start(config)
+        until(lambda: remote.events(0) and remote.role is ViewerRole.ATTACHED, lambda: remote.events(0))
+        return remote
+
+    def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
+        assert engine_dir is not None
+        remote = Remote(engine_dir, take=take)
+        self.all.append(remote)
+        remote.attach()
+        return remote
+
+
+def kinds(viewer: Remote) -> list[type[RunEvent]]:
+    return [type(m) for m in viewer.events(0)]
+
+
+def steps(viewer: Remote) -> int:
+    return kinds(viewer).count(StepEnded)
