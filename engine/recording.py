@@ -288,6 +288,8 @@ def _runs(archive: Archive, name: str) -> list[Run]:
     if version > VERSION:
         raise UserError(f"written by a newer version (file format {version}, this reads up to {VERSION})")
     heads = msgspec.json.decode(head, type=_Head).runs if version > 2 else _old_heads(head, archive)
+    if not heads:
+        raise UserError("no run is recorded in it")
     folder = "runs/{r}/{t}" if version > 2 else "traces/{t}"
     return [
         _run(of_run, name, [_read_trace(archive, folder.format(r=r, t=t), version) for t in range(of_run.traces)])

@@ -126,6 +126,8 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
                 content = old.read(name)
                 if how == "version" and name == "gpumem.json":
                     content = json.dumps(json.loads(content) | {"version": 99}).encode()
+                if how == "empty" and name == "gpumem.json":
+                    content = json.dumps(json.loads(content) | {"runs": []}).encode()
                 if how == "pickle" and name == "runs/0/0/events.npy":
                     array = np.array([{"not": "numbers"}], dtype=object)
                     buffer = io.BytesIO()
@@ -144,6 +146,7 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
         ("cut", "not a gpumem recording, or a damaged one"),
         ("text", "not a gpumem recording, or a damaged one"),
         ("version", "written by a newer version .file format 99, this reads up to 4."),
+        ("empty", "no run is recorded in it"),
         ("pickle", "not a gpumem recording, or a damaged one"),
         ("columns", "not a gpumem recording, or a damaged one"),
     ],
