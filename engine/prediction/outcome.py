@@ -14,20 +14,6 @@ from ..report import RunDocument, report
 from ..run import Run
 from ..wire import MalformedError, pack_whole_run, unpack_whole_run
 
-SAFE_SHARE = 0.015
-SAFE_BYTES = 4 << 20
-
-
-def safe_bound_bytes(peak_bytes: int) -> int:
-    """A figure the measured peak stays under; at most 2 % above the predicted one from 1 GiB on.
-
-    What a GPU allocates beyond the model of it (cuDNN's and cuBLAS' workspaces
-    of other versions, a reduction's scratch) has been under 1 % in every run
-    measured.
-    """
-    return peak_bytes + int(peak_bytes * SAFE_SHARE) + SAFE_BYTES
-
-
 EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 

@@ -13,7 +13,7 @@ from ..report import Report
 from ..run import Run, RunId, RunKind
 from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
 from .gpus import Gpu
-from .outcome import Prediction, safe_bound_bytes
+from .outcome import Prediction
 from .rehearsal import STEPS, Rehearsal, rehearse
 
 MODELLED = dict.fromkeys(("flash-attn", "liger-kernel"), "modelled")
@@ -64,7 +64,7 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         verdict=done.verdict,
         managed_bytes=done.managed_bytes,
         pinned_bytes=done.pinned_bytes,
-        safe_bound_bytes=safe_bound_bytes(peak.allocated_bytes),
+        safe_bound_bytes=gpu.safe_bound_bytes(peak.allocated_bytes),
         available_bytes=gpu.available_bytes,
         max_positions=done.max_positions,
         seconds=time.perf_counter() - began,

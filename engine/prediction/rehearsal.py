@@ -37,7 +37,7 @@ from .layer_passes import UnlikeError
 from .layers import Layers, shortened
 from .libraries_loading import libraries_loading
 from .op_cache import op_cache
-from .outcome import Verdict, safe_bound_bytes
+from .outcome import Verdict
 from .steady_state import repeat
 
 STEPS = 2
@@ -235,7 +235,7 @@ def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Repla
 
 def _verdict(requests: AllocRequests, peak_bytes: int, reserved_bytes: int, gpu: Gpu) -> tuple[Verdict, int | None]:
     """True if requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
-    margin = safe_bound_bytes(peak_bytes) - peak_bytes
+    margin = gpu.safe_bound_bytes(peak_bytes) - peak_bytes
     capacity = gpu.available_bytes - margin
     if peak_bytes > capacity:
         return Verdict.TOO_LARGE, None
