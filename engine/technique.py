@@ -112,6 +112,7 @@ class Technique:
         source: Where it is described: paper or library documentation.
         cost: What it costs in time, in half a sentence; where it depends on the
             switch's value, by value.
+        slowdown: Of a step's time about what it adds: of changes that would help alike, the quickest comes first.
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
         options: The switch first, then its details.
@@ -157,6 +158,7 @@ class Technique:
     packages: tuple[str, ...] = ()
     key: str = ""
     cost: str | Mapping[Value, str] = "nothing measurable"
+    slowdown: float = 0.0
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     overruled: Callable[[RunConfig], tuple[Value, str] | None] = _as_set
     conflict: Callable[[RunConfig], str | None] = _never

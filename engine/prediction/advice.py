@@ -13,7 +13,7 @@ from itertools import combinations, product
 
 from .. import techniques
 from ..config import RunConfig, UserError, Value, show
-from ..technique import Effect
+from ..technique import Effect, Technique
 from .outcome import Prediction
 from .outlook import LEAST_EFFECT, Change, Combination, Outlook
 
@@ -109,6 +109,13 @@ def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
                 yield changes
 
 
+def could_help(now: Prediction, technique: Technique) -> bool:
+    """True if what a technique acts on is a part of any phase's highest moment to speak of."""
+    acts_on = [category.key for category in technique.acts_on]
+    held = (sum(moment.get(key, 0) for key in acts_on) for moment in now.by_phase.values())
+    return max(held, default=0) >= LEAST_EFFECT * now.peak_bytes
+
+
 def _is_sound(config: RunConfig, changes: Mapping[str, Value]) -> bool:
     return techniques.effect(config, config.with_(changes)) is not Effect.UNSOUND
 
@@ -132,7 +139,7 @@ class _Search:
         self._effects: dict[Change, Effect] = {}
         for settings in single_changes(config):
             change = Change(tuple(settings.items()))
-            if self._could_help(change):
+            if could_help(answer, techniques.registry()[change.technique]):
                 self._effects[change] = techniques.effect(config, config.with_(settings))
 
     def alone(self) -> None:
@@ -170,12 +177,6 @@ class _Search:
             [advice for advice in found if id(advice) in single],
             [advice for advice in found if id(advice) not in single],
         )
-
-    def _could_help(self, change: Change) -> bool:
-        """True if what its technique acts on is a part of any phase's highest moment to speak of."""
-        acts_on = [category.key for category in techniques.registry()[change.technique].acts_on]
-        held = (sum(moment.get(key, 0) for key in acts_on) for moment in self.now.by_phase.values())
-        return max(held, default=0) >= LEAST_EFFECT * self.now.peak_bytes
 
     def _is_allowed(self, changes: Sequence[Change]) -> bool:
         try:

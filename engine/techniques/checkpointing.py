@@ -150,6 +150,7 @@ TECHNIQUE = Technique(
     formula="2·seq·batch·hidden bytes a segment instead of about 34 a layer; selective: as much again for attention",
     source="https://arxiv.org/abs/1604.06174",
     cost="what is dropped is computed twice: at most one more forward pass, about a third more computation",
+    slowdown=0.33,
     order=60,
     options=(
         Option(

@@ -87,6 +87,7 @@ TECHNIQUE = Technique(
         "linear-cross-entropy": "next to none",
         "liger": "none: its kernels are faster",
     },
+    slowdown=0.03,
     order=45,
     options=(
         Option(

@@ -48,6 +48,7 @@ TECHNIQUE = Technique(
     formula="gradients: the largest parameter's instead of all; no gain where logits or activations are the peak",
     source="https://docs.pytorch.org/tutorials/intermediate/optimizer_step_in_backward_tutorial.html",
     cost="a call of the optimizer for every parameter; no clipping by the norm of all gradients, no accumulation",
+    slowdown=0.1,
     order=78,
     options=(Option("optimizer_in_backward", False, "step inside the backward pass", (False, True)),),
     in_script="parameter.register_post_accumulate_grad_hook(...) with an optimizer for each parameter",

@@ -149,6 +149,7 @@ TECHNIQUE = Technique(
     formula="nf4, fp4: 4.5 bit a weight, 4.127 with double quantization; int8: 8 bit and a scale per row",
     source="https://arxiv.org/abs/2305.14314",
     cost="weights are dequantized where they are used, in forward and in backward",
+    slowdown=0.2,
     order=40,
     options=(
         Option("quantization", "none", "how frozen weights are stored", ("none", "nf4", "fp4", "int8")),
