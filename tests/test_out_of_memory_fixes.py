@@ -12,7 +12,7 @@ from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import Category, Environment
 from gpumem_tui.engine.out_of_memory.fixes import EXPANDABLE, FixSearch, beyond_prediction
 from gpumem_tui.engine.out_of_memory.report import Fix, OutOfMemoryReport, Verdict
-from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.gpus import Gpu, gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.outcome import Verdict as Outcome
 from gpumem_tui.engine.prediction.predict import predict
@@ -67,9 +67,9 @@ class Searched:
         config = techniques.configure({"model": "m"}, {"batch_size": 32, **settings})  # type: ignore[dict-item]
         self.asked: list[RunConfig] = []
 
-        def predicted(config: RunConfig) -> Prediction:
+        def predicted(config: RunConfig, card: Gpu) -> Prediction:
             self.asked.append(config)
-            return prediction_of(config, room, rule(config))
+            return prediction_of(config, card.available_bytes, rule(config))
 
         run = Run(RunId("e", 1), config, environment, kind)
         search = FixSearch(run, report or report_of(room), predicted)
@@ -148,7 +148,7 @@ def test_a_change_that_this_machine_cannot_make_is_none() -> None:
 
 
 def test_what_cannot_be_predicted_is_said() -> None:
-    def refuse(config: RunConfig) -> Prediction:
+    def refuse(config: RunConfig, card: Gpu) -> Prediction:
         raise UserError("no architecture")
 
     run = Run(RunId("e", 1), techniques.configure({"model": "m"}, {}), GPU)

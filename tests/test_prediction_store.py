@@ -24,7 +24,7 @@ from gpumem_tui.engine.prediction.disk_cache import DiskCache
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_of
-from gpumem_tui.engine.prediction.predictor import Predictor
+from gpumem_tui.engine.prediction.predictor import PredictingProcess, Predictor
 
 from .conftest import small_run
 from .terminal import until
@@ -105,7 +105,7 @@ def test_a_prediction_is_worked_out_once(kept: Path) -> None:
 
 def test_the_app_has_at_once_what_the_command_line_has_worked_out(kept: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     first = known.predicted(small_run(), H100)
-    monkeypatch.setattr(Predictor, "_started", lambda _: pytest.fail("a process was started for what is known"))
+    monkeypatch.setattr(PredictingProcess, "_started", lambda _: pytest.fail("a process was started for what is known"))
     with closing(Predictor(H100)) as predictor:
         predictor.want([small_run(steps=9)])
         assert predictor.wait(60)

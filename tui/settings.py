@@ -24,6 +24,7 @@ from typing import Any
 
 from ..engine.atomic_file import replacing
 from ..engine.config import Option, UserError, Value
+from ..engine.user_folders import user_folder
 from .interrupt import answered_by, raise_interrupt
 
 LOCAL_HZ, SSH_HZ = 10.0, 4.0
@@ -54,22 +55,8 @@ def automatic_hz() -> float:
 
 def config_path() -> Path | None:
     """The path of the config file, whether there is one or not; None without a home folder."""
-    return _home("XDG_CONFIG_HOME", ".config", "config.toml")
-
-
-def state_path(name: str) -> Path | None:
-    """The path of a note of the program to itself, such as that the tour has been seen; None without a home folder."""
-    return _home("XDG_STATE_HOME", ".local/state", name)
-
-
-def _home(variable: str, fallback: str, name: str) -> Path | None:
-    base = os.environ.get(variable, "")
-    if base.startswith("/"):  # the XDG specification: a relative path is to be ignored
-        return Path(base) / "gpumem-tui" / name
-    try:
-        return Path.home() / fallback / "gpumem-tui" / name
-    except RuntimeError:  # no HOME, and no entry in passwd: a container that is run as any user
-        return None
+    folder = user_folder("XDG_CONFIG_HOME", ".config")
+    return folder / "config.toml" if folder is not None else None
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""What would have fitted: the smallest changes of a run that ran out of memory, each predicted.
+"""Fixes: the smallest changes of a run that ran out of memory that would have fitted, each predicted.
 
 A prediction is held against the room that the run had, and corrected by what was measured of the run:
 where it held more than was predicted of it, so will a changed run. That the run as it is does not fit is
@@ -27,14 +27,14 @@ from ..run import Run, RunKind
 from ..technique import Effect, Technique
 from .report import Fix, OutOfMemoryReport, Verdict
 
-Predict = Callable[[RunConfig], Prediction]
+Predict = Callable[[RunConfig, Gpu], Prediction]
 Settings = Mapping[str, Value]
 
 MEASURED_SHARE = 0.003
-"""Of the peak: how far a prediction may be off that is corrected by what was measured."""
+"""Share of the peak: how far a prediction may be off that is corrected by what was measured."""
 
 EXPANDABLE: Settings = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""What is set in the environment, before the process begins."""
+"""Setting of the environment, before the process begins."""
 
 COST_OF_WORKLOAD = {"batch_size": "more steps for as many rows", "seq_len": "longer rows are cut"}
 
@@ -80,7 +80,7 @@ class FixSearch:
     Args:
         run: That ran out of memory.
         report: Of that moment.
-        predict: Predicts a configuration for `gpu_with_room`; raises UserError where it cannot.
+        predict: Predicts a configuration for a GPU; raises UserError where it cannot.
 
     Attributes:
         unfit_by_bytes: After the last, if nothing fits: what the best that was tried lacks.
@@ -88,8 +88,8 @@ class FixSearch:
 
     def __init__(self, run: Run, report: OutOfMemoryReport, predict: Predict) -> None:
         self._run, self._report, self._config, self._predict = run, report, run.config, predict
-        self._on_gpu = run.environment.on_gpu
-        self._room = report.allocated_bytes + report.cached_bytes + report.free_bytes
+        self._gpu = gpu_with_room(run.environment, report)
+        self._room = self._gpu.memory_bytes
         self._beyond_bytes = 0
         self._known: dict[str, Prediction | None] = {}
         self.unfit_by_bytes: int | None = None
@@ -103,12 +103,13 @@ class FixSearch:
         if self._report.verdict is Verdict.GROWN:  # whatever is gained, what leaks will take
             return
         config = _shortest(self._config)
-        self._known[techniques.memory_key(config)] = now = self._predict(config)
+        self._known[techniques.memory_key(config)] = now = self._predict(config, self._gpu)
         self._beyond_bytes = beyond_prediction(self._run, self._report, now)
         if self._report.verdict is Verdict.FRAGMENTED and not self._report.expandable_segments:
             yield from self._without_gaps(now)
         # The run has died of it: what no prediction knows takes at least so much.
         self._beyond_bytes += max(0, self._room + 1 - self._needs(now))
+        self._gpu = replace(self._gpu, context_bytes=self._beyond_bytes)
         found = False
         for effect in (Effect.NONE, Effect.NUMERICS, Effect.TRAINING):
             alone = False
@@ -128,19 +129,18 @@ class FixSearch:
     # --- what a change needs ------------------------------------------------------------
 
     def _needs(self, prediction: Prediction) -> int:
-        """Bytes that a run needs, as far as is known; gaps between blocks are the allocator's of a GPU."""
-        if self._on_gpu and prediction.verdict is Outcome.FRAGMENTED:
-            return max(self._room + 1, prediction.safe_bound_bytes + self._beyond_bytes)
-        return prediction.safe_bound_bytes + self._beyond_bytes
+        """Bytes that a run needs, as far as is known; with gaps between blocks in the way, more than there are."""
+        needs = prediction.safe_bound_bytes + self._beyond_bytes
+        return max(self._room + 1, needs) if prediction.verdict is Outcome.FRAGMENTED else needs
 
     def _predicted(self, settings: Settings) -> Prediction | None:
-        """What is predicted of a change; None: it cannot be run."""
+        """Prediction of a change; None: it cannot be run."""
         config = _shortest(self._config.with_(settings))
         key = techniques.memory_key(config)
         if key not in self._known:
             try:
                 techniques.check(config, self._run.environment)
-                self._known[key] = self._predict(config)
+                self._known[key] = self._predict(config, self._gpu)
             except UserError:
                 self._known[key] = None
         return self._known[key]
@@ -163,7 +163,7 @@ class FixSearch:
     # --- one option ---------------------------------------------------------------------
 
     def _ladders(self, now: Prediction, effect: Effect) -> list[Ladder]:
-        """What can be changed with exactly this effect, what slows a step least first."""
+        """Ladders of changes with exactly this effect, what slows a step least first."""
         found = []
         for technique in techniques.registry().values():
             if technique.name != "parallel" and could_help(now, technique):
@@ -241,7 +241,7 @@ class FixSearch:
         return _merged(chosen)
 
     def _strongest(self, ladder: Ladder, now: Prediction) -> Settings | None:
-        """Of an option what saves most; None: nothing of it lowers any phase."""
+        """The rung of a ladder that saves most; None: nothing of it lowers any phase."""
         rungs = ladder.rungs[:1] if ladder.ordered else ladder.rungs
         helping = [rung for rung in rungs if (found := self._predicted(rung)) and _lowers(found, now)]
         return min(helping, key=self._peak_bytes, default=None)
@@ -315,7 +315,7 @@ def _highest(trace: StepTrace) -> dict[tuple[Phase, int], int]:
 
 
 def ladders_of(technique: Technique, config: RunConfig) -> list[Ladder]:
-    """What can be changed of a technique to lower memory, by the effect on what is computed.
+    """Ladders of a technique that can lower memory, one an effect on what is computed.
 
     Accumulation is at the same effective batch.
     """
@@ -360,7 +360,7 @@ def settings_text(settings: Settings) -> str:
 
 
 def costs(settings: Settings) -> str:
-    """What changes cost, in words."""
+    """Costs of changes, in words."""
     known = techniques.registry()
     words = [known[name].cost_of(value) for name, value in settings.items() if name in known]
     if not {"accumulation", "batch_size"} <= settings.keys():
@@ -369,7 +369,7 @@ def costs(settings: Settings) -> str:
 
 
 def in_script(settings: Settings) -> str:
-    """How changes are made in a script of one's own."""
+    """Lines that make changes in a script of one's own."""
     words = []
     for name, value in settings.items():
         technique = techniques.of_option(name)

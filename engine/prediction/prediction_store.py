@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..config import RunConfig, UserError
 from ..techniques import memory_key
+from ..user_folders import user_folder
 from ..wire import MalformedError
 from .disk_cache import DiskCache
 from .gpus import Gpu
@@ -60,12 +61,8 @@ class PredictionStore:
 
 def _folder() -> Path | None:
     """`$XDG_CACHE_HOME/gpumem-tui/predictions`; None where there is no home."""
-    base = os.environ.get("XDG_CACHE_HOME", "")
-    try:
-        caches = Path(base) if base.startswith("/") else Path.home() / ".cache"
-    except RuntimeError:  # neither HOME nor an entry in passwd
-        return None
-    return caches / "gpumem-tui" / "predictions"
+    folder = user_folder("XDG_CACHE_HOME", ".cache")
+    return folder / "predictions" if folder is not None else None
 
 
 # --- keys ------------------------------------------------------------------------

@@ -59,7 +59,7 @@ class Predictor:
         self._wanted: list[tuple[RunConfig, bool]] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._process = PredictingProcess()
         self._thread: threading.Thread | None = None
 
     def want(self, configs: Sequence[RunConfig], unhurried: Sequence[RunConfig] = ()) -> None:
@@ -96,13 +96,10 @@ class Predictor:
             self._closed = True
             self._wanted = []
             self._changed.notify_all()
-        process = self._process
-        if process is not None:
-            process.kill()
+        self._process.kill()
         if self._thread is not None:
             self._thread.join()
-        if self._process is not None:
-            _bury(self._process)
+        self._process.close()
 
     # --- the thread -----------------------------------------------------------
 
@@ -140,12 +137,29 @@ class Predictor:
             self._changed.notify_all()
 
     def _ask(self, config: RunConfig) -> Answer:
+        return self._process.predict(config, self._gpu)
+
+
+class PredictingProcess:
+    """A process that predicts, started with the first question; used by one thread at a time.
+
+    What it finds out is kept for every other process of this user.
+    """
+
+    def __init__(self) -> None:
+        self._process: subprocess.Popen[bytes] | None = None
+        self._closed = False
+
+    def predict(self, config: RunConfig, gpu: Gpu) -> Answer:
+        """A prediction, or why there can be none."""
+        if self._closed:
+            return UserError("nothing is predicted any more")
         process = self._started()
-        if self._closed:  # `close` may have looked for it before it was there
+        if self._closed:  # `kill` may have looked for it before it was there
             process.kill()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(_framed(Question(config.as_dict(), self._gpu)))
+            process.stdin.write(_framed(Question(config.as_dict(), gpu)))
             process.stdin.flush()
             answer = _read(process.stdout, _answers)
         except OSError:
@@ -156,8 +170,32 @@ class Predictor:
             return UserError("the process that predicts has ended")
         if answer.error:
             return UserError(answer.error)
-        self._store.put(config, answer.prediction)
+        PredictionStore(gpu).put(config, answer.prediction)
         return Prediction.unpacked(answer.prediction, config)
+
+    def known_or_predicted(self, config: RunConfig, gpu: Gpu) -> Prediction:
+        """A prediction, read if any process of this user has made it before.
+
+        Raises:
+            UserError: There can be none.
+        """
+        answer = PredictionStore(gpu).get(config) or self.predict(config, gpu)
+        if isinstance(answer, UserError):
+            raise answer
+        return answer
+
+    def kill(self) -> None:
+        """End it, from any thread: who waits for an answer gets an error."""
+        self._closed = True
+        process = self._process
+        if process is not None:
+            process.kill()
+
+    def close(self) -> None:
+        """End it and leave nothing of it, from the thread that asks, or once that has ended."""
+        self.kill()
+        if self._process is not None:
+            _bury(self._process)
 
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:

@@ -13,9 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from ...engine.config import UserError
+from ...engine.user_folders import state_folder
 from ..hang_up import end_with_terminal
 from ..interrupt import answered_by
-from ..settings import Settings, automatic_hz, state_path
+from ..settings import Settings, automatic_hz
 from ..terminal_background import asked_background
 from . import frames
 from .common import add_run_flags, config_from, opened, seconds
@@ -205,9 +206,12 @@ def show(source: Source, settings: Settings, on_shown: Callable[[], object] = la
 
 def tour_note() -> Path | None:
     """The file that is to say that the tour has been seen; None if it does, or cannot be: better never than always."""
-    path = state_path("tour-seen")
+    folder = state_folder()
+    if folder is None:
+        return None
+    path = folder / "tour-seen"
     try:
-        if path is None or path.exists():
+        if path.exists():
             return None
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError:
