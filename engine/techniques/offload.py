@@ -83,6 +83,7 @@ TECHNIQUE = Technique(
     summary="what backward needs waits in pinned host memory: all that is saved, or the inputs of checkpoints alone",
     formula="activations, or 2·seq·batch·hidden bytes a checkpointed layer; a layer's come back while it runs",
     source="https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.save_on_cpu.html",
+    slowdown=0.5,
     cost={
         "off": "nothing",
         "activations": "every activation over PCIe and back: several times slower than checkpointing",
