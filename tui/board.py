@@ -29,8 +29,8 @@ from .state import ViewState
 from .units import shorten
 
 MIN_WIDTH, MIN_HEIGHT = 60, 20
-NAMED_WIDTH = 80
-"""Columns from which the footer names every screen, and not only the one that is on."""
+CUT_TITLE = 4
+"""Letters of the other screens' names where they do not fit whole."""
 
 KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, ComparePage, EventsPage, WeightsPage)
 """The screens, in the order of their digits."""
@@ -230,20 +230,25 @@ class Board:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""
         palette = self.palette
         keys = {action.name: action.keys[0] for action in self.everywhere}
+        said = "" if role in (ViewerRole.OWNER, ViewerRole.ATTACHED) else f" {role}"
         row = Row().add(" ")
-        for page in self.pages:
-            on = page is self.page
-            title = f" {page.title}" if on or width >= NAMED_WIDTH else ""
-            row.add(keys[f"screen.{page.title}"], palette.accent).add(title, palette.bold if on else palette.dim)
-            row.add(" ")
-        if role not in (ViewerRole.OWNER, ViewerRole.ATTACHED):
-            row.add(f" {role}", palette.bad)
+        for page, title in zip(self.pages, self._titles(width - len(said)), strict=True):
+            row.add(keys[f"screen.{page.title}"], palette.accent)
+            row.add(title, palette.bold if page is self.page else palette.dim).add(" ")
+        row.add(said, palette.bad)
         labels = (("help", "help"), ("quit", "quit"), ("pause", "go on" if self.frozen else "pause"))
-        room = width - len(self.rate) - 2
         for name, label in labels:
-            if row.width + len(keys[name]) + len(label) + 2 <= room:
+            if row.width + len(keys[name]) + len(label) + 2 < width:
                 row.add(" ").add(keys[name], palette.accent).add(f" {label}", palette.dim)
-        return row.right(self.rate, width - 1, palette.dim)
+        return row.right(self.rate, width - 1, palette.dim) if row.width + len(self.rate) + 2 < width else row
+
+    def _titles(self, width: int) -> list[str]:
+        """The names of the screens behind their digits: whole, cut, or only of the one that is on."""
+        for cut in (None, CUT_TITLE, 0):
+            titles = [f" {page.title[: None if page is self.page else cut]}".rstrip() for page in self.pages]
+            if sum(len(title) + len("1 ") for title in titles) + len(" ? help") + 1 < width:
+                break
+        return titles
 
 
 def fits(width: int, height: int) -> bool:
