@@ -56,6 +56,8 @@ _CACHED = "layers."
 """The name of a KV cache's layers, of which the cache knows nothing but the number."""
 
 _WRAPPERS = ("module.", "_orig_mod.", "base_model.model.")
+_INNER_WRAPPERS = re.compile(r"_fsdp_wrapped_module\.|_checkpoint_wrapped_module\.")
+"""Stand before any module's name that is wrapped, not only before the model's own."""
 
 
 NAMES = 2**15
@@ -81,8 +83,8 @@ def layer_of(name: str) -> str:
 
 @lru_cache(NAMES)
 def strip_wrappers(name: str) -> str:
-    """A module's name in the model itself, whatever wraps it (PEFT, DDP, compile)."""
-    dotted = f"{name}."
+    """A module's name in the model itself, whatever wraps it (PEFT, DDP, FSDP, compile)."""
+    dotted = _INNER_WRAPPERS.sub("", f"{name}.")
     for wrapper in _WRAPPERS:
         if wrapper.startswith(dotted):
             return ""  # the wrapper itself stands for the model

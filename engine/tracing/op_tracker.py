@@ -137,14 +137,16 @@ class OpTracker(TorchDispatchMode):
         self._mark = mark
 
     def address(self, tensor: torch.Tensor) -> int:
-        """The storage object's address; 0 on another device.
+        """The storage object's address; 0 on another device, or if it is empty.
 
-        A tensor no operator has returned (mapped from a file) is counted now.
+        A tensor no operator has returned (mapped from a file) is counted now, and so is
+        a storage that has been resized.
         """
         if tensor.device.type != self._device_type:
             return 0
         self._see(tensor)
-        return int(tensor.untyped_storage()._cdata)
+        storage = tensor.untyped_storage()
+        return int(storage._cdata) if storage.nbytes() else 0
 
     def allocated_bytes(self) -> int:
         """Sum over the storages alive."""

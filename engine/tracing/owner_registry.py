@@ -14,7 +14,7 @@ import torch
 
 from ..events import OWNER, Category
 from ..ledger import strip_wrappers
-from . import owners
+from . import owners, sharding
 from .labels import Labels
 from .recorder import Recorder, columns
 from .storages import parts_of
@@ -129,6 +129,7 @@ class OwnerRegistry:
             again = self._found.copy()
             again["mark"] = mark
             rows.repeated.append(again)
+        self.note(rows, mark, sharding.at_rest())
         name = self._labels.name("cuBLAS")
         for address in self._recorder.workspaces:
             rows.noted.extend((address, mark, Category.WORKSPACE, name, -1))
@@ -138,10 +139,15 @@ class OwnerRegistry:
     def _look_up(self, model: torch.nn.Module, rows: OwnerRows, mark: int) -> None:
         models = [("", model), *_alive(self._other_models)]
         optimizers = [*self._optimizers, *(o for reference in self._other_optimizers if (o := reference()))]
-        named: dict[int, tuple[str, torch.Tensor]] = {}
+        # What is unsharded at the moment moves: it is no parameter, and is noted wherever it is gathered.
+        stand_ins = sharding.stand_ins()
+        named = {id(tensor): (name, tensor) for name, tensor in sharding.sharded_parameters()}
         for prefix, each in models:
-            self.note(rows, mark, ((c, prefix + strip_wrappers(name), t) for c, name, t in owners.of_model(each)))
+            own = ((c, prefix + strip_wrappers(n), t) for c, n, t in owners.of_model(each) if id(t) not in stand_ins)
+            self.note(rows, mark, own)
             for name, parameter in each.named_parameters():
+                if id(parameter) in stand_ins:
+                    continue
                 named.setdefault(id(parameter), (prefix + strip_wrappers(name), parameter))
         for optimizer in optimizers:
             for name, tensor in owners.parameters_of(optimizer):
@@ -162,9 +168,8 @@ class OwnerRegistry:
         for group in optimizer.param_groups:
             for parameter in group["params"]:
                 name, made, _ = self._trained.get(id(parameter), (0, -1, None))
-                if parameter.grad is not None:
-                    address = self._recorder.address(parameter.grad)
-                    rows.noted.extend((address, mark, Category.GRADIENTS, name, made))
+                for part in parts_of(parameter.grad) if parameter.grad is not None else ():
+                    rows.noted.extend((self._recorder.address(part), mark, Category.GRADIENTS, name, made))
 
     def note_gradients(self, rows: OwnerRows, mark: int) -> None:
         """The `.grad` of every parameter and leaf that has one."""

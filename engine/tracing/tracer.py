@@ -29,6 +29,7 @@ from .labels import Labels
 from .owner_registry import OwnerRegistry, OwnerRows
 from .recompute_log import OnRecompute, Recomputed, RecomputeLog
 from .recorder import Recorder
+from .sharding import observed_sharding
 
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
@@ -165,6 +166,7 @@ class Tracer:
             with (
                 recompute.observer(observer or self.recomputing),
                 activation_offload.observer(self.brought_back),
+                observed_sharding(self._model, guard(self.own_held)),
                 ExitStack() as self._hooks,
             ):
                 yield

@@ -1,0 +1,242 @@
+"""Parameters sharded over ranks: what FSDP gathers and reduces, noted where it does so.
+
+Both of torch's versions keep unsharded parameters in storages that they resize,
+which no operator shows, and copy gradients into buffers that live for a layer.
+Their methods are wrapped while somebody listens, and are what they were afterwards.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ..events import Category
+from ..ledger import strip_wrappers
+from .owners import Owned
+
+FULLY_SHARD = "torch.distributed.fsdp._fully_shard"
+FSDP1 = "torch.distributed.fsdp"
+
+Note = Callable[[Iterable[Owned]], None]
+"""Told of tensors whose storages have just been filled, or emptied."""
+
+Tell = Callable[..., Iterator[Owned]]
+
+_notes: list[Note] = []
+_wrapped = ExitStack()
+_groups: weakref.WeakSet[Any] = weakref.WeakSet()
+_handles: weakref.WeakSet[Any] = weakref.WeakSet()
+_names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
+
+
+@contextmanager
+def observed_sharding(model: torch.nn.Module, note: Note) -> Iterator[None]:
+    """Tell of every gather and every reduction of FSDP's, until the context is left.
+
+    Args:
+        model: After whose modules flat parameters are named.
+        note: Told on the thread that gathers or reduces: in backward on a GPU, autograd's own.
+    """
+    _names.update({module: strip_wrappers(name) for name, module in model.named_modules()})
+    if not _notes:
+        with _wrapped:  # unwinds if it fails half-way
+            _install(_wrapped)
+            kept = _wrapped.pop_all()
+        _wrapped.push(kept)
+    _notes.append(note)
+    try:
+        yield
+    finally:
+        _notes.remove(note)
+        if not _notes:
+            _wrapped.close()
+
+
+def at_rest() -> Iterator[Owned]:
+    """Shards, and what stays unsharded between steps: a root's parameters, those that are never resharded."""
+    for group in list(_groups):
+        yield from _unsharded(group)
+        for param in group.fsdp_params:
+            yield Category.PARAMETERS, _parameter_name(param), param.sharded_param
+    for handle in list(_handles):
+        yield from _flat_buffers(handle)
+        if (shard := getattr(handle.flat_param, "_local_shard", None)) is not None:
+            yield Category.PARAMETERS, f"{_handle_name(handle)}flat_param", shard
+
+
+def sharded_parameters() -> Iterator[tuple[str, torch.Tensor]]:
+    """The parameters that an optimizer updates, whether or not their modules have them at the moment."""
+    for group in list(_groups):
+        for param in group.fsdp_params:
+            yield _parameter_name(param), param.sharded_param
+
+
+def stand_ins() -> set[int]:
+    """The `id` of every parameter that stands in a module for its shard at the moment."""
+    found = {id(p._unsharded_param) for g in list(_groups) for p in g.fsdp_params if hasattr(p, "_unsharded_param")}
+    for handle in list(_handles):
+        if handle.flat_param.data_ptr() != handle.flat_param._local_shard.data_ptr():
+            found |= {id(handle.flat_param), *map(id, handle.flat_param._params or ())}
+    return found
+
+
+# --- fully_shard --------------------------------------------------------------------
+
+
+def _install(undo: ExitStack) -> None:
+    if (groups := sys.modules.get(f"{FULLY_SHARD}._fsdp_param_group")) is not None:
+        group = groups.FSDPParamGroup
+        _wrap(undo, group, "unshard", after=_gathering)
+        _wrap(undo, group, "wait_for_unshard", after=_unsharded)
+        _wrap(undo, group, "reshard", after=_unsharded)
+        _wrap(undo, group, "post_backward", before=_gradients, after=_reduced)
+        collectives = sys.modules[f"{FULLY_SHARD}._fsdp_collectives"]
+        _wrap(undo, collectives, "_get_param_all_gather_inputs", of_result=_copied_in)
+    if (handles := sys.modules.get(f"{FSDP1}._flat_param")) is not None:
+        for method in ("pre_unshard", "unshard", "post_unshard", "reshard"):
+            _wrap(undo, handles.FlatParamHandle, method, after=_flat_buffers)
+        runtime = sys.modules[f"{FSDP1}._runtime_utils"]
+        _wrap(undo, runtime, "_reduce_grad", before=_flat_gradients, after=_flat_gradients)
+        _wrap(undo, runtime, "_get_reduce_scatter_tensors", of_result=_flat_reduced)
+
+
+def _wrap(
+    undo: ExitStack, owner: Any, name: str, before: Tell | None = None, after: Tell | None = None,
+    of_result: Tell | None = None,
+) -> None:  # fmt: skip
+    """Tell of a function's arguments before and after it is called; `of_result` is given what it returned as well."""
+    call = getattr(owner, name, None)
+    if call is None:  # another version of torch's
+        return
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            _tell(before, *args)
+        result = call(*args, **kwargs)
+        if after is not None:
+            _tell(after, *args)
+        if of_result is not None:
+            _tell(of_result, result, *args)
+        return result
+
+    setattr(owner, name, wrapped)
+    undo.callback(setattr, owner, name, call)
+
+
+def _tell(found: Tell, *args: Any) -> None:
+    for note in tuple(_notes):
+        note(found(*args))
+
+
+def _gathering(group: Any, *_: Any) -> Iterator[Owned]:
+    """The output of an all-gather under way."""
+    _groups.add(group)
+    result = group._all_gather_result
+    if result is not None:
+        yield Category.GATHERED, f"{_group_name(group)}all_gather_output", result.all_gather_output
+
+
+def _unsharded(group: Any, *_: Any) -> Iterator[Owned]:
+    """The unsharded parameters; their storages are empty while they are sharded."""
+    for param in group.fsdp_params:
+        for tensor in (*param.all_gather_outputs, *getattr(param, "_unsharded_inner_tensors", ())):
+            yield Category.GATHERED, _parameter_name(param), tensor
+        post_forward = getattr(param, "_sharded_post_forward_param_data", None)
+        if post_forward is not None:  # resharded to fewer ranks
+            yield Category.GATHERED, _parameter_name(param), post_forward
+
+
+def _gradients(group: Any, *_: Any) -> Iterator[Owned]:
+    """Unsharded gradients: until they are reduced, or for as long as they are accumulated."""
+    for param in group.fsdp_params:
+        name = f"{_parameter_name(param)}.grad"
+        unsharded = getattr(getattr(param, "_unsharded_param", None), "grad", None)
+        for gradient in (unsharded, param.unsharded_accumulated_grad, param.sharded_param.grad):
+            if gradient is not None:
+                yield Category.GRADIENTS, name, gradient
+
+
+def _reduced(group: Any, *_: Any) -> Iterator[Owned]:
+    """The sharded gradients, and the buffers they were reduced in."""
+    yield from _gradients(group)
+    name = _group_name(group)
+    if group._partial_reduce_output is not None:
+        yield Category.GRADIENTS, f"{name}partial_reduce_output", group._partial_reduce_output
+    for state in _states(group):
+        yield Category.COMMUNICATION, f"{name}reduce_scatter_input", state.reduce_scatter_input
+    if (state := getattr(group, "_all_reduce_state", None)) is not None:
+        yield Category.COMMUNICATION, f"{name}all_reduce_input", state.all_reduce_input
+
+
+def _states(group: Any) -> list[Any]:
+    """Reductions under way; older versions of torch keep one."""
+    context = group.comm_ctx
+    single = getattr(context, "reduce_scatter_state", None)
+    return [*getattr(context, "reduce_scatter_states", ())[-1:], *([single] if single is not None else [])]
+
+
+def _copied_in(inputs: list[list[torch.Tensor]], params: list[Any]) -> Iterator[Owned]:
+    """Shards in the dtype, or on the device, in which they are gathered."""
+    for param, tensors in zip(params, inputs, strict=True):
+        shard = param._sharded_local_tensor
+        for tensor in tensors:
+            if not _same_storage(tensor, shard):
+                yield Category.COMMUNICATION, f"{_parameter_name(param)}.all_gather_input", tensor
+
+
+def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
+    try:
+        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+    except (RuntimeError, NotImplementedError):  # a wrapper's, which has none
+        return False
+
+
+def _group_name(group: Any) -> str:
+    name = strip_wrappers(group._module_fqn or "")
+    return f"{name}." if name else ""
+
+
+def _parameter_name(param: Any) -> str:
+    name = getattr(param, "_param_fqn", None) or param._module_info.param_name
+    return strip_wrappers(name)
+
+
+# --- FullyShardedDataParallel ---------------------------------------------------------
+
+
+def _flat_buffers(handle: Any, *_: Any) -> Iterator[Owned]:
+    """The gathered flat parameter and its shard in the dtype of the gather; both are empty at times."""
+    _handles.add(handle)
+    flat, name = handle.flat_param, _handle_name(handle)
+    for attribute in ("_full_param_padded", "_full_prec_full_param_padded"):
+        if (tensor := getattr(flat, attribute, None)) is not None:
+            yield Category.GATHERED, f"{name}flat_param", tensor
+    if (tensor := getattr(flat, "_mp_shard", None)) is not None:
+        yield Category.COMMUNICATION, f"{name}flat_param.all_gather_input", tensor
+
+
+def _flat_gradients(_state: Any, handle: Any) -> Iterator[Owned]:
+    flat, name = handle.flat_param, f"{_handle_name(handle)}flat_param.grad"
+    for gradient in (flat.grad, getattr(flat, "_saved_grad_shard", None)):
+        if gradient is not None:
+            yield Category.GRADIENTS, name, gradient
+
+
+def _flat_reduced(tensors: tuple[torch.Tensor, torch.Tensor], _state: Any, unsharded: torch.Tensor) -> Iterator[Owned]:
+    """What is reduced is the gradient itself, unless it has to be padded."""
+    padded, sharded = tensors
+    if not _same_storage(padded, unsharded):
+        yield Category.COMMUNICATION, "flat_param.reduce_scatter_input", padded
+    yield Category.GRADIENTS, "flat_param.grad", sharded
+
+
+def _handle_name(handle: Any) -> str:
+    name = _names.get(handle._fully_sharded_module, "")
+    return f"{name}." if name else ""
