@@ -159,6 +159,7 @@ class Ledger:
 
     Attributes:
         blocks: dtype BLOCK_ROW, one row a block.
+        claimed: Which of them somebody owns; the others are named by their lives.
         unmatched_frees: Frees of addresses nobody had allocated: events were
             lost. 0 in a sound trace.
     """
@@ -166,7 +167,7 @@ class Ledger:
     def __init__(self, trace: StepTrace) -> None:
         self.trace = trace
         self.blocks, self.unmatched_frees = paired(trace)
-        self._claimed = np.zeros(len(self.blocks), bool)
+        self.claimed = np.zeros(len(self.blocks), bool)
         self._name_owned()
         self._name_rest()
 
@@ -363,7 +364,7 @@ class Ledger:
         hit &= (blocks["address"][row] == trace.owners["address"]) & (blocks["died"][row] > when)
         # The first to claim a block keeps it: owners are listed strongest first.
         last_wins = np.flatnonzero(hit)[::-1]
-        self._claimed[row[last_wins]] = True
+        self.claimed[row[last_wins]] = True
         blocks["category"][row[last_wins]] = trace.owners["category"][last_wins]
         blocks["name"][row[last_wins]] = trace.owners["name"][last_wins]
         blocks["made"][row[last_wins]] = trace.owners["made"][last_wins]
@@ -374,7 +375,7 @@ class Ledger:
         # What is alive in a step that goes on, or that an error ended, has no lifetime to be judged by.
         unfinished = not trace.is_complete
         # An owner that calls its block unknown is believed too.
-        free = (blocks["category"] == Category.UNKNOWN) & ~self._claimed
+        free = (blocks["category"] == Category.UNKNOWN) & ~self.claimed
         # Outputs that the loop keeps hold their graph, and with it tensors that
         # outlive their own step: kept as Python attributes of autograd functions,
         # or leaves of the graph. They go when the next outputs replace them.

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ..events import BLOCK, COMPLETE, MADE, MARK, OWNER, Counted, Ending, Made, Phase, PhaseSpan, StepTrace
 from ..ledger import allocation_keys
+from .buckets import Buckets, name_buckets
 from .recorder import Raw, Recorder, columns
 
 Publish = Callable[[StepTrace], None]
@@ -62,6 +63,7 @@ class Taken:
         ending: How the step ended, if it has.
         operators: Pairs of a mark and the description of the operator that set it.
         outputs: Triples of a mark, an address and the description of the tensor there.
+        buckets: Of every DDP module.
         taken_us: When.
     """
 
@@ -79,6 +81,7 @@ class Taken:
     ending: Ending
     operators: array[int]
     outputs: array[int]
+    buckets: tuple[Buckets, ...]
     taken_us: int
 
 
@@ -157,7 +160,7 @@ class Assembler:
         events["mark"] = _settled(events["mark"] - taken.first_mark)
         if taken.ending is COMPLETE and taken.operators:
             self._made = _learned(events, marks, taken)
-        return StepTrace(
+        trace = StepTrace(
             step=taken.number,
             events=events,
             marks=marks,
@@ -171,6 +174,7 @@ class Assembler:
             made=self._made,
             descriptions=taken.descriptions,
         )
+        return name_buckets(trace, taken.buckets) if taken.buckets else trace
 
 
 def _settled(marks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

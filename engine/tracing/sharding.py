@@ -7,11 +7,11 @@ Their methods are wrapped while somebody listens, and are what they were afterwa
 
 from __future__ import annotations
 
-import functools
 import sys
 import weakref
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +19,7 @@ import torch
 from ..events import Category
 from ..ledger import strip_wrappers
 from .owners import Owned
+from .wrapped_functions import WrappedFunctions, wrap
 
 FULLY_SHARD = "torch.distributed.fsdp._fully_shard"
 FSDP1 = "torch.distributed.fsdp"
@@ -26,17 +27,15 @@ FSDP1 = "torch.distributed.fsdp"
 Note = Callable[[Iterable[Owned]], None]
 """Told of tensors whose storages have just been filled, or emptied."""
 
-Tell = Callable[..., Iterator[Owned]]
+Find = Callable[..., Iterator[Owned]]
 
-_notes: list[Note] = []
-_wrapped = ExitStack()
 _groups: weakref.WeakSet[Any] = weakref.WeakSet()
 _handles: weakref.WeakSet[Any] = weakref.WeakSet()
 _names: weakref.WeakKeyDictionary[torch.nn.Module, str] = weakref.WeakKeyDictionary()
 
 
 @contextmanager
-def observed_sharding(model: torch.nn.Module, note: Note) -> Iterator[None]:
+def observed(model: torch.nn.Module, note: Note) -> Iterator[None]:
     """Tell of every gather and every reduction of FSDP's, until the context is left.
 
     Args:
@@ -44,18 +43,8 @@ def observed_sharding(model: torch.nn.Module, note: Note) -> Iterator[None]:
         note: Told on the thread that gathers or reduces: in backward on a GPU, autograd's own.
     """
     _names.update({module: strip_wrappers(name) for name, module in model.named_modules()})
-    if not _notes:
-        with _wrapped:  # unwinds if it fails half-way
-            _install(_wrapped)
-            kept = _wrapped.pop_all()
-        _wrapped.push(kept)
-    _notes.append(note)
-    try:
+    with _fsdp.heard_by(note):
         yield
-    finally:
-        _notes.remove(note)
-        if not _notes:
-            _wrapped.close()
 
 
 def at_rest() -> Iterator[Owned]:
@@ -81,7 +70,7 @@ def stand_ins() -> set[int]:
     """The `id` of every parameter that stands in a module for its shard at the moment."""
     found = {id(p._unsharded_param) for g in list(_groups) for p in g.fsdp_params if hasattr(p, "_unsharded_param")}
     for handle in list(_handles):
-        if handle.flat_param.data_ptr() != handle.flat_param._local_shard.data_ptr():
+        if not _same_storage(handle.flat_param, handle.flat_param._local_shard):
             found |= {id(handle.flat_param), *map(id, handle.flat_param._params or ())}
     return found
 
@@ -89,50 +78,33 @@ def stand_ins() -> set[int]:
 # --- fully_shard --------------------------------------------------------------------
 
 
-def _install(undo: ExitStack) -> None:
+def _wrap_all(undo: ExitStack) -> None:
     if (groups := sys.modules.get(f"{FULLY_SHARD}._fsdp_param_group")) is not None:
         group = groups.FSDPParamGroup
-        _wrap(undo, group, "unshard", after=_gathering)
-        _wrap(undo, group, "wait_for_unshard", after=_unsharded)
-        _wrap(undo, group, "reshard", after=_unsharded)
-        _wrap(undo, group, "post_backward", before=_gradients, after=_reduced)
+        wrap(undo, group, "unshard", after=_afterwards(_gathering))
+        wrap(undo, group, "wait_for_unshard", after=_afterwards(_unsharded))
+        wrap(undo, group, "reshard", after=_afterwards(_unsharded))
+        wrap(undo, group, "post_backward", before=partial(_tell, _gradients), after=_afterwards(_reduced))
         collectives = sys.modules[f"{FULLY_SHARD}._fsdp_collectives"]
-        _wrap(undo, collectives, "_get_param_all_gather_inputs", of_result=_copied_in)
+        wrap(undo, collectives, "_get_param_all_gather_inputs", after=partial(_tell, _copied_in))
     if (handles := sys.modules.get(f"{FSDP1}._flat_param")) is not None:
         for method in ("pre_unshard", "unshard", "post_unshard", "reshard"):
-            _wrap(undo, handles.FlatParamHandle, method, after=_flat_buffers)
+            wrap(undo, handles.FlatParamHandle, method, after=_afterwards(_flat_buffers))
         runtime = sys.modules[f"{FSDP1}._runtime_utils"]
-        _wrap(undo, runtime, "_reduce_grad", before=_flat_gradients, after=_flat_gradients)
-        _wrap(undo, runtime, "_get_reduce_scatter_tensors", of_result=_flat_reduced)
+        wrap(undo, runtime, "_reduce_grad", before=partial(_tell, _flat_gradients), after=_afterwards(_flat_gradients))
+        wrap(undo, runtime, "_get_reduce_scatter_tensors", after=partial(_tell, _flat_reduced))
 
 
-def _wrap(
-    undo: ExitStack, owner: Any, name: str, before: Tell | None = None, after: Tell | None = None,
-    of_result: Tell | None = None,
-) -> None:  # fmt: skip
-    """Tell of a function's arguments before and after it is called; `of_result` is given what it returned as well."""
-    call = getattr(owner, name, None)
-    if call is None:  # another version of torch's
-        return
-
-    @functools.wraps(call)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
-        if before is not None:
-            _tell(before, *args)
-        result = call(*args, **kwargs)
-        if after is not None:
-            _tell(after, *args)
-        if of_result is not None:
-            _tell(of_result, result, *args)
-        return result
-
-    setattr(owner, name, wrapped)
-    undo.callback(setattr, owner, name, call)
+_fsdp: WrappedFunctions[Note] = WrappedFunctions(_wrap_all)
 
 
-def _tell(found: Tell, *args: Any) -> None:
-    for note in tuple(_notes):
-        note(found(*args))
+def _tell(find: Find, *args: Any) -> None:
+    for note in _fsdp.listeners:
+        note(find(*args))
+
+
+def _afterwards(find: Find) -> Callable[..., None]:
+    return lambda _result, *args: _tell(find, *args)
 
 
 def _gathering(group: Any, *_: Any) -> Iterator[Owned]:
@@ -193,7 +165,7 @@ def _copied_in(inputs: list[list[torch.Tensor]], params: list[Any]) -> Iterator[
 
 def _same_storage(one: torch.Tensor, other: torch.Tensor) -> bool:
     try:
-        return one.untyped_storage()._cdata == other.untyped_storage()._cdata
+        return bool(one.untyped_storage()._cdata == other.untyped_storage()._cdata)
     except (RuntimeError, NotImplementedError):  # a wrapper's, which has none
         return False
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import time
 import traceback
+import weakref
 from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
@@ -21,15 +22,15 @@ from .. import activation_offload, recompute
 from ..config import one_line
 from ..events import COMPLETE, OPEN, Category, Counted, Ending, EndKind, Made, Phase
 from ..ledger import LOSS
-from . import owners
+from . import owners, sharding
 from .assembly import MODULE_BITS, Assembler, Publish, Span, Taken, pack
+from .buckets import BUCKETS, buckets_of, reducers
 from .describe import OperatorWatch
 from .hooks import Guard, tag_modules, tag_steps_in_backward, unguarded
 from .labels import Labels
 from .owner_registry import OwnerRegistry, OwnerRows
 from .recompute_log import OnRecompute, Recomputed, RecomputeLog
 from .recorder import Recorder
-from .sharding import observed_sharding
 
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
@@ -97,6 +98,7 @@ class Tracer:
         self._assembler = Assembler(recorder, publish)
         self._labels = Labels()
         self._owners = OwnerRegistry(recorder, self._labels)
+        self._reducers: weakref.WeakSet[Any] = weakref.WeakSet()
         self._recomputes = RecomputeLog(on_recompute)
         self._publish_every_s, self._described, self._counts_peaks = publish_every_s, described, counts_peaks
         self._optimizer_name = 0
@@ -166,7 +168,8 @@ class Tracer:
             with (
                 recompute.observer(observer or self.recomputing),
                 activation_offload.observer(self.brought_back),
-                observed_sharding(self._model, guard(self.own_held)),
+                sharding.observed(self._model, guard(self.own_held)),
+                reducers.heard_by(guard(self._making_buckets)),
                 ExitStack() as self._hooks,
             ):
                 yield
@@ -326,6 +329,12 @@ class Tracer:
         if self._step is not None:
             self._own_all([(Category.ACTIVATIONS, self.module_now, tensor)])
 
+    def _making_buckets(self, ddp: Any, begins: bool) -> None:
+        """DDP is about to make its buckets anew, if ever, or is past that."""
+        self._reducers.add(ddp)
+        if self.tagging:
+            self.tag(self.phase_now, self.name(BUCKETS) if begins else 0)
+
     # --- what the operators' watch calls ------------------------------------
 
     def operator(self, name: str) -> None:
@@ -405,6 +414,7 @@ class Tracer:
                 ending=ending,
                 operators=step.operators[:],
                 outputs=step.outputs[:],
+                buckets=tuple(map(buckets_of, self._reducers)),
                 taken_us=_now_us(),
             )
         )

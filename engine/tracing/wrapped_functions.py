@@ -1,0 +1,77 @@
+"""Functions of a library that are wrapped for as long as somebody listens to what they tell."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, Generic, TypeVar
+
+Listener = TypeVar("Listener", bound=Callable[..., Any])
+
+
+class WrappedFunctions(Generic[Listener]):
+    """The wrapped functions of one library, and their listeners.
+
+    Several runs of one process may listen; the first has the functions wrapped, and
+    after the last they are what they were.
+
+    Args:
+        wrap_all: Wraps them, each with its removal pushed right after it.
+
+    Attributes:
+        listeners: Those that are to be told now.
+    """
+
+    def __init__(self, wrap_all: Callable[[ExitStack], None]) -> None:
+        self._wrap_all = wrap_all
+        self.listeners: tuple[Listener, ...] = ()
+        self._undo = ExitStack()
+
+    @contextmanager
+    def heard_by(self, listener: Listener) -> Iterator[None]:
+        """Have a listener told, until the context is left."""
+        if not self.listeners:
+            with ExitStack() as undo:
+                self._wrap_all(undo)
+                self._undo = undo.pop_all()
+        self.listeners = (*self.listeners, listener)
+        try:
+            yield
+        finally:
+            self.listeners = tuple(other for other in self.listeners if other is not listener)
+            if not self.listeners:
+                self._undo.close()
+
+
+def wrap(
+    undo: ExitStack,
+    owner: Any,
+    name: str,
+    before: Callable[..., None] | None = None,
+    after: Callable[..., None] | None = None,
+) -> None:
+    """Wrap a function of a module or a class, if this version of the library has it.
+
+    Args:
+        undo: Is given its removal.
+        owner: The module or the class.
+        name: Of the function.
+        before: Called with its arguments.
+        after: Called with what it returned, and its arguments.
+    """
+    call = getattr(owner, name, None)
+    if call is None:
+        return
+
+    @functools.wraps(call)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        if before is not None:
+            before(*args)
+        result = call(*args, **kwargs)
+        if after is not None:
+            after(result, *args)
+        return result
+
+    setattr(owner, name, wrapped)
+    undo.callback(setattr, owner, name, call)
