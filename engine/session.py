@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import techniques
-from .config import RunConfig, UserError, one_line, show
+from .config import RunConfig, UserError, one_line
 from .events import StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
 from .publisher import GAUGE_EVERY_S, RunPublisher
@@ -175,14 +175,14 @@ class Session(Published):
         except UserError as error:
             self._feed.tell(Refused(text=str(error)))
             return
-        self._publisher.begin(config, RunKind.TRAINED, describe(config))
+        self._publisher.begin(config, RunKind.TRAINED, techniques.describe(config))
         problem = self._run(config)
         steps = self._publisher.steps
         if problem is None or steps:
             self._good = config if steps else self._good
             return
         if self._good is not None and self._good != config and self._commands.empty():
-            self._feed.tell(Note(text=f"going back to the run before: {describe(self._good)}"))
+            self._feed.tell(Note(text=f"going back to the run before: {techniques.describe(self._good)}"))
             self._commands.put(Start(self._good))
 
     def _planned(self, config: RunConfig) -> Plan:
@@ -323,9 +323,3 @@ class Session(Published):
 
     def _save(self, command: Save) -> None:
         self._feed.tell(save(command, self.run))
-
-
-def describe(config: RunConfig) -> str:
-    """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
-    said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(techniques.changed(config))
-    return f"{config.model} {' '.join(f'{name}={show(value)}' for name, value in said.items())}"

@@ -32,9 +32,9 @@ def foretold(config: RunConfig, peak_bytes: int, run: Run | bytes = b"", fits: b
         config=config, gpu="H100 80GB", loaded_bytes=0, after_step_bytes=0, peak_bytes=peak_bytes, by_category={},
         by_phase={},
         peak_phase="forward", reserved_bytes=peak_bytes, expandable_bytes=None,
-        verdict=Verdict.FITS if fits else Verdict.TOO_LARGE, managed_bytes=0, pinned_bytes=0,
+        verdict=Verdict.FITS if fits else Verdict.TOO_LARGE, managed_bytes=0, pinned_bytes=0, unsure_bytes=0,
         safe_bound_bytes=peak_bytes, available_bytes=peak_bytes if fits else peak_bytes - 1,
-        max_positions=0, seconds=0.0, whole_run=run,
+        max_positions=0, notes=(), seconds=0.0, whole_run=run,
     )  # fmt: skip
 
 

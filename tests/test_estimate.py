@@ -12,11 +12,11 @@ import pytest
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.prediction_text import verdict
 from gpumem_tui.engine.prediction.search import largest, largest_that_fit
 from gpumem_tui.tui import interrupt
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import estimate
-from gpumem_tui.tui.commands.estimate import verdict
 
 from .conftest import small_run
 

@@ -28,7 +28,7 @@ def folders_with_code() -> set[str]:
 
 def test_the_packages_are_the_folders_on_disk() -> None:
     packages = set(PROJECT["tool"]["setuptools"]["packages"])
-    assert packages == folders_with_code() | {"gpumem_tui.watch"}, (
+    assert packages == folders_with_code() | {"gpumem_tui.watch", "gpumem_tui.predict"}, (
         "and what training scripts import, a folder of the engine"
     )
 
@@ -50,7 +50,8 @@ def test_the_wheel_holds_every_file(tmp_path: Path) -> None:
         if name.split("/")[0] in ("engine", "tui", "profiles") and not name.endswith(".md")
     }
     assert wanted <= held, wanted - held
-    assert {"gpumem_tui/watch/__init__.py", "gpumem_tui/watch/py.typed"} <= held
+    for name in ("watch", "predict"):
+        assert {f"gpumem_tui/{name}/__init__.py", f"gpumem_tui/{name}/py.typed"} <= held
     (licence,) = (name for name in held if name.endswith("LICENSE"))
     assert "Apache License" in zipfile.ZipFile(wheel).read(licence).decode()
     tops = {name.split("/")[0] for name in held if ".dist-info" not in name}

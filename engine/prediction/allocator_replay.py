@@ -24,12 +24,14 @@ class Replayed:
         recomputes: With the bytes they held.
         allocated: `memory_allocated` after each row.
         reserved: `memory_reserved` after each row.
+        possible_peak_bytes: The most that was allocated together with what a kernel may take besides; 0: none may.
     """
 
     traces: list[StepTrace]
     recomputes: list[Recompute]
     allocated: npt.NDArray[np.int64]
     reserved: npt.NDArray[np.int64]
+    possible_peak_bytes: int
 
 
 class _Player:
@@ -39,6 +41,7 @@ class _Player:
         self.allocator = allocator
         self.place = np.zeros(blocks, np.uint64)
         self.allocated, self.reserved = array("q"), array("q")
+        self.possible_peak_bytes = 0
 
     def play(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
         """Returns what became of the rows, and where in it each of them begins.
@@ -58,6 +61,8 @@ class _Player:
                 address = int(place[block])
                 _, handed_out = allocator.free(address)
                 became.append((address, size, -size - handed_out, mark, time_us))
+            elif wanted < 0:
+                self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - wanted)
             elif wanted:
                 became += self._warm_up(wanted, mark, time_us)
             else:
@@ -112,4 +117,5 @@ def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
                 held = int(curve[span.end] - curve[span.begin])
                 recomputes.append(next(waiting)._replace(bytes=held))
     player.play(requests.rows[done:])
-    return Replayed(traces, recomputes, np.array(player.allocated), np.array(player.reserved))
+    allocated, reserved = np.array(player.allocated), np.array(player.reserved)
+    return Replayed(traces, recomputes, allocated, reserved, player.possible_peak_bytes)

@@ -49,6 +49,11 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten.mm.dtype_out: _into_out,
         aten.addmm.dtype_out: _into_out,
         aten.embedding_dense_backward.default: _embedding_backward,
+        aten.convolution.default: _convolution,
+        aten.convolution_backward.default: _convolution_backward,
+        aten._fft_r2c.default: _fourier,
+        aten._fft_c2r.default: _fourier,
+        aten._fft_c2c.default: _fourier,
     }
 
 
@@ -172,10 +177,45 @@ def _any(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return out
 
 
-def _nonzero(_tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
+def _nonzero(tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
     """The result's size depends on the data; mostly it is empty."""
     (tensor,) = args
+    tracker.assume("how many elements are selected depends on data: none is taken to be")
     return aten.empty.memory_format([0, tensor.dim()], dtype=torch.int64, device=tensor.fake_device)
+
+
+def _convolution(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """cuDNN's workspace is what its heuristics choose for this GPU and version: at the most a copy of each tensor.
+
+    Its kernels on tensor cores want channels last, and transform what has another layout in their workspace.
+    """
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    tracker.may_take(_copies_bytes(*args[:2], out))
+    return out
+
+
+def _convolution_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """As forward, for each of the gradients; the weight's is added up in float32."""
+    grads = func(*args, **kwargs)
+    for grad in grads:
+        if grad is not None:
+            tracker.see(grad)
+    weight = args[2]
+    tracker.may_take(_copies_bytes(*args[:3]) + weight.numel() * 4)
+    return grads
+
+
+def _fourier(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """cuFFT's work area depends on the length's factors; a transform to real numbers overwrites a copy of its input."""
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    tracker.may_take(_copies_bytes(args[0], out))
+    return out
+
+
+def _copies_bytes(*tensors: Tensor) -> int:
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _cumsum(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

@@ -51,6 +51,17 @@ def cuda_paths(
         libraries: Packages whose own kernels the run uses.
         times: How many parameters of the model the named one stands for.
     """
+    with pytorch_paths(gpu, tracker), transformers_paths(gpu, tracker, libraries, times):
+        if bitsandbytes_cuda.PACKAGE not in libraries:
+            yield
+            return
+        with bitsandbytes_cuda.cuda_backend(gpu, tracker):
+            yield
+
+
+@contextmanager
+def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
+    """PyTorch's own."""
     with ExitStack() as undo:
         logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
         undo.callback(logger.setLevel, logger.level)
@@ -62,22 +73,29 @@ def cuda_paths(
         library.impl("softmax.int", _fused_with_cast(torch.ops.aten._softmax), "AutogradCPU")
         library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
         autocast.register(library)
-        _replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
-        import transformers.modeling_utils
-        from transformers import masking_utils, modeling_flash_attention_utils
+        replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
+        replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
+        replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
+        replace(undo, torch.utils, "swap_tensors", _set_data)
+        for name in ("tensor", "as_tensor"):
+            replace(undo, torch, name, _moved(getattr(torch, name)))
+        yield
 
-        _replace(undo, masking_utils, "is_tracing", lambda *_: False)
+
+@contextmanager
+def transformers_paths(
+    gpu: Gpu, tracker: FakeCuda, libraries: Collection[str] = (), times: Callable[[str], int] = lambda _: 1
+) -> Iterator[None]:
+    """transformers', and those of the losses it can be given; imports it. Arguments as in `cuda_paths`."""
+    import transformers.modeling_utils
+    from transformers import masking_utils, modeling_flash_attention_utils
+
+    with ExitStack() as undo:
+        replace(undo, masking_utils, "is_tracing", lambda *_: False)
         if FLASH_ATTENTION in libraries:
             _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
-        _replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
-        _replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
-        if bitsandbytes_cuda.PACKAGE in libraries:
-            undo.enter_context(bitsandbytes_cuda.cuda_backend(gpu, tracker))
+        replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         undo.enter_context(fused_losses(tracker))
-        _replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
-        _replace(undo, torch.utils, "swap_tensors", _set_data)
-        for name in ("tensor", "as_tensor"):
-            _replace(undo, torch, name, _moved(getattr(torch, name)))
         yield
 
 
@@ -100,12 +118,12 @@ def _without_flash_attn(undo: ExitStack, gpu: Gpu, functions: Any, model_class: 
 
     not_padded.__signature__ = inspect.signature(flash_attn)  # type: ignore[attr-defined]  # read for what it takes
     is_packed = functions._is_packed_sequence
-    _replace(undo, model_class, "_flash_attn_can_dispatch", can_dispatch)
-    _replace(undo, functions, "_is_packed_sequence", unpacked)
-    _replace(undo, functions, "_lazy_imports", lambda *_, **__: (flash_attn, not_padded, None, not_padded, not_padded))
+    replace(undo, model_class, "_flash_attn_can_dispatch", can_dispatch)
+    replace(undo, functions, "_is_packed_sequence", unpacked)
+    replace(undo, functions, "_lazy_imports", lambda *_, **__: (flash_attn, not_padded, None, not_padded, not_padded))
     for name in LOADED_BY_FLASH_ATTENTION:
         if hasattr(functions, name):
-            _replace(undo, functions, name, None)
+            replace(undo, functions, name, None)
 
 
 @contextmanager
@@ -189,7 +207,7 @@ def _fused_with_cast(operator: Any) -> Any:
     return call
 
 
-def _replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
+def replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
     """Put something in another's place, until undone.
 
     Raises:

@@ -48,6 +48,7 @@ class FakeCuda(OpTracker):
         starts: Rows recorded before each `start`.
         inputs: By block, see `AllocRequests`.
         pinned: Of the host.
+        assume: Told of what depends on data and is taken to be something, in words.
     """
 
     def __init__(self, kernels: dict[Any, Kernel]) -> None:
@@ -68,6 +69,7 @@ class FakeCuda(OpTracker):
         self._engine_calls: tuple[CodeType, ...] = ()
         self._calibrating = False
         self._closed = False
+        self.assume: Callable[[str], None] = lambda _: None
 
     # --- seeing -------------------------------------------------------------
 
@@ -178,6 +180,10 @@ class FakeCuda(OpTracker):
         """Memory that a kernel takes and gives back before it returns."""
         for address in [self.allocate(size) for size in sizes if size][::-1]:
             self.release(address)
+
+    def may_take(self, size: int) -> None:
+        """What a kernel takes at the most and gives back before it returns, where nobody knows how much it is."""
+        self._row(0, 0, -size)
 
     def called_by_autograd(self) -> bool:
         """True if autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import enum
+import subprocess
+import sys
+import tempfile
 from dataclasses import dataclass, field
 from functools import cache, cached_property
+from pathlib import Path
 from typing import Any, Self, get_type_hints
 
 import msgspec
@@ -49,9 +53,11 @@ class Prediction:
         verdict: Whether it fits, gaps between blocks included.
         managed_bytes: Of paged optimizers, outside the allocator.
         pinned_bytes: Of the host's memory, page-locked, the most at once.
+        unsure_bytes: What kernels of which nobody knows what they take may add to the peak; part of the bound.
         safe_bound_bytes: Above what will be measured.
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
         max_positions: Tokens in a row that the model was made for; 0: not said.
+        notes: What was taken for granted, a line each, with its place in the script.
         seconds: What predicting took.
         whole_run: The run itself, or as it came from the process that predicts.
     """
@@ -69,9 +75,11 @@ class Prediction:
     verdict: Verdict
     managed_bytes: int
     pinned_bytes: int
+    unsure_bytes: int
     safe_bound_bytes: int
     available_bytes: int
     max_positions: int
+    notes: tuple[str, ...]
     seconds: float
     whole_run: Run | bytes = field(repr=False)
 
@@ -123,7 +131,48 @@ class Prediction:
             "margin_bytes": self.margin_bytes,
             "safe_bound_bytes": self.safe_bound_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "unsure_bytes": self.unsure_bytes,
+            "notes": list(self.notes),
         }
+
+    def __str__(self) -> str:
+        """What `estimate` prints."""
+        from .prediction_text import heading, text
+
+        return f"{heading(self)}\n\n{text(self)}"
+
+    def save(self, path: str | Path) -> None:
+        """Write a `.gpumem` recording: `gpumem-tui open` shows it, every command that takes a recording reads it.
+
+        Raises:
+            OSError: It cannot be written there; no part of it is.
+        """
+        from ..recording import write
+
+        write(Path(path), [self.run])
+
+    def export(self, path: str | Path, format_name: str) -> None:
+        """Write it in another program's format.
+
+        Args:
+            path: Where.
+            format_name: As in `gpumem-tui export --format`.
+
+        Raises:
+            OSError: It cannot be written there; no part of it is.
+            UserError: There is no such format.
+        """
+        from .. import exports
+        from ..exports.exported_run import named
+
+        exports.export(named([self.run]), exports.format_named(format_name), Path(path))
+
+    def open(self) -> None:
+        """Show it in the app, in this terminal, until that is left."""
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "prediction.gpumem"
+            self.save(path)
+            subprocess.run([sys.executable, "-m", "gpumem_tui.tui", "open", str(path)], check=False)
 
     @property
     def fits(self) -> bool:

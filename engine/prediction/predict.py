@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import time
+from collections.abc import Sequence
 
 from .. import techniques
 from ..config import RunConfig
@@ -11,7 +12,7 @@ from ..device import installed_packages
 from ..events import Environment, Recompute
 from ..report import Report
 from ..run import Run, RunId, RunKind
-from ..run_events import Loaded, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
+from ..run_events import Loaded, Note, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
 from .gpus import Gpu
 from .outcome import Prediction
 from .rehearsal import STEPS, Rehearsal, rehearse
@@ -40,21 +41,32 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
     began = time.perf_counter()
     here = environment(gpu)
     techniques.check(config, dataclasses.replace(here, packages={**here.packages, **MODELLED}))
-    done = rehearse(config, gpu, steps)
-    run = _run(config, gpu, done)
+    return came_to(config, gpu, rehearse(config, gpu, steps), began)
+
+
+def came_to(config: RunConfig, gpu: Gpu, done: Rehearsal, began_s: float, notes: Sequence[str] = ()) -> Prediction:
+    """What a rehearsal says.
+
+    Args:
+        config: Of the run.
+        gpu: Where it would run.
+        done: The rehearsal.
+        began_s: When predicting began, by `time.perf_counter`.
+        notes: What the prediction took for granted, a line each.
+    """
+    run = _run(config, gpu, done, notes)
     folded = Report()
     for trace in done.traces:
         folded.add(trace)
     document = folded.document(run)
     loaded, after, peak = document.loaded, document.after_first_step, document.peak
     assert loaded is not None
-    assert after is not None
     assert peak is not None
     return Prediction(
         config=config,
         gpu=gpu.name,
         loaded_bytes=loaded.allocated_bytes,
-        after_step_bytes=after.allocated_bytes,
+        after_step_bytes=after.allocated_bytes if after is not None else loaded.allocated_bytes,
         peak_bytes=peak.allocated_bytes,
         by_category=peak.by_category,
         by_phase=folded.by_phase(),
@@ -64,21 +76,24 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         verdict=done.verdict,
         managed_bytes=done.managed_bytes,
         pinned_bytes=done.pinned_bytes,
-        safe_bound_bytes=gpu.safe_bound_bytes(peak.allocated_bytes),
+        unsure_bytes=done.possible_peak_bytes - peak.allocated_bytes,
+        safe_bound_bytes=gpu.safe_bound_bytes(done.possible_peak_bytes),
         available_bytes=gpu.available_bytes,
         max_positions=done.max_positions,
-        seconds=time.perf_counter() - began,
+        notes=tuple(notes),
+        seconds=time.perf_counter() - began_s,
         whole_run=run,
     )
 
 
-def _run(config: RunConfig, gpu: Gpu, done: Rehearsal) -> Run:
+def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str]) -> Run:
     """The run, with what a session would have told of it; losses and times are not known."""
     where = environment(gpu)
     run = Run(RunId(gpu.name, 1, 0, where.device), config, where, RunKind.PREDICTED)
     steps, loaded = f"{len(done.steps)} steps predicted", done.traces[0].counted
     told: list[RunEvent] = [
         RunStarted(text="predicted"),
+        *(Note(text=note) for note in notes),
         Loaded(
             text=f"{done.parameters:,} parameters",
             parameters=done.parameters,

@@ -15,7 +15,9 @@ import dataclasses
 import gc
 import os
 import warnings
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from ..config import RunConfig, UserError, one_line
 from ..events import Phase, Recompute, StepTrace
@@ -59,6 +61,7 @@ class Rehearsal:
         pinned_bytes: Of the host's memory, the most.
         reserved_bytes: The most the allocator held.
         expandable_bytes: The most it held with expandable segments; None: not asked.
+        possible_peak_bytes: The most that was allocated if kernels took all they may: never below the peak.
         verdict: Whether it goes through in the GPU's memory.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         traced_layers: How many layers were traced to know of all; None: each.
@@ -74,6 +77,7 @@ class Rehearsal:
     pinned_bytes: int
     reserved_bytes: int
     expandable_bytes: int | None
+    possible_peak_bytes: int
     verdict: Verdict
     max_positions: int
     traced_layers: int | None
@@ -119,6 +123,61 @@ def planned(config: RunConfig) -> Plan:
     return plan
 
 
+class Counts(NamedTuple):
+    """Elements of a model's parameters and of those that are trained; bytes in managed and in pinned memory."""
+
+    parameters: int
+    trainable_parameters: int
+    managed_bytes: int
+    pinned_bytes: int
+
+
+def rehearsed(
+    requests: AllocRequests,
+    steps: Sequence[StepResult],
+    counts: Counts,
+    workspace_bytes: int,
+    gpu: Gpu,
+    layers: Layers | None = None,
+    max_positions: int = 0,
+) -> Rehearsal:
+    """Give every block its place on a GPU.
+
+    Args:
+        requests: What the loop asked for, by loading and by the steps.
+        steps: Their results.
+        counts: Of the model.
+        workspace_bytes: Taken by libraries before the loop began.
+        gpu: Where it would run.
+        layers: Which of them stand for others; None: each is there.
+        max_positions: Tokens in a row that the model was made for; 0: not said.
+
+    Raises:
+        UnlikeError: The layers do not all do the same.
+    """
+    if layers is not None:
+        requests = extrapolate(requests, layers)
+    played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
+    possible = max(int(played.allocated.max()), played.possible_peak_bytes)
+    verdict, expandable = _verdict(requests, int(played.allocated.max()), possible, reserved, gpu)
+    return Rehearsal(
+        traces=played.traces,
+        steps=[_counted(step, n, requests, played) for n, step in enumerate(steps, 1)],
+        recomputes=played.recomputes,
+        parameters=counts.parameters,
+        trainable_parameters=counts.trainable_parameters,
+        workspace_bytes=workspace_bytes,
+        managed_bytes=counts.managed_bytes,
+        pinned_bytes=counts.pinned_bytes,
+        reserved_bytes=reserved,
+        expandable_bytes=expandable,
+        possible_peak_bytes=possible,
+        verdict=verdict,
+        max_positions=max_positions,
+        traced_layers=layers.traced if layers else None,
+    )
+
+
 class _Rehearsing:
     """One pass of the loop.
 
@@ -153,30 +212,19 @@ class _Rehearsing:
                 counts = self._train(tracer, recorder)
         finally:
             tracer.release()
-        requests = AllocRequests(
-            recorder.rows(),
-            list(zip(recorder.starts, self.traces, strict=True)),
-            self.recomputes,
-            recorder.inputs,
-        )
-        if self.layers is not None:
-            requests = extrapolate(requests, self.layers)
-        played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
-        verdict, expandable = _verdict(requests, int(played.allocated.max()), reserved, self.gpu)
-        return Rehearsal(
-            traces=played.traces,
-            steps=[_counted(step, n, requests, played) for n, step in enumerate(self.steps, 1)],
-            recomputes=played.recomputes,
-            parameters=counts[0],
-            trainable_parameters=counts[1],
-            workspace_bytes=workspace,
-            managed_bytes=counts[2],
-            pinned_bytes=recorder.pinned.peak_bytes,
-            reserved_bytes=reserved,
-            expandable_bytes=expandable,
-            verdict=verdict,
-            max_positions=self.plan.positions,
-            traced_layers=self.layers.traced if self.layers else None,
+        return rehearsed(
+            AllocRequests(
+                recorder.rows(),
+                list(zip(recorder.starts, self.traces, strict=True)),
+                self.recomputes,
+                recorder.inputs,
+            ),
+            self.steps,
+            counts,
+            workspace,
+            self.gpu,
+            self.layers,
+            self.plan.positions,
         )
 
     def _keep(self, trace: StepTrace) -> None:
@@ -187,8 +235,8 @@ class _Rehearsing:
         """Number of parameters that the named one stands for."""
         return self.layers.times(strip_wrappers(name)) if self.layers else 1
 
-    def _train(self, tracer: Tracer, recorder: FakeCuda) -> tuple[int, int, int]:
-        """Returns the parameters, those trained, and the bytes in managed memory."""
+    def _train(self, tracer: Tracer, recorder: FakeCuda) -> Counts:
+        """Go through the loop."""
 
         def on_step(result: StepResult) -> None:
             self.steps.append(result)
@@ -205,17 +253,19 @@ class _Rehearsing:
             self._times(names[parameter]) * owners.paged_bytes([state])
             for parameter, state in workload.optimizer.state.items()
         )
-        return (
+        return Counts(
             sum(times * size for times, size, _ in sizes),
             sum(times * size for times, size, trained in sizes if trained),
             managed,
+            recorder.pinned.peak_bytes,
         )
 
 
 def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replayed) -> StepResult:
     """A step's result with the allocator's counters."""
     start, trace = requests.traces[nth]
-    row = start + max(span.end for span in trace.phases if span.phase is Phase.OPTIMIZER) - 1
+    stepped = [span.end for span in trace.phases if span.phase is Phase.OPTIMIZER]
+    row = start + max(stepped, default=len(trace.events)) - 1
     counted = played.traces[nth].counted
     assert counted is not None and counted.peak_bytes is not None
     return dataclasses.replace(
@@ -233,9 +283,11 @@ def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Repla
     return played, allocator.peak_reserved_bytes
 
 
-def _verdict(requests: AllocRequests, peak_bytes: int, reserved_bytes: int, gpu: Gpu) -> tuple[Verdict, int | None]:
+def _verdict(
+    requests: AllocRequests, peak_bytes: int, possible_peak_bytes: int, reserved_bytes: int, gpu: Gpu
+) -> tuple[Verdict, int | None]:
     """True if requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
-    margin = gpu.safe_bound_bytes(peak_bytes) - peak_bytes
+    margin = gpu.safe_bound_bytes(possible_peak_bytes) - peak_bytes
     capacity = gpu.available_bytes - margin
     if peak_bytes > capacity:
         return Verdict.TOO_LARGE, None

@@ -195,3 +195,9 @@ def changed(config: RunConfig) -> Iterable[tuple[str, Value]]:
     for name, option in all_options().items():
         if config[name] != option.default:
             yield name, config[name]
+
+
+def describe(config: RunConfig) -> str:
+    """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
+    said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(changed(config))
+    return f"{config.model} {' '.join(f'{name}={show(value)}' for name, value in said.items())}"

@@ -13,10 +13,11 @@ import time
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from itertools import chain
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
+from ..config import RunConfig, Value
 from ..events import OPEN, Category, Phase
 from ..ledger import LOGITS, LOSS, OUTPUT_LOSS
 from ..recompute import in_backward
@@ -29,7 +30,6 @@ from .batch import Batch, batch_of, tensors_of
 from .describe import config_of
 from .loss import Losses
 from .others import compiled_modules, find_others
-from .watched_source import WatchedSource
 
 Weak = tuple[Category, str, "weakref.ref[torch.Tensor]"]
 
@@ -43,6 +43,43 @@ MOST_MICRO_BATCHES = 2**15 - 1
 """That a mark can number; later ones count as the last."""
 
 Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
+
+
+class Listener(Protocol):
+    """What is told of a loop.
+
+    Attributes:
+        publisher: Says which steps are traced, and is told what is in managed memory.
+        micro_batches: By step, as far as they are known.
+    """
+
+    publisher: Any
+    micro_batches: dict[int, int]
+
+    @property
+    def run(self) -> object | None:
+        """The run; None before the first forward pass."""
+        ...
+
+    def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
+        """The first forward pass begins."""
+        ...
+
+    def learn(self, **found: Value | None) -> None:
+        """More is known of the run's configuration."""
+        ...
+
+    def say_compiled(self, modules: int, only_returned: bool) -> None:
+        """So many modules are compiled."""
+        ...
+
+    def stepped(self, result: StepResult) -> None:
+        """A step has ended."""
+        ...
+
+    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
+        """An allocation was refused."""
+        ...
 
 
 class WatchedLoop:
@@ -65,7 +102,7 @@ class WatchedLoop:
         optimizers: list[torch.optim.Optimizer],
         recorder: Recorder,
         tracer: Tracer,
-        source: WatchedSource,
+        source: Listener,
         guard: Guard,
         hook_too: Callable[[torch.nn.Module], None],
         accumulation: int | None = None,

@@ -25,7 +25,7 @@ from ..run import RunKind
 from ..run_events import Note, Refused, RunEnded
 from ..server import Server
 from ..service import version
-from ..session import describe
+from ..techniques import describe
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from ..train import StepResult

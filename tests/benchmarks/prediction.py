@@ -22,7 +22,8 @@ from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.prediction.gpu_here import gpu_here
 from gpumem_tui.engine.prediction.predictor import Answer, Predictor
 from gpumem_tui.engine.run_events import OutOfMemory, RunFailed, StepEnded
-from gpumem_tui.engine.session import Session, describe
+from gpumem_tui.engine.session import Session
+from gpumem_tui.engine.techniques import describe
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.commands.common import run_to_end
 

@@ -14,7 +14,7 @@ from ...engine.config import RunConfig
 from ...engine.prediction.advice import Advice, Advised, advise
 from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
-from ...engine.session import describe
+from ...engine.techniques import describe
 from ..units import GIB, Unit
 from .common import add_run_flags, config_from, each, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, chosen_gpu

@@ -73,7 +73,7 @@ def main(flags: argparse.Namespace) -> int:
 
 
 def _single(flags: argparse.Namespace) -> Asked:
-    from ...engine.session import describe
+    from ...engine.techniques import describe
 
     config = config_from(flags)
     budget = parse_bytes(flags.budget, "--budget") if flags.budget else None

@@ -233,7 +233,7 @@ def tell(text: str) -> None:
 
 def telling(predict: Callable[[RunConfig, Gpu], Prediction], gpu: Gpu) -> Callable[[RunConfig], Prediction]:
     """Predictions for one GPU, each of them told of."""
-    from ...engine.session import describe
+    from ...engine.techniques import describe
 
     def predicted(config: RunConfig) -> Prediction:
         tell(f"predicting {describe(config)}")

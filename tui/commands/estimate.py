@@ -3,24 +3,22 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import textwrap
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ...engine import techniques
 from ...engine.config import RunConfig
-from ...engine.events import CATEGORIES, Category
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
 from ...engine.prediction.known import predicted
-from ...engine.prediction.outcome import EXPANDABLE, Prediction, Verdict
+from ...engine.prediction.libraries_loading import libraries_loading
+from ...engine.prediction.outcome import Prediction
+from ...engine.prediction.prediction_text import cautions, filled
 from ...engine.prediction.search import largest_that_fit
-from ...engine.session import describe
+from ...engine.techniques import describe
 from ..interrupt import answered_by, end
-from ..units import GIB, MIB, Unit
+from ..units import GIB, Unit
 from .common import (
     add_run_flags,
     config_from,
@@ -40,6 +38,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_gpu_flag(parser)
     parser.add_argument("--json", metavar="FILE", help="write the prediction as JSON; - for standard output")
     parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording of it, to open, compare and export")
+    about = "a loop of your own: FUNCTION returns a gpumem_tui.predict.Training(model, optimizer, batch, step)"
+    parser.add_argument("--script", metavar="FILE:FUNCTION", help=about)
     parser.add_argument("--table", action="store_true", help="weights, inference and training by data type")
     parser.set_defaults(command=main)
 
@@ -73,6 +73,8 @@ def main(flags: argparse.Namespace) -> int:
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
+    if flags.script:
+        return _of_script(flags, card)
     if flags.table:
         return _calculator(config, card, flags.json)
     predict = telling(predicted, card)
@@ -80,73 +82,40 @@ def main(flags: argparse.Namespace) -> int:
     document = prediction.as_document()
     end_progress()
     say = sys.stdout.write if flags.json != "-" else lambda _: 0
-    say(f"{describe(config)} on {card.name}, predicted\n\n{_text(prediction, document)}\n")
+    say(f"{prediction}\n")
     sys.stdout.flush()  # the answer first: Ctrl-C leaves what follows, and takes nothing back
 
-    def write() -> None:
-        with ExitStack() as results:  # each is tried, whatever becomes of the other
-            if flags.json:
-                results.callback(write_document, document, flags.json)
-            if flags.save:
-                results.callback(save_runs, [prediction.run], Path(flags.save))
-
     def leave() -> None:
-        write()
+        _write(flags, prediction, document)
         end()
 
     with answered_by(leave):
         document |= largest_that_fit(prediction, predict)
     end_progress()
     say(_largest(document))
-    write()
+    _write(flags, prediction, document)
     return 0
 
 
-def _text(prediction: Prediction, document: dict[str, Any]) -> str:
-    """The prediction for people."""
-    unit = Unit("GiB", GIB, 3) if prediction.peak_bytes >= GIB else Unit("MiB", MIB, 3)
-    show = unit.show
-    moments = {name: document[name] for name in ("loaded", "after_first_step", "peak")}
-    lines = [f"{unit.name:<16}" + "".join(f"{name.replace('_', ' '):>18}" for name in moments)]
-    for category in Category:
-        sizes = [moment["by_category"][category.key] for moment in moments.values()]
-        if any(sizes):
-            info = CATEGORIES[category]
-            lines.append(f"{info.letter} {info.title:<14}" + "".join(f"{show(size):>18}" for size in sizes))
-    lines.append(f"{'allocated':<16}" + "".join(f"{show(m['allocated_bytes']):>18}" for m in moments.values()))
-    peak = document["peak"]
-    lines += ["", f"The peak is in step {peak['step']}, {peak['phase']}, {peak['module']}."]
-    if prediction.managed_bytes:
-        lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
-    if prediction.pinned_bytes:
-        lines.append(f"Pinned memory of the host besides: {show(prediction.pinned_bytes)}.")
-    lines += _filled([verdict(prediction), *_cautions(prediction.config)])
-    if 0 < prediction.max_positions < prediction.config.seq_len:
-        lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
-    return "\n".join(lines)
+def _of_script(flags: argparse.Namespace, card: Gpu) -> int:
+    """Predict a loop of somebody's own."""
+    with libraries_loading():
+        from ...engine.prediction.any_module import predict, training_of
+
+    prediction = predict(*training_of(flags.script), gpu=card, name=flags.script)
+    if flags.json != "-":
+        sys.stdout.write(f"{prediction}\n")
+    _write(flags, prediction, prediction.as_document())
+    return 0
 
 
-def verdict(prediction: Prediction) -> str:
-    """The verdict, fits or not, and why, in a line."""
-    gib = Unit("GiB", GIB, 2).full
-    there = f"the {gib(prediction.available_bytes)} of {prediction.gpu}"
-    bound, reserved = gib(prediction.safe_bound_bytes), gib(prediction.reserved_bytes)
-    margin = gib(abs(prediction.margin_bytes))
-    if prediction.verdict is Verdict.TOO_LARGE:
-        return f"It does not fit in {there}: at most {bound}, {margin} too little."
-    if prediction.verdict is Verdict.FITS:
-        return f"It fits in {there}: at most {bound}, {margin} to spare; the allocator reserves {reserved} for it."
-    gaps = f"gaps between blocks would have the allocator reserve {reserved}"
-    hint, expandable = "", prediction.expandable_bytes
-    if expandable is not None:
-        fits = expandable + prediction.safe_bound_bytes - prediction.peak_bytes <= prediction.available_bytes
-        hint = f"; with {EXPANDABLE} it would be {gib(expandable)}, " + ("which fits" if fits else "still too much")
-    if prediction.verdict is Verdict.TIGHT:
-        return (
-            f"It fits in {there}, tightly: at most {bound} are allocated; {gaps}, "
-            f"so that it gives cached blocks back and asks again, which takes time{hint}."
-        )
-    return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
+def _write(flags: argparse.Namespace, prediction: Prediction, document: dict[str, Any]) -> None:
+    """The files that were asked for; each is tried, whatever becomes of the other."""
+    with ExitStack() as results:
+        if flags.json:
+            results.callback(write_document, document, flags.json)
+        if flags.save:
+            results.callback(save_runs, [prediction.run], Path(flags.save))
 
 
 def _largest(document: dict[str, Any]) -> str:
@@ -174,17 +143,6 @@ def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
         lines.append(f"{'dtype':<18}" + "".join(f"{head:>16}" for head in heads))
         lines += [f"{row['dtype']:<18}" + "".join(f"{show(row[c]):>16}" for c in columns) for row in rows]
         qlora = config.with_({"lora": True, "quantization": "nf4", "dtype": "mixed"})
-        lines += ["", *_filled(["Quantized weights are trained beside, under bfloat16 autocast.", *_cautions(qlora)])]
+        lines += ["", *filled(["Quantized weights are trained beside, under bfloat16 autocast.", *cautions(qlora)])]
         sys.stdout.write("\n".join(lines) + "\n")
     return 0
-
-
-def _cautions(config: RunConfig) -> list[str]:
-    """The surprises in a configuration's memory, in sentences."""
-    return [f"{line[0].upper()}{line[1:]}." for line in techniques.cautions(config)]
-
-
-def _filled(sentences: list[str]) -> list[str]:
-    """Within the terminal's width."""
-    columns = shutil.get_terminal_size().columns - 1
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, columns)]

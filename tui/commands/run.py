@@ -13,7 +13,8 @@ from typing import Any
 from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.metrics import published
-from ...engine.session import Session, describe
+from ...engine.session import Session
+from ...engine.techniques import describe
 from ..standard_streams import complain
 from ..units import GIB, MIB, Unit
 from . import predicted_vs_measured

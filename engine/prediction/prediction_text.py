@@ -1,0 +1,98 @@
+"""A prediction as text, within the terminal's width. Loads no torch."""
+
+from __future__ import annotations
+
+import shutil
+import textwrap
+
+from .. import techniques
+from ..config import RunConfig
+from ..events import CATEGORIES, Category
+from ..techniques import describe
+from .outcome import EXPANDABLE, Prediction, Verdict
+
+MIB, GIB = 1 << 20, 1 << 30
+
+
+def heading(prediction: Prediction) -> str:
+    """What was predicted, for which GPU."""
+    config = prediction.config
+    of_their_own = config.architecture is None and not config.pretrained
+    return f"{config.model if of_their_own else describe(config)} on {prediction.gpu}, predicted"
+
+
+def text(prediction: Prediction) -> str:
+    """Composition by moment, where the peak is, whether it fits, and what was taken for granted."""
+    name, unit = ("GiB", GIB) if prediction.peak_bytes >= GIB else ("MiB", MIB)
+
+    def show(size: int) -> str:
+        return f"{size / unit:.3f}"
+
+    document = prediction.document
+    loaded, after, peak = document.loaded, document.after_first_step, document.peak
+    assert loaded is not None and peak is not None
+    titled = {"loaded": loaded, "after first step": after, "peak": peak}
+    moments = {title: moment for title, moment in titled.items() if moment is not None}
+    lines = [f"{name:<16}" + "".join(f"{title:>18}" for title in moments)]
+    for category in Category:
+        sizes = [moment.by_category[category.key] for moment in moments.values()]
+        if any(sizes):
+            info = CATEGORIES[category]
+            lines.append(f"{info.letter} {info.title:<14}" + "".join(f"{show(size):>18}" for size in sizes))
+    lines.append(f"{'allocated':<16}" + "".join(f"{show(m.allocated_bytes):>18}" for m in moments.values()))
+    where = f", {peak.module}" if peak.module else ""
+    lines += ["", f"The peak is in step {peak.step}, {peak.phase}{where}."]
+    if prediction.managed_bytes:
+        lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
+    if prediction.pinned_bytes:
+        lines.append(f"Pinned memory of the host besides: {show(prediction.pinned_bytes)}.")
+    lines += filled([verdict(prediction), *_unsure(prediction), *cautions(prediction.config)])
+    if 0 < prediction.max_positions < prediction.config.seq_len:
+        lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
+    return "\n".join([*lines, *filled(list(prediction.notes))])
+
+
+def verdict(prediction: Prediction) -> str:
+    """The verdict, fits or not, and why, in a line."""
+    there = f"the {_gib(prediction.available_bytes)} of {prediction.gpu}"
+    bound, reserved = _gib(prediction.safe_bound_bytes), _gib(prediction.reserved_bytes)
+    margin = _gib(abs(prediction.margin_bytes))
+    if prediction.verdict is Verdict.TOO_LARGE:
+        return f"It does not fit in {there}: at most {bound}, {margin} too little."
+    if prediction.verdict is Verdict.FITS:
+        return f"It fits in {there}: at most {bound}, {margin} to spare; the allocator reserves {reserved} for it."
+    gaps = f"gaps between blocks would have the allocator reserve {reserved}"
+    hint, expandable = "", prediction.expandable_bytes
+    if expandable is not None:
+        fits = expandable + prediction.safe_bound_bytes - prediction.peak_bytes <= prediction.available_bytes
+        hint = f"; with {EXPANDABLE} it would be {_gib(expandable)}, " + ("which fits" if fits else "still too much")
+    if prediction.verdict is Verdict.TIGHT:
+        return (
+            f"It fits in {there}, tightly: at most {bound} are allocated; {gaps}, "
+            f"so that it gives cached blocks back and asks again, which takes time{hint}."
+        )
+    return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
+
+
+def _unsure(prediction: Prediction) -> list[str]:
+    if not prediction.unsure_bytes:
+        return []
+    size = f"{prediction.unsure_bytes / MIB:.1f} MiB"
+    return [
+        f"cuDNN's workspaces depend on its version: up to {size} above the peak, part of the bound and of no figure."
+    ]
+
+
+def cautions(config: RunConfig) -> list[str]:
+    """What surprises in a configuration's memory, in sentences."""
+    return [f"{line[0].upper()}{line[1:]}." for line in techniques.cautions(config)]
+
+
+def filled(sentences: list[str]) -> list[str]:
+    """Within the terminal's width."""
+    columns = shutil.get_terminal_size().columns - 1
+    return [line for sentence in sentences for line in textwrap.wrap(sentence, columns)]
+
+
+def _gib(size: int) -> str:
+    return f"{size / GIB:.2f} GiB"
