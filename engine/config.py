@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -38,6 +39,24 @@ def printable(text: str, longest: int = 300) -> str:
     """Text from elsewhere as one line that moves no cursor and is not too long."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+MEMORY_LIMIT_VARIABLE = "GPUMEM_MEMORY_LIMIT"
+"""Of the environment: the memory limit of scripts that are watched."""
+
+
+def parse_bytes(typed: str, where: str) -> int:
+    """A size as typed: `24GiB`, `900 MiB`, `24GB`.
+
+    Raises:
+        UserError: It is none.
+    """
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", typed, re.IGNORECASE)
+    if match is None:
+        raise UserError(f"{where} {typed}: takes a size such as 24GiB or 900MiB")
+    prefix = (match[2] or "").upper()
+    base = 1024 if prefix.endswith("I") else 1000
+    return int(float(match[1]) * base ** " KMGT".index(prefix[:1] or " "))
 
 
 @dataclass(frozen=True, slots=True)
@@ -284,6 +303,7 @@ class RunConfig:
             (somebody's own model, a recording of an older version), and the
             model cannot be built.
         options: Value of every technique option, by name.
+        memory_limit_bytes: Have the device behave as one with so much memory; 0: it is as it is.
     """
 
     model: str = "tiny"
@@ -299,6 +319,7 @@ class RunConfig:
     trace: str = "auto"
     architecture: Architecture | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
+    memory_limit_bytes: int = 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))

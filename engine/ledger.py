@@ -380,7 +380,9 @@ class Ledger:
         # outlive their own step: kept as Python attributes of autograd functions,
         # or leaves of the graph. They go when the next outputs replace them.
         outputs_kept = self._outputs_alive_at_end()
-        held_over = free & (blocks["born"] < 0) & ((blocks["died"] < len(trace.events)) | unfinished)
+        held_over = free & (blocks["born"] < 0)
+        graph_kept = trace.is_open or (trace.is_aborted and outputs_kept and len(trace.marks) > 0)
+        held_over &= (blocks["died"] < len(trace.events)) | graph_kept
         blocks["category"][held_over] = Category.ACTIVATIONS
         free &= blocks["born"] >= 0
         if not free.any() or not len(trace.marks):
@@ -398,6 +400,7 @@ class Ledger:
 
         forward, backward = phase == Phase.FORWARD, phase == Phase.BACKWARD
         recompute, optimizer = phase == Phase.RECOMPUTE, phase == Phase.OPTIMIZER
+        category = np.full(len(rows), Category.UNKNOWN, np.int64)
         freed_here = (died_phase == phase) & same_micro
         # A block still alive in a trace of an open step may yet be freed in this phase;
         # made in forward, by far most of what is alive is there to be used in backward.
@@ -408,7 +411,8 @@ class Ledger:
         gone |= ~lives_on & (phase == Phase.ZERO_GRAD)
         if unfinished:
             gone |= lives_on & (backward | optimizer)
-        category = np.full(len(rows), Category.UNKNOWN, np.int64)
+            category[lives_on & (phase == Phase.LOAD)] = Category.PARAMETERS
+            category[lives_on & (phase == Phase.DATA)] = Category.INPUTS
         category[gone] = Category.TEMPORARIES
         category[kept] = Category.ACTIVATIONS
         category[recomputed] = Category.RECOMPUTED

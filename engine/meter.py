@@ -30,6 +30,14 @@ class Meter:
         self._nvml, self._total_bytes = nvml, total_bytes
         self._context_bytes: int | None = None
         self._host: tuple[int | None, int] = (None, 0)
+        self._limit_bytes = 0
+
+    def limit(self, limit_bytes: int) -> None:
+        """Read a device that behaves as one with so much memory from now on; 0: as it is.
+
+        On a CPU nobody else is on it, and what counts is what the allocator's model holds.
+        """
+        self._limit_bytes = limit_bytes
 
     def read(self, time_s: float, recorder: Recorder | None, tracer: Tracer | None, managed_bytes: int) -> Gauge:
         """One reading; NVML's and the allocator's counters are taken at one moment, or taken again."""
@@ -38,6 +46,8 @@ class Meter:
         if self._nvml is not None and recorder and recorder.reserved_bytes() != reserved:
             reserved = recorder.reserved_bytes()
             process, used = self._process_and_used()
+        if self._limit_bytes and self._nvml is None:
+            process = used = reserved or 0
         return Gauge(
             time_s=time_s,
             allocated_bytes=recorder.allocated_bytes() if recorder else 0,
@@ -45,7 +55,7 @@ class Meter:
             managed_bytes=managed_bytes,
             process_bytes=process,
             device_used_bytes=used,
-            device_total_bytes=self._total_bytes,
+            device_total_bytes=self._limit_bytes or self._total_bytes,
             phase=tracer.phase_now if tracer else Phase.IDLE,
             step=tracer.step_now if tracer else 0,
             context_bytes=self._context_bytes,

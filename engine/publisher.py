@@ -11,18 +11,24 @@ Loads no torch until there is a device to look at.
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import time
 from collections.abc import Callable
 from threading import Event
 from typing import TYPE_CHECKING
 
-from .config import RunConfig, one_line
+import msgspec
+
+from .config import RunConfig, one_line, printable
 from .events import Gauge, Phase, Recompute, StepTrace
 from .feed import Feed
 from .meter import LIBRARIES_LOADED, Meter
+from .out_of_memory.growth import AT_LEAST, LiveBytes
+from .out_of_memory.report import size_text
+from .out_of_memory.reporting import report_of, what_grows
 from .run import Run, RunKind
-from .run_events import Loaded, LossNotFinite, Note, OutOfMemory, Recomputed, RunStarted, StepEnded
+from .run_events import Loaded, LossNotFinite, MemoryLeak, Note, OutOfMemory, Recomputed, RunStarted, StepEnded
 from .techniques import unsound
 
 if TYPE_CHECKING:
@@ -35,6 +41,8 @@ if TYPE_CHECKING:
 GAUGE_EVERY_S = 0.1
 TRACE_SHARE = 0.01
 """Share of the run's wall time that tracing may take when left to the governor."""
+LEAK_WITHIN_STEPS = 1_000_000
+"""A leak that would take longer to fill the device is none worth telling of."""
 
 
 class RunPublisher:
@@ -58,6 +66,8 @@ class RunPublisher:
         self._meter: Meter | None = None
         self._every_step = self._loss_is_lost = False
         self._began_s = self._cost_before_s = 0.0
+        self._device_total_bytes = 0
+        self._live_bytes, self._leak_told = LiveBytes(), False
 
     def look_around(self, device: torch.device) -> None:
         """Publish the environment, and be able to read the device's gauge."""
@@ -66,6 +76,16 @@ class RunPublisher:
         self.feed.environment = environment = devices.environment(device)
         nvml = devices.Nvml(device) if device.type == "cuda" else None
         self._meter = Meter(nvml, environment.device_total_bytes)
+        self._device_total_bytes = environment.device_total_bytes
+
+    def limit_memory(self, limit_bytes: int) -> None:
+        """Have the device count as one with so much memory from the next run on; 0: as it is."""
+        environment = self.feed.environment
+        assert environment is not None
+        assert self._meter is not None
+        total = limit_bytes or self._device_total_bytes
+        self.feed.environment = dataclasses.replace(environment, device_total_bytes=total)
+        self._meter.limit(limit_bytes)
 
     def attach(self, recorder: Recorder, tracer: Tracer, every_step: bool) -> None:
         """Read from these from now on.
@@ -87,6 +107,7 @@ class RunPublisher:
     def begin(self, config: RunConfig, kind: RunKind, text: str) -> Run:
         """A run begins."""
         self.steps, self.managed_bytes, self._loss_is_lost = 0, 0, False
+        self._live_bytes, self._leak_told = LiveBytes(), False
         run = self.feed.begin_run(config, kind)
         self.feed.tell(RunStarted(text=text, watched=kind is RunKind.WATCHED))
         return run
@@ -150,6 +171,7 @@ class RunPublisher:
             )
         )
         self._look_at_loss(result, run.config)
+        self._look_for_a_leak(result, run)
         if result.step <= LIBRARIES_LOADED:
             self.measure_context()
         if run.training_gauge is None:  # a run may be over before the gauge's first tick in it
@@ -170,19 +192,62 @@ class RunPublisher:
         text = f"step {event.step}: {layers}, {event.bytes / 2**20:.1f} MiB in {event.ms:.2f} ms"
         self.feed.tell(Recomputed(text=text, **event._asdict()))
 
-    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
-        """An allocation was refused."""
-        recorder = self.recorder
-        assert recorder is not None
-        self.feed.tell(
-            OutOfMemory(
-                text=one_line(error),
-                step=step,
-                phase=phase.title,
-                requested_bytes=recorder.refused_bytes,
-                allocated_bytes=recorder.allocated_bytes(),
-            )
+    def _look_for_a_leak(self, result: StepResult, run: Run) -> None:
+        """Say once that more is alive after every step, while there is memory left for some."""
+        self._live_bytes.add(result.allocated_bytes)
+        rise = None if self._leak_told else self._live_bytes.rise()
+        if rise is None:
+            return
+        left = self._left_bytes() // max(rise.bytes, 1)
+        if left > LEAK_WITHIN_STEPS:
+            return
+        self._leak_told = True
+        owner = what_grows(run)
+        what = f" ({owner})" if owner else ""
+        text = (
+            f"step {result.step}: {size_text(rise.bytes)} more are alive after every step{what}; "
+            f"at that pace memory lasts for {left:,} steps"
         )
+        self.feed.tell(MemoryLeak(text=text, step=result.step, growth_bytes=rise.bytes, owner=owner, steps_left=left))
+
+    def _left_bytes(self) -> int:
+        """That a run could still take, at most."""
+        gauge = self.read_gauge()
+        return max(0, gauge.device_total_bytes - (gauge.device_used_bytes or 0) + (gauge.cached_bytes or 0))
+
+    def out_of_memory(self, error: BaseException | None, step: int, phase: Phase) -> None:
+        """An allocation was refused, and the trace of the step that it ended has been published.
+
+        Args:
+            error: Which; None: somebody has caught it.
+            step: That it ended.
+            phase: Of the loop, then.
+        """
+        recorder, tracer, run = self.recorder, self._tracer, self.feed.run
+        assert recorder is not None
+        assert tracer is not None
+        said = printable(str(error), 2000) if error is not None else ""
+        report, refusal = None, tracer.refusal
+        if refusal is not None and refusal.step == step and run is not None:
+            report = report_of(refusal, run, self.read_gauge(), self._live_bytes.rise(AT_LEAST), said)
+        told = OutOfMemory(
+            text=one_line(error) if error is not None else "",
+            step=step,
+            phase=phase.title,
+            allocated_bytes=recorder.allocated_bytes(),
+        )
+        if report is not None:
+            where = ", ".join(part for part in (report.phase, report.module) if part)
+            asked = f"out of memory: asked for {size_text(report.asked_bytes)} in {where}; {report.verdict.words}: "
+            told = msgspec.structs.replace(
+                told,
+                text=asked + report.reason,
+                phase=report.phase,
+                requested_bytes=report.asked_bytes,
+                allocated_bytes=report.allocated_bytes,
+                report=report,
+            )
+        self.feed.tell(told)
 
     def publish_trace(self, trace: StepTrace) -> None:
         """Hand on a trace."""

@@ -175,6 +175,7 @@ class Session(Published):
         except UserError as error:
             self._feed.tell(Refused(text=str(error)))
             return
+        self._publisher.limit_memory(config.memory_limit_bytes)
         self._publisher.begin(config, RunKind.TRAINED, techniques.describe(config))
         problem = self._run(config)
         steps = self._publisher.steps
@@ -204,6 +205,7 @@ class Session(Published):
         """
         import torch
 
+        from .out_of_memory.memory_limit import limited
         from .tracing.allocator_trace import AllocatorTrace
         from .tracing.op_tracker import OpTracker
         from .tracing.tracer import DESCRIBED, Tracer
@@ -217,7 +219,7 @@ class Session(Published):
             # One for all runs: the first thing on the device are its workspaces.
             recorder, recording_ops = self._recorder or AllocatorTrace(self._device), nullcontext()
         else:
-            recorder = recording_ops = OpTracker()
+            recorder = recording_ops = OpTracker(memory_limit_bytes=config.memory_limit_bytes)
         baseline = recorder.allocated_bytes()
         self._recorder = recorder
         publish_every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
@@ -230,7 +232,7 @@ class Session(Published):
             # Outside the recording: importing libraries makes tensors that stay.
             plan = self._planned(config)
             gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
-            with recording_ops:
+            with limited(self._device, config.memory_limit_bytes), recording_ops:
                 self._train(config, plan, tracer)
             tracer.settle()
         except _Ended:

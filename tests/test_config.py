@@ -79,7 +79,8 @@ def test_a_setting_that_cannot_be_is_refused_in_a_line(name: str) -> None:
 
 @pytest.mark.parametrize("name", sorted(set(PLAIN) - set(SETTINGS) - {"options", "architecture"}))
 def test_a_field_that_cannot_be_is_refused_in_a_line(name: str) -> None:
-    for value in [3, 2.5, [], {}, "", "two\nlines", *([] if name == "data" else [None])]:
+    number = -3 if name == "memory_limit_bytes" else 3
+    for value in [number, 2.5, [], {}, "", "two\nlines", *([] if name == "data" else [None])]:
         assert f"{name}=" in refusal_of(PLAIN | {name: value}), value
 
 

@@ -43,7 +43,7 @@ from gpumem_tui.engine.run_events import (
 from gpumem_tui.engine.tracing import hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.engine.tracing.tracer import Tracer
-from gpumem_tui.engine.watch import loop, recorders, watched_source, watcher
+from gpumem_tui.engine.watch import loop, watched_source, watcher
 from gpumem_tui.engine.watch import loss as loss_module
 from gpumem_tui.engine.watch.leftovers import SCRIPT
 from gpumem_tui.engine.watch.loop import WatchedLoop
@@ -459,7 +459,7 @@ OFTEN: list[tuple[Any, str]] = [
     *[(loop, name) for name in ("batch_of", "_of_outputs", "find_others")],
     *[(WatchedSource, name) for name in ("publish", "stepped", "recomputed")],
     (watched_source, "name_leftovers"), (loss_module.Losses, "note"), (loss_module.Losses, "read"),
-    (recorders, "tree_leaves"), (RunPublisher, "read_gauge"),
+    (OpTracker, "look"), (RunPublisher, "read_gauge"),
 ]  # fmt: skip
 
 

@@ -41,7 +41,7 @@ class LargestTensor(msgspec.Struct, frozen=True, kw_only=True):
     """One of the largest tensors alive.
 
     Attributes:
-        bytes: Of its block, rounding included.
+        bytes: Asked for.
         category: A category's key: `activations`.
         owner: The tensor's name, if it has an owner: `layers.0.mlp.weight`; else empty.
         module: That made it; empty where that was not traced.
@@ -115,6 +115,7 @@ class OutOfMemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         pools: The cache by stream and pool.
         total_bytes: Of the device.
         limit_bytes: That torch may reserve; None: no limit is set.
+        outside_torch_bytes: Of the device, neither torch's nor free: the next three and what nobody accounts for.
         context_bytes: Of this process and not torch's: CUDA's context and libraries.
         nccl_bytes: Of that, NCCL's.
         others_bytes: Of other processes.
@@ -148,6 +149,7 @@ class OutOfMemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     largest_free_block_bytes: Whole = 0
     pools: tuple[Pool, ...] = ()
     limit_bytes: Whole | None = None
+    outside_torch_bytes: Whole | None = None
     context_bytes: Whole | None = None
     nccl_bytes: Whole | None = None
     others_bytes: Whole | None = None
@@ -159,13 +161,15 @@ class OutOfMemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     unfit_by_bytes: Whole | None = None
 
     @property
-    def outside_torch_bytes(self) -> int | None:
-        """On the device and not torch's; None: not known."""
-        known = [size for size in (self.context_bytes, self.others_bytes) if size is not None]
-        return sum(known) if known else None
-
-    @property
     def room_bytes(self) -> int:
         """The most that this process may hold in torch: the limit, or the device without what lies outside."""
         room = self.total_bytes - (self.outside_torch_bytes or 0)
         return room if self.limit_bytes is None else min(room, self.limit_bytes)
+
+
+def size_text(size: int) -> str:
+    """Bytes for people: `1.50 GiB`, `12.0 MiB`, `512 bytes`."""
+    for unit, bytes_each, digits in (("GiB", 1 << 30, 2), ("MiB", 1 << 20, 1), ("KiB", 1 << 10, 1)):
+        if abs(size) >= bytes_each:
+            return f"{size / bytes_each:.{digits}f} {unit}"
+    return f"{size} bytes"

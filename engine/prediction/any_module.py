@@ -208,7 +208,7 @@ class _Listener:
             self._ended()
             raise _Enough
 
-    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
+    def out_of_memory(self, error: BaseException | None, step: int, phase: Phase) -> None:
         """Never: there is always more."""
 
 

@@ -11,6 +11,8 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
+from ..out_of_memory.pools import by_bytes
+from ..out_of_memory.report import Pool
 from ..tracing.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 LARGE_SEGMENT_BYTES = 20 << 20
@@ -81,6 +83,8 @@ class CachingAllocator:
             default each lies below the one before, as CUDA mostly places them.
 
     Attributes:
+        capacity_bytes: As above.
+        expandable: As above.
         allocated_bytes: Sum of the blocks handed out (`memory_allocated`).
         reserved_bytes: Sum of the segments (`memory_reserved`).
         peak_reserved_bytes: The most that was.
@@ -93,7 +97,7 @@ class CachingAllocator:
         place: Callable[[int], int] | None = None,
     ) -> None:
         self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
-        self._capacity_bytes, self._expandable = capacity_bytes, expandable
+        self.capacity_bytes, self.expandable = capacity_bytes, expandable
         self._place = place or self._below
         self._lowest_address = LAST_ADDRESS
         self._pools = (_Pool(small=True), _Pool(small=False))
@@ -112,7 +116,7 @@ class CachingAllocator:
         address = pool.best_fit(rounded, end.address if end is not None else None)
         block = self._blocks[address] if address is not None else self._more(rounded, pool)
         rest = block.size - rounded
-        if rest >= MIN_BLOCK_BYTES if pool.small or self._expandable else rest > SMALL_BYTES:
+        if rest >= MIN_BLOCK_BYTES if pool.small or self.expandable else rest > SMALL_BYTES:
             self._split(block, rounded)
         block.free, block.requested = False, size
         self.allocated_bytes += block.size
@@ -148,12 +152,25 @@ class CachingAllocator:
         """Address, bytes asked for and bytes beyond them, of what is allocated."""
         return [(b.address, b.requested, b.size - b.requested) for b in self._blocks.values() if not b.free]
 
+    def pools(self) -> tuple[Pool, ...]:
+        """What is free, of the small pool and of the large one."""
+        return by_bytes(
+            Pool(
+                stream=0,
+                pool="small" if pool.small else "large",
+                cached_bytes=sum(size for size, _ in pool.free),
+                largest_free_block_bytes=pool.free[-1][0],
+            )
+            for pool in self._pools
+            if pool.free
+        )
+
     # --- segments -----------------------------------------------------------
 
     def _more(self, rounded: int, pool: _Pool) -> _Block:
         """A new segment, or more of an expandable one."""
         size = segment_bytes(rounded)
-        if self._expandable:
+        if self.expandable:
             return self._expand(rounded, pool)
         self._reserve(size)
         block = _Block(self._place(size), size, pool, None, None)
@@ -180,9 +197,9 @@ class CachingAllocator:
         return block
 
     def _reserve(self, size: int) -> None:
-        if self._capacity_bytes is not None and self.reserved_bytes + size > self._capacity_bytes:
+        if self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes:
             self.empty_cache()
-            if self.reserved_bytes + size > self._capacity_bytes:
+            if self.reserved_bytes + size > self.capacity_bytes:
                 raise OutOfMemoryError
         self.reserved_bytes += size
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)

@@ -54,6 +54,10 @@ class Gpu:
         """Bytes that the allocator can have."""
         return self.memory_bytes - self.context_bytes
 
+    def limited(self, limit_bytes: int) -> Gpu:
+        """The same with no more memory than this."""
+        return replace(self, memory_bytes=min(self.memory_bytes, limit_bytes))
+
 
 class Understood(NamedTuple):
     """A GPU by the name that was typed.

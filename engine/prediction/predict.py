@@ -39,6 +39,8 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         UserError: The configuration cannot run there, or cannot be predicted.
     """
     began = time.perf_counter()
+    if config.memory_limit_bytes:
+        gpu = gpu.limited(config.memory_limit_bytes)
     here = environment(gpu)
     techniques.check(config, dataclasses.replace(here, packages={**here.packages, **MODELLED}))
     return came_to(config, gpu, rehearse(config, gpu, steps), began)

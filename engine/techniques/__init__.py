@@ -132,6 +132,8 @@ def _is_field(name: str, raw: object) -> bool:
     """True if a RunConfig's field that is no setting can have this value."""
     if name == "pretrained":
         return isinstance(raw, bool)
+    if name == "memory_limit_bytes":
+        return isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < 1 << 60
     if name == "data" and raw is None:
         return True
     return isinstance(raw, str) and bool(raw) and raw.isprintable() and (name != "trace" or raw in TRACES)

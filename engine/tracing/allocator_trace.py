@@ -7,6 +7,7 @@ some 8,000 events on the thread that reads. Nothing here allocates on the GPU.
 from __future__ import annotations
 
 from array import array
+from collections.abc import Callable
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,6 +16,9 @@ import torch
 from torch.utils.checkpoint import checkpoint
 
 from ..events import BLOCK, EVENT
+from ..out_of_memory.observer import listen
+from ..out_of_memory.pools import pools_of
+from ..out_of_memory.refusal import OnRefused, Refused
 from .block_layout import BlockLayout
 from .recorder import columns
 
@@ -34,7 +38,6 @@ class AllocatorTrace:
 
     Attributes:
         workspaces: Addresses of the libraries' own blocks.
-        refused_bytes: What the last allocation asked for that was refused.
     """
 
     always_on = False
@@ -46,7 +49,20 @@ class AllocatorTrace:
         self._layout = BlockLayout(self._snapshot()["segments"])
         self.workspaces = tuple(address for address, *_ in self._layout.alive())
         self._recording = False
-        self.refused_bytes: int | None = None
+        self._total_bytes = int(torch.cuda.get_device_properties(device).total_memory)
+        self._on_refused: OnRefused | None = None
+        self._end_listening: Callable[[], None] = lambda: None
+
+    @property
+    def on_refused(self) -> OnRefused | None:
+        """Told of every allocation of this device that is refused, while it is."""
+        return self._on_refused
+
+    @on_refused.setter
+    def on_refused(self, told: OnRefused | None) -> None:
+        self._end_listening()
+        self._on_refused = told
+        self._end_listening = listen(self._index, self._refused) if told is not None else lambda: None
 
     def start(self) -> list[dict[str, Any]] | None:
         """Begin recording; the segments and blocks of the allocator.
@@ -58,6 +74,10 @@ class AllocatorTrace:
             return None
         self._record("all")
         self._recording = True
+        return self.holding()
+
+    def holding(self) -> list[dict[str, Any]]:
+        """The segments and blocks of the allocator."""
         segments: list[dict[str, Any]] = self._snapshot()["segments"]
         return segments
 
@@ -73,14 +93,13 @@ class AllocatorTrace:
             self._layout = BlockLayout(started)
         return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)
 
-    def events(self, drained: list[dict[str, Any]]) -> npt.NDArray[Any]:
+    def events(self, drained: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
         """The trace, with the slack of every block."""
         rows = array("q")
         add, allocate, free = rows.extend, self._layout.allocate, self._layout.free
-        for entry in drained:
+        for entry in drained or ():
             action, size = entry["action"], entry["size"]
             if action == "oom":  # has no address: nothing was handed out
-                self.refused_bytes = size
                 continue
             address = entry["addr"]
             if action == "alloc":
@@ -92,6 +111,31 @@ class AllocatorTrace:
             else:
                 self._layout.follow(action, address, size)
         return columns(rows, EVENT)
+
+    def _refused(self, needed_bytes: int, allowed_bytes: int, free_bytes: int) -> None:
+        """An allocation is being refused on this thread."""
+        told = self._on_refused
+        if told is None:
+            return
+        snapshot = self._snapshot()
+        segments, entries = snapshot["segments"], snapshot["trace"]
+        # The trace has what was asked for; without one there is only what CUDA was asked for.
+        asked = next((entry["size"] for entry in reversed(entries) if entry["action"] == "oom"), needed_bytes)
+        reserved = sum(segment["total_size"] for segment in segments)
+        limited = allowed_bytes < self._total_bytes
+        told(
+            Refused(
+                asked_bytes=asked,
+                needed_bytes=needed_bytes,
+                reserved_bytes=reserved,
+                free_bytes=max(0, min(free_bytes, allowed_bytes - reserved)) if limited else free_bytes,
+                outside_bytes=max(0, self._total_bytes - free_bytes - reserved),
+                limit_bytes=allowed_bytes if limited else None,
+                pools=pools_of(segments),
+                stream=torch.cuda.current_stream(self._index).cuda_stream,
+                expandable_segments=any(segment.get("is_expandable") for segment in segments),
+            )
+        )
 
     def _snapshot(self) -> dict[str, Any]:
         snapshot = torch._C._cuda_memorySnapshot(None)

@@ -18,6 +18,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ..events import BLOCK, EVENT
+from ..out_of_memory.refusal import OnRefused, Refused
+from ..out_of_memory.report import size_text
+from ..prediction.caching_allocator import CachingAllocator, rounded_bytes, segment_bytes
+from ..prediction.caching_allocator import OutOfMemoryError as NoRoomError
 from .recorder import columns
 from .storages import parts_of
 
@@ -25,9 +29,11 @@ from .storages import parts_of
 class _StorageRef(weakref.ref[Any]):
     """A storage, while it is alive and to be told from others when it no longer is."""
 
-    __slots__ = ("address", "bytes")
+    __slots__ = ("address", "block", "bytes", "slack")
     address: int
     bytes: int
+    slack: int
+    block: int
 
 
 class OpTracker(TorchDispatchMode):
@@ -35,15 +41,24 @@ class OpTracker(TorchDispatchMode):
 
     The address of a storage is that of PyTorch's storage object: unique among
     the living and, unlike a data pointer, there for fake tensors too.
+
+    Args:
+        device_type: Whose storages count.
+        memory_limit_bytes: Have the CUDA caching allocator's model hand out blocks within so
+            many bytes, and refuse as it would; 0: there is no end.
+
+    Attributes:
+        on_refused: Told of every tensor that is refused, while it is.
     """
 
     always_on = True
     workspaces: tuple[int, ...] = ()
-    refused_bytes: int | None = None
 
-    def __init__(self, device_type: str = "cpu") -> None:
+    def __init__(self, device_type: str = "cpu", memory_limit_bytes: int = 0) -> None:
         TorchDispatchMode.__init__(self)
+        self.on_refused: OnRefused | None = None
         self._device_type = device_type
+        self._allocator = CachingAllocator(memory_limit_bytes) if memory_limit_bytes else None
         self._alive: dict[int, _StorageRef] = {}
         self._dead: deque[_StorageRef] = deque()
         self._rows = array("q")
@@ -54,15 +69,44 @@ class OpTracker(TorchDispatchMode):
     # --- seeing -------------------------------------------------------------
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator and look at the storages it returns."""
+        """Run the operator and look at the storages it returns.
+
+        Raises:
+            torch.OutOfMemoryError: They are more than the memory limit leaves.
+        """
         out = func(*args, **(kwargs or {}))
-        if isinstance(out, torch.Tensor):
-            self.see(out)
-        elif out is not None:
-            for leaf in tree_leaves(out):
-                if isinstance(leaf, torch.Tensor):
-                    self.see(leaf)
+        try:
+            self.look(func, out)
+        except torch.OutOfMemoryError:
+            del out  # the error holds this frame
+            raise
         return out
+
+    def look(self, func: Any, out: Any) -> None:
+        """Count what an operator has returned.
+
+        Raises:
+            torch.OutOfMemoryError: It is more than the memory limit leaves.
+        """
+        for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
+            if isinstance(leaf, torch.Tensor):
+                try:
+                    self.see(leaf)
+                except NoRoomError:
+                    refused = self._refused(str(func.overloadpacket), leaf)
+                    break
+        else:
+            return
+        del leaf, out
+        if self.on_refused is not None:
+            self.on_refused(refused)
+        allocated = self.allocated_bytes()
+        raise torch.OutOfMemoryError(
+            f"CPU out of memory. Tried to allocate {size_text(refused.asked_bytes)}. The memory limit is "
+            f"{size_text(refused.limit_bytes or 0)}, of which {size_text(refused.free_bytes)} is free. "
+            f"{size_text(allocated)} is allocated, and "
+            f"{size_text(refused.reserved_bytes - allocated)} is reserved but unallocated."
+        )
 
     def see(self, tensor: torch.Tensor) -> None:
         """Count the storages of a tensor that are new."""
@@ -70,7 +114,13 @@ class OpTracker(TorchDispatchMode):
             for part in parts_of(tensor):
                 self._see(part)
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: torch.Tensor, forced: bool = False) -> None:
+        """Count a storage if it is new.
+
+        Args:
+            tensor: It is of this one.
+            forced: It has been there all the time, whatever the limit is.
+        """
         if self._dead:
             self._count_dead()
         storage = tensor.untyped_storage()
@@ -83,12 +133,42 @@ class OpTracker(TorchDispatchMode):
             self._free(known)  # resized in place
         if size == 0:
             return
+        block, slack = self._place(size, forced) if self._allocator is not None else (0, 0)
         # A method written in C: in a callback of Python's own, an interrupt of the user's would be lost.
         self._alive[address] = reference = _StorageRef(storage, self._dead.append)
-        reference.address, reference.bytes = address, size
-        self._allocated += size
+        reference.address, reference.bytes, reference.block, reference.slack = address, size, block, slack
+        self._allocated += size + slack
         self._peak = max(self._peak, self._allocated)
-        self._rows.extend((address, size, 0, self._mark, time.time_ns() // 1000))
+        self._rows.extend((address, size, slack, self._mark, time.time_ns() // 1000))
+
+    def _place(self, size: int, forced: bool) -> tuple[int, int]:
+        """The block that the allocator would hand out, and its bytes beyond those asked for."""
+        allocator = self._allocator
+        assert allocator is not None
+        limit = allocator.capacity_bytes
+        if forced:
+            allocator.capacity_bytes = None
+        try:
+            block, handed_out = allocator.allocate(size)
+        finally:
+            allocator.capacity_bytes = limit
+        return block, handed_out - size
+
+    def _refused(self, operator: str, tensor: torch.Tensor) -> Refused:
+        allocator, asked = self._allocator, max(part.untyped_storage().nbytes() for part in parts_of(tensor))
+        assert allocator is not None
+        assert allocator.capacity_bytes is not None
+        return Refused(
+            asked_bytes=asked,
+            needed_bytes=segment_bytes(rounded_bytes(asked)),
+            reserved_bytes=allocator.reserved_bytes,
+            free_bytes=max(0, allocator.capacity_bytes - allocator.reserved_bytes),
+            limit_bytes=allocator.capacity_bytes,
+            pools=allocator.pools(),
+            operator=operator,
+            dtype=str(tensor.dtype).removeprefix("torch."),
+            shape=tuple(tensor.shape),
+        )
 
     def _count_dead(self) -> None:
         """Take in the deaths since an operator last returned or the mark was last set, in their order."""
@@ -99,18 +179,26 @@ class OpTracker(TorchDispatchMode):
 
     def _free(self, reference: _StorageRef) -> None:
         del self._alive[reference.address]
-        self._allocated -= reference.bytes
-        self._rows.extend((reference.address, -reference.bytes, 0, self._mark, time.time_ns() // 1000))
+        if self._allocator is not None:
+            self._allocator.free(reference.block)
+        size, slack = reference.bytes, reference.slack
+        self._allocated -= size + slack
+        self._rows.extend((reference.address, -size, -slack, self._mark, time.time_ns() // 1000))
 
     # --- Recorder -----------------------------------------------------------
 
     def start(self) -> array[int]:
         """Begin a trace; what is alive goes on being known."""
-        self._count_dead()
+        alive = self.holding()
         del self._rows[:]
+        return alive
+
+    def holding(self) -> array[int]:
+        """What is alive."""
+        self._count_dead()
         alive = array("q")
         for address, reference in self._alive.items():
-            alive.extend((address, reference.bytes, 0))
+            alive.extend((address, reference.bytes, reference.slack))
         return alive
 
     def drain(self) -> array[int]:
@@ -144,7 +232,7 @@ class OpTracker(TorchDispatchMode):
         """
         if tensor.device.type != self._device_type:
             return 0
-        self._see(tensor)
+        self._see(tensor, forced=True)
         storage = tensor.untyped_storage()
         return int(storage._cdata) if storage.nbytes() else 0
 
@@ -158,8 +246,8 @@ class OpTracker(TorchDispatchMode):
         return self._peak
 
     def reserved_bytes(self) -> int | None:
-        """There is no caching allocator."""
-        return None
+        """Of the allocator's model; None where memory is not limited."""
+        return self._allocator.reserved_bytes if self._allocator is not None else None
 
     def reset_peak(self) -> None:
         """Start again from what is alive."""

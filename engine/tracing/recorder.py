@@ -9,6 +9,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..out_of_memory.refusal import OnRefused
+
 Raw = Any
 """A recorder's own form of what it saw: taken on the engine's thread, read on another."""
 
@@ -20,12 +22,12 @@ class Recorder(Protocol):
         always_on: Recording cannot be switched off between steps (the op
             tracker would lose track of what is alive), so every step is traced.
         workspaces: Addresses of what libraries hold for themselves.
-        refused_bytes: Size of the last allocation that was refused, if one was.
+        on_refused: Told of every allocation that is refused, while it is; None: nobody.
     """
 
     always_on: bool
     workspaces: tuple[int, ...]
-    refused_bytes: int | None
+    on_refused: OnRefused | None
 
     def start(self) -> Raw:
         """Begin recording; what is alive, as cheaply as it can be had."""
@@ -37,6 +39,10 @@ class Recorder(Protocol):
 
     def alive(self, started: Raw) -> npt.NDArray[Any]:
         """Blocks alive at `start`, made of what it returned: dtype BLOCK; on another thread, in the order taken."""
+        ...
+
+    def holding(self) -> Raw:
+        """What is alive, as `start` returns it, without beginning to record."""
         ...
 
     def events(self, drained: Raw) -> npt.NDArray[Any]:

@@ -14,7 +14,7 @@ from array import array
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -22,6 +22,8 @@ from .. import activation_offload, recompute
 from ..config import one_line
 from ..events import COMPLETE, OPEN, Category, Counted, Ending, EndKind, Made, Phase
 from ..ledger import LOSS
+from ..out_of_memory.refusal import Refusal, Refused
+from ..out_of_memory.report import size_text
 from . import owners, sharding
 from .assembly import MODULE_BITS, Assembler, Publish, Span, Taken, pack
 from .buckets import BUCKETS, buckets_of, reducers
@@ -37,6 +39,18 @@ SETTLED_AFTER = 2
 
 DESCRIBED = 2
 """The step whose operators are watched: the first that is like those after it."""
+
+
+class _Instant(NamedTuple):
+    """A step as it was when an allocation was refused.
+
+    Attributes:
+        holding: What was alive, where the step was not traced.
+        taken: All else.
+    """
+
+    holding: Any
+    taken: Taken
 
 
 @dataclass
@@ -73,6 +87,7 @@ class Tracer:
         failed_in: The phase that an exception ended.
         step_now: The step under way.
         last_traced: The last step that was recorded.
+        refusal: The last allocation that was refused in the step under way, or in the one that ended last.
     """
 
     _marks_given = 0
@@ -94,6 +109,7 @@ class Tracer:
         self.failed_in = Phase.IDLE
         self.step_now = 0
         self.last_traced = -1
+        self.refusal: Refusal | None = None
         self._cost_s = 0.0
         self._assembler = Assembler(recorder, publish)
         self._labels = Labels()
@@ -111,6 +127,9 @@ class Tracer:
         self._guard: Guard = unguarded
         self._model: torch.nn.Module | None = None
         self._next_publish_s = 0.0
+        self._held: Callable[[], Iterable[owners.Owned]] = tuple
+        self._refused_at: _Instant | None = None
+        recorder.on_refused = self._refused
 
     @property
     def cost_s(self) -> float:
@@ -182,7 +201,9 @@ class Tracer:
 
     def release(self) -> None:
         """Stop recording and forget the model and the optimizer: a reference would keep their memory alive."""
-        self._model = self._step = None
+        self._model = self._step = self._refused_at = None
+        self._held = tuple
+        self.recorder.on_refused = None
         self._recomputes.clear()
         self._owners.release()
         Tracer._marks_given = max(Tracer._marks_given, self._next_mark)
@@ -203,6 +224,7 @@ class Tracer:
                 outputs of the step before, the data set.
         """
         self.step_now = number
+        self.refusal, self._held = None, held
         if not traced and self.last_traced == number - 1:
             if self._hooks is not None:
                 self._hooks.close()
@@ -224,9 +246,26 @@ class Tracer:
             with self._watch() if watching else nullcontext():
                 yield
         except BaseException as error:
-            self._end_step(held, _ending(error, self.recorder))
+            self._end_step(held, self._ending(error))
             raise
         self._end_step(held, COMPLETE)
+
+    def aborted(self, error: BaseException | None) -> Ending:
+        """The ending of a step that an error ended where it was.
+
+        Args:
+            error: Which; None: the refusal that somebody has made good.
+        """
+        asked = self.refusal.refused.asked_bytes if self.refusal is not None else None
+        if error is None:
+            return Ending(EndKind.ABORTED, f"out of memory: asked for {size_text(asked or 0)}", asked)
+        return Ending(EndKind.ABORTED, one_line(error), asked if isinstance(error, torch.OutOfMemoryError) else None)
+
+    def _ending(self, error: BaseException) -> Ending:
+        """A step that is left on request never ends."""
+        if isinstance(error, StepLeft):
+            return error.ending
+        return self.aborted(error) if isinstance(error, Exception) else OPEN
 
     def _hook_modules(self) -> None:
         """Only while steps are traced: idle hooks would cost the others of a launch-bound run 2 %."""
@@ -308,7 +347,8 @@ class Tracer:
         mark = self._next_mark
         self._next_mark = mark + 1
         self.recorder.stamp(mark)
-        if time.perf_counter() >= self._next_publish_s and phase is not Phase.IDLE:
+        due = time.perf_counter() >= self._next_publish_s
+        if due and phase is not Phase.IDLE and self._refused_at is None:  # else its stack may be unwinding
             with self._costing():
                 self._own_gradients()
                 self._take(step, OPEN)
@@ -334,6 +374,36 @@ class Tracer:
         self._reducers.add(ddp)
         if self.tagging:
             self.tag(self.phase_now, self.name(BUCKETS) if begins else 0)
+
+    # --- what the recorder calls ---------------------------------------------
+
+    def _refused(self, refused: Refused) -> None:
+        """An allocation is being refused on this thread: take what there is, before the stack unwinds."""
+        step, module = self._step, self.module_now
+        if step is not None:
+            if step.operators and step.operators[-2] == self._next_mark - 1 and not refused.operator:
+                refused = replace(refused, operator=self._labels.descriptions[step.operators[-1]].operator)
+            self._own_model(anew=True)
+            self._own_all(self._held())
+            self._refused_at = _Instant(None, self._taken(step, OPEN))
+        else:
+            self._refused_at = self._snapshot()
+        self.refusal = Refusal(
+            refused=refused,
+            allocated_bytes=self.recorder.allocated_bytes(),
+            step=self.step_now,
+            phase=self.phase_now,
+            micro_batch=self._micro_batch,
+            module=module,
+            traced=step is not None,
+        )
+
+    def _snapshot(self) -> _Instant:
+        """What is alive in a step that is not traced, and whose it is."""
+        nothing = _Step(self.step_now, 1, self._next_mark)
+        self._owners.note_all(nothing.owners, -1, anew=True)
+        self._owners.note(nothing.owners, -1, self._held())
+        return _Instant(self.recorder.holding(), self._taken(nothing, OPEN, drained=False))
 
     # --- what the operators' watch calls ------------------------------------
 
@@ -383,40 +453,55 @@ class Tracer:
     # --- handing on ---------------------------------------------------------
 
     def _end_step(self, held: Callable[[], Iterable[owners.Owned]], ending: Ending) -> None:
-        step = self._step
-        if step is not None:
+        step, refused_at = self._step, self._refused_at
+        if refused_at is not None and ending.requested_bytes is not None:
+            if refused_at.holding is not None:
+                self._assembler.begin(refused_at.holding)
+            self._assembler.add(replace(refused_at.taken, ending=ending))
+        elif step is not None:
             with self._costing():
                 self._own_model(anew=step.number <= SETTLED_AFTER)
                 self._own_all(held())
                 self._take(step, ending)
-                self.tagging, self._step = False, None
+        self.tagging, self._step, self._refused_at, self._held = False, None, None, tuple
         self._recomputes.flush(wait=ending is COMPLETE)
 
     def _take(self, step: _Step, ending: Ending) -> None:
-        """Hand on the step as far as it has come: what goes on changing is copied."""
+        """Hand on the step as far as it has come."""
+        if self._refused_at is not None:  # somebody has made it good: the step has gone on
+            self._assembler.add(self._refused_at.taken)
+            self._refused_at = None
+        self._assembler.add(self._taken(step, ending))
+
+    def _taken(self, step: _Step, ending: Ending, drained: bool = True) -> Taken:
+        """The step as far as it has come: what goes on changing is copied.
+
+        Args:
+            step: Which.
+            ending: How it ended, if it has.
+            drained: Whether it is traced.
+        """
         counted = None
         if ending is COMPLETE:
             peak = self.recorder.peak_bytes() if self._counts_peaks and step.number else None
             counted = Counted(self.recorder.allocated_bytes(), peak)
-        self._assembler.add(
-            Taken(
-                number=step.number,
-                micro_batches=step.micro_batches,
-                first_mark=step.first_mark,
-                drained=self.recorder.drain(),
-                marks=step.marks[:],
-                owners=step.owners.noted[:],
-                fixed=list(step.owners.repeated),
-                spans=[replace(span) for span in step.spans],
-                names=self._labels.names,
-                descriptions=self._labels.descriptions,
-                counted=counted,
-                ending=ending,
-                operators=step.operators[:],
-                outputs=step.outputs[:],
-                buckets=tuple(map(buckets_of, self._reducers)),
-                taken_us=_now_us(),
-            )
+        return Taken(
+            number=step.number,
+            micro_batches=step.micro_batches,
+            first_mark=step.first_mark,
+            drained=self.recorder.drain() if drained else None,
+            marks=step.marks[:],
+            owners=step.owners.noted[:],
+            fixed=list(step.owners.repeated),
+            spans=[replace(span) for span in step.spans],
+            names=self._labels.names,
+            descriptions=self._labels.descriptions,
+            counted=counted,
+            ending=ending,
+            operators=step.operators[:],
+            outputs=step.outputs[:],
+            buckets=tuple(map(buckets_of, self._reducers)),
+            taken_us=_now_us(),
         )
 
     def _own_model(self, anew: bool) -> None:
@@ -478,16 +563,3 @@ class StepLeft(BaseException):
     def __init__(self, ending: Ending = OPEN) -> None:
         super().__init__()
         self.ending = ending
-
-
-def aborted(error: Exception, recorder: Recorder) -> Ending:
-    """The ending of a step that an error ended where it was."""
-    refused = recorder.refused_bytes if isinstance(error, torch.OutOfMemoryError) else None
-    return Ending(EndKind.ABORTED, one_line(error), refused)
-
-
-def _ending(error: BaseException, recorder: Recorder) -> Ending:
-    """A step that is left on request never ends."""
-    if isinstance(error, StepLeft):
-        return error.ending
-    return aborted(error, recorder) if isinstance(error, Exception) else OPEN

@@ -12,16 +12,39 @@ from ..ledger import Ledger
 SCRIPT = "held by the script"
 
 
-def name_leftovers(trace: StepTrace) -> StepTrace:
+Blocks = frozenset[tuple[int, int]]
+"""Address and size of each."""
+
+
+def leftovers(trace: StepTrace) -> Blocks:
+    """What the script held when a step ended, by a trace in which that is named."""
+    blocks = Ledger(trace).blocks
+    held = blocks[(blocks["category"] == Category.HELD_BY_SCRIPT) & (blocks["died"] == len(trace.events))]
+    return frozenset(zip(held["address"].tolist(), held["bytes"].tolist(), strict=True))
+
+
+def name_leftovers(trace: StepTrace, before: Blocks = frozenset()) -> StepTrace:
     """Say of what is alive at the end and nobody owns that the script holds it.
 
     The model, the optimizer, the batch and the outputs have been asked, and
     what autograd or a library keeps has rules of its own: what is left are the
     script's own variables, a loss that is logged, an average, another model.
+
+    Args:
+        trace: The step.
+        before: What it held when the step before ended. A step that an error ended cannot tell that
+            from what the outputs keep until the next forward.
     """
+    if not len(trace.marks):  # a snapshot: it is not known what was made in the step under way
+        return trace
     ledger = Ledger(trace)
     blocks = ledger.blocks
-    left = blocks[(blocks["category"] == Category.UNKNOWN) & (blocks["died"] == len(trace.events))]
+    free = blocks["category"] == Category.UNKNOWN
+    if trace.is_aborted and before:
+        old = zip(blocks["address"].tolist(), blocks["bytes"].tolist(), strict=True)
+        known = np.fromiter((block in before for block in old), bool, len(blocks))
+        free |= known & (blocks["born"] < 0) & (blocks["category"] == Category.ACTIVATIONS)
+    left = blocks[free & (blocks["died"] == len(trace.events))]
     if not len(left):
         return trace
     names = trace.names if SCRIPT in trace.names else (*trace.names, SCRIPT)

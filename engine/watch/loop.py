@@ -24,7 +24,7 @@ from ..recompute import in_backward
 from ..tracing import owners
 from ..tracing.module_hooks import keyword_arguments
 from ..tracing.recorder import Recorder
-from ..tracing.tracer import SETTLED_AFTER, StepLeft, Tracer, aborted
+from ..tracing.tracer import SETTLED_AFTER, StepLeft, Tracer
 from ..train import StepResult
 from .batch import Batch, batch_of, tensors_of
 from .describe import config_of
@@ -77,7 +77,7 @@ class Listener(Protocol):
         """A step has ended."""
         ...
 
-    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
+    def out_of_memory(self, error: BaseException | None, step: int, phase: Phase) -> None:
         """An allocation was refused."""
         ...
 
@@ -137,15 +137,33 @@ class WatchedLoop:
 
     def end(self, error: BaseException | None) -> None:
         """The step under way is over: by an error, or because nobody goes on."""
-        phase, step = self._phase, self._tracer.step_now
-        if error is None and not self._optimizers and self._forwards:
+        out_of_memory = isinstance(error, torch.OutOfMemoryError)
+        if out_of_memory or self._tracer.refusal is not None:
+            self._out_of_memory(error if out_of_memory else None)
+        elif error is None and not self._optimizers and self._forwards:
             self._end_step(Phase.FORWARD)
         elif error is not None and isinstance(error, Exception):
-            self._leave_step(StepLeft(aborted(error, self._recorder)))
+            self._leave_step(StepLeft(self._tracer.aborted(error)))
         else:
             self._leave_step(StepLeft(OPEN))
-        if isinstance(error, torch.OutOfMemoryError) and self._source.run is not None:
+
+    def _out_of_memory(self, error: BaseException | None) -> None:
+        """An allocation was refused, and the step is left where it was then.
+
+        Args:
+            error: That says so; None: the script has caught it.
+        """
+        phase, step, tracer = self._phase, self._tracer.step_now, self._tracer
+        self._leave_step(StepLeft(tracer.aborted(error)))
+        tracer.settle()
+        if self._source.run is not None:
             self._source.out_of_memory(error, step, phase)
+
+    def _go_on(self) -> None:
+        """If the script has caught what ran out of memory, tell of it and begin the step anew."""
+        if self._tracer.refusal is not None:
+            self._out_of_memory(None)
+            self._begin_step()
 
     # --- what the hooks tell ----------------------------------------------------
 
@@ -153,6 +171,7 @@ class WatchedLoop:
         """A forward pass of the model, or of what it is compiled to, begins."""
         if in_backward() or self._is_inside(module):  # it is computed again; it calls itself
             return
+        self._go_on()
         self._inside = weakref.ref(module)
         kwargs = keyword_arguments()
         self._next_pass(kwargs)
@@ -180,6 +199,7 @@ class WatchedLoop:
         self._inside = None
         if outputs is None:
             return
+        self._tracer.refusal = None  # if there was one, what asked has found another way
         owned = list(_of_outputs(outputs))
         self._outputs = [(category, name, weakref.ref(tensor)) for category, name, tensor in owned]
         self._tracer.own_held(owned)
@@ -198,6 +218,8 @@ class WatchedLoop:
 
     def optimizer_begins(self, optimizer: torch.optim.Optimizer, *_: Any) -> None:
         """One of the optimizers is about to step."""
+        if not in_backward():
+            self._go_on()
         if id(optimizer) in self._stepped:  # the others do not step every time
             self._awaited &= self._stepped
             self._end_step(Phase.OPTIMIZER)

@@ -8,7 +8,6 @@ from typing import Any
 import torch
 from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..tracing.allocator_trace import AllocatorTrace
 from ..tracing.op_tracker import OpTracker
@@ -40,8 +39,8 @@ class LateAllocatorTrace(AllocatorTrace):
 class GuardedOpTracker(OpTracker):
     """The op tracker in somebody's loop: operators run whatever becomes of us."""
 
-    def __init__(self, barrier: FaultBarrier) -> None:
-        super().__init__()
+    def __init__(self, barrier: FaultBarrier, memory_limit_bytes: int = 0) -> None:
+        super().__init__(memory_limit_bytes=memory_limit_bytes)
         self._barrier = barrier
         self._entered = False
 
@@ -51,20 +50,25 @@ class GuardedOpTracker(OpTracker):
         return True
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        """Run the operator; look at what it returns if all is well with us."""
+        """Run the operator; look at what it returns if all is well with us.
+
+        Raises:
+            torch.OutOfMemoryError: It is more than the memory limit leaves.
+        """
         out = func(*args, **(kwargs or {}))
         if not self._barrier.off:
             try:
-                for leaf in (out,) if isinstance(out, torch.Tensor) else tree_leaves(out):
-                    if isinstance(leaf, torch.Tensor):
-                        self.see(leaf)
+                self.look(func, out)
+            except torch.OutOfMemoryError:
+                del out  # the error holds this frame
+                raise
             except Exception as error:
                 self._barrier.failed(error)
         return out
 
-    def _see(self, tensor: torch.Tensor) -> None:
+    def _see(self, tensor: torch.Tensor, forced: bool = False) -> None:
         if not is_fake(tensor):
-            super()._see(tensor)
+            super()._see(tensor, forced)
 
     def begin(self) -> None:
         """See this thread's operators from now on."""

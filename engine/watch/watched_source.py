@@ -31,7 +31,7 @@ from ..tracing.tracer import Tracer
 from ..train import StepResult
 from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
-from .leftovers import name_leftovers
+from .leftovers import Blocks, leftovers, name_leftovers
 
 LAST_ANSWERS_S = 0.5
 """Time for viewers to ask for the last events."""
@@ -46,6 +46,7 @@ class WatchedSource(Published):
 
     Args:
         name: In `gpumem-tui ps`; the script's if None.
+        memory_limit_bytes: Of the device, as the script is to see it; 0: it is as it is.
 
     Attributes:
         barrier: Between all of this and the script.
@@ -56,13 +57,15 @@ class WatchedSource(Published):
     live = True
     role = ViewerRole.WATCHING
 
-    def __init__(self, name: str | None) -> None:
+    def __init__(self, name: str | None, memory_limit_bytes: int = 0) -> None:
+        self._memory_limit_bytes = memory_limit_bytes
         self._name = name or script_name()
         self._feed = Feed(self._name)
         self.publisher = RunPublisher(self._feed)
         self.micro_batches: dict[int, int] = {}
         self.barrier = FaultBarrier(self.failed)
         self._said_compiled = False
+        self._left: tuple[int, Blocks] = (0, frozenset())
         self._server: Server | None = None
         self._engine_lock: EngineLock | None = None
         self._closing = threading.Event()
@@ -88,6 +91,7 @@ class WatchedSource(Published):
         A socket that cannot be had is said in one line; the watching goes on for what it is worth.
         """
         self.publisher.look_around(device)
+        self.publisher.limit_memory(self._memory_limit_bytes)
         self.publisher.attach(recorder, tracer, every_step)
         read = self.barrier.guard(self.publisher.read_gauge)
         self._run_thread("gpumem-tui gauge", lambda: self.publisher.gauge_forever(self._closing, read))
@@ -112,6 +116,7 @@ class WatchedSource(Published):
 
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
+        config = dataclasses.replace(config, memory_limit_bytes=self._memory_limit_bytes)
         self.publisher.begin(config, RunKind.WATCHED, f"watching {describe(config)}")
         parameters = sum(p.numel() for p in model.parameters())
         self.publisher.loaded(parameters, sum(p.numel() for p in model.parameters() if p.requires_grad), None)
@@ -145,8 +150,12 @@ class WatchedSource(Published):
         count = self.micro_batches.get(trace.step, 1)
         if not trace.is_open:
             self.micro_batches = {step: n for step, n in self.micro_batches.items() if step > trace.step}
+        step, held = self._left
+        named = name_leftovers(trace, held if step == trace.step - 1 else frozenset())
+        if trace.is_complete:
+            self._left = trace.step, leftovers(named)
         if self._feed.run is not None:  # what comes before the first forward belongs to no run yet
-            self.publisher.publish_trace(dataclasses.replace(name_leftovers(trace), micro_batches=count))
+            self.publisher.publish_trace(dataclasses.replace(named, micro_batches=count))
 
     def stepped(self, result: StepResult) -> None:
         """A step of the optimizer has ended."""
@@ -159,8 +168,8 @@ class WatchedSource(Published):
         """A checkpointed segment was computed again."""
         self.publisher.recomputed(event)
 
-    def out_of_memory(self, error: BaseException, step: int, phase: Phase) -> None:
-        """The script ran out of memory."""
+    def out_of_memory(self, error: BaseException | None, step: int, phase: Phase) -> None:
+        """The script ran out of memory; None: it has caught the error."""
         self.publisher.out_of_memory(error, step, phase)
 
     def failed(self, text: str, detail: str) -> None:

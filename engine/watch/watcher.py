@@ -7,6 +7,8 @@ takes them away again; what they tell becomes steps in `loop`.
 from __future__ import annotations
 
 import atexit
+import os
+import sys
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
 from functools import partial
@@ -15,8 +17,10 @@ from typing import Any, Self
 
 import torch
 
+from ..config import MEMORY_LIMIT_VARIABLE, parse_bytes
 from ..events import Recompute
 from ..forks import in_child
+from ..out_of_memory.memory_limit import limited
 from ..publisher import GAUGE_EVERY_S
 from ..tracing.module_hooks import module_hooks
 from ..tracing.recorder import Recorder
@@ -44,9 +48,12 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         every_step: Trace every step on a GPU, whatever it costs, instead of
             as many as take 1 % of the time.
         accumulation: Micro-batches a step; None: the first step shows it.
+        memory_limit: Have the device behave as one with so much memory, `24GiB`;
+            None: as the environment variable GPUMEM_MEMORY_LIMIT says, if it does.
 
     Raises:
         TypeError: The optimizer is none of torch's.
+        UserError: The memory limit is no size.
     """
 
     def __init__(
@@ -57,11 +64,14 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         name: str | None = None,
         every_step: bool = False,
         accumulation: int | None = None,
+        memory_limit: str | None = None,
     ) -> None:
+        memory_limit = memory_limit or os.environ.get(MEMORY_LIMIT_VARIABLE)
+        self._memory_limit_bytes = parse_bytes(memory_limit, "memory limit") if memory_limit else 0
         self._model, self._optimizers = model, optimizers_in(optimizer)
         self._every_step = every_step
         self._accumulation = accumulation or accumulation_of(optimizer)
-        self.source = WatchedSource(name)
+        self.source = WatchedSource(name, self._memory_limit_bytes)
         self.barrier = self.source.barrier
         self._undo = ExitStack()
         self._loop: WatchedLoop | None = None
@@ -107,16 +117,20 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             vars(self).pop(name, None)
 
     def _at_exit(self) -> None:
-        """The script has ended without ending this: the step it was in is nobody's any more."""
+        """The script has ended without ending this: the step it was in is nobody's, unless it ran out of memory."""
+        if self._tracer is not None and self._tracer.refusal is not None:
+            self.end(getattr(sys, "last_value", None))
+            return
         self.barrier.off = True
         self.end()
 
     def _begin(self, forward: tuple[Any, ...]) -> None:
         device = device_of(self._model)
+        self._undo.enter_context(limited(device, self._memory_limit_bytes))
         if device.type == "cuda":
             recorder: Recorder = LateAllocatorTrace(device)
         else:
-            recorder = tracker = GuardedOpTracker(self.barrier)
+            recorder = tracker = GuardedOpTracker(self.barrier, self._memory_limit_bytes)
             tracker.begin()
         self._recorder = recorder
         every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
@@ -124,6 +138,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._tracer = tracer = Tracer(
             recorder, self._publish, self._recomputed, every_s, described=0, counts_peaks=recorder.always_on
         )
+        if recorder.on_refused is not None:
+            recorder.on_refused = self.barrier.guard(recorder.on_refused)
         tracer.adopt(self._model, *self._optimizers)
         self._loop = loop = WatchedLoop(
             self._model, self._optimizers, recorder, tracer, self.source,

@@ -9,11 +9,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from ...engine.config import RunConfig, UserError
+from ...engine.config import RunConfig, UserError, parse_bytes
 from ...engine.prediction.known import predicted
 from . import check_report
 from .check_report import Checked, Limits
-from .common import add_run_flags, config_from, end_progress, parse_bytes, parse_percent, telling, write_output
+from .common import add_run_flags, config_from, end_progress, parse_percent, telling, write_output
 from .estimate import add_gpu_flag, chosen_gpu
 
 VIOLATED = 1

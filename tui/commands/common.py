@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...engine.atomic_file import replacing
-from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value
+from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value, parse_bytes
 from .. import interrupt
 
 if TYPE_CHECKING:
@@ -46,6 +46,9 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
     for option in WORKLOAD_OPTIONS:
         parser.add_argument(_flag(option.name), metavar="N", help=option.summary)
     parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:<i> (default: auto)")
+    parser.add_argument(
+        "--memory-limit", metavar="SIZE", help="have the device behave as one with so much memory: 24GiB"
+    )
     parser.add_argument("--data", metavar="FILE", help="train on this text or JSONL file instead of random tokens")
 
 
@@ -77,6 +80,7 @@ def config_from(
         "pretrained": flags.model is not None,
         "device": flags.device,
         "data": flags.data,
+        "memory_limit_bytes": parse_bytes(flags.memory_limit, "--memory-limit") if flags.memory_limit else 0,
     }
     # What is plainly wrong is refused before anything is started.
     try:
@@ -128,20 +132,6 @@ def seconds(typed: str, where: str) -> float:
     if not 0 <= value < math.inf:
         raise UserError(f"{where} {typed}: takes a time such as 90, 10m or 2h")
     return value
-
-
-def parse_bytes(typed: str, where: str) -> int:
-    """A size as typed: `24GiB`, `900 MiB`, `24GB`.
-
-    Raises:
-        UserError: It is none.
-    """
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([KMGT]i?)?B\s*", typed, re.IGNORECASE)
-    if match is None:
-        raise UserError(f"{where} {typed}: takes a size such as 24GiB or 900MiB")
-    prefix = (match[2] or "").upper()
-    base = 1024 if prefix.endswith("I") else 1000
-    return int(float(match[1]) * base ** " KMGT".index(prefix[:1] or " "))
 
 
 def parse_percent(typed: str, where: str) -> float:

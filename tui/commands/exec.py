@@ -7,7 +7,7 @@ import os
 from importlib import util
 from pathlib import Path
 
-from ...engine.config import UserError
+from ...engine.config import MEMORY_LIMIT_VARIABLE, UserError, parse_bytes
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,6 +17,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "an optimizer has. Not seen: what runs before that, a second model or optimizer, the inside of compiled "
         "models, and Pythons started with -I, -S or -E."
     )
+    about = "have the device behave as one with less memory: 24GiB"
+    parser.add_argument("--memory-limit", metavar="SIZE", help=about)
     parser.add_argument("line", metavar="COMMAND", nargs=argparse.REMAINDER, help="python train.py ..., torchrun ...")
     parser.set_defaults(command=main)
 
@@ -30,6 +32,9 @@ def main(flags: argparse.Namespace) -> int:
     assert watching is not None
     assert watching.origin is not None
     autoload = Path(watching.origin).parent / "autoload"
+    if flags.memory_limit:
+        parse_bytes(flags.memory_limit, "--memory-limit")
+        os.environ[MEMORY_LIMIT_VARIABLE] = flags.memory_limit
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(autoload), *([path] if path else [])])
     try:

@@ -1,0 +1,73 @@
+"""What is alive at the same point of every step, and whether it rises from step to step: a leak."""
+
+from __future__ import annotations
+
+from collections import deque
+from itertools import pairwise
+from typing import NamedTuple
+
+KEPT = 6
+"""So many figures in a row that rise make a leak."""
+AT_LEAST = 3
+"""So many do where memory has run out."""
+LEVELS = 3
+FOLD = 8
+"""Steps whose lowest figure stands for them on the next level: rows of all lengths rise and fall, a leak stays."""
+EVEN = 2
+"""Of a leak, no rise is so many times another."""
+
+
+class Rise(NamedTuple):
+    """Live bytes rise.
+
+    Attributes:
+        bytes: A step, on average.
+        steps: For how many steps they have been seen to.
+    """
+
+    bytes: int
+    steps: int
+
+
+class LiveBytes:
+    """The figure of every step, at some distance in less detail."""
+
+    def __init__(self) -> None:
+        self._levels: tuple[deque[int], ...] = tuple(deque(maxlen=KEPT) for _ in range(LEVELS))
+        self._folding: list[list[int]] = [[] for _ in range(LEVELS)]
+
+    def add(self, allocated_bytes: int) -> None:
+        """A step has ended with so many bytes alive, counted where they were counted in every step before."""
+        figure = allocated_bytes
+        for level, folding in zip(self._levels, self._folding, strict=True):
+            level.append(figure)
+            folding.append(figure)
+            if len(folding) < FOLD:
+                return
+            figure = min(folding)
+            folding.clear()
+
+    def rise(self, at_least: int = KEPT) -> Rise | None:
+        """How they rise; None: they do not, as far as can be told.
+
+        Args:
+            at_least: So many figures in a row have to.
+        """
+        for n, level in enumerate(self._levels):
+            figures = _rising_evenly(list(level))
+            if len(figures) >= at_least:
+                steps = (len(figures) - 1) * FOLD**n
+                return Rise((figures[-1] - figures[0]) // steps, steps)
+        return None
+
+
+def _rising_evenly(figures: list[int]) -> list[int]:
+    """The last of some figures, as many as rise by about the same."""
+    rises = [after - before for before, after in pairwise(figures)]
+    many = 0
+    for n in range(1, len(rises) + 1):
+        last = rises[-n:]
+        if min(last) <= 0 or max(last) > EVEN * min(last):
+            break
+        many = n
+    return figures[len(figures) - many - 1 :] if many else []
