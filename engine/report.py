@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from types import MappingProxyType
 from typing import Any, TypeVar
 
@@ -87,6 +88,22 @@ class RecomputeFigures(msgspec.Struct, frozen=True):
     early_stop: bool
 
 
+class RankFigures(msgspec.Struct, frozen=True):
+    """One rank of a job.
+
+    Attributes:
+        rank: From 0.
+        loaded: After loading.
+        peak: At its own highest peak.
+        outside_torch_bytes: On its GPU and not torch's: CUDA's context and NCCL's buffers; None: not known.
+    """
+
+    rank: int
+    loaded: Composition | None
+    peak: Composition | None
+    outside_torch_bytes: int | None = None
+
+
 class RunDocument(msgspec.Struct, frozen=True):
     """The whole run. Sizes are whole bytes; what never came to be is None.
 
@@ -109,6 +126,7 @@ class RunDocument(msgspec.Struct, frozen=True):
         mismatch_bytes_max: The most that the categories' sum was off the allocator's counter.
         leaked_bytes: Not given back when the run ended.
         failure: Why it failed, in one line; None: it did not.
+        ranks: Of a job of several, each; the document itself is then that of the highest.
     """
 
     schema: str
@@ -129,6 +147,7 @@ class RunDocument(msgspec.Struct, frozen=True):
     mismatch_bytes_max: int
     leaked_bytes: int | None
     failure: str | None
+    ranks: list[RankFigures] = []
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON."""
@@ -210,6 +229,31 @@ def report(run: Run) -> RunDocument:
     for trace in run.traces():
         folded.add(trace)
     return folded.document(run)
+
+
+def of_job(by_rank: Mapping[int, RunDocument], outside_torch_bytes: Mapping[int, int]) -> RunDocument:
+    """The document of a job: that of the rank with the highest peak, with a line for each.
+
+    Args:
+        by_rank: Documents of its ranks.
+        outside_torch_bytes: By rank, as far as they are known.
+    """
+    ranks = [
+        RankFigures(
+            rank, document.loaded, document.peak and _composition_of(document.peak), outside_torch_bytes.get(rank)
+        )
+        for rank, document in sorted(by_rank.items())
+    ]
+    highest = max(by_rank, key=lambda rank: (_height(by_rank[rank]), -rank))
+    return msgspec.structs.replace(by_rank[highest], ranks=ranks)
+
+
+def _height(document: RunDocument) -> int:
+    return document.peak.allocated_bytes if document.peak else 0
+
+
+def _composition_of(peak: PeakFigures) -> Composition:
+    return Composition(peak.allocated_bytes, peak.by_category)
 
 
 def peak_of(ledger: Ledger) -> PeakFigures:
