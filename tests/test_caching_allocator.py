@@ -66,6 +66,17 @@ def test_free_neighbours_are_merged_and_given_back_whole() -> None:
     assert allocator.reserved_bytes == 0 < allocator.peak_reserved_bytes
 
 
+@pytest.mark.parametrize("expandable", [False, True])
+def test_what_a_stream_freed_no_other_stream_is_given(expandable: bool) -> None:
+    allocator = CachingAllocator(expandable=expandable)
+    address, _ = allocator.allocate(30 << 20, stream=1)
+    allocator.free(address)
+    assert allocator.allocate(30 << 20)[0] != address
+    assert allocator.reserved_bytes >= 60 << 20
+    assert allocator.allocate(30 << 20, stream=1)[0] == address
+    assert (allocator.stream_of(address), allocator.allocated_bytes) == (1, 60 << 20)
+
+
 def test_what_is_cached_is_given_back_before_memory_runs_out() -> None:
     allocator = CachingAllocator(capacity_bytes=40 << 20)
     address, _ = allocator.allocate(30 << 20)

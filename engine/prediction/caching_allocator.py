@@ -1,9 +1,9 @@
 """The CUDA caching allocator, modelled: what it would hand out and reserve.
 
 The rules are those of `c10/cuda/CUDACachingAllocator.cpp`: a small and a large
-pool; best fit among the free blocks, the lowest address among equals; a block
-that is too large is split, neighbours that are free are merged; what is not
-found is taken from CUDA in segments. One stream, as a training loop has.
+pool for each stream; best fit among the free blocks, the lowest address among
+equals; a block that is too large is split, neighbours that are free are merged;
+what is not found is taken from CUDA in segments, which stay their stream's.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ MIN_LARGE_BYTES = 10 << 20
 """Requests from here on get a segment of their own size (kMinLargeAlloc)..."""
 ROUND_LARGE_BYTES = 2 << 20
 """...rounded up to this (kRoundLarge)."""
+DEFAULT_STREAM = 0
 FIRST_ADDRESS = 1 << 40
 LAST_ADDRESS = 1 << 46
 
@@ -53,10 +54,11 @@ class _Block:
 
 
 class _Pool:
-    """Free blocks in the order the allocator looks through them: by size, then by address."""
+    """Free blocks of a stream in the order the allocator looks through them: by size, then by address."""
 
-    def __init__(self, small: bool) -> None:
-        self.small = small
+    def __init__(self, stream: int, small: bool) -> None:
+        self.stream, self.small = stream, small
+        self.end: _Block | None = None  # the last of its expandable segment
         self.free: list[tuple[int, int]] = []
 
     def best_fit(self, size: int, last_resort: int | None = None) -> int | None:
@@ -100,26 +102,31 @@ class CachingAllocator:
         self.capacity_bytes, self.expandable = capacity_bytes, expandable
         self._place = place or self._below
         self._lowest_address = LAST_ADDRESS
-        self._pools = (_Pool(small=True), _Pool(small=False))
+        self._pools: dict[tuple[int, bool], _Pool] = {}
         self._blocks: dict[int, _Block] = {}
-        self._ends: dict[bool, _Block] = {}
+        self._streams: dict[int, int] = {}
 
-    def allocate(self, size: int) -> tuple[int, int]:
+    def allocate(self, size: int, stream: int = DEFAULT_STREAM) -> tuple[int, int]:
         """Hand out a block; returns its address and its size.
+
+        Args:
+            size: Bytes asked for.
+            stream: Number of the stream that is current.
 
         Raises:
             OutOfMemoryError: The capacity does not suffice.
         """
         rounded = rounded_bytes(size)
-        pool = self._pools[0 if rounded <= SMALL_BYTES else 1]
-        end = self._ends.get(pool.small)
-        address = pool.best_fit(rounded, end.address if end is not None else None)
+        pool = self._pool(stream, rounded <= SMALL_BYTES)
+        address = pool.best_fit(rounded, pool.end.address if pool.end is not None else None)
         block = self._blocks[address] if address is not None else self._more(rounded, pool)
         rest = block.size - rounded
         if rest >= MIN_BLOCK_BYTES if pool.small or self.expandable else rest > SMALL_BYTES:
             self._split(block, rounded)
         block.free, block.requested = False, size
         self.allocated_bytes += block.size
+        if stream != DEFAULT_STREAM:
+            self._streams[block.address] = stream
         return block.address, block.size
 
     def free(self, address: int) -> tuple[int, int]:
@@ -145,7 +152,8 @@ class CachingAllocator:
             if block.free and block.before is None and block.after is None:
                 self._take_out(block)
                 del self._blocks[block.address]
-                self._ends = {small: end for small, end in self._ends.items() if end is not block}
+                if block.pool.end is block:
+                    block.pool.end = None
                 self.reserved_bytes -= block.size
 
     def alive(self) -> list[tuple[int, int, int]]:
@@ -153,19 +161,28 @@ class CachingAllocator:
         return [(b.address, b.requested, b.size - b.requested) for b in self._blocks.values() if not b.free]
 
     def pools(self) -> tuple[Pool, ...]:
-        """What is free, of the small pool and of the large one."""
+        """What is free, by stream, of its small pool and of its large one."""
         return by_bytes(
             Pool(
-                stream=0,
+                stream=pool.stream,
                 pool="small" if pool.small else "large",
                 cached_bytes=sum(size for size, _ in pool.free),
                 largest_free_block_bytes=pool.free[-1][0],
             )
-            for pool in self._pools
+            for pool in self._pools.values()
             if pool.free
         )
 
+    def stream_of(self, address: int) -> int:
+        """Stream of what has been allocated at an address: segments change neither."""
+        return self._streams.get(address, DEFAULT_STREAM)
+
     # --- segments -----------------------------------------------------------
+
+    def _pool(self, stream: int, small: bool) -> _Pool:
+        if (stream, small) not in self._pools:
+            self._pools[stream, small] = _Pool(stream, small)
+        return self._pools[stream, small]
 
     def _more(self, rounded: int, pool: _Pool) -> _Block:
         """A new segment, or more of an expandable one."""
@@ -180,7 +197,7 @@ class CachingAllocator:
     def _expand(self, rounded: int, pool: _Pool) -> _Block:
         """Map as many pages behind the pool's last block as are missing."""
         page = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
-        end = self._ends.get(pool.small)
+        end = pool.end
         there = end.size if end is not None and end.free else 0
         size = -(-(rounded - there) // page) * page
         self._reserve(size)
@@ -189,11 +206,12 @@ class CachingAllocator:
             end.size += size
             return end
         # Each pool reserves more addresses than any device has memory.
-        address = end.address + end.size if end is not None else FIRST_ADDRESS << (1 if pool.small else 2)
+        first = FIRST_ADDRESS * (2 * pool.stream + (1 if pool.small else 2))
+        address = end.address + end.size if end is not None else first
         block = _Block(address, size, pool, end, None)
         if end is not None:
             end.after = block
-        self._blocks[address] = self._ends[pool.small] = block
+        self._blocks[address] = pool.end = block
         return block
 
     def _reserve(self, size: int) -> None:
@@ -215,8 +233,8 @@ class CachingAllocator:
         rest = _Block(block.address + size, block.size - size, block.pool, block, block.after)
         if block.after is not None:
             block.after.before = rest
-        elif self._ends.get(block.pool.small) is block:
-            self._ends[block.pool.small] = rest
+        elif block.pool.end is block:
+            block.pool.end = rest
         block.after, block.size = rest, size
         self._blocks[rest.address] = rest
         insort(rest.pool.free, (rest.size, rest.address))
@@ -230,8 +248,8 @@ class CachingAllocator:
         block.after = gone.after
         if gone.after is not None:
             gone.after.before = block
-        elif self._ends.get(block.pool.small) is gone:
-            self._ends[block.pool.small] = block
+        elif block.pool.end is gone:
+            block.pool.end = block
 
     def _take_out(self, block: _Block) -> None:
         free = block.pool.free

@@ -27,7 +27,7 @@ def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> N
     now: dict[int, int] = {}
     for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
         if size > 0:
-            now[address] = allocator.allocate(size)[0]
+            now[address] = allocator.allocate(size, allocator.stream_of(address))[0]
         elif address in now:
             allocator.free(now.pop(address))
         elif address in successors:
