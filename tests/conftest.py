@@ -8,6 +8,7 @@ import os
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
+import gc
 import shutil
 import signal
 import tempfile
@@ -27,10 +28,12 @@ from gpumem_tui.engine.prediction import predictor
 from gpumem_tui.engine.report import Report
 from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.engine.session import Session
+from gpumem_tui.engine.watch.watched_source import WatchedSource
 from gpumem_tui.profiles import model_profile, run_fields
 
 from .terminal import until
 from .viewing import Viewers
+from .watching import Seen
 
 predictor.NICENESS = 0  # two workers on two cores would leave it nothing
 
@@ -119,6 +122,48 @@ def viewers(home: Path) -> Iterator[Viewers]:
     yield made
     for viewer in made.all:
         viewer.close()
+
+
+@pytest.fixture(scope="module")
+def frozen_heap() -> Iterator[None]:
+    """Other models are looked for among all objects: those of the test session would cost every test 0.3 s."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
+
+
+@pytest.fixture
+def runtime_folder(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """Watched scripts are served here, and leave nothing when they have ended."""
+    gc.collect()  # models of the test before are models
+    base = Path(tempfile.mkdtemp(prefix="g-"))
+    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
+    yield base
+    assert engine_registry.engines() == [], "a watched script has left something"
+    shutil.rmtree(base)
+
+
+@pytest.fixture
+def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
+    """All that is said of scripts while they are watched."""
+    made = Seen()
+    begun = WatchedSource.__init__
+
+    def begin(self: WatchedSource, name: str | None) -> None:
+        begun(self, name)
+        made.sources.append(self)
+        publish = self._feed.publish_trace
+
+        def keep(trace: StepTrace) -> None:
+            publish(trace)
+            if not trace.is_open:
+                made.traces.append(trace)
+
+        self._feed.publish_trace = keep  # type: ignore[method-assign]
+
+    monkeypatch.setattr(WatchedSource, "__init__", begin)
+    return made
 
 
 def wait_until(condition: Callable[[], bool], session: Session, seconds: float = 60.0) -> None:

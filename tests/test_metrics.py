@@ -30,7 +30,7 @@ from gpumem_tui.watch import MemoryCallback
 
 from .conftest import small_run
 from .fake_source import CPU, GPU, FakeSource
-from .test_watch import small_model
+from .watching import small_model
 
 QUICK = ["--profile", "tiny", "--batch-size", "2", "--seq-len", "16", "--steps", "2"]
 

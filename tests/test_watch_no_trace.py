@@ -6,17 +6,14 @@ import copy
 import io
 import pickle
 import re
-import shutil
 import signal
 import sys
-import tempfile
 import threading
 import types
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from contextlib import nullcontext
 from multiprocessing.reduction import ForkingPickler
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -27,18 +24,11 @@ from torch.utils import _python_dispatch
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
-from gpumem_tui.engine import engine_registry, recompute
+from gpumem_tui.engine import recompute
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.watch import watch
 
-
-@pytest.fixture(autouse=True)
-def home(monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    base = Path(tempfile.mkdtemp(prefix="g-"))
-    monkeypatch.setenv("XDG_RUNTIME_DIR", str(base))
-    yield base
-    assert engine_registry.engines() == [], "a watched script has left something"
-    shutil.rmtree(base)
+pytestmark = pytest.mark.usefixtures("frozen_heap", "runtime_folder")
 
 
 class Body(torch.nn.Module):
