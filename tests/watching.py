@@ -6,7 +6,7 @@ import copy
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch.nn.modules import module as torch_module
@@ -20,6 +20,8 @@ from gpumem_tui.engine.watch.watched_source import WatchedSource
 
 if TYPE_CHECKING:
     from transformers import GPTNeoXForCausalLM
+
+Kind = TypeVar("Kind", bound=RunEvent)
 
 EXAMPLES = Path(__file__).parent / "examples"
 
@@ -35,7 +37,7 @@ class Seen:
     def ledgers(self) -> list[Ledger]:
         return [Ledger(trace) for trace in self.traces]
 
-    def told(self, kind: type[RunEvent]) -> list[RunEvent]:
+    def told(self, kind: type[Kind]) -> list[Kind]:
         return [m for m in self.sources[-1].events(0) if isinstance(m, kind)]
 
 
