@@ -13,6 +13,7 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
+from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run import Run
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.screens.compare import MODES
@@ -150,3 +151,18 @@ def trained(steps: int = 2, **settings: Any) -> FakeSource:
     for _ in range(steps):
         source.finish_step()
     return source
+
+
+def opened(*names: str) -> Recording:
+    """Committed recordings, opened together."""
+    return Recording(*(RECORDINGS / f"{name}.gpumem" for name in names))
+
+
+async def restarted(driver: Driver, *keys: str, steps: int = 2) -> None:
+    """Press, and let the engine obey and train."""
+    assert isinstance(driver.source, FakeSource)
+    await driver.press(*keys)
+    driver.source.obey()
+    for _ in range(steps):
+        driver.source.finish_step()
+        await driver.tick()

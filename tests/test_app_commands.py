@@ -168,3 +168,46 @@ async def test_a_leak_is_a_problem() -> None:
         await driver.tick()
         assert "512 bytes leaked" in driver.lines[-2]
         assert [type(m) for m in driver.app.state.logs[Filter.PROBLEMS]] == [RunEnded]
+
+
+@pytest.mark.parametrize("screen", "12345 6".replace(" ", ""))
+async def test_a_screens_table_is_copied_whole(screen: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    source = trained(40)
+    copied: list[str] = []
+    async with shown(source) as driver:
+        monkeypatch.setattr(driver.app, "copy_to_clipboard", copied.append)
+        await driver.press(screen, "y")
+        table = driver.app.board.page.table()
+        lines = copied[0].splitlines()
+        if table is None:
+            assert len(lines) == 24
+        else:
+            assert lines == ["\t".join(cells) for cells in table]
+            assert len({len(cells) for cells in table}) == 1
+        if screen == "6":
+            assert len(lines) > 40
+        assert f"copied {len(lines)} lines" in driver.text
+
+
+async def test_a_layers_tensors_are_copied_too() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("3", "down", "enter")
+        table = driver.app.board.page.table()
+        assert table is not None
+        assert table[0] == ["bytes", "category", "name", "shape", "made"]
+        assert sum(int(cells[0]) for cells in table[1:]) == 24 * MIB
+
+
+async def test_the_screen_is_saved_as_a_picture_and_as_text(tmp_path: Path) -> None:
+    async with shown(trained(2), save_dir=tmp_path) as driver:
+        await driver.press("i")
+        (svg,), (text,) = tmp_path.glob("*.svg"), tmp_path.glob("*.txt")
+        assert "optimizer" in svg.read_text()
+        assert "P parameters" in text.read_text()
+        assert svg.stem in driver.text.replace("\n", "").replace(" ", "")
+
+
+async def test_a_picture_that_cannot_be_saved_is_said() -> None:
+    async with shown(trained(2), save_dir=Path("/proc/none")) as driver:
+        await driver.press("i")
+        assert "No such file" in driver.text

@@ -182,3 +182,67 @@ def test_numbered_layers_are_in_order() -> None:
     names = ("a.embed.weight", *(f"a.layers.{i}.w" for i in (2, 0, 10, 1)), "a.heads.0.w")
     assert numbered_layers(names) == ["a.layers.0", "a.layers.1", "a.layers.2", "a.layers.10"]
     assert numbered_layers(()) == []
+
+
+async def test_layers_fold_open_to_their_modules() -> None:
+    source = trained(2)
+    async with shown(source) as driver:
+        await driver.press("3", "down")
+        row = next(line for line in driver.lines if "layers.0" in line)
+        assert row.startswith("+")
+        await driver.press("tab")
+        inner = next(line for line in driver.lines if "mlp" in line)
+        # The parameter and its gradient and moments; activations are made by the module too.
+        assert inner.split()[2:5] == ["6.0", "6.0", "12.0"]
+        await driver.press("tab")
+        assert "mlp" not in driver.text
+
+
+async def test_a_layers_tensors_are_listed_with_all_their_bytes() -> None:
+    source = trained(2)
+    ledger = Ledger(source.run.traces()[-1])
+    async with shown(source, (100, 40)) as driver:
+        await driver.press("3", "down", "enter")
+        assert driver.lines[1].startswith(" gpt_neox.layers.0")
+        held = sum(ledger.by_layer(ledger.peak.event)["gpt_neox.layers.0"].values())
+        state = sum(  # optimizer state carries its own name behind the parameter's
+            size for layer, sizes in ledger.by_layer(ledger.peak.event).items() for size in sizes.values()
+            if layer.startswith("gpt_neox.layers.0")
+        )  # fmt: skip
+        assert f"{max(held, state) / MIB:.1f} MiB at the peak" in driver.lines[1]
+        assert any("gpt_neox.layers.0.mlp.weight" in line for line in driver.lines)
+        await driver.press("escape")
+        assert "at peak" in driver.lines[3]
+
+
+async def test_layers_are_found_by_name() -> None:
+    source = FakeSource(layers=40)
+    source.start()
+    source.finish_step()
+    async with shown(source) as driver:
+        await driver.press("3", "/", *"layers.2q", "backspace")
+        assert "/layers.2_" in driver.lines[1], "letters are text, and q does not quit"
+        assert driver.app.is_running
+        shown_layers = [line.split()[0].split(".")[-1] for line in driver.lines if "layers." in line][1:]
+        assert shown_layers == ["2", *(str(20 + i) for i in range(10))]
+        await driver.press("enter", "down")
+        assert "/layers.2" in driver.lines[1]
+        await driver.press("escape")
+        assert "embed_in" in driver.text
+
+
+async def test_modules_within_layers_are_found_too() -> None:
+    async with shown(Recording(RECORDINGS / "h100-tiny.gpumem"), (120, 40)) as driver:
+        await driver.press("3", "/", *"attention.d", "enter")
+        names = [line[1:].split()[0] for line in driver.lines[4:-3] if line.strip()]
+        wanted = (f"layers.{i}{name}" for i in range(6) for name in ("", ".attention", ".attention.dense"))
+        assert names == list(wanted)
+        assert [line[0] for line in driver.lines[4:7]] == ["-", "-", " "]
+
+
+async def test_what_nothing_is_called_is_said() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("3", "/", *"xyz")
+        assert "nothing is called xyz" in driver.text
+        await driver.press("enter", "down", "tab", "enter", "escape", "escape")
+        assert "embed_in" in driver.text

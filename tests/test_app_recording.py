@@ -2,10 +2,23 @@
 
 from __future__ import annotations
 
+import shutil
+from contextlib import closing
+from dataclasses import replace
+from pathlib import Path
+
 import pytest
 
-from .app_driver import GPU_UNIT, SIZES, Oracle, shown, trained
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.recording import Recording, write
+from gpumem_tui.engine.techniques import memory_key
+from gpumem_tui.tui.prediction_client import Background
+from gpumem_tui.tui.state import ViewState
+
+from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, opened, restarted, shown, trained
 from .fake_source import GPU, FakeSource
+
+GIB = 1 << 30
 
 
 async def test_a_recording_is_looked_at_and_refuses_commands() -> None:
@@ -62,3 +75,124 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
     oracle = Oracle(lambda config: 12 << 30)
     async with shown(source, size, predictions=oracle) as driver:
         assert "no single change is predicted to lower the peak" in driver.text
+
+
+async def test_every_recording_opened_can_be_looked_at_on_all_screens() -> None:
+    async with shown(opened("full", "checkpointed", "lora")) as driver:
+        assert "recording full, 1 of 3" in driver.lines[0]
+        figures = driver.lines[1:-2]
+        await driver.press("j")
+        assert "recording checkpointed, 2 of 3" in driver.lines[0]
+        assert driver.app.state.run.recomputes and driver.lines[1:-2] != figures
+        await driver.press("3")
+        assert "recomputed" in driver.text
+        await driver.press("j")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+        assert "recomputed" not in driver.text
+        assert "j J runs" in driver.lines[-2]
+        await driver.press("j", "1")
+        assert driver.lines[1:-2] == figures, "round, and as it was"
+        await driver.press("J")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+
+
+async def test_the_run_chosen_on_compare_is_looked_at() -> None:
+    async with shown(opened("full", "checkpointed", "lora")) as driver:
+        await driver.press("5", "right", "right", "o")
+        assert "recording lora, 3 of 3" in driver.lines[0]
+        assert [run.origin for run in driver.app.page.runs()] == ["full", "checkpointed", "lora"]
+        assert "lora, shown" in driver.text
+        await driver.press("-")
+        assert "still on the screens" in driver.text
+        await driver.press("left", "left", "-")
+        assert "recording lora, 2 of 2" in driver.lines[0]
+
+
+async def test_what_was_held_on_to_is_let_go_with_the_recording() -> None:
+    """A frozen step, a cursor and collected changes belong to the recording they were made on."""
+    async with shown(opened("full", "lora")) as driver:
+        await driver.press("4", "b", "2", "<", "left", "space")
+        assert "frozen" in driver.text
+        await driver.press("j")
+        assert driver.app.control.changes.pending == {}
+        assert "frozen" not in driver.text and "view paused" not in driver.text
+        trace = driver.app.state.kept[-1]
+        assert driver.app.page.ledger.trace is trace
+        assert {ledger.trace for ledger in driver.app.state.traces._folds.values()} <= set(driver.app.state.kept)
+
+
+def test_recordings_of_one_name_are_told_apart_by_their_folders(tmp_path: Path) -> None:
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        shutil.copy(RECORDINGS / "full.gpumem", tmp_path / folder)
+    found = Recording(tmp_path / "a/full.gpumem", tmp_path / "b/full.gpumem")
+    assert [run.id.engine for run in found.runs()] == [str(tmp_path / "a/full"), str(tmp_path / "b/full")]
+
+
+async def test_what_opened_recordings_measured_stands_beside_the_predictions() -> None:
+    """LoRA is measured by the recording beside; checkpointing is not: that one accumulates as well."""
+    async with shown(opened("full", "checkpointed", "lora"), (120, 40)) as driver:
+        full, _, lora = driver.app.state.runs
+        change = f"{(lora.peak_bytes - full.peak_bytes) / GIB:+.2f}"
+        await driver.press("4")
+        assert driver.line("l + LoRA").split()[-1] == change
+        assert driver.line("k + checkpointing").split()[-1] == "–"
+        await driver.press("J")
+        assert driver.line("l + LoRA").split()[-1] == change.replace("-", "+")
+
+
+def test_a_recording_of_another_gpu_measures_nothing_here(tmp_path: Path) -> None:
+    for name, environment in (("here", GPU), ("elsewhere", replace(GPU, device_name="NVIDIA A100")),
+                              ("older", replace(GPU, packages={"torch": "2.0"}))):  # fmt: skip
+        source = FakeSource(environment)
+        source.start(rows=64, batch_size=len(name))
+        source.finish_step()
+        source.finish_step()
+        write(tmp_path / f"{name}.gpumem", [source.run])
+    found = Recording(*(tmp_path / f"{name}.gpumem" for name in ("here", "elsewhere", "older")))
+    state = ViewState()
+    state.update(found, 0.0)
+    for run in found.runs():
+        state.look_at(run)
+        assert list(state.measured) == [memory_key(run.config)]
+
+
+async def test_a_run_that_was_left_in_its_first_step_has_measured_nothing() -> None:
+    """The optimizer's state was not there yet: its peak is none to set a prediction against."""
+    source = trained(2)
+    async with shown(source) as driver:
+        await restarted(driver, "k", steps=1)
+        config = driver.source.run.config
+        assert memory_key(config) not in driver.app.state.measured
+        await restarted(driver, "K")
+        assert memory_key(config) not in driver.app.state.measured
+        await driver.press("5")
+        assert "1 step only" in driver.line("B")
+        assert "1 step only" not in driver.line("A")
+
+
+def test_how_long_a_run_was_and_how_its_device_was_named_makes_no_other_configuration() -> None:
+    config = RunConfig()
+    assert memory_key(replace(config, steps=9, rows=9, seed=9, device="cuda:0")) == memory_key(config)
+    for other in ({"batch_size": 9}, {"seq_len": 9}, {"model": "tiny-2"}, {"pretrained": True}):
+        assert memory_key(replace(config, **other)) != memory_key(config)
+
+
+def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Path) -> None:
+    for name, gpu in (("h", "NVIDIA H100 80GB HBM3"), ("i", "NVIDIA H100 80GB HBM3"), ("l", "NVIDIA L4")):
+        source = FakeSource(replace(GPU, device_name=gpu))
+        source.start()
+        source.finish_step()
+        write(tmp_path / f"{name}.gpumem", [source.run])
+    found = Recording(*(tmp_path / f"{name}.gpumem" for name in "hil"))
+    config = found.runs()[0].config
+    with closing(Background(found)) as predictions:
+        predictions.of(config)
+        first = predictions._predictor
+        predictions.look_at(found.runs()[1].environment)
+        predictions.of(config)
+        assert predictions._predictor is first, "one GPU, one process"
+        predictions.look_at(found.runs()[2].environment)
+        predictions.of(config)
+        assert predictions.gpu_name == "NVIDIA L4"
+        assert first is not None and first._closed

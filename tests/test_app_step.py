@@ -72,3 +72,78 @@ async def test_a_step_that_an_error_ended_is_kept_and_shown_to_its_last_event(tm
     async with shown(Recording(tmp_path / "died.gpumem")) as driver:
         await driver.press("2")
         assert "ended by an error" in driver.line("step 2")
+
+
+async def test_zooming_shows_a_part_of_the_step_and_the_cursor_stays() -> None:
+    source = trained(2)
+    ledger = Ledger(source.run.traces()[-1])
+    async with shown(source) as driver:
+        await driver.press("2", "+", "+", "+")
+        assert "12 % of it" in driver.lines[1]
+        assert f"{ledger.peak.bytes / MIB:.1f}" in driver.text
+        assert "peak" in next(line for line in driver.lines if "▲" in line)
+        chart = driver.lines[2:8]
+        await driver.press("home")
+        assert driver.lines[2:8] != chart, "what is shown moves with the cursor"
+        await driver.press("-", "-", "-")
+        assert "% of it" not in driver.lines[1]
+        await driver.press("+", "0")
+        assert "% of it" not in driver.lines[1]
+
+
+async def test_zoomed_in_far_the_cursor_goes_event_by_event() -> None:
+    source = trained(2)
+    ledger = Ledger(source.run.traces()[-1])
+    async with shown(source) as driver:
+        await driver.press("2", *"+" * 12, "home")
+        page = driver.app.board.page
+        seen = []
+        for _ in range(len(ledger.total) + 3):
+            seen.append(page.cursor)  # type: ignore[attr-defined]
+            await driver.press("right")
+        assert seen[: len(ledger.total)] == list(range(len(ledger.total)))
+        await driver.press("left")
+        assert page.cursor == len(ledger.total) - 2  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+@pytest.mark.parametrize("steps", [5, 123])
+async def test_the_steps_before_and_after_are_never_cut(size: tuple[int, int], steps: int) -> None:
+    async with shown(trained(steps), size) as driver:
+        await driver.press("2", "+", "+", "<", "<")
+        title = driver.lines[1]
+        assert title.split()[:2] == ["step", str(steps - 2)]
+        assert title.split()[-5:] == ["<", str(steps - 3), "frozen", str(steps - 1), ">"]
+        assert "265.0 MiB" in title
+        assert "25 % of it" in title
+
+
+async def test_leafing_through_steps_leaves_the_cursor_where_it_is_in_the_step() -> None:
+    async with shown(trained(4)) as driver:
+        await driver.press("2", "home", *["right"] * 9)
+        where = driver.app.board.page.cursor  # type: ignore[attr-defined]
+        await driver.press("<", "<")
+        assert driver.lines[1].split()[1] == "2"
+        assert driver.app.board.page.cursor == where > 0  # type: ignore[attr-defined]
+        await driver.press("p", "<")
+        assert " peak" in next(line for line in driver.lines if "▲" in line)
+
+
+async def test_a_phase_that_is_narrow_has_a_short_name() -> None:
+    async with shown(trained(2), (60, 20)) as driver:
+        await driver.press("2")
+        phases = next(line for line in driver.lines if "│forward" in line)
+        assert "│opt" in phases
+
+
+async def test_the_largest_tensors_follow_the_cursor() -> None:
+    source = trained(2)
+    ledger = Ledger(source.run.traces()[-1])
+    async with shown(source, (120, 40)) as driver:
+        await driver.press("2")
+        for event, key in ((ledger.peak.event, "p"), (-1, "home"), (len(ledger.trace.events) - 1, "end")):
+            await driver.press(key)
+            at = next(i for i, line in enumerate(driver.lines) if "largest now" in line)
+            for block, line in zip(ledger.largest(event), driver.lines[at + 1 : at + 11], strict=False):
+                assert line.split()[0] == f"{block.bytes / MIB:.1f}"
+                assert block.name in line
