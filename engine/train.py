@@ -100,7 +100,10 @@ def loaded(plan: Plan, tracer: Tracer, between: Callable[[], None] = lambda: Non
             workload = build(plan, reading)
         tracer.adopt(workload.model, workload.optimizer)
     with tracer.attached():
-        yield workload
+        try:
+            yield workload
+        finally:
+            workload.release()
 
 
 def train(

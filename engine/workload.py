@@ -109,6 +109,13 @@ class Workload:
     device: torch.device
     scaler: torch.amp.GradScaler
 
+    def release(self) -> None:
+        """Take optimizers' hooks off the parameters: torchao's hold it where no garbage collector looks."""
+        for parameter in self.model.parameters():
+            hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
+            if hooks:
+                hooks.clear()
+
     @property
     def parameters(self) -> int:
         """Parameters, a tied one counted once, quantized ones at their true number."""

@@ -35,8 +35,18 @@ def runs_on(settings: dict[str, Any], machine: Environment) -> bool:
     return True
 
 
-def configured(settings: dict[str, Any]) -> RunConfig:
-    return small_run(**{name.replace(".", "__"): value for name, value in settings.items()})
+def configured(settings: dict[str, Any], base: dict[str, Any] | None = None) -> RunConfig:
+    return small_run(base, **{name.replace(".", "__"): value for name, value in settings.items()})
+
+
+PAIR_LAYERS = 3
+
+
+def smaller() -> dict[str, Any]:
+    """The tiny profile cut once more: there are many pairs."""
+    config = TINY | {"num_hidden_layers": PAIR_LAYERS, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 512}
+    fields = run_fields("tiny")
+    return fields | {"architecture": replace(fields["architecture"], config=config)}
 
 
 def _label(settings: dict[str, Any]) -> str:
@@ -61,8 +71,8 @@ GPU_SINGLES = [variant for variant in itertools.chain(*VARIANTS.values()) if not
 GPU_PAIRS = covering(list(VARIANTS.values()), possible, lambda pair: not runs_here(pair))
 
 
-def check(engine: Engine, settings: dict[str, Any]) -> None:
-    config = configured(settings)
+def check(engine: Engine, settings: dict[str, Any], base: dict[str, Any] | None = None) -> None:
+    config = configured(settings, base)
     document = engine.run(config)
     assert document["failure"] is None
     steps, peak = document["steps"], document["peak"]
@@ -81,9 +91,11 @@ def check(engine: Engine, settings: dict[str, Any]) -> None:
     assert len(document["recomputes"]) == 2 * config.integer("accumulation") * segments(config)
 
 
-def segments(config: Any, layers: int = LAYERS) -> int:
-    size = {"off": 0, "selective": 1, "layers": 1, "segments": config["checkpointing.every"], "input": layers}[
-        config["checkpointing"]
+def segments(config: RunConfig) -> int:
+    assert config.architecture is not None
+    layers = config.architecture.config["num_hidden_layers"]
+    size = {"off": 0, "selective": 1, "layers": 1, "segments": config.integer("checkpointing.every"), "input": layers}[
+        config.text("checkpointing")
     ]
     return math.ceil(layers / size) if size else 0
 
@@ -95,7 +107,7 @@ def test_each_technique(engine: Engine, settings: dict[str, Any]) -> None:
 
 @pytest.mark.parametrize("settings", PAIRS, ids=_label)
 def test_every_pair_of_techniques_in_some_run(engine: Engine, settings: dict[str, Any]) -> None:
-    check(engine, settings)
+    check(engine, settings, smaller())
 
 
 def test_a_tenth_of_the_runs_covers_every_pair() -> None:
@@ -346,7 +358,9 @@ def test_what_a_value_holds_is_predicted(engine: Engine, settings: dict[str, Any
     config = configured(settings).with_({"lora.dropout": 0.0})
     measured, predicted = engine.run(config), predict(config, gpu("H100 80GB")).document.as_dict()
     assert predicted["unknown_bytes_max"] == 0
-    for moment in ("after_first_step", "peak"):
+    # A step that a GPU runs as one compiled kernel has temporaries on a CPU, where it is watched uncompiled.
+    uncompiled = config.text("optimizer").startswith("ao-")
+    for moment in ("after_first_step",) if uncompiled else ("after_first_step", "peak"):
         real, guess = measured[moment]["by_category"], predicted[moment]["by_category"]
         # AdamW counts its steps in tensors of 4 bytes on the host, which on a CPU is the device.
         steps = real["optimizer_state"] - guess["optimizer_state"]

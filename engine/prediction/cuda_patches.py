@@ -15,11 +15,12 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..config import UserError
-from . import autocast, bitsandbytes_cuda
+from . import autocast, bitsandbytes_cuda, torchao_cuda
 from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
 from .fused_losses import fused_losses
 from .gpus import Gpu
+from .stand_ins import standing_in
 
 LOADED_BY_FLASH_ATTENTION = (
     "_loaded_implementation",
@@ -96,6 +97,7 @@ def transformers_paths(
             _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         undo.enter_context(fused_losses(tracker))
+        undo.enter_context(standing_in({"torchao.optim": torchao_cuda.module(tracker)}))
         yield
 
 

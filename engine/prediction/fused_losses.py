@@ -6,7 +6,6 @@ written down here, its kernels allocate nothing.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from types import CodeType, FunctionType, ModuleType
@@ -14,6 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
+
+from .stand_ins import standing_in
 
 if TYPE_CHECKING:
     from .fake_cuda import FakeCuda
@@ -26,18 +27,8 @@ def fused_losses(tracker: FakeCuda) -> Iterator[None]:
         if hasattr(torch.nn.functional, "linear_cross_entropy"):
             undo.enter_context(_pytorch(tracker))
         modules = {"liger_kernel": ModuleType("liger_kernel"), "liger_kernel.transformers": _liger()}
-        before = {name: sys.modules.get(name) for name in modules}
-        undo.callback(_set_modules, before)
-        _set_modules(modules)
+        undo.enter_context(standing_in(modules))
         yield
-
-
-def _set_modules(modules: dict[str, Any]) -> None:
-    for name, module in modules.items():
-        if module is None:
-            sys.modules.pop(name, None)
-        else:
-            sys.modules[name] = module
 
 
 # --- PyTorch's ------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from .gpus import Gpu
 from .outcome import Prediction
 from .rehearsal import STEPS, Rehearsal, rehearse
 
-MODELLED = dict.fromkeys(("flash-attn", "liger-kernel"), "modelled")
+MODELLED = dict.fromkeys(("flash-attn", "liger-kernel", "torchao"), "modelled")
 """Packages of which no code is run: what they allocate is known without them."""
 
 

@@ -91,9 +91,11 @@ def of_optimizer(names: Mapping[int, str], optimizer: torch.optim.Optimizer) -> 
     # bitsandbytes keeps its code tables on the optimizer itself.
     for part, tensor in tensors_in(getattr(optimizer, "name2qmap", {})):
         yield Category.OPTIMIZER_STATE, f"{type(optimizer).__name__}.{part}", tensor
-    for group in optimizer.param_groups:
-        for part, tensor in tensors_in({k: v for k, v in group.items() if k != "params"}):
-            yield Category.OPTIMIZER_STATE, f"{type(optimizer).__name__}.{part}", tensor
+    # torchao's learning rates are tensors; of an optimizer for each parameter, each has its own.
+    for each in (optimizer, *getattr(optimizer, "optimizers", {}).values()):
+        for group in each.param_groups:
+            for part, tensor in tensors_in({k: v for k, v in group.items() if k != "params"}):
+                yield Category.OPTIMIZER_STATE, f"{type(each).__name__}.{part}", tensor
 
 
 def of_scaler(scaler: torch.amp.GradScaler) -> Iterator[Owned]:

@@ -33,6 +33,7 @@ from .labels import Labels
 from .owner_registry import OwnerRegistry, OwnerRows
 from .recompute_log import OnRecompute, Recomputed, RecomputeLog
 from .recorder import Recorder
+from .storages import parts_of
 
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
@@ -416,9 +417,12 @@ class Tracer:
 
     def returned(self, name: str, tensor: torch.Tensor) -> None:
         """It returned this tensor."""
-        step, address = self._step, self.recorder.address(tensor)
-        if step is not None and address:
-            step.outputs.extend((self._next_mark - 1, address, self._labels.tensor(name, tensor)))
+        step = self._step
+        if step is None:
+            return
+        for part in parts_of(tensor):
+            if address := self.recorder.address(part):
+                step.outputs.extend((self._next_mark - 1, address, self._labels.tensor(name, part)))
 
     def _watch(self) -> AbstractContextManager[Any]:
         return OperatorWatch(self, self._owners.parameter_names())
