@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 from .config import RunConfig
 from .events import Environment, Gauge, Phase, StepTrace, Whole
-from .run_events import RunEnded, RunEvent
+from .run_events import OutOfMemory, RunEnded, RunEvent
 
 
 class RunId(NamedTuple):
@@ -157,6 +157,12 @@ class Run:
     def ended(self) -> RunEnded | None:
         """The event that ended the run; None while it goes on."""
         return next((event for event in reversed(self.events()) if isinstance(event, RunEnded)), None)
+
+    @property
+    def refused(self) -> OutOfMemory | None:
+        """The last allocation that was refused; None if none was, or nothing is known of it."""
+        refused = (event for event in reversed(self.events()) if isinstance(event, OutOfMemory))
+        return next((event for event in refused if event.report is not None), None)
 
 
 def peak_bytes(trace: StepTrace) -> int:

@@ -18,6 +18,7 @@ from gpumem_tui.engine.prediction.outcome import Verdict as Outcome
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.run import Run, RunId, RunKind
 
+from .app_driver import foretold
 from .fake_source import CPU, GPU, MIB
 
 A, P = Category.ACTIVATIONS.key, Category.PARAMETERS.key
@@ -36,12 +37,8 @@ def held(config: RunConfig) -> dict[str, int]:
 def prediction_of(config: RunConfig, room: int, sizes: dict[str, int], outcome: Outcome | None = None) -> Prediction:
     peak = sum(sizes.values())
     run = Run(RunId("predicted", 1), config, GPU, RunKind.PREDICTED)
-    return Prediction(
-        config=config, gpu="H100 80GB", loaded_bytes=0, after_step_bytes=0, peak_bytes=peak, by_category=sizes,
-        by_phase={"backward": sizes}, peak_phase="backward", reserved_bytes=peak, expandable_bytes=None,
-        verdict=outcome or (Outcome.FITS if peak <= room else Outcome.TOO_LARGE), managed_bytes=0,
-        safe_bound_bytes=peak, available_bytes=room, max_positions=0, seconds=0.0, whole_run=run,
-    )  # fmt: skip
+    verdict = outcome or (Outcome.FITS if peak <= room else Outcome.TOO_LARGE)
+    return dataclasses.replace(foretold(config, peak, run), by_phase={"backward": sizes}, verdict=verdict)
 
 
 def report_of(room: int, verdict: Verdict = Verdict.FULL, **more: object) -> OutOfMemoryReport:
@@ -113,7 +110,8 @@ def test_where_one_change_does_not_suffice_several_do_and_each_as_little_as_it_c
 def test_where_nothing_fits_it_is_said_by_how_much() -> None:
     found = Searched(room=90 * MIB, rule=lambda config: held(config) | {P: PARAMETERS})
     least = min(sum(held(config).values()) for config in found.asked)
-    assert not found.fixes and found.unfit_by_bytes == least - 90 * MIB
+    (nearest,) = found.fixes
+    assert not nearest.fits and nearest.peak_bytes == least and found.unfit_by_bytes == least - 90 * MIB
 
 
 def test_that_the_run_does_not_fit_is_known_whatever_is_predicted() -> None:

@@ -77,6 +77,8 @@ class Ladder(NamedTuple):
 class FixSearch:
     """A search for what would fit, to be iterated over once: each fix comes as soon as it is known, the best first.
 
+    If nothing fits, the only one is what comes nearest.
+
     Args:
         run: That ran out of memory.
         report: Of that moment.
@@ -92,6 +94,7 @@ class FixSearch:
         self._room = self._gpu.memory_bytes
         self._beyond_bytes = 0
         self._known: dict[str, Prediction | None] = {}
+        self._best: tuple[int, Settings] | None = None
         self.unfit_by_bytes: int | None = None
 
     def __iter__(self) -> Iterator[Fix]:
@@ -123,8 +126,10 @@ class FixSearch:
                 yield self._fix(together)
             found = found or alone or together is not None
         if not found:
-            needs = [self._needs(known) for known in self._known.values() if known is not None]
-            self.unfit_by_bytes = min(needs) - self._room
+            needs, settings = self._best or (self._needs(now), {})
+            self.unfit_by_bytes = needs - self._room
+            if settings:
+                yield self._fix(settings, fits=False)
 
     # --- what a change needs ------------------------------------------------------------
 
@@ -140,9 +145,13 @@ class FixSearch:
         if key not in self._known:
             try:
                 techniques.check(config, self._run.environment)
-                self._known[key] = self._predict(config, self._gpu)
+                self._known[key] = prediction = self._predict(config, self._gpu)
             except UserError:
                 self._known[key] = None
+            else:
+                needs = self._needs(prediction)
+                if self._best is None or needs < self._best[0]:
+                    self._best = needs, settings
         return self._known[key]
 
     def _fits(self, settings: Settings) -> bool:
@@ -248,14 +257,14 @@ class FixSearch:
 
     # --- what is told -------------------------------------------------------------------
 
-    def _fix(self, settings: Settings) -> Fix:
+    def _fix(self, settings: Settings, fits: bool = True) -> Fix:
         changed = {name: value for name, value in settings.items() if value != self._config[name]}
         effect = techniques.effect(self._config, self._config.with_(changed))
         words = in_script if self._run.kind is RunKind.WATCHED else costs
         return Fix(
             set=changed,
             peak_bytes=max(0, self._peak_bytes(settings) + self._beyond_bytes),
-            fits=True,
+            fits=fits,
             keeps_mathematics=effect is Effect.NONE,
             text=words(changed),
         )
