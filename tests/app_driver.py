@@ -12,10 +12,12 @@ from textual.pilot import Pilot
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import Start
+from gpumem_tui.engine.out_of_memory.report import OutOfMemoryReport
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run import Run
 from gpumem_tui.tui.app import GpumemApp
+from gpumem_tui.tui.predictions import FoundFixes
 from gpumem_tui.tui.screens.compare import MODES
 from gpumem_tui.tui.settings import Settings
 
@@ -54,6 +56,7 @@ class Oracle:
         self.rule, self.ready, self.queue = rule, ready, queue
         self.hurried: set[bool] = set()
         self.dropped = False
+        self.found = FoundFixes()
         self._asked: dict[str, RunConfig] = {}
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
@@ -67,6 +70,9 @@ class Oracle:
 
     def look_at(self, environment: Environment) -> None:
         pass
+
+    def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
+        return self.found
 
     def waiting(self) -> int:
         return self.queue

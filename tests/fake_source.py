@@ -32,6 +32,7 @@ from gpumem_tui.engine.events import (
     StepTrace,
 )
 from gpumem_tui.engine.feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
+from gpumem_tui.engine.out_of_memory.report import OutOfMemoryReport
 from gpumem_tui.engine.run_events import (
     Loaded,
     OutOfMemory,
@@ -392,6 +393,13 @@ class FakeSource(Published):
         else:
             detail = 'Traceback (most recent call last):\n  File "x.py"\nRuntimeError: it broke'
             self.feed.tell(RunFailed(text=text, detail=detail))
+        self.end("failed")
+
+    def run_out_of_memory(self, report: OutOfMemoryReport) -> None:
+        """End the run in the middle of a step, as an allocation that is refused does."""
+        self.abort_step("CUDA out of memory", report.asked_bytes)
+        self.feed.tell(OutOfMemory(text="CUDA out of memory. Tried to allocate 512 MiB", step=report.step,
+                                   phase=report.phase, requested_bytes=report.asked_bytes, report=report))  # fmt: skip
         self.end("failed")
 
     def end(self, reason: str, leaked: int = 0) -> None:

@@ -106,6 +106,8 @@ EVERYWHERE: tuple[Action, ...] = (
     Action("copy", ("y",), "Copy this table", "copy the screen's table to the terminal's clipboard (OSC 52)",
            lambda app: app.copy_table()),
     Action("picture", ("i",), "Save the screen", "save the screen as SVG and as text", lambda app: app.save_picture()),
+    Action("out-of-memory", ("M",), "Out of memory: why", "why the run that ran out of memory did, and what would fit",
+           lambda app: app.board.show_refusal()),
     Action("predict", ("P",), "Predict, or do not", "work out what changes would do, or no longer",
            lambda app: app.toggle_predictions()),
     Action("units", ("g",), "GiB or GB", "count in GiB or in GB", lambda app: app.next_units()),

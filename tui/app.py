@@ -126,9 +126,14 @@ class GpumemApp(App[None], inherit_bindings=False):
         now = time.monotonic()
         changed = self._count(now) | self.board.moved()
         if not self.board.frozen:
-            changed |= self.state.update(self.source, now)
+            changed |= self._update(now)
         if changed:
             self.draw()
+
+    def _update(self, now: float) -> bool:
+        """Take in what is new; whether anything is."""
+        changed = self.state.update(self.source, now)
+        return self.board.turn_to_refusal() or changed
 
     def _count(self, now: float) -> bool:
         """The actual rate, for the footer; whether it reads differently than before."""
@@ -208,7 +213,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         else:
             action.run(target)
         if not self.board.frozen:
-            self.state.update(self.source, time.monotonic())
+            self._update(time.monotonic())
         self.draw()
 
     def on_click(self, event: Click) -> None:

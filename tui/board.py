@@ -18,6 +18,7 @@ from .screens.header import header
 from .screens.help import HelpPage
 from .screens.layers import LayersPage
 from .screens.live import LivePage
+from .screens.out_of_memory import OutOfMemoryPage
 from .screens.page import Page
 from .screens.progress import progress
 from .screens.step import StepPage
@@ -73,11 +74,14 @@ class Board:
         for page in self.pages:
             page.actions = remapped(page.actions, settings.keys)
         self.help = HelpPage(self.state, self.control, palette, lambda: self._before_help, lambda: self.everywhere)
-        self._before_help = self.page
-        check_keys(
-            {p.title: (*p.actions, *self.everywhere) for p in (*self.pages, self.help)},
-            settings.keys, settings.where,
-        )  # fmt: skip
+        self.refusal = OutOfMemoryPage(self.state, self.control, palette)
+        self.refusal.actions = remapped(self.refusal.actions, settings.keys)
+        self._before_help = self._before_refusal = self.page
+        for page in (*self.pages, self.refusal):
+            page.go = self._go_to
+        scopes = {page.title: (*page.actions, *self.everywhere) for page in (*self.pages, self.help)}
+        digitless = [action for action in self.everywhere if not action.name.startswith("screen.")]
+        check_keys(scopes | {self.refusal.title: (*self.refusal.actions, *digitless)}, settings.keys, settings.where)
         self.tour: Tour | None = None
         self.question = ""
         self._moved: tuple[object, ...] = ()
@@ -114,6 +118,27 @@ class Board:
         """Go to a screen by its place."""
         self.page = self.pages[index]
 
+    def _go_to(self, title: str) -> None:
+        self.page = next(page for page in self.pages if page.title == title)
+
+    def turn_to_refusal(self) -> bool:
+        """Show why a run has run out of memory as soon as it has ended by it; True if that has just been."""
+        refused = self.state.refused
+        if refused is None or refused is self.refusal.run:
+            return False
+        self.refusal.run = refused
+        self.state.dismiss()  # the screen says it, and more
+        self.show_refusal()
+        return True
+
+    def show_refusal(self) -> None:
+        """Go to the screen of the run that ran out of memory last."""
+        if self.refusal.run is None:
+            self.state.say("no run has run out of memory here")
+        elif self.page is not self.refusal:
+            self._before_refusal = self.page if self.page is not self.help else self._before_help
+            self.page = self.refusal
+
     def toggle_help(self) -> None:
         """Explain what is selected, or go back."""
         if self.page is self.help:
@@ -130,6 +155,8 @@ class Board:
             self.state.dismiss()
         elif not self.page.leave() and self.page is self.help:
             self.toggle_help()
+        elif self.page is self.refusal:
+            self.page = self._before_refusal
 
     def _turned(self) -> None:
         for page in self.pages:
@@ -145,7 +172,7 @@ class Board:
     def repaint(self, palette: Palette) -> None:
         """Change the colours."""
         self.palette = palette
-        for page in (*self.pages, self.help):
+        for page in (*self.pages, self.help, self.refusal):
             page.palette = palette
 
     @property
@@ -200,7 +227,7 @@ class Board:
         if message is None:
             role = self.control.source.role
             commands = self.state.live and role in (ViewerRole.OWNER, ViewerRole.ATTACHED)
-            resumes = self._resumes() if commands else ""
+            resumes = self._resumes() if commands and self.page is not self.refusal else ""
             shows = (self.page, commands, resumes, width, self.palette)
             return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
         style = self.palette.bad if message.problem else self.palette.busy
@@ -232,7 +259,10 @@ class Board:
         keys = {action.name: action.keys[0] for action in self.everywhere}
         said = "" if role in (ViewerRole.OWNER, ViewerRole.ATTACHED) else f" {role}"
         row = Row().add(" ")
+        own = {key for action in self.page.actions for key in action.keys}
         for page, title in zip(self.pages, self._titles(width - len(said)), strict=True):
+            if keys[f"screen.{page.title}"] in own:
+                continue
             row.add(keys[f"screen.{page.title}"], palette.accent)
             row.add(title, palette.bold if page is self.page else palette.dim).add(" ")
         row.add(said, palette.bad)

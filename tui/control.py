@@ -10,6 +10,8 @@ from pathlib import Path
 from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.exports import registry
 from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
+from ..engine.out_of_memory.fixes import EXPANDABLE, settings_text
+from ..engine.out_of_memory.report import Fix
 from ..engine.run import Run
 from .changes import Changes
 from .forecasts import Forecasts
@@ -82,6 +84,19 @@ class Control:
         elif self._start(base.with_(changes)):
             said = ", ".join(f"{name} {show(value)}" for name, value in changes.items() if base[name] != value)
             self.state.say(f"{said}, restarting (z goes back)")
+
+    def fix(self, run: Run, fix: Fix) -> bool:
+        """Restart a run that ran out of memory with a change that would fit; False: that cannot be done from here."""
+        if self.source.role is ViewerRole.WATCHING:
+            self.state.say(f"for your script to set: {fix.text}")
+            return False
+        if fix.set == EXPANDABLE:
+            self.state.say(f"is set before the engine begins: {settings_text(fix.set)} gpumem-tui ...")
+            return False
+        if not self._start(run.config.with_(fix.set)):
+            return False
+        self.state.say(f"{settings_text(fix.set)}, restarting (z goes back)")
+        return True
 
     def go_back(self) -> None:
         """Restart with the configuration before the last change."""
@@ -183,6 +198,12 @@ class Control:
         self.forecasts.turned()
         self.on_turn()
         self.on_command()
+
+    def look_at_run(self, run: Run) -> None:
+        """Have one of the source's runs on all screens, if it is still kept and not there already."""
+        runs = self.lookable()
+        if run is not self.state.shown and run in runs:
+            self.look_at(runs.index(run))
 
     def look_on(self, by: int) -> None:
         """Have the next run, or the one before, on all screens."""

@@ -7,10 +7,12 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Value
+from ..engine.out_of_memory.report import OutOfMemoryReport
 from ..engine.prediction.advice import LEAST_SAVING_BYTES, single_changes
+from ..engine.run import Run
 from ..engine.technique import Effect
 from .changes import Changes
-from .predictions import Predictions
+from .predictions import FoundFixes, Predictions
 from .run_summary import RunSummary, predicted_beside
 from .state import ViewState
 
@@ -82,6 +84,10 @@ class Forecasts:
         """Predict for the machine of the run that is on the screens now."""
         if self._predictions is not None and self.state.shown is not None:
             self._predictions.look_at(self.state.shown.environment)
+
+    def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes | None:
+        """The changes with which a run would have fitted, as far as they are known; None: nobody predicts."""
+        return self.predictions.fixes(run, report) if self.predictions is not None else None
 
     def strongest(self) -> Strongest | None:
         """The changes of a single technique that save most, as far as they are known; None if nobody predicts."""

@@ -7,10 +7,13 @@ from collections.abc import Sequence
 from ..engine.config import RunConfig, UserError
 from ..engine.events import Environment
 from ..engine.feed import Source
+from ..engine.out_of_memory.report import OutOfMemoryReport
 from ..engine.prediction.gpus import Gpu, gpu, gpu_of
 from ..engine.prediction.outcome import Prediction
 from ..engine.prediction.predictor import Predictor
 from ..engine.run import Run
+from .fix_finder import FixFinder
+from .predictions import FoundFixes
 
 WORKING = "The prediction of this run is being worked out."
 
@@ -38,6 +41,7 @@ class Background:
         self._looked_at: Environment | None = None
         self._target: Gpu | None = None
         self._asked: dict[str, tuple[RunConfig, bool]] = {}
+        self._finder: FixFinder | None = None
         self.gpu_name = ""
 
     def look_at(self, environment: Environment) -> None:
@@ -55,7 +59,9 @@ class Background:
 
     def answers(self) -> int:
         """Number of predictions worked out."""
-        return self._predictor.answers() if self._predictor is not None else 0
+        found = self._finder.found if self._finder is not None else FoundFixes()
+        known = self._predictor.answers() if self._predictor is not None else 0
+        return known + len(found.fixes) + found.over
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         """The prediction if it is known; a wish for it if not."""
@@ -108,8 +114,21 @@ class Background:
         answer = self._predictor.get(config) if self._predictor is not None else None
         return f"No prediction of this run: {answer}" if isinstance(answer, UserError) else WORKING
 
+    def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
+        """Fixes found so far; another run than before ends the search for that one's."""
+        if self._finder is None or self._finder.run is not run:
+            self._end_search()
+            self._finder = FixFinder(run, report)
+        return self._finder.found
+
+    def _end_search(self) -> None:
+        if self._finder is not None:
+            self._finder.close()
+            self._finder = None
+
     def close(self) -> None:
-        """End the process."""
+        """End the processes."""
+        self._end_search()
         if self._predictor is not None:
             self._predictor.close()
 

@@ -3,12 +3,36 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Protocol
 
 from ..engine.config import RunConfig
 from ..engine.events import Environment
+from ..engine.out_of_memory.report import Fix, OutOfMemoryReport
 from ..engine.prediction.outcome import Prediction
 from ..engine.run import Run
+
+
+@dataclass(frozen=True, slots=True)
+class FoundFixes:
+    """Fixes, as far as they are known.
+
+    Attributes:
+        fixes: Those found so far, the best first; if nothing fits, the one that comes nearest.
+        over: Nothing more will be found.
+        unfit_by_bytes: If nothing fits: what the nearest lacks.
+        problem: The reason why nothing can be predicted; empty otherwise.
+    """
+
+    fixes: tuple[Fix, ...] = ()
+    over: bool = False
+    unfit_by_bytes: int | None = None
+    problem: str = ""
+
+    @property
+    def fitting(self) -> list[Fix]:
+        """Those that fit."""
+        return [fix for fix in self.fixes if fix.fits]
 
 
 class Predictions(Protocol):
@@ -35,6 +59,10 @@ class Predictions(Protocol):
 
     def of_run(self, run: Run) -> Prediction | str:
         """The prediction of a run, for the GPU it ran on; a line that says why nothing can be set beside it."""
+        ...
+
+    def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
+        """The changes with which a run would have fitted, as far as they are known; returns at once."""
         ...
 
     def waiting(self) -> int:

@@ -84,6 +84,7 @@ class RunState:
         recomputes: By layer.
         lit: Layers recomputed so far in the micro-batch under way, in order.
         last_recompute: The latest.
+        refused: An allocation was, and the run has not gone on since.
         began_s: When it was started, on the engine's clock.
         next_index: Of the first event that is not folded yet.
     """
@@ -107,6 +108,7 @@ class RunState:
     recomputes: dict[str, LayerRecomputes] = field(default_factory=dict)
     lit: list[str] = field(default_factory=list)
     last_recompute: Recomputed | None = None
+    refused: bool = False
     began_s: float = 0.0
     next_index: int = 0
 
@@ -179,7 +181,7 @@ class RunState:
             case Recomputed():
                 self._fold_recompute(event)
             case OutOfMemory() | RunFailed():
-                self.status = "failed"
+                self.status, self.refused = "failed", isinstance(event, OutOfMemory)
             case EngineEnded() if event.by:
                 self.status = "ended"
             case EngineEnded() if self.running or self.status == "starting":
@@ -200,6 +202,8 @@ class RunState:
         return self.status in ("loading", "training", "held")
 
     def _fold_step(self, event: StepEnded) -> None:
+        if self.refused:  # a loop of somebody's own has caught the error and goes on
+            self.status, self.refused = "training", False
         self.step, self.loss, self.seconds = event.step, event.loss, event.seconds
         self.tokens, self.rows = event.tokens, event.rows
         self.traced, self.trace_seconds = event.traced, event.trace_seconds

@@ -87,6 +87,7 @@ class ViewState:
         run_list: The runs there are.
         traces: Those of the run on the screens, folded.
         logs: Events by filter, oldest first.
+        refused: The run that ended last by running out of memory, or the recording of one that is looked at.
         leaked_bytes: Of the run that ended last.
         message: Shown for a while, or None.
         version: Grows with every change.
@@ -98,6 +99,7 @@ class ViewState:
         self.requested: RunConfig | None = None
         self.stopping = False
         self.leaked_bytes: int | None = None
+        self.refused: Run | None = None
         self.message: Message | None = None
         self.version = 0
         self.shown: Run | None = None
@@ -155,6 +157,7 @@ class ViewState:
         self.shown, self.run = run, self.run_list.state_of(run)
         self.traces.forget()
         if not self.live:  # the log of a recording is that of the run looked at
+            self._note_refused(run)
             for log in self.logs.values():
                 log.clear()
             self._next_logged = 0
@@ -197,6 +200,7 @@ class ViewState:
             self._following = True
         if isinstance(event, RunEnded):
             self.leaked_bytes = event.leaked_bytes
+            self._note_refused(next((run for run in self.run_list.runs if run.id.number == event.run), None))
         if isinstance(event, EngineEnded) and self.shown is None:  # no run tells of it
             self.run.fold(event)
         self._settle(event)
@@ -205,6 +209,11 @@ class ViewState:
             self.say(event.text, problem=event.is_problem)
         elif isinstance(event, Note) and not (self.message and self.message.problem):
             self.say(event.text)
+
+    def _note_refused(self, run: Run | None) -> None:
+        """Take note of a run that has ended by running out of memory; a loop that goes on after it has not."""
+        if run is not None and run.refused is not None and run.ended is not None and run.ended.reason == "failed":
+            self.refused = run
 
     def _settle(self, event: RunEvent) -> None:
         """Take note of what was asked for and has now happened, or will not."""

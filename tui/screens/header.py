@@ -68,6 +68,8 @@ def _before(state: ViewState) -> RunConfig | None:
 
 def status_text(state: ViewState) -> str:
     """The state, and the phase while it trains."""
+    if state.run.refused:
+        return "out of memory"
     if state.status == "training" and state.phase is not Phase.IDLE:
         return state.phase.title
     return state.status
@@ -75,7 +77,7 @@ def status_text(state: ViewState) -> str:
 
 def status_style(state: ViewState, palette: Palette) -> tuple[str, Style]:
     """A mark and a style for the state."""
-    status = state.status
+    status = "failed" if state.run.refused else state.status
     if status in ("training", "done"):
         return ("*" if palette.ascii else "●"), palette.good
     if status == "failed":

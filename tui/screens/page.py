@@ -37,6 +37,7 @@ class Page(ABC):
         changing: What comes of changing a setting here, for the help.
         actions: What can be done here and not everywhere.
         typing: Whether keys are text at the moment, for `type`.
+        go: Goes to another screen, by its title.
     """
 
     title = ""
@@ -47,6 +48,7 @@ class Page(ABC):
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
         self.state, self.control, self.palette = state, control, palette
         self.changes, self.forecasts = control.changes, control.forecasts
+        self.go: Callable[[str], None] = lambda title: None
         self.actions = self.make_actions()
         self._kept = Kept()
 
