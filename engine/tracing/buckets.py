@@ -47,8 +47,8 @@ def _wrap_all(undo: ExitStack) -> None:
             undo,
             module.DistributedDataParallel,
             "_pre_forward",
-            before=lambda ddp, *_: _tell(ddp, begins=True),
-            after=lambda _, ddp, *__: _tell(ddp, begins=False),
+            before=lambda ddp, *_, **__: _tell(ddp, begins=True),
+            after=lambda _, ddp, *__, **___: _tell(ddp, begins=False),
         )
 
 

@@ -14,7 +14,7 @@ import torch
 
 from ..events import OWNER, Category
 from ..ledger import strip_wrappers
-from . import owners, sharding
+from . import owners, sharding, zero
 from .labels import Labels
 from .recorder import Recorder, columns
 from .storages import parts_of
@@ -59,6 +59,8 @@ class OwnerRegistry:
 
     def adopt(self, model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> None:
         """Look for the tensors of this model and these optimizers."""
+        for optimizer in optimizers:
+            zero.optimizer_in(optimizer)
         self._model, self._optimizers = model, optimizers
         for name, _ in model.named_parameters():
             self._labels.name(name)
@@ -139,15 +141,18 @@ class OwnerRegistry:
     def _look_up(self, model: torch.nn.Module, rows: OwnerRows, mark: int) -> None:
         models = [("", model), *_alive(self._other_models)]
         optimizers = [*self._optimizers, *(o for reference in self._other_optimizers if (o := reference()))]
-        # What is unsharded at the moment moves: it is no parameter, and is noted wherever it is gathered.
+        self.note(rows, mark, zero.at_rest())
+        # What is gathered at the moment moves: it is no parameter, and is noted wherever it is gathered.
         stand_ins = sharding.stand_ins()
         named = {id(tensor): (name, tensor) for name, tensor in sharding.sharded_parameters()}
         for prefix, each in models:
-            own = ((c, prefix + strip_wrappers(n), t) for c, n, t in owners.of_model(each) if id(t) not in stand_ins)
-            self.note(rows, mark, own)
+            own = (
+                owned
+                for owned in owners.of_model(each)
+                if not (id(owned[2]) in stand_ins or zero.is_partitioned(owned[2]))
+            )
+            self.note(rows, mark, ((c, prefix + strip_wrappers(name), t) for c, name, t in own))
             for name, parameter in each.named_parameters():
-                if id(parameter) in stand_ins:
-                    continue
                 named.setdefault(id(parameter), (prefix + strip_wrappers(name), parameter))
         for optimizer in optimizers:
             for name, tensor in owners.parameters_of(optimizer):
@@ -172,7 +177,8 @@ class OwnerRegistry:
                     rows.noted.extend((self._recorder.address(part), mark, Category.GRADIENTS, name, made))
 
     def note_gradients(self, rows: OwnerRows, mark: int) -> None:
-        """The `.grad` of every parameter and leaf that has one."""
+        """The `.grad` of every parameter and leaf that has one, and what stands for it with DeepSpeed."""
+        self.note(rows, mark, zero.for_now())
         address_of = self._recorder.address
         for name, made, reference in self._trained.values():
             parameter = reference()

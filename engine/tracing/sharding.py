@@ -98,16 +98,16 @@ def _wrap_all(undo: ExitStack) -> None:
 _fsdp: WrappedFunctions[Note] = WrappedFunctions(_wrap_all)
 
 
-def _tell(find: Find, *args: Any) -> None:
+def _tell(find: Find, *args: Any, **kwargs: Any) -> None:
     for note in _fsdp.listeners:
-        note(find(*args))
+        note(find(*args, **kwargs))
 
 
 def _afterwards(find: Find) -> Callable[..., None]:
-    return lambda _result, *args: _tell(find, *args)
+    return lambda _result, *args, **kwargs: _tell(find, *args, **kwargs)
 
 
-def _gathering(group: Any, *_: Any) -> Iterator[Owned]:
+def _gathering(group: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """The output of an all-gather under way."""
     _groups.add(group)
     result = group._all_gather_result
@@ -115,7 +115,7 @@ def _gathering(group: Any, *_: Any) -> Iterator[Owned]:
         yield Category.GATHERED, f"{_group_name(group)}all_gather_output", result.all_gather_output
 
 
-def _unsharded(group: Any, *_: Any) -> Iterator[Owned]:
+def _unsharded(group: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """The unsharded parameters; their storages are empty while they are sharded."""
     for param in group.fsdp_params:
         for tensor in (*param.all_gather_outputs, *getattr(param, "_unsharded_inner_tensors", ())):
@@ -125,7 +125,7 @@ def _unsharded(group: Any, *_: Any) -> Iterator[Owned]:
             yield Category.GATHERED, _parameter_name(param), post_forward
 
 
-def _gradients(group: Any, *_: Any) -> Iterator[Owned]:
+def _gradients(group: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """Unsharded gradients: until they are reduced, or for as long as they are accumulated."""
     for param in group.fsdp_params:
         name = f"{_parameter_name(param)}.grad"
@@ -135,7 +135,7 @@ def _gradients(group: Any, *_: Any) -> Iterator[Owned]:
                 yield Category.GRADIENTS, name, gradient
 
 
-def _reduced(group: Any, *_: Any) -> Iterator[Owned]:
+def _reduced(group: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """The sharded gradients, and the buffers they were reduced in."""
     yield from _gradients(group)
     name = _group_name(group)
@@ -154,7 +154,7 @@ def _states(group: Any) -> list[Any]:
     return [*getattr(context, "reduce_scatter_states", ())[-1:], *([single] if single is not None else [])]
 
 
-def _copied_in(inputs: list[list[torch.Tensor]], params: list[Any]) -> Iterator[Owned]:
+def _copied_in(inputs: list[list[torch.Tensor]], params: list[Any], *_: Any, **__: Any) -> Iterator[Owned]:
     """Shards in the dtype, or on the device, in which they are gathered."""
     for param, tensors in zip(params, inputs, strict=True):
         shard = param._sharded_local_tensor
@@ -183,7 +183,7 @@ def _parameter_name(param: Any) -> str:
 # --- FullyShardedDataParallel ---------------------------------------------------------
 
 
-def _flat_buffers(handle: Any, *_: Any) -> Iterator[Owned]:
+def _flat_buffers(handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """The gathered flat parameter and its shard in the dtype of the gather; both are empty at times."""
     _handles.add(handle)
     flat, name = handle.flat_param, _handle_name(handle)
@@ -194,14 +194,16 @@ def _flat_buffers(handle: Any, *_: Any) -> Iterator[Owned]:
         yield Category.COMMUNICATION, f"{name}flat_param.all_gather_input", tensor
 
 
-def _flat_gradients(_state: Any, handle: Any) -> Iterator[Owned]:
+def _flat_gradients(_state: Any, handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     flat, name = handle.flat_param, f"{_handle_name(handle)}flat_param.grad"
     for gradient in (flat.grad, getattr(flat, "_saved_grad_shard", None)):
         if gradient is not None:
             yield Category.GRADIENTS, name, gradient
 
 
-def _flat_reduced(tensors: tuple[torch.Tensor, torch.Tensor], _state: Any, unsharded: torch.Tensor) -> Iterator[Owned]:
+def _flat_reduced(
+    tensors: tuple[torch.Tensor, torch.Tensor], _state: Any, unsharded: torch.Tensor, **_: Any
+) -> Iterator[Owned]:
     """What is reduced is the gradient itself, unless it has to be padded."""
     padded, sharded = tensors
     if not _same_storage(padded, unsharded):

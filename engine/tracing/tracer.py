@@ -24,7 +24,7 @@ from ..events import COMPLETE, OPEN, Category, Counted, Ending, EndKind, Made, P
 from ..ledger import LOSS
 from ..out_of_memory.refusal import Refusal, Refused
 from ..out_of_memory.report import size_text
-from . import owners, sharding
+from . import owners, sharding, zero
 from .assembly import MODULE_BITS, Assembler, Publish, Span, Taken, pack
 from .buckets import BUCKETS, buckets_of, reducers
 from .describe import OperatorWatch
@@ -189,6 +189,7 @@ class Tracer:
                 recompute.observer(observer or self.recomputing),
                 activation_offload.observer(self.brought_back),
                 sharding.observed(self._model, guard(self.own_held)),
+                zero.observed(self._model, guard(self.own_held)),
                 reducers.heard_by(guard(self._making_buckets)),
                 ExitStack() as self._hooks,
             ):

@@ -51,11 +51,11 @@ def wrap(
     before: Callable[..., None] | None = None,
     after: Callable[..., None] | None = None,
 ) -> None:
-    """Wrap a function of a module or a class, if this version of the library has it.
+    """Wrap a function of a module, a class or an object, if this version of the library has it.
 
     Args:
         undo: Is given its removal.
-        owner: The module or the class.
+        owner: The module, the class or the object.
         name: Of the function.
         before: Called with its arguments.
         after: Called with what it returned, and its arguments.
@@ -67,11 +67,12 @@ def wrap(
     @functools.wraps(call)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
         if before is not None:
-            before(*args)
+            before(*args, **kwargs)
         result = call(*args, **kwargs)
         if after is not None:
-            after(result, *args)
+            after(result, *args, **kwargs)
         return result
 
+    own = name in vars(owner)
     setattr(owner, name, wrapped)
-    undo.callback(setattr, owner, name, call)
+    undo.callback(setattr, owner, name, call) if own else undo.callback(delattr, owner, name)

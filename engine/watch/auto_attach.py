@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 OPTIMIZERS = "torch.optim.optimizer"
+DEEPSPEED = "deepspeed.runtime.engine"
 
 
 class _Waiting:
@@ -107,7 +108,9 @@ class Finder:
         self._stop()
 
     def _optimizers_of(self, module: Any) -> list[Any]:
-        """Those whose parameters are all the module's."""
+        """Those whose parameters are all the module's; DeepSpeed's engine has one, over float32 copies of them."""
+        if type(module).__module__ == DEEPSPEED:
+            return [module.optimizer] if module.optimizer is not None else []
         own = {id(parameter) for parameter in module.parameters()}
         optimizers = [optimizer for reference in self._optimizers if (optimizer := reference()) is not None]
         return [o for o in optimizers if all(id(p) in own for group in o.param_groups for p in group["params"])]

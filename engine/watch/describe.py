@@ -14,6 +14,7 @@ import torch
 
 from .. import techniques
 from ..config import DTYPES, Architecture, RunConfig, UserError, Value
+from ..tracing import zero
 from .batch import Batch
 
 NO_ARCHITECTURE = ("auto_map", "attn_implementation", "quantization_config")
@@ -80,10 +81,11 @@ def device_of(model: torch.nn.Module) -> torch.device:
 
 
 def optimizers_in(optimizer: Any) -> list[torch.optim.Optimizer]:
-    """The optimizers whose `step` does the work, whatever accelerate puts around them.
+    """The optimizers whose `step` does the work, whatever accelerate or DeepSpeed puts around them.
 
     Args:
-        optimizer: One, or several in a list, a tuple or the values of a dictionary; None: there is none.
+        optimizer: One, or several in a list, a tuple or the values of a dictionary; DeepSpeed's engine; None:
+            there is none.
 
     Raises:
         TypeError: One is not torch's.
@@ -101,6 +103,8 @@ def accumulation_of(optimizer: Any) -> int | None:
 
 
 def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
+    around = zero.optimizer_in(optimizer)
+    optimizer = optimizer if around is None else around.optimizer
     while isinstance(inner := getattr(optimizer, "optimizer", None), torch.optim.Optimizer):
         optimizer = inner
     if not isinstance(optimizer, torch.optim.Optimizer):

@@ -22,6 +22,7 @@ from ..events import Recompute
 from ..forks import in_child
 from ..out_of_memory.memory_limit import limited
 from ..publisher import GAUGE_EVERY_S
+from ..tracing import zero
 from ..tracing.module_hooks import module_hooks
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
@@ -162,8 +163,8 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             tracer.attached(guard, lambda layers: self.barrier.around(partial(tracer.recomputing, layers)))
         )
         for optimizer in self._optimizers:
-            undo.callback(optimizer.register_step_pre_hook(guard(loop.optimizer_begins)).remove)
-            undo.callback(optimizer.register_step_post_hook(guard(loop.optimizer_ends)).remove)
+            begins, ends = guard(loop.optimizer_begins), guard(loop.optimizer_ends)
+            undo.enter_context(zero.steps_hooked(optimizer, begins, ends))
         undo.enter_context(observed_checkpoints(self._model))
         undo.enter_context(our_frames_hidden())
 
