@@ -265,6 +265,23 @@ class StepTrace:
         return self.ending.kind is EndKind.COMPLETE
 
 
+class CacheState(NamedTuple):
+    """The caching allocator at an instant.
+
+    Attributes:
+        reserved_bytes: Held from the device.
+        allocated_bytes: Handed out, of that.
+        largest_free_block_bytes: The largest piece of the rest.
+        gaps_bytes: Free between blocks in use: their segments cannot be given back, and no larger request
+            fits in. With expandable segments there are hardly any.
+    """
+
+    reserved_bytes: Whole
+    allocated_bytes: Whole
+    largest_free_block_bytes: Whole
+    gaps_bytes: Whole
+
+
 @dataclass(frozen=True, slots=True)
 class Gauge:
     """The cheap reading, ten times a second. None: not known on this machine.
@@ -283,6 +300,7 @@ class Gauge:
             torch's, measured when a run began and again when its first steps
             had loaded their kernels.
         pinned_bytes: Of the host's memory, page-locked by torch: what was offloaded, and cached for it.
+        cache: The caching allocator as it was when the last traced step was at its peak.
     """
 
     time_s: float
@@ -296,11 +314,23 @@ class Gauge:
     step: Whole = 0
     context_bytes: Whole | None = None
     pinned_bytes: Whole = 0
+    cache: CacheState | None = None
 
     @property
     def cached_bytes(self) -> int | None:
         """Reserved by the allocator but not allocated: free for this process only."""
         return None if self.reserved_bytes is None else self.reserved_bytes - self.allocated_bytes
+
+    @property
+    def usable_bytes(self) -> int | None:
+        """The most that one request can be given now: the device's free bytes, and of the cache what is no gap."""
+        if self.device_used_bytes is None:
+            return None
+        cached, gaps, largest = self.cached_bytes or 0, 0, 0
+        if self.cache is not None:
+            gaps, largest = self.cache.gaps_bytes, min(self.cache.largest_free_block_bytes, cached)
+        free = max(0, self.device_total_bytes - self.device_used_bytes)
+        return max(free + max(0, cached - gaps), largest)
 
     @property
     def beyond_torch_bytes(self) -> int | None:

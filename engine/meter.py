@@ -59,6 +59,7 @@ class Meter:
             phase=tracer.phase_now if tracer else Phase.IDLE,
             step=tracer.step_now if tracer else 0,
             context_bytes=self._context_bytes,
+            cache=recorder.cache if recorder else None,
             pinned_bytes=_pinned_bytes() if self._nvml is not None else 0,
         )
 

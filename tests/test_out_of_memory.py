@@ -2,12 +2,42 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import re
+import subprocess
+import sys
+import weakref
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
 
 import msgspec
+import pytest
+import torch
 
+from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Category, Gauge
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.out_of_memory import observer
+from gpumem_tui.engine.out_of_memory.growth import LiveBytes, Rise
+from gpumem_tui.engine.out_of_memory.pools import pools_of
+from gpumem_tui.engine.out_of_memory.refusal import Refused
 from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemoryReport, Pool, Verdict
-from gpumem_tui.engine.run_events import OutOfMemory, from_plain, to_plain
+from gpumem_tui.engine.out_of_memory.verdict import Circumstances, judge
+from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator
+from gpumem_tui.engine.prediction.expandable import expandable_reserved_bytes
+from gpumem_tui.engine.recording import read, write
+from gpumem_tui.engine.run_events import MemoryLeak, OutOfMemory, RunEnded, RunEvent, from_plain, to_plain
+from gpumem_tui.engine.tracing.block_layout import BlockLayout
+from gpumem_tui.watch import watch
+
+from .conftest import Engine, small_run
+
+KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
+
+
+# --- the report travels --------------------------------------------------------------------
 
 
 def a_report(**known: object) -> OutOfMemoryReport:
@@ -33,3 +63,326 @@ def test_a_report_travels_as_json_and_comes_back_the_same() -> None:
 def test_a_recording_from_before_there_were_reports_opens() -> None:
     old = {"kind": "out_of_memory", "text": "CUDA out of memory", "step": 3, "phase": "forward", "requested_bytes": 7}
     assert from_plain([old]) == [OutOfMemory(text="CUDA out of memory", step=3, phase="forward", requested_bytes=7)]
+
+
+# --- the verdict ---------------------------------------------------------------------------
+
+
+def refused(asked: int, free: int = 0, pools: tuple[Pool, ...] = (), **known: Any) -> Refused:
+    return Refused(asked_bytes=asked, needed_bytes=asked, reserved_bytes=0, free_bytes=free, pools=pools, **known)
+
+
+def pool(cached: int, largest: int, stream: int = 0, name: str = "large") -> Pool:
+    return Pool(stream=stream, pool=name, cached_bytes=cached, largest_free_block_bytes=largest)
+
+
+CARD = Circumstances(total_bytes=24 * GIB, outside_bytes=GIB, step=2)
+STATE = {Category.OPTIMIZER_STATE: 8 * GIB}
+LEAK = Rise(GIB, 6)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "of", "around"),
+    [
+        (Verdict.TOO_BIG, refused(24 * GIB, free=20 * GIB), CARD),
+        (Verdict.TOO_BIG, refused(10 * GIB, limit_bytes=8 * GIB), CARD),
+        (Verdict.FULL, refused(2 * GIB, GIB), CARD),
+        (Verdict.FULL, refused(2 * GIB, GIB, (pool(GIB // 2, GIB // 4),)), CARD),
+        (Verdict.FRAGMENTED, refused(2 * GIB, GIB, (pool(4 * GIB, GIB),)), CARD),
+        (Verdict.STRANDED, refused(2 * GIB, GIB, (pool(3 * GIB, 3 * GIB, stream=7),)), CARD),
+        (Verdict.STRANDED, refused(2 * GIB, 0, (pool(3 * GIB, 3 * GIB, name="large (0, 1)"),)), CARD),
+        (Verdict.STRANDED, refused(2 * GIB, GIB, (pool(GIB // 2, MIB), pool(GIB, GIB, stream=7))), CARD),
+        (Verdict.FULL, refused(KIB, 0, (pool(3 * GIB, 3 * GIB),)), CARD),
+        (Verdict.SOMEBODY_ELSES, refused(2 * GIB), CARD._replace(outside_bytes=8 * GIB, others_bytes=7 * GIB)),
+        (Verdict.SOMEBODY_ELSES, refused(2 * GIB), CARD._replace(outside_bytes=8 * GIB)),
+        (Verdict.FULL, refused(2 * GIB), CARD._replace(outside_bytes=3 * GIB)),
+        (Verdict.FULL, refused(2 * GIB), CARD._replace(outside_bytes=8 * GIB, others_bytes=GIB)),
+        (Verdict.GROWN, refused(2 * GIB), CARD._replace(rise=LEAK, grows="held by script", came=STATE)),
+        (Verdict.MOVED, refused(2 * GIB), CARD._replace(rise=Rise(KIB, 6), came=STATE)),
+        (Verdict.FULL, refused(9 * GIB), CARD._replace(rise=LEAK, came=STATE)),
+    ],
+)
+def test_the_verdict_follows_from_what_is_free_where(verdict: Verdict, of: Refused, around: Circumstances) -> None:
+    found, reason = judge(of, around)
+    assert (found, "\n" in reason) == (verdict, False), reason
+
+
+def test_the_reason_names_bytes_and_culprits() -> None:
+    _, moved = judge(refused(2 * GIB), CARD._replace(came=STATE))
+    assert "step 1 fitted" in moved and "optimizer 8.00 GiB" in moved
+    _, grown = judge(refused(2 * GIB), CARD._replace(rise=LEAK, grows="held by script"))
+    assert "with every step 1.00 GiB more stay alive (held by script)" in grown
+    _, stranded = judge(refused(2 * GIB, GIB, (pool(3 * GIB, 3 * GIB, stream=7),)), CARD)
+    assert "3.00 GiB of them in one piece for stream 0x7" in stranded
+
+
+def test_free_blocks_are_told_apart_by_stream_and_pool() -> None:
+    def segment(stream: int, blocks: list[tuple[int, str]], **more: Any) -> dict[str, Any]:
+        rows = [{"size": size, "state": state} for size, state in blocks]
+        return {"stream": stream, "segment_type": "large", "blocks": rows, **more}
+
+    segments = [
+        segment(0, [(5, "inactive"), (7, "active_allocated"), (3, "inactive")]),
+        segment(0, [(2, "inactive")]),
+        segment(9, [(8, "inactive"), (1, "active_pending_free")]),
+        segment(0, [(4, "inactive")], segment_pool_id=(0, 3)),
+        segment(0, [(6, "active_allocated")], segment_pool_id=(0, 4)),
+    ]
+    assert pools_of(segments) == (pool(10, 5), pool(8, 8, stream=9), pool(4, 4, name="large (0, 3)"))
+
+
+# --- growth --------------------------------------------------------------------------------
+
+
+def live_bytes(figures: list[int]) -> LiveBytes:
+    live = LiveBytes()
+    for figure in figures:
+        live.add(figure)
+    return live
+
+
+def test_what_rises_by_about_the_same_with_every_step_is_a_leak() -> None:
+    assert live_bytes([50, 70, *range(70, 190, 20)]).rise() == Rise(20, 5)
+    assert live_bytes([100, 110, 120]).rise() is None, "too early to tell"
+    assert live_bytes([100, 110, 120]).rise(at_least=3) == Rise(10, 2), "not where memory has run out"
+    assert live_bytes([100] * 9).rise(at_least=3) is None
+    assert live_bytes([10, 20, 30, 40, 400, 410]).rise() is None, "something has come; it does not grow"
+
+
+def test_a_leak_is_seen_beneath_rows_of_different_lengths() -> None:
+    noise = [(step * 3) % 4 * 1000 for step in range(80)]
+    rise = live_bytes([1_000_000 + 100 * step + noise[step] for step in range(80)]).rise()
+    assert rise is not None
+    assert rise.bytes == pytest.approx(100, rel=0.5)
+    assert live_bytes([1_000_000 + n for n in noise]).rise() is None
+
+
+# --- the observer ----------------------------------------------------------------------------
+
+
+def test_the_observer_is_attached_once_and_never_raises(monkeypatch: pytest.MonkeyPatch) -> None:
+    attached: list[Any] = []
+    monkeypatch.setattr(torch._C, "_cuda_attach_out_of_memory_observer", attached.append, raising=False)
+    monkeypatch.setattr(observer, "_attached", False)
+    told: list[tuple[int, int, int]] = []
+    end = observer.listen(0, lambda *figures: told.append(figures))
+    observer.listen(1, lambda *_: 1 / 0)
+    (observe,) = attached
+    observe(0, 3, 2, 1)
+    observe(1, 3, 2, 1)
+    observe(2, 3, 2, 1)
+    end()
+    observe(0, 3, 2, 1)
+    assert told == [(3, 2, 1)], "nobody is told any more"
+    observer._listeners.clear()
+
+
+# --- runs, under a memory limit -----------------------------------------------------------------
+
+
+def limited(limit: int, **settings: Any) -> RunConfig:
+    return replace(small_run(**{"batch_size": 8, "seq_len": 64} | settings), memory_limit_bytes=limit)
+
+
+def report_in(events: list[RunEvent]) -> OutOfMemoryReport:
+    (told,) = [event for event in events if isinstance(event, OutOfMemory)]
+    assert told.report is not None
+    return told.report
+
+
+@pytest.mark.parametrize(
+    ("limit", "settings", "where"),
+    [
+        (3 * MIB, {}, ("load", 0)),
+        (24 * MIB, {}, ("forward", 1)),
+        (52 * MIB, {}, ("backward", 1)),
+        (40 * MIB, {"checkpointing": "layers"}, ("optimizer step", 1)),
+    ],
+)
+def test_a_run_that_dies_reports_every_byte_of_that_instant(
+    engine: Engine, tmp_path: Path, limit: int, settings: dict[str, Any], where: tuple[str, int]
+) -> None:
+    events = engine.run_events(limited(limit, **settings))
+    report = report_in(events)
+    assert (report.phase, report.step) == where
+    assert sum(report.by_category.values()) == report.allocated_bytes
+    assert "unknown" not in report.by_category
+    assert report.traced and report.verdict is Verdict.FULL
+    assert report.operator.startswith("aten.") and report.shape and report.dtype == "float32"
+    assert report.largest[0].bytes == max(tensor.bytes for tensor in report.largest) and len(report.largest) == 10
+    assert report.allocated_bytes + report.cached_bytes + report.free_bytes == report.limit_bytes == limit
+    assert report.free_bytes < report.asked_bytes or report.largest_free_block_bytes < report.asked_bytes
+    assert next(e for e in events if isinstance(e, RunEnded)).leaked_bytes == 0
+
+    run = engine.session.run
+    assert run is not None
+    assert run.latest is not None and run.latest.is_aborted
+    assert sum(Ledger(run.latest).end.values()) == report.allocated_bytes, "the trace ends where memory did"
+    write(tmp_path / "oom.gpumem", [run])
+    (again,) = read(tmp_path / "oom.gpumem")
+    assert report_in(list(again.events())) == report
+    assert again.config.memory_limit_bytes == limit
+
+
+def test_what_fitted_one_step_and_not_the_next_has_moved(engine: Engine) -> None:
+    """The optimizer's state comes at the end of the first step."""
+    report = report_in(engine.run_events(limited(60 * MIB)))
+    assert report.step == 2
+    assert report.verdict is Verdict.MOVED, report.reason
+    assert "step 1 fitted; since then optimizer 13." in report.reason
+
+
+def test_a_limit_that_suffices_changes_nothing_but_what_the_gauge_says(engine: Engine) -> None:
+    free = engine.run(small_run())
+    document = engine.run(replace(small_run(), memory_limit_bytes=64 * MIB))
+    assert document["failure"] is None
+    assert [step["loss"] for step in document["steps"]] == [step["loss"] for step in free["steps"]]
+    gauge = engine.session.run.training_gauge
+    assert gauge is not None and gauge.cache is not None
+    assert gauge.device_total_bytes == 64 * MIB == engine.session.environment().device_total_bytes
+    assert gauge.usable_bytes is not None and 0 < gauge.usable_bytes < 64 * MIB
+    assert gauge.cache.reserved_bytes <= 64 * MIB
+    engine.run(small_run())
+    assert engine.session.environment().device_total_bytes > 64 * MIB
+
+
+# --- scripts -----------------------------------------------------------------------------------
+
+
+def net() -> tuple[torch.nn.Module, torch.optim.Optimizer]:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Linear(256, 1024), torch.nn.ReLU(), torch.nn.Linear(1024, 256))
+    return model, torch.optim.AdamW(model.parameters())
+
+
+def train(model: torch.nn.Module, optimizer: torch.optim.Optimizer, rows: int = 64) -> None:
+    model(torch.ones(rows, 256)).sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def reports_of(watching: watch) -> list[OutOfMemoryReport]:
+    told = [event for event in watching.source.events() if isinstance(event, OutOfMemory)]
+    return [event.report for event in told if event.report is not None]
+
+
+def test_a_loop_that_catches_it_and_goes_on_with_fewer_rows_is_watched_on() -> None:
+    model, optimizer = net()
+    rows, done = 4096, 0
+    with watch(model, optimizer, memory_limit="24MiB") as watching:
+        while done < 3:
+            try:
+                train(model, optimizer, rows)
+                done += 1
+            except torch.OutOfMemoryError:
+                rows //= 2
+    reports = reports_of(watching)
+    assert len(reports) == 4 and rows == 256
+    for report in reports:
+        assert sum(report.by_category.values()) == report.allocated_bytes
+        assert "unknown" not in report.by_category
+    run = watching.source.run
+    assert run is not None
+    assert run.ended is not None and run.ended.steps == 3 and run.ended.reason == "done"
+    assert [trace.step for trace in run.traces()] == [1, 2, 3] and run.traces()[-1].is_complete
+
+
+def test_a_leak_is_told_before_it_kills_and_is_the_verdict_when_it_does() -> None:
+    model, optimizer = net()
+    kept: list[torch.Tensor] = []
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit="32MiB") as watching:
+        while True:
+            train(model, optimizer)
+            kept.append(torch.ones(1 << 19))
+    (leak,) = [event for event in watching.source.events() if isinstance(event, MemoryLeak)]
+    (report,) = reports_of(watching)
+    assert leak.growth_bytes == report.growth_bytes == 2 * MIB
+    assert leak.steps_left is not None and leak.step + leak.steps_left == pytest.approx(report.step, abs=3)
+    assert report.verdict is Verdict.GROWN
+    assert report.growth_owner == "held by script, made in batch"
+    assert report.by_category["held_by_script"] >= (len(kept) - 1) * 2 * MIB
+
+
+def test_gaps_between_what_is_kept_are_fragmentation() -> None:
+    model, optimizer = net()
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit="100MiB") as watching:
+        train(model, optimizer)
+        many = [torch.ones(4 << 18) for _ in range(20)]
+        few = many[::5]
+        del many
+        torch.ones(50 << 18)
+    (report,) = reports_of(watching)
+    assert report.verdict is Verdict.FRAGMENTED, report.reason
+    assert len(few) == 4
+    assert report.asked_bytes == 50 * MIB <= report.cached_bytes + report.free_bytes
+    assert report.largest_free_block_bytes == 16 * MIB
+
+
+def test_the_error_is_the_scripts_and_holds_nothing_of_ours() -> None:
+    model, optimizer = net()
+    caught: torch.OutOfMemoryError | None = None
+    with watch(model, optimizer, memory_limit="24MiB") as watching:
+        try:
+            train(model, optimizer, 4096)
+        except torch.OutOfMemoryError as error:
+            caught = error
+    assert re.match(r"CPU out of memory\. Tried to allocate \d+\.0 MiB\. The memory limit is 24\.0 MiB", str(caught))
+    assert type(caught) is torch.OutOfMemoryError and len(reports_of(watching)) == 1
+    dies = weakref.ref(model)
+    caught = None
+    del model, optimizer
+    gc.collect()
+    assert dies() is None, "watching keeps nothing alive"
+
+
+# --- the commands -------------------------------------------------------------------------------
+
+
+def command(*words: str) -> subprocess.CompletedProcess[str]:
+    line = [sys.executable, "-m", "gpumem_tui.tui", *words]
+    return subprocess.run(line, capture_output=True, text=True, check=False)
+
+
+def test_run_takes_a_memory_limit_and_dies_of_it_with_a_reason() -> None:
+    done = command("run", "--device", "cpu", "--memory-limit", "24MiB", "--seq-len", "64", "--steps", "1")
+    assert done.returncode == 3
+    assert "out of memory: asked for 768.0 KiB in forward, gpt_neox.layers.4" in done.stderr
+    assert "full: " in done.stderr and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("words", [("run",), ("estimate",), ("exec", "--", "true")])
+def test_a_memory_limit_that_is_no_size_is_refused(words: tuple[str, ...]) -> None:
+    done = command(words[0], "--memory-limit", "24", *words[1:])
+    assert done.returncode == 2
+    assert "--memory-limit 24: takes a size such as 24GiB" in done.stderr
+
+
+# --- how near the edge is -------------------------------------------------------------------------
+
+
+def test_the_edge_is_what_is_usable_not_what_is_free() -> None:
+    gauge = Gauge(0.0, 10 * MIB, 40 * MIB, 0, None, 50 * MIB, 100 * MIB)
+    assert gauge.usable_bytes == 80 * MIB, "the device's free bytes, and what can be given back"
+    allocator = CachingAllocator()
+    kept = [allocator.allocate(4 * MIB)[0] for _ in range(10)]
+    for address in kept[1:5] + kept[6:]:
+        allocator.free(address)
+    assert allocator.cache() == (40 * MIB, 8 * MIB, 16 * MIB, 32 * MIB)
+    assert replace(gauge, cache=allocator.cache()).usable_bytes == 50 * MIB
+
+
+def test_the_layout_of_a_snapshot_knows_its_gaps() -> None:
+    def block(address: int, size: int, state: str = "active_allocated") -> dict[str, Any]:
+        return {"address": address, "size": size, "requested_size": size, "state": state}
+
+    large = {"segment_type": "large", "blocks": [block(0, 4 * MIB), block(4 * MIB, 16 * MIB, "inactive")]}
+    whole = {"segment_type": "large", "blocks": [block(64 * MIB, 20 * MIB, "inactive")]}
+    assert BlockLayout([large, whole]).cache() == (40 * MIB, 4 * MIB, 20 * MIB, 16 * MIB)
+    assert BlockLayout([large | {"is_expandable": True}, whole]).cache().gaps_bytes == 16 * MIB
+
+
+def test_expandable_segments_reserve_no_more_than_the_pages_that_are_used(engine: Engine) -> None:
+    engine.run(limited(GIB))
+    for trace in engine.traces[1:]:
+        peak = int(Ledger(trace).total.max())
+        assert peak <= expandable_reserved_bytes(trace) <= peak + 44 * MIB

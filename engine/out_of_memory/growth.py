@@ -6,8 +6,10 @@ from collections import deque
 from itertools import pairwise
 from typing import NamedTuple
 
-KEPT = 6
+IN_A_ROW = 6
 """So many figures in a row that rise make a leak."""
+KEPT = 64
+"""Figures of a level."""
 AT_LEAST = 3
 """So many do where memory has run out."""
 LEVELS = 3
@@ -47,18 +49,19 @@ class LiveBytes:
             figure = min(folding)
             folding.clear()
 
-    def rise(self, at_least: int = KEPT) -> Rise | None:
-        """How they rise; None: they do not, as far as can be told.
+    def rise(self, at_least: int = IN_A_ROW) -> Rise | None:
+        """How they have risen, for as long as can be told; None: they do not rise.
 
         Args:
             at_least: So many figures in a row have to.
         """
+        rises = []
         for n, level in enumerate(self._levels):
             figures = _rising_evenly(list(level))
             if len(figures) >= at_least:
                 steps = (len(figures) - 1) * FOLD**n
-                return Rise((figures[-1] - figures[0]) // steps, steps)
-        return None
+                rises.append(Rise((figures[-1] - figures[0]) // steps, steps))
+        return max(rises, key=lambda rise: rise.steps, default=None)
 
 
 def _rising_evenly(figures: list[int]) -> list[int]:

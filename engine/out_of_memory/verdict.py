@@ -52,7 +52,7 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
     cached = sum(pool.cached_bytes for pool in usable)
     stranded = sum(pool.cached_bytes for pool in elsewhere)
     largest = max((pool.largest_free_block_bytes for pool in usable), default=0)
-    said = f"{size_text(cached)} of its cache and {size_text(free)} of the device are free"
+    said = f"{size_text(cached)} are cached and {size_text(free)} of the device are free"
     little = f"{said}, less than the {size_text(asked)} asked for"
     if cached + free >= asked:
         little = f"{said}, in pieces too small, and for {size_text(asked)} torch takes {size_text(needed)} at once"

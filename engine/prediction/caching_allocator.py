@@ -11,6 +11,7 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
+from ..events import CacheState
 from ..out_of_memory.pools import by_bytes
 from ..out_of_memory.report import Pool
 from ..tracing.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
@@ -176,6 +177,22 @@ class CachingAllocator:
     def stream_of(self, address: int) -> int:
         """Stream of what has been allocated at an address: segments change neither."""
         return self._streams.get(address, DEFAULT_STREAM)
+
+    def cache(self) -> CacheState:
+        """Its state now."""
+        free = [block for block in self._blocks.values() if block.free]
+        # A free block that is a segment is given back when memory runs out, as are an expandable one's pages.
+        gaps = (
+            [b.size for b in free if b.size < (SMALL_SEGMENT_BYTES if b.pool.small else LARGE_SEGMENT_BYTES)]
+            if self.expandable
+            else [b.size for b in free if b.before is not None or b.after is not None]
+        )
+        return CacheState(
+            reserved_bytes=self.reserved_bytes,
+            allocated_bytes=self.allocated_bytes,
+            largest_free_block_bytes=max((block.size for block in free), default=0),
+            gaps_bytes=sum(gaps),
+        )
 
     # --- segments -----------------------------------------------------------
 

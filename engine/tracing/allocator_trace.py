@@ -7,7 +7,7 @@ some 8,000 events on the thread that reads. Nothing here allocates on the GPU.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from itertools import chain
 from typing import Any, Literal
 
@@ -15,7 +15,7 @@ import numpy.typing as npt
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..events import BLOCK, EVENT
+from ..events import BLOCK, EVENT, CacheState
 from ..out_of_memory.observer import listen
 from ..out_of_memory.pools import pools_of
 from ..out_of_memory.refusal import OnRefused, Refused
@@ -49,6 +49,8 @@ class AllocatorTrace:
         self._layout = BlockLayout(self._snapshot()["segments"])
         self.workspaces = tuple(address for address, *_ in self._layout.alive())
         self._recording = False
+        self.cache: CacheState | None = None
+        self._newest: CacheState | None = None
         self._total_bytes = int(torch.cuda.get_device_properties(device).total_memory)
         self._on_refused: OnRefused | None = None
         self._end_listening: Callable[[], None] = lambda: None
@@ -89,15 +91,19 @@ class AllocatorTrace:
 
     def alive(self, started: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
         """Blocks the allocator holds."""
+        self._newest = None
         if started is not None:
             self._layout = BlockLayout(started)
         return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)
 
     def events(self, drained: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
         """The trace, with the slack of every block."""
+        highest = _highest(drained or ())
         rows = array("q")
         add, allocate, free = rows.extend, self._layout.allocate, self._layout.free
-        for entry in drained or ():
+        for index, entry in enumerate(drained or ()):
+            if index == highest:
+                self._look_at_cache()
             action, size = entry["action"], entry["size"]
             if action == "oom":  # has no address: nothing was handed out
                 continue
@@ -110,7 +116,14 @@ class AllocatorTrace:
                 add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"]))
             else:
                 self._layout.follow(action, address, size)
+        self._look_at_cache()
         return columns(rows, EVENT)
+
+    def _look_at_cache(self) -> None:
+        """Keep what the allocator is like if it has handed out more than ever since the trace began."""
+        cache = self._layout.cache()
+        if self._newest is None or cache.allocated_bytes > self._newest.allocated_bytes:
+            self.cache = self._newest = cache
 
     def _refused(self, needed_bytes: int, allowed_bytes: int, free_bytes: int) -> None:
         """An allocation is being refused on this thread."""
@@ -206,6 +219,19 @@ class EventTimer:
         """Milliseconds; waits until the GPU has passed the end."""
         self._ended.synchronize()
         return float(self._began.elapsed_time(self._ended))
+
+
+def _highest(entries: Sequence[dict[str, Any]]) -> int:
+    """Index of the entry before which most was allocated, of those since they began; rounding aside."""
+    allocated = highest = at = 0
+    for index, entry in enumerate(entries):
+        if allocated > highest:
+            highest, at = allocated, index
+        if entry["action"] == "alloc":
+            allocated += entry["size"]
+        elif entry["action"] == "free_requested":
+            allocated -= entry["size"]
+    return at
 
 
 def _use_cublas(device: torch.device) -> None:

@@ -10,11 +10,16 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..events import CacheState
+
 MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
 """Requests up to this come from the small pool (kSmallSize)."""
 SMALL_SEGMENT_BYTES = 2 << 20
 """The segment that the small pool takes from CUDA (kSmallBuffer)."""
+
+PAGE_BYTES = 20 << 20
+"""What an expandable segment of the large pool is mapped in."""
 
 
 class _Block:
@@ -35,6 +40,7 @@ class BlockLayout:
 
     def __init__(self, segments: list[dict[str, Any]]) -> None:
         self._blocks: dict[int, _Block] = {}
+        self._expandable = any(segment.get("is_expandable") for segment in segments)
         for segment in segments:
             # Expandable segments split as finely as the small pool does.
             small = segment["segment_type"] == "small" or bool(segment.get("is_expandable"))
@@ -48,6 +54,24 @@ class BlockLayout:
     def alive(self) -> list[tuple[int, int, int]]:
         """Address, bytes asked for and bytes beyond them, of what is allocated."""
         return [(a, b.requested, b.size - b.requested) for a, b in self._blocks.items() if not b.free]
+
+    def cache(self) -> CacheState:
+        """The allocator as it is now."""
+        blocks = self._blocks.values()
+        free = [block for block in blocks if block.free]
+        reserved = sum(block.size for block in blocks)
+        # A free block that is a segment, or pages of an expandable one, is given back when memory runs out.
+        gaps = (
+            [b.size for b in free if b.size < PAGE_BYTES]
+            if self._expandable
+            else [b.size for b in free if b.before is not None or b.after is not None]
+        )
+        return CacheState(
+            reserved_bytes=reserved,
+            allocated_bytes=reserved - sum(block.size for block in free),
+            largest_free_block_bytes=max((block.size for block in free), default=0),
+            gaps_bytes=sum(gaps),
+        )
 
     def allocate(self, address: int, size: int) -> int:
         """Follow an allocation; returns the size of the block handed out."""
@@ -83,6 +107,7 @@ class BlockLayout:
         elif action == "segment_free":  # it was one free block
             self._blocks.pop(address, None)
         elif action == "segment_map":
+            self._expandable = True
             self._map(address, size)
         elif action == "segment_unmap":
             self._unmap(address, size)

@@ -17,13 +17,16 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..events import BLOCK, EVENT
+from ..events import BLOCK, EVENT, CacheState
 from ..out_of_memory.refusal import OnRefused, Refused
 from ..out_of_memory.report import size_text
 from ..prediction.caching_allocator import CachingAllocator, rounded_bytes, segment_bytes
 from ..prediction.caching_allocator import OutOfMemoryError as NoRoomError
 from .recorder import columns
 from .storages import parts_of
+
+CACHE_EVERY = 1.02
+"""Times the peak has to grow until the allocator's model is looked at again."""
 
 
 class _StorageRef(weakref.ref[Any]):
@@ -58,6 +61,8 @@ class OpTracker(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self.on_refused: OnRefused | None = None
         self._device_type = device_type
+        self.cache: CacheState | None = None
+        self._cache_next = 0.0
         self._allocator = CachingAllocator(memory_limit_bytes) if memory_limit_bytes else None
         self._alive: dict[int, _StorageRef] = {}
         self._dead: deque[_StorageRef] = deque()
@@ -138,7 +143,10 @@ class OpTracker(TorchDispatchMode):
         self._alive[address] = reference = _StorageRef(storage, self._dead.append)
         reference.address, reference.bytes, reference.block, reference.slack = address, size, block, slack
         self._allocated += size + slack
-        self._peak = max(self._peak, self._allocated)
+        if self._allocated > self._peak:
+            self._peak = self._allocated
+            if self._allocator is not None and self._peak > self._cache_next:
+                self.cache, self._cache_next = self._allocator.cache(), self._peak * CACHE_EVERY
         self._rows.extend((address, size, slack, self._mark, time.time_ns() // 1000))
 
     def _place(self, size: int, forced: bool) -> tuple[int, int]:
@@ -252,7 +260,7 @@ class OpTracker(TorchDispatchMode):
     def reset_peak(self) -> None:
         """Start again from what is alive."""
         self._count_dead()
-        self._peak = self._allocated
+        self._peak, self._cache_next = self._allocated, 0.0
 
     def timer(self) -> HostTimer:
         """The host's clock: operators on a CPU have finished when they return."""

@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from ..events import CacheState
 from ..out_of_memory.refusal import OnRefused
 
 Raw = Any
@@ -22,11 +23,13 @@ class Recorder(Protocol):
         always_on: Recording cannot be switched off between steps (the op
             tracker would lose track of what is alive), so every step is traced.
         workspaces: Addresses of what libraries hold for themselves.
+        cache: The caching allocator at the highest of what was recorded last; None: there is none, or nothing was.
         on_refused: Told of every allocation that is refused, while it is; None: nobody.
     """
 
     always_on: bool
     workspaces: tuple[int, ...]
+    cache: CacheState | None
     on_refused: OnRefused | None
 
     def start(self) -> Raw:

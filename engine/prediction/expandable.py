@@ -1,0 +1,24 @@
+"""What expandable segments would give back of a traced step, by the allocator's model."""
+
+from __future__ import annotations
+
+from ..events import StepTrace
+from .caching_allocator import CachingAllocator
+
+
+def expandable_reserved_bytes(trace: StepTrace) -> int:
+    """The most that the allocator would have reserved for a step with expandable segments.
+
+    Args:
+        trace: What was alive when it began is laid out as if it had come in the order of its addresses.
+    """
+    allocator = CachingAllocator(expandable=True)
+    places: dict[int, int] = {}
+    for address, size, _ in sorted(trace.begin.tolist()):
+        places[address], _ = allocator.allocate(size)
+    for address, size, *_ in trace.events.tolist():
+        if size > 0:
+            places[address], _ = allocator.allocate(size)
+        elif (place := places.pop(address, None)) is not None:
+            allocator.free(place)
+    return allocator.peak_reserved_bytes
