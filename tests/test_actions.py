@@ -11,9 +11,10 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.exports import registry
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.actions import RESERVED, Action, help_lines, offered_here, shown_keys
-from gpumem_tui.tui.board import KINDS, Board, check
+from gpumem_tui.tui.board import Board, check
 from gpumem_tui.tui.draw import wrap
 from gpumem_tui.tui.palette import Palette
+from gpumem_tui.tui.screens import screens
 from gpumem_tui.tui.settings import Settings
 
 from .app_driver import RECORDINGS, shown, trained
@@ -32,7 +33,12 @@ def opened() -> Recording:
     return Recording(RECORDINGS / "full.gpumem", RECORDINGS / "lora.gpumem")
 
 
-SCREENS = [kind.title for kind in KINDS]
+SCREENS = [kind.title for kind in screens()]
+
+
+def test_every_screen_has_a_digit_of_its_own() -> None:
+    assert [kind.place for kind in screens()] == [*range(1, len(SCREENS) + 1)]
+    assert SCREENS[0] == "live"
 
 
 def actions_of(screen: str) -> list[Action]:

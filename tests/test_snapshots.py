@@ -20,9 +20,10 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine.recording import Recording
-from gpumem_tui.tui.board import KINDS, Board
+from gpumem_tui.tui.board import Board
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.run_summary import summarize
+from gpumem_tui.tui.screens import screens
 from gpumem_tui.tui.settings import Settings
 from gpumem_tui.tui.themes import THEMES
 from gpumem_tui.tui.widgets.row_diff import Cell, cells
@@ -35,7 +36,7 @@ SIZES = [(60, 20), (80, 24), (120, 40), (200, 60)]
 LOOKS = {"dark": Palette(THEMES["dark"]), "light": Palette(THEMES["light"]), "ansi": Palette(THEMES["ansi"]),
          "no-colour": Palette(mono=True)}  # fmt: skip
 LETTERS = string.ascii_letters
-SCREENS = [*(kind.title for kind in KINDS), "help"]
+SCREENS = [*(kind.title for kind in screens()), "help"]
 NAMES = ["full", "checkpointed", "lora"]
 RECORDING = {"compare": "full", "layers": "checkpointed", "events": "checkpointed"}
 """By screen; the others show `full`."""

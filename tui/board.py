@@ -12,19 +12,13 @@ from .control import Control
 from .draw import Kept, Row, wrap
 from .palette import Palette
 from .predictions import Predictions
-from .screens.compare import ComparePage
-from .screens.events import EventsPage
+from .screens import screens
 from .screens.header import header
 from .screens.help import HelpPage
-from .screens.layers import LayersPage
-from .screens.live import LivePage
 from .screens.out_of_memory import OutOfMemoryPage
 from .screens.page import Page
 from .screens.progress import progress
-from .screens.step import StepPage
-from .screens.techniques import TechniquesPage
 from .screens.tour import Tour
-from .screens.weights import WeightsPage
 from .settings import Settings
 from .state import ViewState
 from .units import shorten
@@ -32,9 +26,6 @@ from .units import shorten
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 CUT_TITLE = 4
 """Letters of the other screens' names where they do not fit whole."""
-
-KINDS: tuple[type[Page], ...] = (LivePage, StepPage, LayersPage, TechniquesPage, ComparePage, EventsPage, WeightsPage)
-"""The screens, in the order of their digits."""
 
 ASCII = str.maketrans({**dict(zip("…–·↑↓×─│▲◆", "~--^vx-|^*", strict=True)), "→": "->", "←": "<-"})
 """Replacements for terminals and fonts that have ASCII only."""
@@ -68,7 +59,7 @@ class Board:
         self.control.forecasts.enabled = bool(settings["predict"])
         self.control.on_turn = self._turned
         self.palette = palette
-        self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in KINDS]
+        self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in screens()]
         self.page = self.pages[0]
         self.everywhere = remapped(everywhere([page.title for page in self.pages]), settings.keys)
         for page in self.pages:

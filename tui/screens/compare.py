@@ -33,6 +33,7 @@ Line = tuple[str, list[int | None], Category | None]
 class ComparePage(Page):
     """The fifth screen."""
 
+    place = 5
     title = "compare"
 
     mode = 0

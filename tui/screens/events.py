@@ -51,6 +51,7 @@ NAME_WIDTH = 24
 class EventsPage(Page):
     """The sixth screen."""
 
+    place = 6
     title = "events"
     filter = Filter.NO_RECOMPUTES
     selected: int | None = None

@@ -62,6 +62,7 @@ COLUMNS: tuple[Column, ...] = (
 class LayersPage(Page):
     """The third screen."""
 
+    place = 3
     title = "layers"
 
     top = 0

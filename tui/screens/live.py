@@ -50,6 +50,7 @@ CRAMPED = 20
 class LivePage(Page):
     """The first screen."""
 
+    place = 1
     title = "live"
     lead = "a letter changes a technique and restarts · z back · "
     changing = "a change restarts the run"

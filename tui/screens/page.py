@@ -32,6 +32,7 @@ class Page(ABC):
         palette: Colours; replaced when the theme changes.
 
     Attributes:
+        place: Its digit; 0: it has none, as the help.
         title: In the footer, and in the help.
         lead: Begins its row of keys, for who commands an engine.
         changing: What comes of changing a setting here, for the help.
@@ -40,6 +41,7 @@ class Page(ABC):
         go: Goes to another screen, by its title.
     """
 
+    place = 0
     title = ""
     lead = ""
     changing = ""

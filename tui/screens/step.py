@@ -27,6 +27,7 @@ CURSOR_MOVES = (
 class StepPage(Page):
     """The second screen."""
 
+    place = 2
     title = "step"
 
     frozen: StepTrace | None = None

@@ -59,6 +59,7 @@ class Line(NamedTuple):
 class TechniquesPage(Page):
     """The fourth screen."""
 
+    place = 4
     title = "techniques"
     lead = "letters or "
     changing = "changes are collected, enter applies"

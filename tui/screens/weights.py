@@ -39,6 +39,7 @@ RANDOM = (
 class WeightsPage(Page):
     """The seventh screen."""
 
+    place = 7
     title = "weights"
     measurement: Measurement | None = None
     selected = 0
