@@ -34,6 +34,7 @@ GRADIENTS = (
     "fp32_groups_gradients_flat",
 )  # fmt: skip
 STAGING = ("temp_grad_buffer_for_gpu_offload",)
+SCALARS = ("_global_grad_norm", "inf_or_nan_tracker", "norm_for_param_grads")
 """What its optimizers of all stages call what they hold."""
 
 Note = Callable[[Iterable[Owned]], None]
@@ -112,6 +113,7 @@ def for_now() -> Iterator[Owned]:
         yield from _gradients(optimizer)
         yield from _buckets(optimizer)
         yield from _gathered(_parameters(optimizer))
+        yield from _held(optimizer, Category.OPTIMIZER_STATE, SCALARS)
 
 
 # --- what it holds --------------------------------------------------------------------
