@@ -15,6 +15,8 @@ from .events import BLOCK, EVENT, MADE, MARK, N_CATEGORIES, OWNER, Phase, StepTr
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
 MOST_BYTES = 1 << 60
 """A block, and all blocks of a step together: sums of them are whole numbers of 64 bits."""
+MOST_US = 1 << 53
+"""A time, 285 years: as nanoseconds it is a whole number of 64 bits too."""
 LONGEST_NAME = 1000
 
 
@@ -45,7 +47,7 @@ def check(trace: StepTrace) -> None:
 def _ranges(trace: StepTrace) -> Iterator[tuple[str, str, int, int]]:
     """Column, field, lowest value and the one above the highest."""
     marks, names, made = len(trace.marks), len(trace.names), len(trace.descriptions)
-    yield from (("events", "mark", 0, max(marks, 1)), ("events", "time_us", -MOST_BYTES, MOST_BYTES))
+    yield from (("events", "mark", 0, max(marks, 1)), ("events", "time_us", 0, MOST_US))
     yield from (("marks", "phase", 0, len(Phase)), ("marks", "module", 0, names))
     yield from (("owners", "mark", -1, max(marks, 1)), ("owners", "category", 0, N_CATEGORIES))
     yield from (("owners", "name", 0, names), ("owners", "made", -1, made))
@@ -60,7 +62,7 @@ def _of_the_rest(trace: StepTrace) -> Iterator[str]:
         yield "its step or its number of micro-batches is none"
     events = len(trace.events)
     for span in trace.phases:
-        if not (0 <= span.begin <= span.end <= events and -1 <= span.begin_us <= span.end_us < MOST_BYTES):
+        if not (0 <= span.begin <= span.end <= events and 0 <= span.begin_us <= span.end_us < MOST_US):
             yield f"a phase that is none of the {events} events"
     for described in trace.descriptions:
         texts_fit = all(
