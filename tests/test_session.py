@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category, EndKind, Phase
@@ -27,6 +28,7 @@ from gpumem_tui.engine.run_events import (
     StepEnded,
 )
 from gpumem_tui.engine.session import Session
+from gpumem_tui.engine.workload import prepare
 from gpumem_tui.profiles import run_fields
 
 from .conftest import LAYERS, Engine, small_run, wait_until
@@ -299,6 +301,16 @@ def test_a_batch_that_cannot_fit_beside_the_model_is_refused_before_anything_is_
     rows = "batch_size=4096 seq_len=1048576 does not fit: 8 rows and one batch of them take at least"
     assert failed.text.startswith(rows)
     assert not any(isinstance(event, Loaded) for event in events[:at])
+
+
+def test_logits_that_are_never_made_do_not_count(monkeypatch: pytest.MonkeyPatch) -> None:
+    from gpumem_tui.engine import device
+
+    logits = 8 * 1024 * 2048 * (4 + 4)
+    monkeypatch.setattr(device, "memory_for_a_run_bytes", lambda _: logits)
+    with pytest.raises(UserError, match="batch_size=8 seq_len=1024 does not fit"):
+        prepare(small_run(batch_size=8, seq_len=1024), torch.device("cpu"))
+    prepare(small_run(batch_size=8, seq_len=1024, loss="chunked"), torch.device("cpu"))
 
 
 def test_rows_longer_than_a_table_of_learned_positions_are_refused(engine: Engine) -> None:

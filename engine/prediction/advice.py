@@ -105,8 +105,8 @@ def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
                 if rest or parts < 1 or config.batch_size % parts:
                     continue
                 changes["batch_size"] = config.batch_size // parts
-            if value not in same and _is_sound(config, changes):
-                yield changes
+            if value not in same and (sound := _made_sound(config, changes)) is not None:
+                yield sound
 
 
 def could_help(now: Prediction, technique: Technique) -> bool:
@@ -116,8 +116,12 @@ def could_help(now: Prediction, technique: Technique) -> bool:
     return max(held, default=0) >= LEAST_EFFECT * now.peak_bytes
 
 
-def _is_sound(config: RunConfig, changes: Mapping[str, Value]) -> bool:
-    return techniques.effect(config, config.with_(changes)) is not Effect.UNSOUND
+def _made_sound(config: RunConfig, changes: dict[str, Value]) -> dict[str, Value] | None:
+    """A change with what it takes for it to train, which is loss scaling for float16; None: nothing would help."""
+    for settings in (changes, {**changes, "loss_scaling": True}):
+        if techniques.effect(config, config.with_(settings)) is not Effect.UNSOUND:
+            return settings
+    return None
 
 
 class _Search:

@@ -181,9 +181,14 @@ class FakeCuda(OpTracker):
         for address in [self.allocate(size) for size in sizes if size][::-1]:
             self.release(address)
 
-    def may_take(self, size: int) -> None:
-        """What a kernel takes at the most and gives back before it returns, where nobody knows how much it is."""
-        self._row(0, 0, -size)
+    def may_take(self, size: int, block: int = 0) -> None:
+        """What a kernel takes at the most and gives back before it returns, where nobody knows how much it is.
+
+        Args:
+            size: In bytes.
+            block: That it works on, where that tells the layer.
+        """
+        self._row(block, 0, -size)
 
     def called_by_autograd(self) -> bool:
         """True if autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.

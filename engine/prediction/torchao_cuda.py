@@ -56,9 +56,8 @@ class _LowBitAdamW(torch.optim.Optimizer):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"], state["exp_avg_sq"] = self._moment(parameter), self._moment(parameter)
                 if isinstance(state["exp_avg"], dict):
-                    # Each moment before it is rounded, scaled; and the largest of each block.
-                    count = parameter.numel()
-                    self.tracker.scratch(*(size for size in (4 * count // self.block, 4 * count) for _ in range(2)))
+                    # Each moment before it is rounded, unless the compiler keeps that in registers.
+                    self.tracker.may_take(2 * 4 * parameter.numel(), self.tracker.address(parameter))
 
     def _moment(self, parameter: Tensor) -> Tensor | dict[str, Tensor]:
         count, device = parameter.numel(), parameter.device

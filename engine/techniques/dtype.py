@@ -106,7 +106,7 @@ TECHNIQUE = Technique(
     variants=({"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "mixed"}, {"dtype": "mixed-float16"}),
     key="d",
     apply=apply,
-    saves=("bfloat16", "mixed"),
+    saves=("bfloat16", "mixed", "mixed-float16"),
     mathematics=mathematics,
     recognise=recognise,
 )

@@ -25,6 +25,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
         return
     from .. import fused_loss
 
+    recipe.makes_logits = False
     recipe.transforms.append(partial(fused_loss.fuse, compute=getattr(fused_loss, kind.replace("-", "_"))))
 
 
