@@ -44,10 +44,14 @@ class EngineInfo:
     Attributes:
         name: Of its folder.
         pid: The process.
-        kind: `run`: a process of its own; `watch`: inside somebody's script.
+        kind: `run`: a process of its own; `watch`: inside somebody's script; `job`: what has started the ranks
+            of a job, and listens to nobody.
         protocol: Of its socket.
         version: Of this program.
         started_s: Unix time.
+        job: The job whose rank it is; empty: it is alone.
+        rank: Of the job.
+        ranks: That the job has.
     """
 
     name: str
@@ -56,6 +60,9 @@ class EngineInfo:
     protocol: int
     version: str
     started_s: float
+    job: str = ""
+    rank: int = 0
+    ranks: int = 1
 
 
 class EngineDir:
@@ -114,12 +121,17 @@ class EngineLock:
         kind: See `EngineInfo`.
         protocol: See `EngineInfo`.
         version: See `EngineInfo`.
+        job: See `EngineInfo`.
+        rank: See `EngineInfo`.
+        ranks: See `EngineInfo`.
 
     Raises:
         UserError: There is no safe place for it.
     """
 
-    def __init__(self, wanted: str, kind: str, protocol: int, version: str) -> None:
+    def __init__(
+        self, wanted: str, kind: str, protocol: int, version: str, job: str = "", rank: int = 0, ranks: int = 1
+    ) -> None:
         with _changing() as root:
             _clean(root)
             self.engine_dir = EngineDir(_free_folder(root, wanted))
@@ -127,7 +139,7 @@ class EngineLock:
             fcntl.flock(self._handle, fcntl.LOCK_EX)
         self.pid = os.getpid()
         in_child(self._forget_in_child)
-        info = EngineInfo(self.engine_dir.name, self.pid, kind, protocol, version, time.time())
+        info = EngineInfo(self.engine_dir.name, self.pid, kind, protocol, version, time.time(), job, rank, ranks)
         try:
             (self.engine_dir.folder / "card.json").write_bytes(msgspec.json.encode(info))
         except OSError:
@@ -203,31 +215,66 @@ def clean() -> None:
 
 
 def engines() -> list[EngineDir]:
-    """Those that are alive, oldest first."""
+    """Those that are alive and listen, oldest first."""
     alive = [engine_dir for engine_dir in _engine_dirs(runtime_folder()) if engine_dir.alive()]
-    started_s = {engine_dir: info.started_s for engine_dir in alive if (info := engine_dir.info())}
-    return sorted(alive, key=lambda engine_dir: started_s.get(engine_dir, 0.0))
+    known = {engine_dir: info for engine_dir in alive if (info := engine_dir.info())}
+    listen = [engine_dir for engine_dir in alive if engine_dir not in known or known[engine_dir].kind != "job"]
+    return sorted(listen, key=lambda engine_dir: known[engine_dir].started_s if engine_dir in known else 0.0)
 
 
-def find(wanted: str | None) -> EngineDir:
-    """The engine of a name or of a process id; the only one there is if none is given.
+@dataclass(frozen=True, slots=True)
+class Job:
+    """Engines that belong together: the ranks of a job, or one that is alone.
+
+    Attributes:
+        name: Of the job.
+        members: By rank.
+        ranks: As many as there are to be.
+    """
+
+    name: str
+    members: tuple[EngineDir, ...]
+    ranks: int = 1
+
+
+def jobs() -> list[Job]:
+    """All engines that are alive, oldest first, ranks joined."""
+    found: dict[str, list[tuple[int, EngineDir]]] = {}
+    sizes: dict[str, int] = {}
+    for engine_dir in engines():
+        info = engine_dir.info()
+        name = info.job if info is not None and info.job else engine_dir.name
+        found.setdefault(name, []).append((info.rank if info is not None else 0, engine_dir))
+        sizes[name] = info.ranks if info is not None else 1
+    return [
+        Job(name, tuple(e for _, e in sorted(members, key=lambda m: (m[0], m[1].name))), sizes[name])
+        for name, members in found.items()
+    ]
+
+
+def find(wanted: str | None) -> Job:
+    """The job of a name, or of an engine's name or process id; the only one there is if none is given.
 
     Raises:
         UserError: There is none, or it is not clear which.
     """
-    there = engines()
-    names = ", ".join(engine_dir.name for engine_dir in there)
+    there = jobs()
+    names = ", ".join(job.name for job in there)
     if not there:
         raise UserError("no engine is running; gpumem-tui starts one")
     if wanted is None:
         if len(there) > 1:
             raise UserError(f"several engines are running, name one: {names}")
         return there[0]
-    for engine_dir in there:
-        info = engine_dir.info()
-        if wanted == engine_dir.name or (info is not None and wanted == str(info.pid)):
-            return engine_dir
+    for job in there:
+        if wanted == job.name or any(_is(engine_dir, wanted) for engine_dir in job.members):
+            return job
     raise UserError(f"no engine is called {wanted}; running: {names}")
+
+
+def _is(engine_dir: EngineDir, wanted: str) -> bool:
+    info = engine_dir.info()
+    return wanted == engine_dir.name or (info is not None and wanted == str(info.pid))
 
 
 @contextmanager

@@ -148,13 +148,14 @@ class Feed:
         name: Of the engine, for the runs' identity.
         on_trace: Gets every trace on the engine's thread, for a consumer that
             must not miss one (`gpumem-tui run`).
+        rank: Of its runs.
     """
 
     KEPT_RUNS = 24
     """Runs kept beside the latest, with the traces that `Run.settle` leaves; older runs are forgotten."""
 
-    def __init__(self, name: str = "", on_trace: Callable[[StepTrace], None] | None = None) -> None:
-        self.name = name
+    def __init__(self, name: str = "", on_trace: Callable[[StepTrace], None] | None = None, rank: int = 0) -> None:
+        self.name, self.rank = name, rank
         self.environment: Environment | None = None
         self.gauge: Gauge | None = None
         self._on_trace = on_trace
@@ -171,11 +172,11 @@ class Feed:
 
     # --- the engine writes ----------------------------------------------------
 
-    def begin_run(self, config: RunConfig, kind: RunKind = RunKind.TRAINED, rank: int = 0) -> Run:
+    def begin_run(self, config: RunConfig, kind: RunKind = RunKind.TRAINED) -> Run:
         """Add a run; what it publishes from now on is the latest."""
         assert self.environment is not None
         self._begun += 1
-        run = Run(RunId(self.name, self._begun, rank, self.environment.device), config, self.environment, kind)
+        run = Run(RunId(self.name, self._begun, self.rank, self.environment.device), config, self.environment, kind)
         self.add_run(run)
         return run
 

@@ -7,15 +7,22 @@ import json
 import signal
 import subprocess
 import sys
+import threading
+import time
+from typing import IO
 
 from .config import RunConfig, UserError
-from .engine_registry import EngineDir, clean, runtime_folder
+from .engine_registry import EngineDir, Job, clean, find, jobs, runtime_folder
 
 READY = "gpumem-tui engine listens: "
 """The line, ended by its name, that a new engine writes to its standard output before that becomes its log."""
+ORDER = "GPUMEM_TUI_ORDER"
+"""The environment's name for what the ranks of a job are to run."""
 STAY = b"stay\n"
 """The message to an engine, after its order, that makes it outlive the process that started it."""
 REAP_WITHIN_S = 2.0
+RANKS_END_WITHIN_S = 5.0
+LOOK_EVERY_S = 0.02
 
 
 class Launcher:
@@ -34,6 +41,7 @@ class Launcher:
     def __init__(self, linger_s: float | None = None) -> None:
         self._linger_s = linger_s
         self._process: subprocess.Popen[bytes] | None = None
+        self._job = ""
         self.stays = False
 
     def __call__(self, config: RunConfig) -> EngineDir:
@@ -44,10 +52,27 @@ class Launcher:
         Raises:
             UserError: It did not come up.
         """
+        self._job = ""
+        name = self._listening("gpumem_tui.engine.service", config)
+        assert self._process is not None
+        self._close(self._process.stdout)  # it is the engine's log from here on
+        return EngineDir(runtime_folder() / name)
+
+    def job(self, config: RunConfig) -> Job:
+        """Start an engine for each rank of `config`; returns when all listen.
+
+        Raises:
+            UserError: One did not come up; none is left.
+        """
+        self._job = self._listening("gpumem_tui.engine.job", config)
+        return find(self._job)
+
+    def _listening(self, module: str, config: RunConfig) -> str:
+        """The name under which what has been started listens."""
         if self._process is not None:
             self.let_go()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", "gpumem_tui.engine.service"],
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         order = {"config": config.as_dict(), "linger_s": self._linger_s}
@@ -56,17 +81,24 @@ class Launcher:
         with contextlib.suppress(BrokenPipeError):
             process.stdin.write(json.dumps(order).encode() + b"\n")
             process.stdin.flush()
-        with process.stdout:  # ends when the engine turns it into its log, or with the engine
-            said = process.stdout.read().decode(errors="replace")
-        last = said.strip().rpartition("\n")[2]
+        said = ""
+        # Ends with its life, or with an engine turning its output into its log; a job's goes on.
+        for line in process.stdout:
+            said = line.decode(errors="replace").strip() or said
+            if said.startswith(READY):
+                break
         if self.stays:
             self.let_stay()
-        if not last.startswith(READY):
-            raise UserError(f"the engine did not come up: {last or self.ending()}")
-        return EngineDir(runtime_folder() / last.removeprefix(READY))
+        if not said.startswith(READY):
+            self._close(process.stdout)
+            raise UserError(f"the engine did not come up: {said or self.ending()}")
+        return said.removeprefix(READY)
 
     def ending(self) -> str:
-        """The ending of the engine started last: `killed by SIGKILL`; empty if it was not started from here."""
+        """The ending of the engine started last: `killed by SIGKILL`; empty if it was not started from here.
+
+        Of a job, the rank that was first to end: `rank 1, process 123: killed by SIGKILL`.
+        """
         process = self._process
         if process is None:
             return ""
@@ -74,6 +106,11 @@ class Launcher:
             code = process.wait(REAP_WITHIN_S)
         except subprocess.TimeoutExpired:
             return ""
+        if process.stdout is not None and not process.stdout.closed:
+            with process.stdout:
+                said = process.stdout.read().decode(errors="replace").strip()
+            if said:
+                return said.rpartition("\n")[2]
         return f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}" if code else ""
 
     def let_stay(self) -> None:
@@ -87,8 +124,10 @@ class Launcher:
     def let_go(self) -> None:
         """Detach: the engine outlives us, which is what it is for."""
         self.let_stay()
-        if self._process is not None and self._process.poll() is None:
-            self._process.returncode = 0  # no warning about a child that is still running
+        if self._process is not None:
+            self._close(self._process.stdout)
+            if self._process.poll() is None:
+                self._process.returncode = 0  # no warning about a child that is still running
         self._process = None
 
     def kill(self) -> None:
@@ -98,7 +137,19 @@ class Launcher:
             return
         process.kill()
         process.wait()
-        if process.stdin is not None:
-            with contextlib.suppress(OSError):
-                process.stdin.close()
+        self._close(process.stdin)
+        self._close(process.stdout)
+        self._wait_for_ranks()
         clean()
+
+    @staticmethod
+    def _close(pipe: IO[bytes] | None) -> None:
+        if pipe is not None:
+            with contextlib.suppress(OSError):
+                pipe.close()
+
+    def _wait_for_ranks(self) -> None:
+        """Ranks end by themselves once what has started them has gone."""
+        until_s, never = time.monotonic() + RANKS_END_WITHIN_S, threading.Event()
+        while any(job.name == self._job for job in jobs()) and time.monotonic() < until_s:
+            never.wait(LOOK_EVERY_S)

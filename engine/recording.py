@@ -113,29 +113,38 @@ def trace_of(head: TraceHead, columns: Mapping[str, Any]) -> StepTrace:
 # --- writing --------------------------------------------------------------------------
 
 
-def save(command: Save, run: Run | None) -> RunEvent:
+def save(command: Save, runs: Sequence[Run]) -> RunEvent:
     """Write a recording or an export as asked, and tell what came of it: saved, cancelled, or why it could not be.
 
     Args:
         command: Where to, and which run.
-        run: The one under way, if the command names none.
+        runs: All that there are; the last one is saved if the command names none. A rank's is saved with
+            those of the others.
     """
     path, work = command.path, command.work
-    chosen = command.run or run
     try:
-        if command.format and chosen is not None:
+        chosen = _of_all_ranks(command.run or (runs[-1] if runs else None), runs)
+        if command.format and chosen:
             from .exports import export, format_named
             from .exports.exported_run import named
 
-            export(named([chosen]), format_named(command.format), path, work)
+            export(named(chosen), format_named(command.format), path, work)
         else:
-            write(path, [chosen] if chosen is not None else [], work)
+            write(path, chosen, work)
     except (OSError, UserError) as error:
         text = f"{path}: not saved: {one_line(error)}"
         return Note(text=text, path=str(path)) if work.cancelled else Refused(text=text, path=str(path))
     finally:
         work.over = True
     return Saved(text=f"saved {path}", path=str(path))
+
+
+def _of_all_ranks(chosen: Run | None, runs: Sequence[Run]) -> list[Run]:
+    """A run with those that the other ranks of its job have of it, by rank."""
+    if chosen is None:
+        return []
+    others = [run for run in runs if run.id[:2] == chosen.id[:2] and run.id.rank != chosen.id.rank]
+    return sorted([*others, chosen], key=lambda run: run.id.rank)
 
 
 def write(path: Path, runs: Sequence[Run], work: Work | None = None) -> None:
@@ -248,7 +257,7 @@ class Recording:
         threading.Thread(target=self._save, args=(command,), name="save", daemon=True).start()
 
     def _save(self, command: Save) -> None:
-        event = save(command, self.run)
+        event = save(command, self._runs)
         self._told.append(placed(event, self._next_index, 0.0, 0))
         self._next_index += 1
 

@@ -2,7 +2,7 @@
 
 One thread asks as often as somebody looks and keeps what it was told, so that
 the engine's death takes nothing away: what was seen can still be looked at and
-saved, and a new engine can be started in its place.
+saved.
 """
 
 from __future__ import annotations
@@ -12,16 +12,17 @@ import os
 import select
 import socket
 import threading
+import time
 from collections import deque
-from dataclasses import replace
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from . import techniques, wire
 from .advice import advice
-from .config import RunConfig, UserError, one_line
+from .config import UserError, one_line
 from .engine_registry import EngineDir
-from .feed import Command, Feed, Published, Save, Start, TakeOver, ViewerRole
-from .launch import Launcher
+from .feed import Command, Feed, Published, Save, TakeOver, ViewerRole
 from .recording import save
 from .run import Run
 from .run_events import EngineEnded, Refused, RunEvent, placed
@@ -32,40 +33,64 @@ ANSWERS_WITHIN_S = 60.0
 LOG_TAIL_BYTES = 8192
 
 
+@dataclass(frozen=True, slots=True)
+class Lost:
+    """The end of an engine, or of the connection to it.
+
+    Attributes:
+        why: In one line.
+        at_s: On the monotonic clock.
+        by: Who ended it; empty: nobody did.
+        detail: The last of its log, where nobody did.
+    """
+
+    why: str
+    at_s: float
+    by: str = ""
+    detail: str = ""
+
+
 class Remote(Published):
-    """A viewer's end of the socket.
+    """A viewer's end of one engine's socket.
 
     Args:
-        place: Of a running engine; None: `start` makes one.
-        launch: Starts an engine, at first or when this one has died; None: it cannot be started again from here.
+        engine_dir: Of a running engine.
         take: Command it, whoever does now.
         version: Of this program, for the line about another version's engine.
         ask_every_s: How often the engine is asked.
+        after_run: Number of the run that its first follows.
+        after_s: The time at which its clock begins.
+        on_lost: Called on a thread of its own when the engine has ended.
+
+    Attributes:
+        lost: How it ended; None: it has not.
     """
 
     live = True
 
     def __init__(
         self,
-        engine_dir: EngineDir | None = None,
+        engine_dir: EngineDir,
         *,
-        launch: Launcher | None = None,
         take: bool = False,
         version: str = "",
         ask_every_s: float = ASK_EVERY_S,
+        after_run: int = 0,
+        after_s: float = 0.0,
+        on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine_dir, self._launch, self._take, self._version = engine_dir, launch, take, version
-        self._ask_every_s = ask_every_s
-        self._feed = Feed(engine_dir.name if engine_dir is not None else "")
+        self.engine_dir, self._take, self._version = engine_dir, take, version
+        self._ask_every_s, self._on_lost = ask_every_s, on_lost
+        self.lost: Lost | None = None
+        self._feed = Feed(engine_dir.name)
         self._welcome: wire.Welcome | None = None
         self._connection: socket.socket | None = None
         self._commands: deque[wire.Do] = deque()
         self._commanding: bool | None = None  # not told yet
-        self._taking = False
-        self._gone = self._closing = False
+        self._taking = self._closing = False
         self._goodbye: EngineEnded | None = None
         self._since = self._last_trace = self._last_run = 0
-        self._run_offset, self._clock_offset_s = 0, 0.0
+        self._run_offset, self._clock_offset_s = after_run, after_s
         self._wake_read, self._wake_write = socket.socketpair()
         self._wake_read.setblocking(False)
         self._wake_write.setblocking(False)
@@ -76,7 +101,7 @@ class Remote(Published):
     @property
     def role(self) -> ViewerRole:
         """The viewer's role; until the engine has said otherwise, it may command."""
-        if self._gone:
+        if self.lost is not None:
             return ViewerRole.GONE
         if self._welcome is not None and self._welcome.kind == "watch":
             return ViewerRole.WATCHING
@@ -98,25 +123,12 @@ class Remote(Published):
         if role is ViewerRole.READ_ONLY and not isinstance(command, TakeOver):
             raise UserError("another viewer commands this engine; ! takes over")
         if role is ViewerRole.GONE:
-            if not isinstance(command, Start) or self._launch is None:
-                raise UserError("the engine has gone; s saves what was seen, q quits")
-            self._start(command.config)
-            return
+            raise UserError("the engine has gone; s saves what was seen, q quits")
         self._taking |= isinstance(command, TakeOver)  # what is pressed next comes after it
         self._commands.append(wire.pack_command(command))
         self._wake()
 
     # --- for whoever made it --------------------------------------------------
-
-    def start(self, config: RunConfig) -> None:
-        """Have an engine started for a configuration, and attach; returns at once.
-
-        Raises:
-            UserError: There is no way to start one.
-        """
-        if self._launch is None:
-            raise UserError("no engine can be started from here")
-        self._start(config)
 
     def attach(self) -> None:
         """Attach to the engine at `engine_dir`.
@@ -124,9 +136,9 @@ class Remote(Published):
         Raises:
             UserError: It is not there, or of another version.
         """
-        assert self.engine_dir is not None
         self._connect(self.engine_dir)
-        self._follow(None)
+        self._thread = threading.Thread(target=self._main, name="viewer", daemon=True)
+        self._thread.start()
 
     def close(self) -> None:
         """Detach."""
@@ -140,14 +152,12 @@ class Remote(Published):
             self._thread.join(10.0)
         self._wake_read.close()
         self._wake_write.close()
-        if self._launch is not None:
-            self._launch.let_go()
 
     def wait_ended(self, timeout_s: float) -> bool:
         """Wait for the engine to end, after it was told to."""
         if self._thread is not None:
             self._thread.join(timeout_s)
-        return self._gone
+        return self.lost is not None
 
     # --- the thread -----------------------------------------------------------
 
@@ -155,23 +165,8 @@ class Remote(Published):
         with contextlib.suppress(OSError):
             self._wake_write.send(b"!")
 
-    def _start(self, config: RunConfig) -> None:
-        self._gone, self._commanding, self._welcome, self._goodbye = False, None, None, None
-        self._since = self._last_trace = self._last_run = 0
-        self._run_offset, self._clock_offset_s = self._feed.run.id.number if self._feed.run else 0, self._latest_s()
-        self._commands.clear()
-        self._follow(config)
-
-    def _follow(self, config: RunConfig | None) -> None:
-        self._thread = threading.Thread(target=self._main, args=(config,), name="viewer", daemon=True)
-        self._thread.start()
-
-    def _main(self, config: RunConfig | None) -> None:
+    def _main(self) -> None:
         try:
-            if config is not None:
-                assert self._launch is not None
-                self.engine_dir = self._launch(config)
-                self._connect(self.engine_dir)
             self._ask_forever()
         except UserError as error:
             self._lose(str(error))
@@ -272,17 +267,16 @@ class Remote(Published):
         """The engine has gone: say so once, with the last that its log says."""
         if self._closing:
             return
-        by, detail = (self._goodbye.by, "") if self._goodbye is not None else ("", self._last_words())
-        what = ["s saves what was seen"] if self._feed.run is not None else []
-        what += ["r starts the run again"] if self._launch is not None else []
+        by = ""
         if self._goodbye is not None:
-            why = self._goodbye.text
+            by, why = self._goodbye.by, self._goodbye.text
         elif self._welcome is not None:
-            how = self._launch.ending() if self._launch is not None else ""
-            why = f"the engine's process {self._welcome.pid} has ended{f' ({how})' if how else ''}"
-        text = f"{why}; {', '.join([*what, 'q quits'])}" if what else why
-        self._gone, self._feed.gauge = True, None  # nobody reads it any more
-        self._say(EngineEnded(text=text, by=by, detail=detail))
+            why = f"the engine's process {self._welcome.pid} has ended"
+        self.lost = Lost(why, time.monotonic(), by, "" if by else self._last_words())
+        self._feed.gauge = None  # nobody reads it any more
+        what = "s saves what was seen, q quits" if self._feed.run is not None else "q quits"
+        self._say(EngineEnded(text=f"{why}; {what}", by=by, detail=self.lost.detail))
+        self._on_lost()
 
     def _last_words(self) -> str:
         if self._welcome is None:
@@ -304,7 +298,7 @@ class Remote(Published):
         return max(gauge.time_s if gauge else 0.0, told[-1].time_s if told else 0.0)
 
     def _save(self, command: Save) -> None:
-        self._say(save(command, self.run))
+        self._say(save(command, self.runs()))
 
 
 def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:

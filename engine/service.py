@@ -25,7 +25,8 @@ from . import techniques, wire
 from .config import RunConfig, UserError
 from .engine_registry import EngineInfo, EngineLock
 from .feed import Start
-from .launch import READY
+from .launch import ORDER, READY
+from .peers import Peers, peers_here
 from .run_events import EngineEnded, Output, Refused, RunFailed
 from .server import Server, state_of
 from .session import Session
@@ -39,6 +40,11 @@ LOG_MAX_BYTES = 16 << 20
 LINES_A_TIME = 50
 BROKEN_DEVICE = 70
 """Exit code of an engine whose CUDA context is lost: only a new process gets another."""
+RANK_FAILED = 71
+"""Exit code of a rank whose run has failed: the launcher ends the others for it."""
+RANK_ENDS_WITHIN_S = 3.0
+"""After SIGTERM, which is also how the launcher ends a rank that waits for one that has died."""
+VIEWER = "the viewer that commanded it"
 OOM_SCORE = 500
 """If memory runs out, the kernel is to end the engine and not the app beside it."""
 
@@ -120,28 +126,41 @@ class Log:
 
 def main() -> int:
     """Run until told to end; returns the exit code."""
-    order = json.loads(sys.stdin.readline())
+    peers = peers_here()
+    order = json.loads(os.environ.pop(ORDER) if peers is not None else sys.stdin.readline())
     config = techniques.parse_config(order["config"], "the engine")
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _offer_to_the_oom_killer()
-    name = Path(config.model).name
-    engine_lock = EngineLock(name, "run", wire.PROTOCOL, version())
-    engine_dir = engine_lock.engine_dir
-    threading.Thread(target=_end_unless_told_to_stay, args=(engine_lock,), name="parent", daemon=True).start()
+    engine_lock, session = _alone(config) if peers is None else _ranked(config, peers, order["job"])
     try:
-        log = Log(engine_dir.log)
-        info = engine_dir.info()
+        log = Log(engine_lock.engine_dir.log)
+        info = engine_lock.engine_dir.info()
         assert isinstance(info, EngineInfo)
-        session = Session(config.device, name=engine_dir.name)
-        engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]))
+        engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]), peers)
         signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
-        sys.stdout.write(f"{READY}{engine_dir.name}\n")
+        if peers is None:
+            sys.stdout.write(f"{READY}{engine_lock.engine_dir.name}\n")
         log.take_output()
-        _try_start(session, config)
+        if peers is None or peers.leads:
+            _try_start(session, config)
         return engine.serve()
     finally:
         engine_lock.release()
+
+
+def _alone(config: RunConfig) -> tuple[EngineLock, Session]:
+    """An engine of one process, which ends with whoever started it until it is told to stay."""
+    engine_lock = EngineLock(Path(config.model).name, "run", wire.PROTOCOL, version())
+    threading.Thread(target=_end_unless_told_to_stay, args=(engine_lock,), name="parent", daemon=True).start()
+    return engine_lock, Session(config.device, name=engine_lock.engine_dir.name)
+
+
+def _ranked(config: RunConfig, peers: Peers, job: str) -> tuple[EngineLock, Session]:
+    """A rank of a job, on the GPU of its place among those of this machine."""
+    engine_lock = EngineLock(f"{job}.{peers.rank}", "run", wire.PROTOCOL, version(), job, peers.rank, peers.size)
+    device = "cpu" if config.device == "cpu" else f"cuda:{peers.local_rank}"
+    return engine_lock, Session(device, name=job, peers=peers)
 
 
 def _end_unless_told_to_stay(engine_lock: EngineLock) -> None:
@@ -154,11 +173,20 @@ def _end_unless_told_to_stay(engine_lock: EngineLock) -> None:
 class _Engine:
     """The main thread of the process."""
 
-    def __init__(self, session: Session, info: EngineInfo, engine_lock: EngineLock, log: Log, linger: Linger) -> None:
+    def __init__(
+        self,
+        session: Session,
+        info: EngineInfo,
+        engine_lock: EngineLock,
+        log: Log,
+        linger: Linger,
+        peers: Peers | None = None,
+    ) -> None:
         self._session, self._log, self._linger, self._engine_lock = session, log, linger, engine_lock
         self._ended_by = ""
         self._told = 0
-        ended = partial(self.end, "the viewer that commanded it")
+        self._peers, self._launcher_pid = peers, os.getppid()
+        ended = partial(self.end, VIEWER) if self._leads else partial(os.kill, self._launcher_pid, signal.SIGTERM)
         self._server = Server(session, info, engine_lock.engine_dir.socket, engine_lock.engine_dir.log, ended)
 
     def end(self, by: str) -> None:
@@ -169,6 +197,10 @@ class _Engine:
         """
         self._ended_by = by
         self._server.wake()
+
+    @property
+    def _leads(self) -> bool:
+        return self._peers is None or self._peers.leads
 
     def serve(self) -> int:
         """Until the end; returns the exit code."""
@@ -185,11 +217,15 @@ class _Engine:
             if self._device_is_lost():
                 code = BROKEN_DEVICE
                 break
+            if self._peers is not None and self._job_has_failed():
+                code = RANK_FAILED
+                break
             idle = self._session.wait(0) or state_of(self._session) == "held"
-            if self._linger.over(self._server.alone_since_s, idle, now_s):
+            if self._leads and self._linger.over(self._server.alone_since_s, idle, now_s):
                 break
         if not code:
-            self._session.close(END_WITHIN_S)
+            alone_or_asked = self._peers is None or self._ended_by == VIEWER
+            self._session.close(END_WITHIN_S if alone_or_asked else RANK_ENDS_WITHIN_S)
         # The folder first: who waits for the connection to end finds nothing left.
         self._engine_lock.release()
         if self._ended_by:
@@ -198,6 +234,17 @@ class _Engine:
         self._server.close()
         return code
 
+    def _job_has_failed(self) -> bool:
+        """True if this rank has failed, or the launcher has gone; when rank 0 has ended, so do the others."""
+        if os.getppid() != self._launcher_pid:
+            return True
+        if self._session.lost:
+            self._be_heard()
+            return True
+        if self._session.over:
+            self._ended_by = self._ended_by or "rank 0"
+        return False
+
     def _device_is_lost(self) -> bool:
         """A CUDA error stays: every later call in this process fails with it."""
         events = self._session.events(self._told)
@@ -205,11 +252,15 @@ class _Engine:
             return False
         self._told = events[-1].index + 1
         lost = any(isinstance(event, RunFailed) and "CUDA error" in event.text for event in events)
-        if lost:  # let the viewers hear of it
-            until_s = time.monotonic() + 4 * LOOK_EVERY_S
-            while (left_s := until_s - time.monotonic()) > 0:
-                self._server.serve(left_s)
+        if lost:
+            self._be_heard()
         return lost
+
+    def _be_heard(self) -> None:
+        """Let the viewers hear of what has just been told."""
+        until_s = time.monotonic() + 4 * LOOK_EVERY_S
+        while (left_s := until_s - time.monotonic()) > 0:
+            self._server.serve(left_s)
 
 
 def _try_start(session: Session, config: RunConfig) -> None:

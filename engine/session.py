@@ -25,10 +25,12 @@ from .publisher import GAUGE_EVERY_S, RunPublisher
 from .recording import save, write
 from .run import RunKind
 from .run_events import Note, Paused, Refused, Resumed, RunEnded, RunEvent, RunFailed
+from .techniques.parallel import ranks
 
 if TYPE_CHECKING:
     import torch
 
+    from .peers import Peers
     from .tracing.owners import Paged
     from .tracing.recorder import Recorder
     from .tracing.tracer import Tracer
@@ -47,16 +49,21 @@ class Session(Published):
         device: `auto`, `cpu`, `cuda` or `cuda:<i>`.
         on_trace: See `Feed`.
         name: Of the engine, for the runs' identity.
+        peers: The other ranks, if it is one of several.
     """
 
     live = True
     role = ViewerRole.OWNER
 
     def __init__(
-        self, device: str = "auto", on_trace: Callable[[StepTrace], None] | None = None, name: str = ""
+        self,
+        device: str = "auto",
+        on_trace: Callable[[StepTrace], None] | None = None,
+        name: str = "",
+        peers: Peers | None = None,
     ) -> None:
-        self._wanted = device
-        self._feed = Feed(name, on_trace)
+        self._wanted, self._peers = device, peers
+        self._feed = Feed(name, on_trace, peers.rank if peers is not None else 0)
         self._publisher = RunPublisher(self._feed)
         self._commands: queue.Queue[Start | Stop | None] = queue.Queue()
         self._resume = threading.Event()
@@ -67,7 +74,7 @@ class Session(Published):
         self._refused: str | None = None
         self._good: RunConfig | None = None
         self._changing = threading.Lock()
-        self._running = False
+        self._running = self._lost = False
         self._leaving: list[torch.utils.hooks.RemovableHandle] = []
         self._closing = threading.Event()
         self._idle = threading.Event()
@@ -84,6 +91,8 @@ class Session(Published):
         """
         if self._refused is not None:
             raise UserError(self._refused)
+        if self._peers is not None and not self._peers.leads and not isinstance(command, Save):
+            raise UserError("rank 0 commands this job")
         match command:
             case Start(config):
                 techniques.check(config, self._feed.environment)
@@ -114,6 +123,16 @@ class Session(Published):
         self._interrupt(None)
         self._thread.join(timeout_s)
 
+    @property
+    def over(self) -> bool:
+        """True once its thread has ended: it was closed, or a rank of the job has failed."""
+        return not self._thread.is_alive()
+
+    @property
+    def lost(self) -> bool:
+        """True if a rank of the job has failed: collectives have lost step, and only new processes can run."""
+        return self._lost
+
     def tell(self, event: RunEvent) -> None:
         """Add an event from outside of the engine's thread."""
         self._feed.tell(event)
@@ -130,7 +149,7 @@ class Session(Published):
         self._commands.put(command)
         self._resume.set()
         with self._changing:
-            if self._running and not self._leaving:
+            if self._running and not self._leaving and self._peers is None:
                 from torch.nn.modules.module import register_module_forward_pre_hook
                 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -144,27 +163,44 @@ class Session(Published):
         try:
             self._look_around()
         except Exception as error:  # a refusal, or a torch that does not load: nothing can ever run here
-            self._refused = one_line(error)
+            self._refused, self._lost = one_line(error), self._peers is not None
             self._feed.tell(Refused(text=self._refused))
             self._idle.set()
             return
         gauge = threading.Thread(target=self._publisher.gauge_forever, args=(self._closing,), name="gauge", daemon=True)
         gauge.start()
-        while (command := self._commands.get()) is not None:
-            if isinstance(command, Start):
-                try:
+        while not self._lost:
+            try:
+                if (command := self._next()) is None:
+                    break
+                if isinstance(command, Start):
                     self._run_and_report(command.config)
-                except Exception as error:  # a device that has failed fails again when it is cleaned up
-                    self._feed.tell(RunFailed(text=one_line(error), detail=traceback.format_exc()))
+            except Exception as error:  # a device that has failed fails again when it is cleaned up; a rank has gone
+                self._lost = self._peers is not None
+                self._feed.tell(RunFailed(text=one_line(error), detail=traceback.format_exc()))
             if self._commands.empty():
                 self._idle.set()
         self._idle.set()
+
+    def _next(self) -> Start | Stop | None:
+        """Wait for a command; of several ranks, for what rank 0 is told."""
+        peers = self._peers
+        if peers is not None and not peers.leads:
+            heard = peers.hear()
+            self._idle.clear()
+            return heard
+        command = self._commands.get()
+        if peers is not None and not isinstance(command, Stop):  # what is stopped has been left already
+            peers.tell(command)
+        return command
 
     def _look_around(self) -> None:
         from . import device
 
         self._device = device.select(self._wanted)
-        if self._device.type == "cpu":
+        if self._peers is not None:
+            self._peers.join(self._device)
+        elif self._device.type == "cpu":
             device.leave_a_core()
         self._publisher.look_around(self._device)
 
@@ -178,6 +214,9 @@ class Session(Published):
         self._publisher.limit_memory(config.memory_limit_bytes)
         self._publisher.begin(config, RunKind.TRAINED, techniques.describe(config))
         problem = self._run(config)
+        if self._peers is not None:
+            self._lost = problem is not None
+            return
         steps = self._publisher.steps
         if problem is None or steps:
             self._good = config if steps else self._good
@@ -191,11 +230,28 @@ class Session(Published):
         from .workload import prepare
 
         assert self._device is not None
+        self._refuse_other_ranks(config)
         plan = prepare(config, self._device)
+        if self._peers is not None:
+            plan.batches.rank, plan.batches.ranks = self._peers.rank, self._peers.size
         if 0 < plan.positions < config.seq_len:
             text = f"{config.seq_len} tokens in a row: the model was made for {plan.positions}"
             self._feed.tell(Note(text=text))
         return plan
+
+    def _refuse_other_ranks(self, config: RunConfig) -> None:
+        """Refuse to be fewer or more than the run is of.
+
+        Raises:
+            UserError: New processes have to be started for it.
+        """
+        import torch
+
+        on_gpu = self._device is not None and self._device.type == "cuda"
+        wanted = ranks(config, torch.cuda.device_count() if on_gpu else 0)
+        there = self._peers.size if self._peers is not None else 1
+        if wanted != there:
+            raise UserError(f"parallel={config['parallel']} is of {wanted} ranks, and this engine is of {there}")
 
     def _run(self, config: RunConfig) -> str | None:
         """Run, free everything, count what leaks.
@@ -206,6 +262,7 @@ class Session(Published):
         import torch
 
         from .out_of_memory.memory_limit import limited
+        from .parallelism.group import grouped
         from .tracing.allocator_trace import AllocatorTrace
         from .tracing.op_tracker import OpTracker
         from .tracing.tracer import DESCRIBED, Tracer
@@ -232,8 +289,10 @@ class Session(Published):
             # Outside the recording: importing libraries makes tensors that stay.
             plan = self._planned(config)
             gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
-            with limited(self._device, config.memory_limit_bytes), recording_ops:
-                self._train(config, plan, tracer)
+            with grouped(config, self._device), limited(self._device, config.memory_limit_bytes):
+                plan.recipe.parallelism.prepare(self._device)
+                with recording_ops:
+                    self._train(config, plan, tracer)
             tracer.settle()
         except _Ended:
             pass
@@ -248,14 +307,18 @@ class Session(Published):
             problem = one_line(error)
             tracer.settle()
             self._feed.tell(RunFailed(text=problem, detail=traceback.format_exc()))
+        self._unhook()
+        tracer.release()
+        self._clean_up(config, recorder, baseline, problem)
+        return problem
+
+    def _unhook(self) -> None:
+        """Undo what `_interrupt` has installed."""
         with self._changing:
             self._running = False
             for hook in self._leaving:
                 hook.remove()
             self._leaving.clear()
-        tracer.release()
-        self._clean_up(config, recorder, baseline, problem)
-        return problem
 
     def _clean_up(self, config: RunConfig, recorder: Recorder, baseline: int, problem: str | None) -> None:
         """Give everything back and count what does not come."""
@@ -311,10 +374,14 @@ class Session(Published):
     def _between(self) -> None:
         """Before every micro-batch: hold while paused, leave when asked to."""
         self._resume.wait()
-        self._leave_if_asked()
+        if self._peers is None:
+            self._leave_if_asked()
+        elif self._peers.all_leave(not self._commands.empty()):
+            raise _Ended
 
     def _leave_if_asked(self, *_: object) -> None:
-        if not self._commands.empty():
+        """Leave anywhere, but not where other ranks would wait for this one."""
+        if self._peers is None and not self._commands.empty():
             raise _Ended
 
     def _note_paging(self, config: RunConfig) -> None:
@@ -324,4 +391,4 @@ class Session(Published):
             )
 
     def _save(self, command: Save) -> None:
-        self._feed.tell(save(command, self.run))
+        self._feed.tell(save(command, self.runs()))

@@ -125,7 +125,8 @@ def train(
             paused, raises to end it.
         on_step: Called after every step.
     """
-    model, optimizer, scaler, recipe = workload.model, workload.optimizer, workload.scaler, workload.recipe
+    call, optimizer, scaler, recipe = workload.call, workload.optimizer, workload.scaler, workload.recipe
+    parallelism = recipe.parallelism
     recorder = tracer.recorder
     held = Held(scaler)
     for step in itertools.count(1) if not config.steps else range(1, config.steps + 1):
@@ -137,27 +138,27 @@ def train(
             for micro_batch in range(recipe.accumulation):
                 if micro_batch:
                     began += _timed(between)  # a run that is held takes no time
+                parallelism.begin(call, last=micro_batch == recipe.accumulation - 1)
                 with tracer.phase(Phase.DATA, micro_batch):
                     held.batch = workload.batches.next()
                     tracer.own_batch(held.batch)
                 with tracer.phase(Phase.FORWARD, micro_batch), _autocast(workload):
-                    held.outputs = model(**held.batch)
+                    held.outputs = call(**held.batch)
                     loss = held.outputs.loss / recipe.accumulation
                     tracer.own_outputs(held.outputs, loss)
                 with tracer.phase(Phase.BACKWARD, micro_batch):
                     held.losses.append(loss.detach())
                     loss = scaler.scale(loss)
                     tracer.backward_of(loss)
-                    loss.backward()
+                    parallelism.backward(call, loss)
                 if not recipe.keep_outputs:
                     held.outputs = None
                 del loss
             with tracer.phase(Phase.OPTIMIZER):
-                scaler.step(optimizer)
-                scaler.update()
+                parallelism.step(call, scaler, optimizer)
             allocated, reserved = recorder.allocated_bytes(), recorder.reserved_bytes()
             with tracer.phase(Phase.ZERO_GRAD):
-                optimizer.zero_grad()
+                parallelism.zero_grad(optimizer)
             peak = recorder.peak_bytes()
         # Waits for the device. By now the step's trace has been taken: while the
         # device was still busy, and so at no cost to it.

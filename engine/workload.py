@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from .config import RunConfig, UserError, excerpt, one_line
+from .parallelism import Parallelism
 from .techniques import registry
 
 MOST_MODULES = 10_000
@@ -49,6 +50,7 @@ class Recipe:
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
         checkpoint_context: Made of the model, and entered around each segment that is checkpointed.
+        parallelism: How a rank trains beside others.
     """
 
     shell: Model
@@ -70,6 +72,7 @@ class Recipe:
     last_layers: int = 0
     layer_period: int = 1
     checkpoint_context: Callable[[Model], AbstractContextManager[None]] = lambda _: nullcontext()
+    parallelism: Parallelism = field(default_factory=Parallelism)
 
 
 @dataclass
@@ -79,6 +82,8 @@ class Batches:
     Attributes:
         ids: [rows, seq_len] on the host.
         labels: The same shape; the same tensor for real text.
+        rank: Of a job; each has rows of its own.
+        ranks: Of the job.
     """
 
     ids: torch.Tensor
@@ -86,11 +91,14 @@ class Batches:
     batch_size: int
     device: torch.device
     start: int = 0
+    rank: int = 0
+    ranks: int = 1
 
     def next(self) -> dict[str, torch.Tensor]:
-        """The next [batch_size, seq_len] rows on the device, wrapping around."""
-        rows = [(self.start + i) % len(self.ids) for i in range(self.batch_size)]
-        self.start = (self.start + self.batch_size) % len(self.ids)
+        """The next [batch_size, seq_len] rows of this rank on the device, wrapping around."""
+        first = self.start + self.rank * self.batch_size
+        rows = [(first + i) % len(self.ids) for i in range(self.batch_size)]
+        self.start = (self.start + self.ranks * self.batch_size) % len(self.ids)
         return {"input_ids": self.ids[rows].to(self.device), "labels": self.labels[rows].to(self.device)}
 
 
@@ -99,10 +107,13 @@ class Workload:
     """A model ready to train.
 
     Attributes:
+        model: Its modules by the names that they have on one GPU.
+        call: What the loop calls: the model, or an engine's wrapper around it.
         scaler: Passes everything through unless the recipe scales the loss.
     """
 
     model: Model
+    call: Callable[..., Any]
     optimizer: torch.optim.Optimizer
     batches: Batches
     recipe: Recipe
@@ -110,7 +121,8 @@ class Workload:
     scaler: torch.amp.GradScaler
 
     def release(self) -> None:
-        """Take optimizers' hooks off the parameters: torchao's hold it where no garbage collector looks."""
+        """Take hooks off the parameters: torchao's optimizer and engines of several ranks are held by theirs."""
+        self.recipe.parallelism.close(self.call)
         for parameter in self.model.parameters():
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
             if hooks:
@@ -124,7 +136,7 @@ class Workload:
     @property
     def trainable_parameters(self) -> int:
         """Those with gradients."""
-        return sum(p.numel() for p in self.model.parameters() if p.requires_grad)
+        return sum(numel(p) for p in self.model.parameters() if p.requires_grad)
 
 
 @dataclass
@@ -198,10 +210,14 @@ def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Worklo
     for transform in plan.recipe.transforms:
         model = transform(model)
     model.train()
-    trainable = [p for p in model.parameters() if p.requires_grad]
-    optimizer = plan.recipe.make_optimizer(trainable, plan.config.learning_rate)
+
+    def make() -> torch.optim.Optimizer:
+        trainable = [p for p in model.parameters() if p.requires_grad]
+        return plan.recipe.make_optimizer(trainable, plan.config.learning_rate)
+
+    call, optimizer = plan.recipe.parallelism.wrap(model, plan.device, make)
     scaler = torch.amp.GradScaler(plan.device.type, enabled=plan.recipe.loss_scaling)
-    return Workload(model, optimizer, plan.batches, plan.recipe, plan.device, scaler)
+    return Workload(model, call, optimizer, plan.batches, plan.recipe, plan.device, scaler)
 
 
 def quiet_loggers() -> None:
@@ -339,10 +355,11 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
     from transformers import AutoModelForCausalLM
 
     config, dtype = plan.config, plan.recipe.dtype
+    device = plan.recipe.parallelism.load_device(plan.device)
     arguments = {
         "config": plan.architecture,
         "dtype": dtype,
-        "device_map": {"": str(plan.device)},
+        "device_map": {"": str(device)},
         **plan.recipe.load_arguments,
     }
     with _loading_on_this_thread():
@@ -353,7 +370,7 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
             except OSError as error:
                 raise UserError(f"{config.model}: {one_line(error)}") from None
         shell, persistent = plan.shell, plan.shell.state_dict()
-        generator = torch.Generator(plan.device).manual_seed(config.seed)
+        generator = torch.Generator(device).manual_seed(config.seed)
         weights = {
             name: _RandomWeight(name, tuple(tensor.shape), dtype, generator, reading)
             for name, tensor in [*shell.named_parameters(), *shell.named_buffers()]
@@ -494,6 +511,8 @@ def _texts(path: Path) -> Iterator[str]:
 
 
 def numel(parameter: torch.nn.Parameter) -> int:
-    """Weights in a parameter; 4-bit storage packs two into one element."""
+    """Weights in a parameter, of all ranks; 4-bit storage packs two into one element."""
+    if (partitioned := getattr(parameter, "ds_numel", None)) is not None:  # DeepSpeed's, of stage 3
+        return int(partitioned)
     state = getattr(parameter, "quant_state", None)
     return int(torch.Size(state.shape).numel()) if state is not None else parameter.numel()

@@ -148,7 +148,7 @@ def news(connection: socket.socket) -> tuple[str, bool]:
 
 def test_a_start_that_names_little_has_defaults(viewers: Viewers) -> None:
     first = viewers.start(small_run(steps=0))
-    first._commands.append(
+    first.members[0]._commands.append(
         wire.Do(
             "start",
             {

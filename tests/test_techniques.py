@@ -65,8 +65,9 @@ def runs_here(settings: dict[str, Any]) -> bool:
     return runs_on(settings, CPU)
 
 
-SINGLES = [{}, *filter(runs_here, itertools.chain(*VARIANTS.values()))]
-PAIRS = covering(list(VARIANTS.values()), runs_here)
+ON_ONE_GPU = [variants for name, variants in VARIANTS.items() if name != "parallel"]  # tests/test_ranks.py
+SINGLES = [{}, *filter(runs_here, itertools.chain(*ON_ONE_GPU))]
+PAIRS = covering(ON_ONE_GPU, runs_here)
 GPU_SINGLES = [variant for variant in itertools.chain(*VARIANTS.values()) if not runs_here(variant)]
 GPU_PAIRS = covering(list(VARIANTS.values()), possible, lambda pair: not runs_here(pair))
 

@@ -74,7 +74,7 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, tmp_path: P
     model, optimizer = small_model()
     with watch(model, optimizer, name="mine"):
         train(model, optimizer, 2)
-        remote = Remote(engine_registry.find("mine"))
+        remote = Remote(engine_registry.find("mine").members[0])
         remote.attach()
         until(lambda: remote.run is not None and remote.run.latest is not None and len(remote.run.traces()) == 2)
         config = remote.run.config

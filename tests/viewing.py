@@ -11,6 +11,7 @@ import psutil
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.feed import ViewerRole
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.engine.run_events import RunEvent, StepEnded
@@ -47,14 +48,14 @@ class Viewers:
     """Viewers of one engine in this process, detached when the test is over."""
 
     def __init__(self) -> None:
-        self.all: list[Remote] = []
+        self.all: list[JobSource | Remote] = []
 
-    def start(self, config: RunConfig, linger_s: float | None = None) -> Remote:
-        remote = Remote(launch=Launcher(linger_s))
-        self.all.append(remote)
-        remote.start(config)
-        until(lambda: remote.events(0) and remote.role is ViewerRole.ATTACHED, lambda: remote.events(0))
-        return remote
+    def start(self, config: RunConfig, linger_s: float | None = None) -> JobSource:
+        source = JobSource(Launcher(linger_s))
+        self.all.append(source)
+        source.start(config)
+        until(lambda: source.events(0) and source.role is ViewerRole.ATTACHED, lambda: source.events(0))
+        return source
 
     def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
         assert engine_dir is not None
@@ -64,9 +65,9 @@ class Viewers:
         return remote
 
 
-def kinds(viewer: Remote) -> list[type[RunEvent]]:
+def kinds(viewer: JobSource | Remote) -> list[type[RunEvent]]:
     return [type(m) for m in viewer.events(0)]
 
 
-def steps(viewer: Remote) -> int:
+def steps(viewer: JobSource | Remote) -> int:
     return kinds(viewer).count(StepEnded)

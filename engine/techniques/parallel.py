@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import TYPE_CHECKING
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
 from ..technique import Group, Mathematics, Technique
+
+if TYPE_CHECKING:
+    from ..workload import Recipe
 
 if TYPE_CHECKING:
     pass
@@ -40,6 +44,52 @@ def shard_ranks(config: RunConfig, world: int) -> int:
     if config.text("parallel.shard") == "full":
         return world
     return config.integer("parallel.shard_ranks") or max(1, world // 2)
+
+
+def apply(config: RunConfig, recipe: Recipe) -> None:
+    """Choose the engine; what the other techniques have decided of dtypes is known by now."""
+    kind, offload = config.text("parallel"), config.flag("parallel.offload")
+    if kind == "ddp":
+        from ..parallelism.ddp import DDP
+
+        recipe.parallelism = DDP(config.flag("parallel.bucket_view"))
+    elif kind == "fsdp2":
+        _shard(config, recipe)
+    elif kind in ZERO:
+        from ..parallelism.zero import ZeRO, deepspeed_settings
+
+        # Its engine converts the model: 16-bit weights, and their float32 master copies in the optimizer.
+        dtype, recipe.autocast = str(recipe.autocast or recipe.dtype).removeprefix("torch."), None
+        hidden = int(recipe.shell.config.get_text_config().hidden_size)
+        settings = deepspeed_settings(
+            int(kind[-1]),
+            hidden,
+            config.batch_size,
+            recipe.accumulation,
+            dtype,
+            config.text("parallel.bucket"),
+            offload,
+        )
+        recipe.parallelism = ZeRO(settings)
+
+
+def _shard(config: RunConfig, recipe: Recipe) -> None:
+    """FSDP2 has a mixed precision of its own: weights are gathered in 16 bit, and gradients summed in 32."""
+    import torch
+
+    from ..parallelism.fsdp2 import FSDP2
+
+    param_dtype, recipe.autocast = recipe.autocast, None
+    reduce = config.text("parallel.reduce")
+    if reduce == "auto":
+        reduce = "" if param_dtype is None else "float32"
+    recipe.parallelism = FSDP2(
+        partial(shard_ranks, config),
+        config.flag("parallel.reshard"),
+        param_dtype,
+        getattr(torch, reduce) if reduce else None,
+        config.flag("parallel.offload"),
+    )
 
 
 def conflict(config: RunConfig) -> str | None:
@@ -149,6 +199,7 @@ TECHNIQUE = Technique(
         {"parallel": "zero3", "parallel.ranks": 1},
     ),
     packages=("deepspeed",),
+    apply=apply,
     saves=("fsdp2",),
     conflict=conflict,
     mathematics=mathematics,

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category
+from ..model_layers import decoder_layers
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -24,8 +25,8 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
         recipe.last_layers = count
 
     def freeze(model: Any) -> Any:
-        last = {id(p) for layer in _layers(model)[-count:] for p in layer.parameters()}
-        earlier = {id(p) for layer in _layers(model)[:-count] for p in layer.parameters()}
+        last = {id(p) for layer in decoder_layers(model)[-count:] for p in layer.parameters()}
+        earlier = {id(p) for layer in decoder_layers(model)[:-count] for p in layer.parameters()}
         of_embeddings = set(map(id, _embeddings(model)))
         for parameter in model.parameters():
             wanted = {
@@ -39,15 +40,6 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
         return model
 
     recipe.transforms.append(freeze)
-
-
-def _layers(model: Any) -> list[Any]:
-    """The model's repeated layers."""
-    from torch.nn import ModuleList
-
-    count = int(getattr(getattr(model, "config", None), "num_hidden_layers", 0) or 0)
-    found = (m for m in model.modules() if isinstance(m, ModuleList) and len(m) == count)
-    return list(next(found, []))
 
 
 def _embeddings(model: Any) -> Iterator[Any]:
@@ -86,7 +78,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     found: dict[str, Value] = {"trainable.embeddings": "on" if trained else "auto"}
     if all(p.requires_grad == (p.dim() < 2) for p in others.values()):
         return found | {"trainable": "norms-biases"}
-    layers = [all(p.requires_grad for p in layer.parameters()) for layer in _layers(model)]
+    layers = [all(p.requires_grad for p in layer.parameters()) for layer in decoder_layers(model)]
     count = sum(layers)
     if 0 < count < len(layers) and all(layers[-count:]):
         return found | {"trainable": "last-layers", "trainable.layers": count}

@@ -26,8 +26,9 @@ from pathlib import Path
 from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.feed import End
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
-from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.remote import peek
 from gpumem_tui.engine.run_events import StepEnded
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.settings import LOCAL_HZ
@@ -45,7 +46,7 @@ class Engine:
     """An engine that trains without end, seen by a viewer that seldom asks."""
 
     def __init__(self, config: RunConfig) -> None:
-        self.viewer = Remote(launch=Launcher(), ask_every_s=0.5)
+        self.viewer = JobSource(Launcher(), ask_every_s=0.5)
         self.viewer.start(config)
         self._offsets_s: list[float] = []
 

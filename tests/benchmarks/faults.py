@@ -27,9 +27,10 @@ from pathlib import Path
 from gpumem_tui.engine import engine_registry
 from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.feed import End, Save, ViewerRole
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.recording import Recording
-from gpumem_tui.engine.remote import Remote, peek
+from gpumem_tui.engine.remote import peek
 from gpumem_tui.engine.run_events import Refused, StepEnded
 
 from ..conftest import small_run
@@ -46,12 +47,12 @@ class Bench:
         self.environment = {"XDG_RUNTIME_DIR": str(self.home / "run"), "TMPDIR": str(self.home / "tmp")}
         os.environ |= self.environment
         self.random = random.Random(4)
-        self._viewer: Remote | None = None
+        self._viewer: JobSource | None = None
 
-    def viewer(self) -> Remote:
+    def viewer(self) -> JobSource:
         """One that commands an engine which trains."""
         if self._viewer is None or self._viewer.role is ViewerRole.GONE:
-            self._viewer = viewer = Remote(launch=Launcher())
+            self._viewer = viewer = JobSource(Launcher())
             viewer.start(small_run(steps=0))
             until(lambda: steps(viewer) >= 2, lambda: viewer.events(0))
         return self._viewer
@@ -109,7 +110,7 @@ def leave(terminal: Terminal) -> None:
     terminal.close()
 
 
-def steps(viewer: Remote) -> int:
+def steps(viewer: JobSource) -> int:
     return sum(isinstance(m, StepEnded) for m in viewer.events(0))
 
 

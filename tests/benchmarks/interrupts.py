@@ -29,8 +29,8 @@ from pathlib import Path
 import psutil
 
 from gpumem_tui.engine.engine_registry import EngineLock
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
-from gpumem_tui.engine.remote import Remote
 from gpumem_tui.engine.run_events import StepEnded
 
 from ..app_driver import RECORDINGS
@@ -124,7 +124,7 @@ def _company(command: str, environment: dict[str, str]) -> Iterator[set[int]]:
     os.environ |= environment
     try:
         if command == "attach":
-            viewer = Remote(launch=Launcher())
+            viewer = JobSource(Launcher())
             viewer.start(small_run(steps=0))
             until(lambda: any(isinstance(m, StepEnded) for m in viewer.events(0)), lambda: viewer.events(0))
             info = viewer.engine_dir.info() if viewer.engine_dir else None

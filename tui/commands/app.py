@@ -20,12 +20,13 @@ from ..settings import Settings, automatic_hz
 from ..terminal_background import asked_background
 from . import frames
 from .common import add_run_flags, config_from, opened, seconds
+from .job_run import job_of
 
 if TYPE_CHECKING:
     from ...engine.config import RunConfig
     from ...engine.feed import Source
+    from ...engine.job_source import JobSource
     from ...engine.launch import Launcher
-    from ...engine.remote import Remote
     from ..app import GpumemApp
 
 SLOWEST_HZ, FASTEST_HZ = 0.1, 60.0
@@ -76,21 +77,25 @@ def main(flags: argparse.Namespace) -> int:
         from ...engine import device
 
         device.select(flags.device)  # worth torch's import: the app could show nothing without it
+    from ...engine.job_source import JobSource
     from ...engine.launch import Launcher
-    from ...engine.remote import Remote
     from ...engine.service import version
 
     launcher = Launcher(linger_s)
-    remote = Remote(launch=launcher, version=version())
-    remote.start(config)
-    return view(remote, launcher, settings)
+    source = JobSource(launcher, version=version())
+    source.start(config)
+    return view(source, launcher, settings)
 
 
 def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -> int:
     """A run that ends with what is printed of it."""
     from ...engine.feed import Start
+    from ...engine.job_source import ranks_of
     from ...engine.session import Session
 
+    if ranks_of(config) != 1:
+        with job_of(config) as source:
+            return frames.show(source, flags, settings, refresh_hz(settings))
     session = Session(flags.device)
     try:
         session.command(Start(config))
@@ -99,12 +104,12 @@ def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -
         session.close()
 
 
-def view(remote: Remote, launcher: Launcher, settings: Settings) -> int:
+def view(source: JobSource, launcher: Launcher, settings: Settings) -> int:
     """Show an engine's process, and see to it that it ends if it was told to; returns the exit code.
 
     Args:
-        remote: The engine.
-        launcher: What starts engines for `remote`; one that it has started ends
+        source: The engine, or the ranks of a job.
+        launcher: What starts engines for `source`; one that it has started ends
             with an app that was interrupted, or never came to be seen.
         settings: The config file, and what was typed.
     """
@@ -112,16 +117,16 @@ def view(remote: Remote, launcher: Launcher, settings: Settings) -> int:
     from ...engine.service import END_WITHIN_S
 
     try:
-        app = show(remote, settings, launcher.let_stay)
+        app = show(source, settings, launcher.let_stay)
         # It has an orderly end of so many seconds, and then a disorderly one.
-        ended = app.ended and remote.wait_ended(2 * END_WITHIN_S)
-        if app.interrupted and remote.role is ViewerRole.ATTACHED:
+        ended = app.ended and source.wait_ended(2 * END_WITHIN_S)
+        if app.interrupted and source.role is ViewerRole.ATTACHED:
             launcher.kill()
     finally:
         if not launcher.stays:
             launcher.kill()
-        remote.close()
-    engine_dir = remote.engine_dir
+        source.close()
+    engine_dir = source.engine_dir
     if engine_dir is not None and not ended and engine_dir.alive():
         info = engine_dir.info()
         sys.stderr.write(goes_on(engine_dir.name, ours=info is None or info.kind != "watch"))

@@ -18,15 +18,14 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(flags: argparse.Namespace) -> int:
     """Attach."""
     from ...engine import engine_registry
+    from ...engine.job_source import JobSource
     from ...engine.launch import Launcher
-    from ...engine.remote import Remote
     from ...engine.service import version
 
-    engine_dir = engine_registry.find(flags.engine)
+    job = engine_registry.find(flags.engine)
     require_terminal()
-    info = engine_dir.info()
+    info = job.members[0].info()
     launcher = Launcher()
-    again = None if info and info.kind == "watch" else launcher
-    remote = Remote(engine_dir, launch=again, take=flags.take, version=version())
-    remote.attach()
-    return view(remote, launcher, display_settings(flags))
+    source = JobSource(None if info and info.kind == "watch" else launcher, take=flags.take, version=version())
+    source.attach(job)
+    return view(source, launcher, display_settings(flags))

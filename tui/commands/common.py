@@ -328,16 +328,6 @@ def write_text(path: Path, text: str) -> None:
         file.write(text.encode())
 
 
-def save_recording(session: Session, path: Path) -> None:
-    """The run of a session as a recording.
-
-    Raises:
-        UserError: It cannot be written; no part of it is there.
-    """
-    with _named(path):
-        session.save(path)
-
-
 def save_runs(runs: Sequence[Run], path: Path) -> None:
     """Runs as a recording.
 

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Iterator
 
 from ...engine import engine_registry
 from ...engine.config import printable
+from ...engine.engine_registry import EngineDir, Job
 from ...engine.remote import peek
 from ..units import IN_MIB, clock
+
+HEAD = ("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -17,21 +21,8 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def main(_flags: argparse.Namespace) -> int:
-    """Print a line an engine."""
-    rows: list[tuple[str, ...]] = [
-        ("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")
-    ]
-    for engine_dir in engine_registry.engines():
-        status, info = peek(engine_dir), engine_dir.info()
-        if status is None:
-            rows.append((engine_dir.name, str(info.pid if info else ""), "", "", "", "does not answer", "", "", "", ""))
-            continue
-        state = f"{status.state}, own script" if status.kind == "watch" else status.state
-        rows.append((
-            status.name, str(status.pid), status.model, status.techniques or "as by default", status.device, state,
-            str(status.step), IN_MIB.show(status.allocated_bytes), clock(status.age_s), str(status.viewers),
-        ))  # fmt: skip
-    rows = [tuple(printable(cell) for cell in row) for row in rows]
+    """Print a line an engine, and one for each rank below its job's."""
+    rows = [HEAD, *(row for job in engine_registry.jobs() for row in _rows(job))]
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if len(rows) == 1:
         sys.stdout.write("no engine is running\n")
@@ -40,3 +31,28 @@ def main(_flags: argparse.Namespace) -> int:
         line = "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True))
         sys.stdout.write(f"{line.rstrip()}\n")
     return 0
+
+
+def _rows(job: Job) -> Iterator[tuple[str, ...]]:
+    """The row of an engine that is alone; of a job, what all ranks have in common, and below it what each has."""
+    rows = [_row(engine_dir) for engine_dir in job.members]
+    if job.ranks == 1 and len(rows) == 1 and rows[0][0] == job.name:
+        yield rows[0]
+        return
+    first = rows[0]
+    here = "" if len(rows) == job.ranks else f", {len(rows)} here"
+    yield (job.name, "", *first[2:4], f"{job.ranks} ranks{here}", first[5], first[6], "", first[8], "")
+    for row in rows:
+        yield (f"  {row[0]}", row[1], "", "", *row[4:8], "", row[9])
+
+
+def _row(engine_dir: EngineDir) -> tuple[str, ...]:
+    status, info = peek(engine_dir), engine_dir.info()
+    if status is None:
+        return (engine_dir.name, str(info.pid if info else ""), "", "", "", "does not answer", "", "", "", "")
+    state = f"{status.state}, own script" if status.kind == "watch" else status.state
+    cells = (
+        status.name, str(status.pid), status.model, status.techniques or "as by default", status.device, state,
+        str(status.step), IN_MIB.show(status.allocated_bytes), clock(status.age_s), str(status.viewers),
+    )  # fmt: skip
+    return tuple(map(printable, cells))

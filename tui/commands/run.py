@@ -12,6 +12,7 @@ from typing import Any
 
 from ...engine.config import UserError
 from ...engine.events import CATEGORIES, Category
+from ...engine.job_source import JobSource, ranks_of
 from ...engine.metrics import published
 from ...engine.session import Session
 from ...engine.techniques import describe
@@ -26,9 +27,10 @@ from .common import (
     progress,
     refuse_unwritable,
     reported_run,
-    save_recording,
+    save_runs,
     write_document,
 )
+from .job_run import job_of, reported_job
 
 DEFAULT_STEPS = 3
 
@@ -62,12 +64,17 @@ def main(flags: argparse.Namespace) -> int:
                 results.enter_context(published(session, flags.metrics, config.model))
             return session
 
-        document, session = reported_run(started, config, progress)
+        source: Session | JobSource
+        if ranks_of(config) == 1:
+            document, source = reported_run(started, config, progress)
+        else:
+            source = results.enter_context(job_of(config))
+            document = reported_job(source, progress)
         end_progress()
         if flags.save:
-            results.callback(save_recording, session, Path(flags.save))
-        results.callback(session.close)
-        environment = session.environment()
+            results.callback(save_runs, source.runs(), Path(flags.save))
+        results.callback(source.close)
+        environment = source.environment()
         if flags.predict is not None and environment is not None and not document["failure"]:
             document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
         if flags.json:
@@ -80,6 +87,17 @@ def main(flags: argparse.Namespace) -> int:
         complain(document["failure"])
         return FAILED
     return 0
+
+
+def _ranks(ranks: list[dict[str, Any]], show: Callable[[int | None], str]) -> list[str]:
+    """A line a rank; the figures above are the highest's."""
+    lines = [f"{'rank':>6}{'loaded':>12}{'peak':>12}{'outside torch':>16}"]
+    for rank in ranks:
+        sizes = [rank[moment] and rank[moment]["allocated_bytes"] for moment in ("loaded", "peak")]
+        lines.append(
+            f"{rank['rank']:>6}{show(sizes[0]):>12}{show(sizes[1]):>12}{show(rank['outside_torch_bytes']):>16}"
+        )
+    return lines
 
 
 def table(document: dict[str, Any]) -> str:
@@ -103,6 +121,8 @@ def table(document: dict[str, Any]) -> str:
     if document["managed_bytes"]:
         managed = show(document["managed_bytes"])
         lines.append(f"Paged optimizer state, in CUDA managed memory and in no figure above: {managed} {unit.name}.")
+    if document["ranks"]:
+        lines += ["", *_ranks(document["ranks"], show)]
     if document["recomputes"]:
         total = sum(r["ms"] for r in document["recomputes"])
         lines.append(f"{len(document['recomputes'])} segments were recomputed, {total:.1f} ms in all.")

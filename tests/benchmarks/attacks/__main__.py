@@ -15,6 +15,7 @@ from pathlib import Path
 from gpumem_tui.engine import engine_registry
 from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.feed import End, Start, ViewerRole
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.remote import Remote, peek
 
@@ -29,7 +30,7 @@ SHOWN = 20
 def engine() -> Iterator[tuple[EngineDir, Tally]]:
     """An engine's process that trains; it has to train on when this is over."""
     proof = Tally(1)
-    remote = Remote(launch=Launcher())
+    remote = JobSource(Launcher())
     remote.start(small_run(steps=0))
     until(lambda: remote.engine_dir is not None and steps_of(remote.engine_dir) >= 2)
     engine_dir = remote.engine_dir
@@ -60,7 +61,7 @@ def watched_script() -> Iterator[tuple[EngineDir, Tally]]:
         [sys.executable, "-m", victim.__name__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     )
     until(lambda: any(steps_of(found) >= 2 for found in engine_registry.engines()))
-    yield engine_registry.find(victim.NAME), proof
+    yield engine_registry.find(victim.NAME).members[0], proof
     out, err = script.communicate(timeout=60)
     how_to_attach = f"gpumem-tui: watching Sequential; to see it: gpumem-tui attach {victim.NAME}\n"
     if script.returncode or err.decode() != how_to_attach or not out.endswith(b" steps\n"):
