@@ -140,11 +140,11 @@ def save(command: Save, runs: Sequence[Run]) -> RunEvent:
 
 
 def _of_all_ranks(chosen: Run | None, runs: Sequence[Run]) -> list[Run]:
-    """A run with those that the other ranks of its job have of it, by rank."""
+    """A run with those that the other ranks of its job have of it, rank 0 last."""
     if chosen is None:
         return []
     others = [run for run in runs if run.id[:2] == chosen.id[:2] and run.id.rank != chosen.id.rank]
-    return sorted([*others, chosen], key=lambda run: run.id.rank)
+    return sorted([*others, chosen], key=lambda run: -run.id.rank)
 
 
 def write(path: Path, runs: Sequence[Run], work: Work | None = None) -> None:

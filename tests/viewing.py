@@ -9,7 +9,7 @@ from pathlib import Path
 import psutil
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.engine_registry import EngineDir
+from gpumem_tui.engine.engine_registry import EngineDir, Job
 from gpumem_tui.engine.feed import ViewerRole
 from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
@@ -55,6 +55,12 @@ class Viewers:
         self.all.append(source)
         source.start(config)
         until(lambda: source.events(0) and source.role is ViewerRole.ATTACHED, lambda: source.events(0))
+        return source
+
+    def attach_job(self, job: Job) -> JobSource:
+        source = JobSource()
+        self.all.append(source)
+        source.attach(job)
         return source
 
     def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
