@@ -49,7 +49,7 @@ def main() -> int:
 
 
 def _device_and_ranks(config: RunConfig) -> tuple[str, int]:
-    """What the ranks compute on, and how many there are.
+    """The kind of device that the ranks compute on, and their number.
 
     Raises:
         UserError: There are fewer GPUs.
@@ -102,7 +102,7 @@ def _launch(name: str, world: int, folder: Path) -> int:
 
 
 def _first_failure(error: Any) -> str:
-    """Which rank, and how: the launcher knows of all that had ended when it looked."""
+    """The rank that was first to end, and its ending; the launcher knows of all that had ended when it looked."""
     rank, failure = min(error.failures.items(), key=lambda item: item[1].timestamp)
     code = failure.exitcode
     how = f"killed by {signal.Signals(-code).name}" if code < 0 else f"exit code {code}"

@@ -130,7 +130,7 @@ class JobSource:
 
     @property
     def engine_dir(self) -> EngineDir | None:
-        """Of rank 0."""
+        """The folder of rank 0."""
         return self.members[0].engine_dir if self.members else None
 
     def start(self, config: RunConfig) -> None:
@@ -252,7 +252,7 @@ class JobSource:
         self._end(self._why(first, members), first.lost.by, first.lost.detail)
 
     def _why(self, first: Remote, members: Sequence[Remote]) -> str:
-        """Why the engines have ended, and with which of them it began."""
+        """The reason why the engines have ended, and the one it began with."""
         assert first.lost is not None
         why, by = first.lost.why, first.lost.by
         how = self._launch.ending() if self._launch is not None and not by else ""

@@ -44,7 +44,7 @@ class Peers:
 
     @property
     def leads(self) -> bool:
-        """Whether it is this rank that is commanded."""
+        """True for the rank that is commanded."""
         return self.rank == 0
 
     def join(self, device: torch.device) -> None:
@@ -67,7 +67,7 @@ class Peers:
         self._word = torch.zeros((), dtype=torch.int64)
 
     def all_leave(self, asked: bool) -> bool:
-        """Whether the run is left here; called by all ranks alike.
+        """Decide whether the run is left here; called by all ranks alike.
 
         Args:
             asked: Whether this rank has been asked to; only rank 0 is.

@@ -76,7 +76,7 @@ def test_saving_tells_how_far_it_is_and_can_be_cancelled(
 
     assert len(engine.session.run.traces()) > 2
     monkeypatch.setattr(recording, "_write_trace", watched)
-    event = save(command, engine.session.run)
+    event = save(command, [engine.session.run])
     assert (type(event), event.text) == (Note, f"{tmp_path / 'run.gpumem'}: not saved: cancelled")
     assert 0 < shares[0] < shares[1] < 1
     assert command.work.over

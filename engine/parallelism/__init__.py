@@ -1,4 +1,4 @@
-"""How one rank of a job trains: alone, as a replica (DDP), or with a shard of the model (FSDP2, DeepSpeed ZeRO).
+"""The way one rank of a job trains: alone, as a replica (DDP), or with a shard of the model (FSDP2, DeepSpeed ZeRO).
 
 A `Parallelism` stands in the recipe of a run. What is made and stepped through it is
 the engines' own; here is only how they are called. Loads no torch until it is used.
@@ -31,7 +31,7 @@ class Parallelism:
     """A rank alone; the base of all others."""
 
     def load_device(self, device: torch.device) -> torch.device:
-        """Where the weights are read to, before the model is wrapped."""
+        """The device that weights are read to, before the model is wrapped."""
         return device
 
     def prepare(self, device: torch.device) -> None:

@@ -32,5 +32,5 @@ class DDP(Parallelism):
         return Wrapped(call, make())
 
     def begin(self, call: Any, last: bool) -> None:
-        """What `no_sync` sets, which is a context and would have to be one around forward and backward."""
+        """Set what `no_sync` sets, which as a context would have to be around forward and backward."""
         call.require_backward_grad_sync = last
