@@ -16,10 +16,18 @@ from typing import Any
 
 import pytest
 
+from gpumem_tui.engine import engine_registry
+from gpumem_tui.engine.remote import Remote
+from gpumem_tui.engine.run_events import StepEnded
+from gpumem_tui.engine.watch.job_rank import JobRank, job_rank
+
 from .examples.ranks import CASES, LAYERS, STEPS, WIDTH
+from .terminal import until
+from .watching import EXAMPLES, run_under_exec
 
 RANKS = 2
-SCRIPT = Path(__file__).parent / "examples" / "ranks.py"
+SCRIPT = EXAMPLES / "ranks.py"
+LAUNCHER = (sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}")
 FLOAT, HALF = 4, 2
 
 BLOCK = (4 * WIDTH, WIDTH), (4 * WIDTH,), (WIDTH, 4 * WIDTH), (WIDTH,)
@@ -49,8 +57,8 @@ def launch(folder: Path, cases: list[str]) -> subprocess.CompletedProcess[str]:
     environment = os.environ | {
         "XDG_RUNTIME_DIR": str(folder), "OMP_NUM_THREADS": "1", "PYTHONPATH": str(SCRIPT.parents[2]),
     }  # fmt: skip
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={RANKS}", str(SCRIPT)]
-    return subprocess.run([*command, str(folder), *cases], env=environment, capture_output=True, text=True, check=False)
+    command = [*LAUNCHER, str(SCRIPT), str(folder), *cases]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
 
 
 @pytest.fixture(scope="module")
@@ -134,3 +142,55 @@ def test_what_zero_holds(told: Callable[[str], Case], case: str) -> None:
             assert abs(end["optimizer_state"] - 3 * padded * FLOAT // RANKS) <= 8 * FLOAT, "and a few scalars"
             assert step["most"]["communication"] >= 5000 * HALF, "the bucket in which gradients are reduced"
             assert (step["most"]["gathered"] > 0) == (case == "zero3")
+
+
+# --- the job ----------------------------------------------------------------------------
+
+
+@pytest.mark.usefixtures("runtime_folder")
+@pytest.mark.parametrize("code", [0, 1])
+def test_the_ranks_of_a_script_that_was_not_edited_are_one_job(tmp_path: Path, code: int) -> None:
+    stop = tmp_path / "stop"
+    script = run_under_exec(*LAUNCHER, str(EXAMPLES / "unedited_ranks.py"), str(stop))
+    try:
+        job = until(lambda: next((job for job in engine_registry.jobs() if len(job.members) == RANKS), None))
+        assert job.name.startswith("unedited_ranks-") and job.ranks == RANKS
+        for rank, engine_dir in enumerate(job.members):
+            remote = Remote(engine_dir)
+            remote.attach()
+            run = until(lambda remote=remote: remote.run)
+            until(lambda remote=remote: any(isinstance(event, StepEnded) for event in remote.events(0)))
+            assert (run.id.engine, run.id.rank) == (job.name, rank)
+            remote.close()
+    finally:
+        stop.write_text(str(code))
+        out, err = script.communicate()
+    assert out == f"trained on {RANKS} ranks\n"
+    assert err.count("gpumem-tui:") == 1 and f"on {RANKS} ranks; to see it: gpumem-tui attach {job.name}\n" in err
+    assert script.returncode == code
+    assert engine_registry.engines() == []
+
+
+@pytest.mark.parametrize(
+    ("environment", "name"),
+    [
+        ({"TORCHELASTIC_RUN_ID": "none", "MASTER_PORT": "29500"}, "train-29500"),
+        ({"TORCHELASTIC_RUN_ID": "8f0c1b52-52d5-4b6e-9f06-2c5f3c0f6a11", "MASTER_PORT": "41234"}, "train-8f0c1b52"),
+        ({"TORCHELASTIC_RUN_ID": "friday"}, "train-friday"),
+        ({}, f"train-{os.getppid()}"),
+    ],
+)
+def test_all_ranks_arrive_at_the_same_name(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], name: str
+) -> None:
+    for variable in ("TORCHELASTIC_RUN_ID", "MASTER_PORT", "LOCAL_RANK"):
+        monkeypatch.delenv(variable, raising=False)
+    for variable, value in (environment | {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}).items():
+        monkeypatch.setenv(variable, value)
+    assert job_rank("train") == JobRank(name, 3, 8, is_first_here=False)
+
+
+def test_a_script_of_one_rank_is_no_job(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert job_rank("train") == JobRank()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -22,11 +21,9 @@ NO_ARCHITECTURE = ("auto_map", "attn_implementation", "quantization_config")
 
 
 def script_name() -> str:
-    """The script's name, with its rank if it has several: the engine's name."""
+    """The script's name: the engine's, or its job's."""
     script = Path(sys.argv[0]) if sys.argv and sys.argv[0] else Path("python")
-    name = script.parent.name if script.stem == "__main__" else script.stem
-    rank = os.environ.get("RANK")
-    return f"{name}-rank{rank}" if rank and os.environ.get("WORLD_SIZE", "1") != "1" else name
+    return script.parent.name if script.stem == "__main__" else script.stem
 
 
 def config_of(

@@ -29,8 +29,10 @@ from ..techniques import describe
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from ..train import StepResult
+from ..workload import numel
 from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
+from .job_rank import job_rank
 from .leftovers import Blocks, leftovers, name_leftovers
 
 LAST_ANSWERS_S = 0.5
@@ -59,8 +61,10 @@ class WatchedSource(Published):
 
     def __init__(self, name: str | None, memory_limit_bytes: int = 0) -> None:
         self._memory_limit_bytes = memory_limit_bytes
-        self._name = name or script_name()
-        self._feed = Feed(self._name)
+        name = name or script_name()
+        self._rank = job_rank(name)
+        self._name = self._rank.job or name
+        self._feed = Feed(self._name, rank=self._rank.rank)
         self.publisher = RunPublisher(self._feed)
         self.micro_batches: dict[int, int] = {}
         self.barrier = FaultBarrier(self.failed)
@@ -96,7 +100,7 @@ class WatchedSource(Published):
         read = self.barrier.guard(self.publisher.read_gauge)
         self._run_thread("gpumem-tui gauge", lambda: self.publisher.gauge_forever(self._closing, read))
         try:
-            self._engine_lock = engine_lock = EngineLock(self._name, "watch", wire.PROTOCOL, version())
+            self._engine_lock = engine_lock = self._lock()
             info = engine_lock.engine_dir.info()
             assert info is not None
             self._server = Server(self, info, engine_lock.engine_dir.socket, Path(os.devnull), None)
@@ -105,21 +109,31 @@ class WatchedSource(Published):
             return
         self._run_thread("gpumem-tui service", self._serve)
 
+    def _lock(self) -> EngineLock:
+        job, rank, ranks, _ = self._rank
+        return EngineLock(f"{job}.{rank}" if job else self._name, "watch", wire.PROTOCOL, version(), job, rank, ranks)
+
     def say_how_to_attach(self, model: torch.nn.Module) -> None:
-        """One line for the user, once for every name that there is to attach to."""
-        if self._engine_lock is None or (name := self._engine_lock.engine_dir.name) in _SAID:
+        """One line for the user, once for every name that there is to attach to; of a job's ranks one says it."""
+        if self._engine_lock is None or not self._rank.is_first_here:
+            return
+        name = self._rank.job or self._engine_lock.engine_dir.name
+        if name in _SAID:
             return
         _SAID.add(name)
+        ranks = f" on {self._rank.ranks} ranks" if self._rank.job else ""
         with contextlib.suppress(OSError, ValueError, AttributeError):  # standard error closed, or none at all
-            sys.stderr.write(f"gpumem-tui: watching {type(model).__name__}; to see it: gpumem-tui attach {name}\n")
+            sys.stderr.write(
+                f"gpumem-tui: watching {type(model).__name__}{ranks}; to see it: gpumem-tui attach {name}\n"
+            )
             sys.stderr.flush()
 
     def begin_run(self, config: RunConfig, model: torch.nn.Module) -> None:
         """The loop has begun, and this is what could be told of it."""
         config = dataclasses.replace(config, memory_limit_bytes=self._memory_limit_bytes)
         self.publisher.begin(config, RunKind.WATCHED, f"watching {describe(config)}")
-        parameters = sum(p.numel() for p in model.parameters())
-        self.publisher.loaded(parameters, sum(p.numel() for p in model.parameters() if p.requires_grad), None)
+        parameters = list(model.parameters())
+        self.publisher.loaded(sum(map(numel, parameters)), sum(numel(p) for p in parameters if p.requires_grad), None)
 
     def learn(self, **found: Value | None) -> None:
         """More is known now of the run's configuration."""
