@@ -15,6 +15,8 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Self
 
+from .tasks import AUTO, TASKS
+
 Value = bool | int | float | str
 """One option's value. Lists (LoRA targets) are comma-separated strings."""
 
@@ -179,6 +181,9 @@ def show(value: Value) -> str:
 WORKLOAD_OPTIONS: tuple[Option, ...] = (
     Option("batch_size", 8, "rows in one micro-batch", (1, 2, 4, 8, 16, 32, 64), True, 1, 65536),
     Option("seq_len", 256, "tokens in one row", (64, 128, 256, 512, 1024, 2048, 4096), True, 1, 1 << 20),
+    Option("task", AUTO, "what the model is for; auto: what its architectures say", (AUTO, *TASKS)),
+    Option("image_size", 0, "pixels of an image's side, 0: as the model was made for", (), False, 0, 16384),
+    Option("target_len", 0, "tokens in one row of what a decoder is to say, 0: as seq_len", (), False, 0, 1 << 20),
     Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30, affects_memory=False),
     Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40, affects_memory=False),
     Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0, affects_memory=False),
@@ -291,6 +296,9 @@ class RunConfig:
             building `architecture` with random ones.
         device: `auto`, `cpu`, `cuda` or `cuda:<i>`.
         data: Text or JSONL file to train on; None: random token ids.
+        task: What the model is for: one of `tasks.TASKS`, or `auto`.
+        image_size: Pixels of an image's side; 0: as the model was made for.
+        target_len: Tokens per row of what an encoder-decoder is to say; 0: as `seq_len`.
         batch_size: Rows per micro-batch.
         seq_len: Tokens per row.
         rows: Rows in the data set; it repeats.
@@ -310,6 +318,9 @@ class RunConfig:
     pretrained: bool = False
     device: str = "auto"
     data: str | None = None
+    task: str = AUTO
+    image_size: int = 0
+    target_len: int = 0
     batch_size: int = 8
     seq_len: int = 256
     rows: int = 64

@@ -405,6 +405,7 @@ class Ledger:
         # A block still alive in a trace of an open step may yet be freed in this phase;
         # made in forward, by far most of what is alive is there to be used in backward.
         kept = forward & ~freed_here & (~lives_on | unfinished | outputs_kept)
+        kept |= backward & lives_on & outputs_kept & (not unfinished)  # the gradient of a leaf that is no parameter
         recomputed = recompute & ~freed_here & (~lives_on | unfinished)
         at_loss = (forward | backward) & (born["module"] == loss) & (~lives_on | unfinished)
         gone = freed_here | (~lives_on & (backward | optimizer | (phase == Phase.LOAD) | (phase == Phase.DATA)))

@@ -65,13 +65,13 @@ class Held:
 
     def __init__(self, scaler: torch.amp.GradScaler) -> None:
         self.scaler = scaler
-        self.batch: dict[str, torch.Tensor] = {}
+        self.batch: dict[str, Any] = {}
         self.outputs: Any = None
         self.losses: list[torch.Tensor] = []
 
     def owned(self) -> Iterator[owners.Owned]:
         """Everything held, by category."""
-        yield from owners.of_tensors(Category.INPUTS, self.batch.items())
+        yield from owners.of_tensors(Category.INPUTS, owners.tensors_in(self.batch))
         yield from owners.of_outputs(self.outputs)
         yield from owners.of_scaler(self.scaler)
         yield from owners.of_tensors(Category.LOGITS_LOSS, [(LOSS, loss) for loss in self.losses])
@@ -164,8 +164,9 @@ def train(
         # device was still busy, and so at no cost to it.
         loss_value = sum(part.item() for part in held.losses)
         seconds = time.perf_counter() - began
-        rows = recipe.accumulation * config.batch_size
-        on_step(StepResult(step, loss_value, seconds, rows * config.seq_len, rows, allocated, peak, reserved))
+        rows, of_row = recipe.accumulation * config.batch_size, workload.batches.tokens
+        tokens = None if of_row is None else rows * of_row
+        on_step(StepResult(step, loss_value, seconds, tokens, rows, allocated, peak, reserved))
 
 
 def _timed(call: Callable[[], None]) -> float:

@@ -3,20 +3,21 @@
 from __future__ import annotations
 
 import functools
-import json
+import importlib.util
 import os
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import ERROR, getLogger
-from pathlib import Path
 from typing import Any
 
 import torch
 
+from .batches import Batches, bytes_of, file_rows, random_rows, shapes_of
 from .config import RunConfig, UserError, excerpt, one_line
 from .parallelism import Parallelism
+from .tasks import AUTO, TASKS, Rows, Task, task_of
 from .techniques import registry
 
 MOST_MODULES = 10_000
@@ -34,6 +35,7 @@ class Recipe:
         shell: The model on the meta device, to be read only.
         dtype: Of the weights.
         lora_targets: The architecture's default; empty: PEFT's own.
+        adapters: PEFT's task type; "": none.
         load_arguments: Passed to `from_pretrained`.
         transforms: Applied to the loaded model, in order.
         make_optimizer: From trainable parameters and learning rate.
@@ -56,6 +58,7 @@ class Recipe:
     shell: Model
     dtype: torch.dtype
     lora_targets: tuple[str, ...] = ()
+    adapters: str = "CAUSAL_LM"
     load_arguments: dict[str, Any] = field(default_factory=dict)
     transforms: list[Callable[[Model], Model]] = field(default_factory=list)
     make_optimizer: Callable[[list[torch.nn.Parameter], float], torch.optim.Optimizer] = torch.optim.AdamW
@@ -73,33 +76,6 @@ class Recipe:
     layer_period: int = 1
     checkpoint_context: Callable[[Model], AbstractContextManager[None]] = lambda _: nullcontext()
     parallelism: Parallelism = field(default_factory=Parallelism)
-
-
-@dataclass
-class Batches:
-    """Endless micro-batches from rows of token ids.
-
-    Attributes:
-        ids: [rows, seq_len] on the host.
-        labels: The same shape; the same tensor for real text.
-        rank: Of a job; each has rows of its own.
-        ranks: Of the job.
-    """
-
-    ids: torch.Tensor
-    labels: torch.Tensor
-    batch_size: int
-    device: torch.device
-    start: int = 0
-    rank: int = 0
-    ranks: int = 1
-
-    def next(self) -> dict[str, torch.Tensor]:
-        """The next [batch_size, seq_len] rows of this rank on the device, wrapping around."""
-        first = self.start + self.rank * self.batch_size
-        rows = [(first + i) % len(self.ids) for i in range(self.batch_size)]
-        self.start = (self.start + self.ranks * self.batch_size) % len(self.ids)
-        return {"input_ids": self.ids[rows].to(self.device), "labels": self.labels[rows].to(self.device)}
 
 
 @dataclass
@@ -144,6 +120,7 @@ class Plan:
     """A run with everything decided and nothing loaded."""
 
     config: RunConfig
+    task: Task
     architecture: Any
     shell: Model  # on the meta device: shapes without storage
     recipe: Recipe
@@ -170,27 +147,33 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
         UserError: No such model or data, or it cannot fit.
     """
     quiet_libraries()
-    given, architecture = config.architecture, _architecture(config)
+    given, (architecture, task) = config.architecture, _architecture(config)
     with _of_the_model(config):
-        shell = shell_of(architecture)
+        shell = shell_of(architecture, task)
     recipe = Recipe(
         shell=shell,
         dtype=getattr(torch, given.dtype) if given else (getattr(architecture, "dtype", None) or torch.float32),
         lora_targets=given.lora_targets if given else (),
+        adapters=task.adapters,
     )
     for technique in registry().values():
         technique.apply(config, recipe)
     for technique in registry().values():
         if problem := technique.unsuitable(config, shell):
             raise UserError(problem)
-    _refuse_too_long(config, shell, architecture)
+    with _of_the_model(config):
+        wanted = task.rows(config, architecture)
+    _refuse_too_long(config, shell, architecture, wanted)
     if shapes_only:
-        ids = labels = torch.zeros((1, 1), dtype=torch.int64).expand(config.batch_size, config.seq_len)
+        rows = shapes_of(config, wanted, recipe.dtype)
     else:
-        _refuse_too_large(config, shell, recipe, device)
-        ids, labels = _file_rows(config) if config.data else _random_rows(config, int(architecture.vocab_size))
-    batches = Batches(ids, labels, config.batch_size, device)
-    return Plan(config, architecture, shell, recipe, batches, device, shapes_only)
+        if missing := [name for name in task.packages if importlib.util.find_spec(name) is None]:
+            raise UserError(f"{task.name} needs what is not installed: {', '.join(missing)}")
+        _refuse_too_large(config, shell, recipe, device, task, wanted)
+        rows = file_rows(config, task) if config.data else random_rows(config, wanted, recipe.dtype)
+    tokens = wanted[task.tokens].elements if task.tokens else None
+    batches = Batches(rows, tokens, config.batch_size, device)
+    return Plan(config, task, architecture, shell, recipe, batches, device, shapes_only)
 
 
 def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Workload:
@@ -239,9 +222,9 @@ def quiet_libraries() -> None:
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"(transformers|peft)\.")
 
 
-def _architecture(config: RunConfig) -> Any:
+def _architecture(config: RunConfig) -> tuple[Any, Task]:
+    import transformers
     from transformers import AutoConfig
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
 
     if config.architecture is None and not config.pretrained:
         raise UserError(f"{config.model}: this model's architecture is not known here")
@@ -254,9 +237,31 @@ def _architecture(config: RunConfig) -> Any:
             architecture = AutoConfig.for_model(**fields)
         else:
             architecture = AutoConfig.from_pretrained(config.model)
-    if type(architecture) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise UserError(f"{config.model}: {architecture.model_type} is no causal language model")
-    return architecture
+
+    def has_model(task: Task) -> bool:
+        return type(architecture) in getattr(transformers, task.auto_class)._model_mapping
+
+    task = task_of(config.task, architecture.architectures or (), has_model)
+    if task is None:
+        kinds = [name for name, known in TASKS.items() if has_model(known)]
+        what = f"{architecture.model_type} has no model for task={config.task}" if config.task != AUTO else (
+            f"{architecture.model_type} is of no task that is known here"
+        )  # fmt: skip
+        raise UserError(f"{config.model}: {what}" + f"; it has for: {', '.join(kinds)}" * bool(kinds))
+    _adapt(config, architecture, task)
+    return architecture, task
+
+
+def _adapt(config: RunConfig, architecture: Any, task: Task) -> None:
+    """Make a model's configuration that of what is set."""
+    made_for = getattr(architecture, "image_size", None)
+    wanted = [config.image_size] * 2 if isinstance(made_for, list | tuple) else config.image_size
+    if config.image_size and made_for is not None and made_for != wanted:
+        if config.pretrained:
+            raise UserError(f"{config.model} was made for images of {made_for}: leave image_size out")
+        architecture.image_size = wanted
+    if task.adapters == "SEQ_CLS" and architecture.pad_token_id is None:
+        architecture.pad_token_id = 0  # by which a decoder finds the last token of a row
 
 
 @contextmanager
@@ -268,9 +273,9 @@ def _of_the_model(config: RunConfig) -> Iterator[None]:
         raise UserError(f"{config.model}: {one_line(error)}") from None
 
 
-def shell_of(hf_config: Any) -> Model:
+def shell_of(hf_config: Any, task: Task = TASKS["causal-lm"]) -> Model:
     """The model on the meta device: every shape, no storage. To be read only: whoever asks again gets the same."""
-    return _shell(_Described(hf_config))
+    return _shell(_Described(hf_config), task)
 
 
 class _Described:
@@ -287,36 +292,40 @@ class _Described:
 
 
 @functools.lru_cache(maxsize=4)  # a restart and a prediction of another technique have the same model
-def _shell(described: _Described) -> Model:
-    from transformers import AutoModelForCausalLM
+def _shell(described: _Described, task: Task) -> Model:
+    import transformers
 
     with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(described.hf_config)
+        return getattr(transformers, task.auto_class).from_config(described.hf_config)
 
 
 def positions(architecture: Any) -> int:
     """Tokens in a row that a model was made for; 0: not said."""
-    return int(getattr(architecture.get_text_config(), "max_position_embeddings", 0) or 0)
+    text = architecture.get_text_config()
+    names = ("max_position_embeddings", "max_target_positions")
+    return int(next((size for name in names if (size := getattr(text, name, None))), 0))
 
 
-def _refuse_too_long(config: RunConfig, shell: Model, architecture: Any) -> None:
+def _refuse_too_long(config: RunConfig, shell: Model, architecture: Any, wanted: Rows) -> None:
     """Refuse rows longer than a table of learned positions: on a GPU, looking there ends CUDA for the process.
 
     Rotary positions can be computed for any length.
     """
     most = positions(architecture)
-    if not 0 < most < config.seq_len:
+    length = max((row.shape[0] for row in wanted.values() if row.high and len(row.shape) == 1), default=0)
+    if not 0 < most < length:
         return
     tables = [module for module in shell.modules() if isinstance(module, torch.nn.Embedding)]
     # Some models keep a few positions for padding.
     learned = [t for t in tables if t is not shell.get_input_embeddings() and most <= t.num_embeddings < most + 8]
     if learned:
-        raise UserError(
-            f"{config.model} has learned positions for {most} tokens in a row: seq_len={config.seq_len} is too long"
-        )
+        name = "target_len" if length == config.target_len else "seq_len"
+        raise UserError(f"{config.model} has learned positions for {most} tokens in a row: {name}={length} is too long")
 
 
-def _refuse_too_large(config: RunConfig, shell: Model, recipe: Recipe, device: torch.device) -> None:
+def _refuse_too_large(
+    config: RunConfig, shell: Model, recipe: Recipe, device: torch.device, task: Task, wanted: Rows
+) -> None:
     """Refuse a run before loading anything, if what it needs at the least is too much.
 
     On a GPU the allocator would say so later, and of a batch it should; on a CPU
@@ -335,7 +344,7 @@ def _refuse_too_large(config: RunConfig, shell: Model, recipe: Recipe, device: t
         raise UserError(
             f"{config.model} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB"
         )
-    batch = _least_of_a_batch(config, shell, recipe)
+    batch = _least_of_a_batch(config, shell, recipe, task, wanted)
     if device.type == "cpu" and needed + batch > there:
         raise UserError(
             f"batch_size={config.batch_size} seq_len={config.seq_len} does not fit: {config.rows} rows and one batch "
@@ -343,16 +352,16 @@ def _refuse_too_large(config: RunConfig, shell: Model, recipe: Recipe, device: t
         )
 
 
-def _least_of_a_batch(config: RunConfig, shell: Model, recipe: Recipe) -> int:
-    """Bytes of all token ids, and of one batch's logits and their float32 copy for the loss."""
-    ids = config.rows * config.seq_len * torch.int64.itemsize
+def _least_of_a_batch(config: RunConfig, shell: Model, recipe: Recipe, task: Task, wanted: Rows) -> int:
+    """Bytes of all rows, and of one batch's logits and their float32 copy for the loss."""
     vocabulary = int(getattr(shell.config.get_text_config(), "vocab_size", 0) or 0) if recipe.makes_logits else 0
-    return ids + config.batch_size * config.seq_len * vocabulary * (recipe.dtype.itemsize + torch.float32.itemsize)
+    scored = config.batch_size * (wanted[task.scored].elements if task.scored else 0) * vocabulary
+    return bytes_of(config, wanted, recipe.dtype) + scored * (recipe.dtype.itemsize + torch.float32.itemsize)
 
 
 def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
     """Load through `from_pretrained`, real weights or random ones alike."""
-    from transformers import AutoModelForCausalLM
+    import transformers
 
     config, dtype = plan.config, plan.recipe.dtype
     device = plan.recipe.parallelism.load_device(plan.device)
@@ -366,13 +375,15 @@ def _load(plan: Plan, reading: Callable[[str], None]) -> Model:
         if config.pretrained and not plan.shapes_only:
             try:
                 with _told_of_weights(reading):
-                    return AutoModelForCausalLM.from_pretrained(config.model, **arguments)
+                    return getattr(transformers, plan.task.auto_class).from_pretrained(config.model, **arguments)
             except OSError as error:
                 raise UserError(f"{config.model}: {one_line(error)}") from None
         shell, persistent = plan.shell, plan.shell.state_dict()
         generator = torch.Generator(device).manual_seed(config.seed)
         weights = {
-            name: _RandomWeight(name, tuple(tensor.shape), dtype, generator, reading)
+            name: _RandomWeight(
+                name, tuple(tensor.shape), dtype if tensor.is_floating_point() else tensor.dtype, generator, reading
+            )
             for name, tensor in [*shell.named_parameters(), *shell.named_buffers()]
             if name in persistent
         }
@@ -442,72 +453,19 @@ class _RandomWeight:
     def __getitem__(self, _index: Any) -> torch.Tensor:
         self.reading(self.name.rpartition(".")[0])
         tensor = torch.empty(self.shape, dtype=self.dtype, device=self.generator.device)
-        if len(self.shape) < 2:  # norms and biases
+        if len(self.shape) < 2 or not self.dtype.is_floating_point:  # norms and biases; counters
             return tensor.fill_(1.0 if self.name.endswith("weight") else 0.0)
         return tensor.normal_(0.0, RANDOM_STD, generator=self.generator)
 
     def get_dtype(self) -> str:
-        return {torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16"}[self.dtype]
+        return _SAFETENSORS[self.dtype]
 
 
-# --- data -------------------------------------------------------------------
-
-
-def _random_rows(config: RunConfig, vocabulary: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """The article's data: ids 100 to 29,999, labels drawn independently of inputs."""
-    low, high = min(100, vocabulary // 2), min(30_000, vocabulary)
-    generator = torch.Generator().manual_seed(config.seed)
-    shape = (config.rows, config.seq_len)
-    return (
-        torch.randint(low, high, shape, generator=generator),
-        torch.randint(low, high, shape, generator=generator),
-    )
-
-
-def _file_rows(config: RunConfig) -> tuple[torch.Tensor, torch.Tensor]:
-    """A text or JSONL file, tokenized and cut into rows of seq_len tokens.
-
-    Raises:
-        UserError: No such file, a line that is not JSON with a text, no
-            tokenizer, or fewer tokens than one row.
-    """
-    from transformers import AutoTokenizer
-
-    path = Path(str(config.data))
-    texts = list(_texts(path))
-    name = config.model
-    if not config.pretrained:
-        name = config.architecture.tokenizer if config.architecture else ""
-        if not name:
-            raise UserError(f"--data needs a tokenizer, and the profile {config.model} has none; use --model")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(name)
-    except (OSError, ValueError) as error:
-        raise UserError(f"--data needs the tokenizer of {name}: {one_line(error)}") from None
-    tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
-    rows = len(tokens) // config.seq_len
-    if not rows:
-        raise UserError(f"--data {path}: {len(tokens)} tokens are less than one row of seq_len={config.seq_len}")
-    ids = torch.tensor(tokens[: rows * config.seq_len]).view(rows, config.seq_len)
-    return ids, ids
-
-
-def _texts(path: Path) -> Iterator[str]:
-    try:
-        if path.exists() and not path.is_file():  # a pipe or a device would be read for ever
-            raise UserError(f"--data {path}: no file")
-        content = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"--data {path}: {getattr(error, 'strerror', None) or 'not UTF-8 text'}") from None
-    if path.suffix != ".jsonl":
-        yield content
-        return
-    for number, line in enumerate(content.splitlines(), 1):
-        if line.strip():
-            try:
-                yield str(json.loads(line)["text"])
-            except (ValueError, KeyError, TypeError, RecursionError):
-                raise UserError(f'--data {path}:{number}: not a JSON object with a "text"') from None
+_SAFETENSORS = {
+    torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
+    torch.bool: "BOOL",
+}  # fmt: skip
+"""What safetensors calls the dtypes of parameters and buffers."""
 
 
 def numel(parameter: torch.nn.Parameter) -> int:

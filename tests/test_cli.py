@@ -105,12 +105,14 @@ def test_a_local_folder_is_loaded_with_its_real_weights(checkpoint: Path, capsys
     import torch
     from transformers import AutoModelForCausalLM
 
-    from gpumem_tui.engine.workload import _random_rows
+    from gpumem_tui.engine.batches import random_rows
+    from gpumem_tui.engine.tasks import Row
 
     from .conftest import small_run
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
-    ids, labels = _random_rows(small_run(rows=64), 64)
+    config = small_run(rows=64)
+    ids, labels = random_rows(config, dict.fromkeys("ab", Row((config.seq_len,), 32, 64)), torch.float32).values()
     with torch.no_grad():
         expected = model(input_ids=ids[:2], labels=labels[:2]).loss.item()
     assert main(["run", "--model", str(checkpoint), *QUICK, "--steps", "1", "--json", "-"]) == 0

@@ -20,6 +20,9 @@ from .op_cache import op_cache
 from .outcome import Prediction
 from .rehearsal import planned
 
+_GIVEN = ("input_ids", "pixel_values", "input_features")
+"""Arguments of a model that is used and not trained."""
+
 
 class _Row(NamedTuple):
     """One of the calculator's rows.
@@ -89,7 +92,9 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
         model = build(plan).model.eval()
         loaded = len(recorder.rows())
         with torch.no_grad():
-            model(input_ids=plan.batches.next()["input_ids"])
+            batch = plan.batches.next()
+            # A decoder is given what it is to say; of the others nobody asks for the loss.
+            model(**{name: x for name, x in batch.items() if name in _GIVEN or plan.architecture.is_encoder_decoder})
         recorder.close()
     allocated = play(AllocRequests(recorder.rows(), [], [], []), CachingAllocator()).allocated
     return int(allocated[loaded - 1] - allocated[before - 1]), int(allocated[loaded - 1 :].max())

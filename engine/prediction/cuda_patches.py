@@ -20,6 +20,7 @@ from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
 from .fused_losses import fused_losses
 from .gpus import Gpu
+from .object_detection import matched_in_order
 from .stand_ins import standing_in
 
 LOADED_BY_FLASH_ATTENTION = (
@@ -98,6 +99,7 @@ def transformers_paths(
         replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
         undo.enter_context(fused_losses(tracker))
         undo.enter_context(standing_in({"torchao.optim": torchao_cuda.module(tracker)}))
+        undo.enter_context(matched_in_order())
         yield
 
 

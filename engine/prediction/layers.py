@@ -113,7 +113,7 @@ def shortened(plan: Plan) -> tuple[Plan, Layers | None]:
     layers, kept, signatures = found
     try:
         architecture = _with_layers(plan.architecture, kept)
-        shell = shell_of(architecture)
+        shell = shell_of(architecture, plan.task)
     except Exception:  # a configuration that insists on its number of layers
         return plan, None
     container = shell.get_submodule(layers.container)

@@ -16,6 +16,7 @@ import gc
 import os
 import warnings
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -244,8 +245,9 @@ class _Rehearsing:
                 recorder.close()
                 tracer.settle()
 
-        with loaded(self.plan, tracer) as workload, warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what kernels say about speed concerns nobody here
+        with warnings.catch_warnings(), ExitStack() as undo:
+            warnings.simplefilter("ignore")  # what kernels say about speed and fake tensors concerns nobody here
+            workload = undo.enter_context(loaded(self.plan, tracer))
             train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
         names = {parameter: name for name, parameter in workload.model.named_parameters()}
         sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]

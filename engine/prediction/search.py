@@ -20,7 +20,7 @@ def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Pr
         predicted: Predicts other ones on the same GPU.
 
     Returns:
-        `max_batch_size` and `max_sequence_length`; 0: not even the smallest.
+        `max_batch_size` and, where rows are tokens, `max_sequence_length`; 0: not even the smallest.
     """
     config = prediction.config
 
@@ -33,10 +33,10 @@ def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Pr
         found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
         return found if found >= smallest else 0
 
-    return {
-        "max_batch_size": search("batch_size", 1, 65_536),
-        "max_sequence_length": search("seq_len", 2, prediction.max_positions or 1 << 20),
-    }
+    found = {"max_batch_size": search("batch_size", 1, 65_536)}
+    if prediction.document.steps[0].tokens is not None:
+        found["max_sequence_length"] = search("seq_len", 2, prediction.max_positions or 1 << 20)
+    return found
 
 
 def largest(bound_at: Callable[[int], int], start: int, available: int, most: int) -> int:

@@ -74,6 +74,9 @@ def _enable(model: Any, every: int | None, arguments: dict[str, Any], around: Ab
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=arguments)
     named = [(name, module) for name, module in model.named_modules() if _checkpoints_itself(module)]
+    stacks = {name.rpartition(".")[0] for name, _ in named}
+    if every != 1 and len(stacks) > 1:
+        raise UserError(f"checkpointing: {type(model).__name__} has {len(stacks)} stacks of layers: set layers")
     size = every or len(named)
     for start in range(0, len(named), size):
         names, layers = zip(*named[start : start + size], strict=True)

@@ -30,16 +30,16 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     if wanted == "profile":
         # None: PEFT's own table by architecture, which for IA3 has other modules than any profile.
         targets = (list(recipe.lora_targets) or None) if config["lora.kind"] != "ia3" else None
-    recipe.transforms.append(lambda model: _wrapped(peft, model, config, targets))
+    recipe.transforms.append(lambda model: _wrapped(peft, model, config, targets, recipe.adapters or None))
 
 
-def _wrapped(peft: Any, model: Model, config: RunConfig, targets: str | list[str] | None) -> Model:
+def _wrapped(peft: Any, model: Model, config: RunConfig, targets: str | list[str] | None, task: str | None) -> Model:
     if isinstance(targets, list):
         parameters = [name for name in targets if name.rsplit(".", 1)[-1] in _expert_parameters(model)]
         targets = [name for name in targets if name not in parameters]
     else:
         parameters = []
-    settings = _settings(peft, config, targets, parameters)
+    settings = _settings(peft, config, targets, parameters, task)
     if hasattr(settings, "fan_in_fan_out"):
         # GPT-2's projections are Conv1D, stored transposed; PEFT wants to be told.
         settings.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
@@ -49,10 +49,12 @@ def _wrapped(peft: Any, model: Model, config: RunConfig, targets: str | list[str
         raise UserError(f"lora.kind={config['lora.kind']}: {one_line(error)}") from error
 
 
-def _settings(peft: Any, config: RunConfig, targets: str | list[str] | None, parameters: list[str]) -> Any:
+def _settings(
+    peft: Any, config: RunConfig, targets: str | list[str] | None, parameters: list[str], task: str | None
+) -> Any:
     """PEFT's, of the kind that is wanted."""
     kind, dropout = config.text("lora.kind"), config.number("lora.dropout")
-    common: dict[str, Any] = {"task_type": "CAUSAL_LM"}
+    common: dict[str, Any] = {"task_type": task}
     if kind == "prompt":
         return peft.PromptTuningConfig(num_virtual_tokens=config.integer("lora.tokens"), **common)
     common["target_modules"] = targets

@@ -33,11 +33,24 @@ def unsuitable(config: RunConfig, model: Model) -> str | None:
     """PyTorch's function knows neither a scale nor a cap of the logits, Liger's no scale."""
     from ..fused_loss import Scaling, scaling_of
 
+    if config.text("loss") == "full":
+        return None
+    if not _is_causal(model):
+        return (
+            f"loss={config['loss']} is for causal language models, which {type(model).__name__} is not: set loss=full"
+        )
     kind, scaling = config.text("loss"), scaling_of(model.config)
     done = {"linear-cross-entropy": Scaling(), "liger": Scaling(softcap=scaling.softcap)}.get(kind, scaling)
     return (
         f"loss={kind} cannot scale or cap the logits as this model does; set loss=chunked" if done != scaling else None
     )
+
+
+def _is_causal(model: Model) -> bool:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    kind = type(model.config)
+    return kind in MODEL_FOR_CAUSAL_LM_MAPPING and type(model) is MODEL_FOR_CAUSAL_LM_MAPPING[kind]
 
 
 def unavailable(value: Value, environment: Environment) -> str | None:

@@ -123,7 +123,10 @@ def cache_in(outputs: Any) -> Any:
 
 
 def of_cache(cache: Any) -> Iterator[Owned]:
-    """Keys and values by layer."""
+    """Keys and values by layer; an encoder-decoder has two caches."""
+    for part in ("self_attention_cache", "cross_attention_cache"):
+        if hasattr(cache, part):
+            yield from ((category, f"{part}.{name}", t) for category, name, t in of_cache(getattr(cache, part)))
     layers = getattr(cache, "layers", None)
     if layers is None:  # older caches: a list of keys and a list of values, or tuples
         layers = cache if isinstance(cache, list | tuple) else []

@@ -310,10 +310,10 @@ class Tracer:
         if self._step is not None:
             self._owners.note(self._step.owners, self._mark(self._step), [(category, name, tensor)])
 
-    def own_batch(self, batch: dict[str, torch.Tensor]) -> None:
+    def own_batch(self, batch: dict[str, Any]) -> None:
         """Name the inputs of a micro-batch."""
         if self.tagging:
-            self._own_all(owners.of_tensors(Category.INPUTS, batch.items()))
+            self._own_all(owners.of_tensors(Category.INPUTS, owners.tensors_in(batch)))
 
     def own_held(self, owned: Iterable[owners.Owned]) -> None:
         """Name whatever the loop knows the owner of."""

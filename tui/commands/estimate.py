@@ -119,8 +119,10 @@ def _write(flags: argparse.Namespace, prediction: Prediction, document: dict[str
 
 
 def _largest(document: dict[str, Any]) -> str:
-    batch, length = (document[name] or "none" for name in ("max_batch_size", "max_sequence_length"))
-    return f"Largest batch size that fits: {batch}; largest sequence length at this batch size: {length}.\n"
+    said = [f"Largest batch size that fits: {document['max_batch_size'] or 'none'}"]
+    if "max_sequence_length" in document:
+        said.append(f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}")
+    return "; ".join(said) + ".\n"
 
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
