@@ -188,7 +188,7 @@ class Remote(Published):
                 connection.close()
                 raise UserError(f"{engine_dir.name}: its socket belongs to somebody else")
             connection.sendall(wire.frame(wire.Hello(wire.PROTOCOL, self._version, self._take)))
-            answer = wire.read_answer(connection, wire.LARGEST_ASK)
+            answer = wire.read_answer(connection, wire.LARGEST_ASK, ANSWERS_WITHIN_S)
         except (OSError, EOFError, wire.MalformedError) as error:
             connection.close()
             raise UserError(f"{engine_dir.name} does not answer: {str(error) or 'it closed the connection'}") from None
@@ -308,7 +308,7 @@ def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:
         try:
             connection.connect(os.fspath(engine_dir.socket))
             connection.sendall(wire.frame(wire.Peek(wire.PROTOCOL)))
-            answer = wire.read_answer(connection, wire.LARGEST_ASK)
+            answer = wire.read_answer(connection, wire.LARGEST_ASK, timeout_s)
         except (OSError, EOFError, wire.MalformedError):
             return None
     return answer if isinstance(answer, wire.Status) else None

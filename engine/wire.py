@@ -11,6 +11,7 @@ from __future__ import annotations
 import os
 import socket
 import struct
+import time
 import zlib
 from pathlib import Path
 from typing import Any, Final, Literal, TypeVar
@@ -216,22 +217,24 @@ class Inbox:
         return _decoded(_requests, body)
 
 
-def read_answer(connection: socket.socket, largest: int = LARGEST_ANSWER) -> Answer:
+def read_answer(connection: socket.socket, largest: int = LARGEST_ANSWER, within_s: float | None = None) -> Answer:
     """Wait for one answer.
 
     Args:
         connection: To an engine, or to whatever listens there.
         largest: Bytes it may have.
+        within_s: Seconds that the whole of it may take; None: each part may take the connection's timeout.
 
     Raises:
-        OSError: The connection broke.
+        OSError: The connection broke, or it took too long.
         EOFError: The other side ended it.
         MalformedError: It is none of ours.
     """
-    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size))
+    deadline_s = None if within_s is None else time.monotonic() + within_s
+    (length,) = _LENGTH.unpack(_read(connection, _LENGTH.size, deadline_s))
     if length > largest:
         raise MalformedError(f"an answer of {length} bytes")
-    return _decoded(_answers, _read(connection, length))
+    return _decoded(_answers, _read(connection, length, deadline_s))
 
 
 def _decoded(decoder: msgspec.msgpack.Decoder[Message], body: bytes) -> Message:
@@ -242,10 +245,12 @@ def _decoded(decoder: msgspec.msgpack.Decoder[Message], body: bytes) -> Message:
         raise MalformedError(one_line(error)) from None
 
 
-def _read(connection: socket.socket, size: int) -> bytes:
+def _read(connection: socket.socket, size: int, deadline_s: float | None) -> bytes:
     data = bytearray(size)
     view, filled = memoryview(data), 0
     while filled < size:
+        if deadline_s is not None and time.monotonic() > deadline_s:  # a peer may send a byte at a time
+            raise TimeoutError("timed out")
         got = connection.recv_into(view[filled:])
         if not got:
             raise EOFError

@@ -11,7 +11,7 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import pytest
@@ -19,7 +19,7 @@ import pytest
 from gpumem_tui.engine import engine_registry, wire
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import EngineDir, EngineLock
-from gpumem_tui.engine.remote import Remote
+from gpumem_tui.engine.remote import Remote, peek
 from gpumem_tui.tui.cli import main
 
 from .serving import HELLO, pack
@@ -135,6 +135,28 @@ def test_whatever_answers_in_an_engines_place_is_one_line(
         assert main(["ps"]) == 0
         assert "does not answer" in capsys.readouterr().out
         thread.join()
+
+
+def test_a_peer_that_sends_a_byte_at_a_time_has_no_more_time_than_another(home: Path) -> None:
+    sent = 0
+    with a_folder_of("slow") as slow, socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(slow.socket))
+        listener.listen()
+
+        def trickle() -> None:
+            nonlocal sent
+            connection, _ = listener.accept()
+            with connection, suppress(BrokenPipeError):
+                for byte in struct.pack("!I", wire.LARGEST_ASK) + bytes(wire.LARGEST_ASK):
+                    connection.sendall(bytes([byte]))
+                    sent += 1
+                    threading.Event().wait(0.01)
+
+        thread = threading.Thread(target=trickle)
+        thread.start()
+        assert peek(slow, timeout_s=0.2) is None
+        thread.join()
+    assert 0 < sent < wire.LARGEST_ASK
 
 
 def test_a_folder_is_found_where_it_can_be_written(home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
