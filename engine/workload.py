@@ -6,7 +6,7 @@ import functools
 import importlib.util
 import os
 import warnings
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from logging import ERROR, getLogger
@@ -22,6 +22,9 @@ from .techniques import registry
 
 MOST_MODULES = 10_000
 """Layers or experts of a model: each is a module, made before anything else could be refused."""
+
+MOST_PARAMETERS = 10**14
+"""Parameters of a model, a hundred times the largest: bytes of more would not fit the columns of a trace."""
 
 Model = Any
 """A transformers model, possibly wrapped by PEFT; neither ships types."""
@@ -150,6 +153,8 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     given, (architecture, task) = config.architecture, _architecture(config)
     with _of_the_model(config):
         shell = shell_of(architecture, task)
+        if (parameters := sum(p.numel() for p in shell.parameters())) > MOST_PARAMETERS:
+            raise UserError(f"{parameters:.1e} parameters; there may be {MOST_PARAMETERS:.0e}")
     recipe = Recipe(
         shell=shell,
         dtype=getattr(torch, given.dtype) if given else (getattr(architecture, "dtype", None) or torch.float32),
@@ -224,18 +229,17 @@ def quiet_libraries() -> None:
 
 def _architecture(config: RunConfig) -> tuple[Any, Task]:
     import transformers
-    from transformers import AutoConfig
+    from transformers import AutoConfig, PreTrainedConfig
 
     if config.architecture is None and not config.pretrained:
         raise UserError(f"{config.model}: this model's architecture is not known here")
     with _of_the_model(config):
         if config.architecture is not None:
             fields = config.architecture.fields()
-            for name, count in fields.items():
-                if ("layer" in name or "expert" in name) and isinstance(count, int) and count > MOST_MODULES:
-                    raise UserError(f"{name}={excerpt(count)}; there may be {MOST_MODULES}")
+            _refuse_too_many_modules(fields)
             architecture = AutoConfig.for_model(**fields)
         else:
+            _refuse_too_many_modules(PreTrainedConfig.get_config_dict(config.model)[0])
             architecture = AutoConfig.from_pretrained(config.model)
 
     def has_model(task: Task) -> bool:
@@ -250,6 +254,14 @@ def _architecture(config: RunConfig) -> tuple[Any, Task]:
         raise UserError(f"{config.model}: {what}" + f"; it has for: {', '.join(kinds)}" * bool(kinds))
     _adapt(config, architecture, task)
     return architecture, task
+
+
+def _refuse_too_many_modules(fields: Mapping[str, Any]) -> None:
+    for name, value in fields.items():
+        if isinstance(value, dict):  # of a part of the model: text, vision
+            _refuse_too_many_modules(value)
+        elif ("layer" in name or "expert" in name) and isinstance(value, int) and value > MOST_MODULES:
+            raise UserError(f"{name}={excerpt(value)}; there may be {MOST_MODULES}")
 
 
 def _adapt(config: RunConfig, architecture: Any, task: Task) -> None:
