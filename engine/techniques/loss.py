@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -76,16 +76,26 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     for module in model.modules():
         if getattr(module, "get_output_embeddings", None) is None:
             continue
-        function = getattr(module.forward, "__func__", module.forward)
-        code = getattr(function, "__code__", None)
         ours: Any = getattr(module, "loss", None)
         if type(ours).__name__ == "FusedLoss":
             return {"loss": ours.compute.__name__.replace("_", "-")}
-        if getattr(code, "co_name", "") == "_fused_forward":  # TRL's `add_fused_lm_head`
-            return {"loss": "chunked"}
-        if str(getattr(function, "__module__", "")).startswith("liger_kernel."):
-            return {"loss": "liger"}
+        for function in _forwards(module):
+            if getattr(getattr(function, "__code__", None), "co_name", "") == "_fused_forward":  # TRL's
+                return {"loss": "chunked"}
+            if str(getattr(function, "__module__", "")).startswith("liger_kernel."):
+                return {"loss": "liger"}
     return {"loss": "full"}
+
+
+def _forwards(module: Any) -> Iterator[Any]:
+    """A module's forward, and what accelerate's autocast has wrapped."""
+    function = module.forward
+    while function is not None:
+        function = getattr(function, "__func__", function)
+        yield function
+        function = getattr(function, "__wrapped__", None)
+    if (original := getattr(module, "_original_forward", None)) is not None:
+        yield getattr(original, "__func__", original)
 
 
 TECHNIQUE = Technique(

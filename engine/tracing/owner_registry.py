@@ -50,6 +50,7 @@ class OwnerRegistry:
         self._optimizers: Sequence[torch.optim.Optimizer] = ()
         self._other_models: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
         self._other_optimizers: list[weakref.ref[torch.optim.Optimizer]] = []
+        self._scalers: list[weakref.ref[torch.amp.GradScaler]] = []
         self._trained: dict[int, tuple[int, int, weakref.ref[torch.Tensor]]] = {}
         self._leaves: list[tuple[str, weakref.ref[torch.Tensor]]] = []
         self._int8: list[tuple[str, weakref.ref[torch.nn.Module]]] = []
@@ -67,16 +68,21 @@ class OwnerRegistry:
         self._found = np.empty(0, OWNER)
 
     def beside(
-        self, models: Iterable[tuple[str, torch.nn.Module]], optimizers: Iterable[torch.optim.Optimizer]
+        self,
+        models: Iterable[tuple[str, torch.nn.Module]],
+        optimizers: Iterable[torch.optim.Optimizer],
+        scalers: Iterable[torch.amp.GradScaler],
     ) -> None:
         """Look for the tensors of these as well, for as long as they are alive.
 
         Args:
             models: Each with what its tensors' names begin with.
             optimizers: Of any parameters.
+            scalers: Of a loss.
         """
         self._other_models = [(prefix, weakref.ref(model)) for prefix, model in models]
         self._other_optimizers = [weakref.ref(optimizer) for optimizer in optimizers]
+        self._scalers = [weakref.ref(scaler) for scaler in scalers]
         self._found = np.empty(0, OWNER)
 
     def leaf(self, name: str, tensor: torch.Tensor) -> None:
@@ -90,7 +96,8 @@ class OwnerRegistry:
     def release(self) -> None:
         """Forget everything."""
         self._model, self._optimizers = None, ()
-        for known in (self._other_models, self._other_optimizers, self._trained, self._leaves, self._int8):
+        others = (self._other_models, self._other_optimizers, self._scalers)
+        for known in (*others, self._trained, self._leaves, self._int8):
             known.clear()
         self._found = np.empty(0, OWNER)
 
@@ -161,6 +168,8 @@ class OwnerRegistry:
         names = {key: name for key, (name, _) in named.items()}
         for optimizer in optimizers:
             self.note(rows, mark, owners.of_optimizer(names, optimizer))
+        for scaler in (scaler for reference in self._scalers if (scaler := reference())):
+            self.note(rows, mark, owners.of_scaler(scaler))
         self.note(rows, mark, owners.of_libraries())
         self._int8 = [
             (p + strip_wrappers(name), weakref.ref(m)) for p, each in models for name, m in owners.int8_modules(each)

@@ -157,10 +157,13 @@ class Tracer:
         self._owners.adopt(model, optimizers)
 
     def beside(
-        self, models: Iterable[tuple[str, torch.nn.Module]], optimizers: Iterable[torch.optim.Optimizer]
+        self,
+        models: Iterable[tuple[str, torch.nn.Module]],
+        optimizers: Iterable[torch.optim.Optimizer],
+        scalers: Iterable[torch.amp.GradScaler],
     ) -> None:
         """See `OwnerRegistry.beside`."""
-        self._owners.beside(models, optimizers)
+        self._owners.beside(models, optimizers, scalers)
 
     def loader(self, shell: torch.nn.Module) -> Callable[[str], None]:
         """Hooks that tag the modules of a model about to be loaded, as their weights are read.

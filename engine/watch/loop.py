@@ -312,7 +312,8 @@ class WatchedLoop:
     def look_for_others(self) -> None:
         """Models and optimizers beside these, whose tensors are not the script's own."""
         others = find_others(self._model, self._optimizers)
-        self._tracer.beside(others.models, others.optimizers)
+        self._tracer.beside(others.models, others.optimizers, others.scalers)
+        self._source.learn(loss_scaling=bool(others.scalers))
         for wrapper in others.compiled:
             self._hook_too(wrapper)
         self._source.say_compiled(len(others.compiled) + compiled_modules(self._model), self._recorder.always_on)

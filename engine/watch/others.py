@@ -24,16 +24,18 @@ class Others(NamedTuple):
         models: Outermost modules with tensors of their own, each with what the names of its tensors begin with.
         optimizers: Of any parameters.
         compiled: What `torch.compile(model)` returned: called instead of the model.
+        scalers: Those that scale a loss.
     """
 
     models: list[tuple[str, torch.nn.Module]]
     optimizers: list[torch.optim.Optimizer]
     compiled: list[torch.nn.Module]
+    scalers: list[torch.amp.GradScaler]
 
 
 def find_others(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimizer]) -> Others:
     """All models and optimizers alive but these."""
-    alive = _alive((torch.nn.Module, torch.optim.Optimizer))
+    alive = _alive((torch.nn.Module, torch.optim.Optimizer, torch.amp.GradScaler))
     modules = [thing for thing in alive if isinstance(thing, torch.nn.Module)]
     inside = {id(child) for module in modules for child in module._modules.values()}
     watched = {id(module) for module in model.modules()}
@@ -45,6 +47,7 @@ def find_others(model: torch.nn.Module, optimizers: Sequence[torch.optim.Optimiz
         [(f"{name}{OTHER_MODEL}", other) for name, other in zip(_names(models), models, strict=True)],
         [o for o in alive if isinstance(o, torch.optim.Optimizer) and id(o) not in known_optimizers],
         [root for root in roots if root._modules.get("_orig_mod") is model],
+        [s for s in alive if isinstance(s, torch.amp.GradScaler) and s.is_enabled() and s._scale is not None],
     )
 
 

@@ -1,0 +1,61 @@
+"""The techniques of somebody else's script, and that the app's header says so."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from gpumem_tui.engine.events import Category
+from gpumem_tui.tui.screens.header import summary
+from gpumem_tui.watch import watch
+
+from .watching import Seen, check_exact, small_model
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning"),
+    pytest.mark.usefixtures("frozen_heap", "runtime_folder"),
+]
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL's and of datasets' own there are many
+def test_an_sft_trainer_with_its_defaults(seen: Seen) -> None:
+    """TRL never makes the logits, checkpoints each layer and trains in bfloat16, unless it is told otherwise."""
+    pytest.importorskip("trl")
+    from .examples import sft_trainer
+
+    sft_trainer.main(3)
+    check_exact(seen, script_bytes_max=16_384)
+    config = seen.sources[-1].run.config
+    assert config is not None
+    said = summary(config)
+    for setting in (
+        "B8×S",
+        "dtype=mixed",
+        "loss=chunked",
+        "checkpointing=layers",
+        "optimizer=adamw-fused",
+        "cache=off",
+    ):
+        assert setting in said
+    assert seen.ledgers[-1].peak.by_category[Category.LOGITS_LOSS] > 0
+
+
+def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:
+    model, optimizer = small_model()
+    scaler = torch.amp.GradScaler("cpu")
+    with watch(model, optimizer):
+        for _ in range(3):
+            ids = torch.randint(0, 64, (2, 16))
+            with torch.autocast("cpu", torch.float16):
+                loss = model(input_ids=ids, labels=ids).loss
+            scaler.scale(loss).backward()
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+    check_exact(seen, script_bytes_max=4096)
+    config = seen.sources[-1].run.config
+    assert config is not None
+    assert "dtype=mixed-float16" in summary(config) and "loss_scaling" in summary(config)
+    last = seen.ledgers[-1]
+    names = last.by_name(len(last.trace.events) - 1, Category.OPTIMIZER_STATE)
+    assert names["GradScaler.scale"] == names["GradScaler.growth_tracker"] == 4
