@@ -150,8 +150,8 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
     made = Seen()
     begun = WatchedSource.__init__
 
-    def begin(self: WatchedSource, name: str | None) -> None:
-        begun(self, name)
+    def begin(self: WatchedSource, *arguments: Any) -> None:
+        begun(self, *arguments)
         made.sources.append(self)
         publish = self._feed.publish_trace
 
