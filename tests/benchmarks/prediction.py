@@ -115,9 +115,9 @@ def configs() -> list[tuple[RunConfig, bool]]:
     return made
 
 
-def measure(session: Session, config: RunConfig) -> tuple[list[dict[str, Any]], str | None]:
+def measure(session: Session, config: RunConfig, trace: str = "auto") -> tuple[list[dict[str, Any]], str | None]:
     """Run it; returns its steps, and why it failed, if it did."""
-    events = run_to_end(session, dataclasses.replace(config, trace="auto")).events()
+    events = run_to_end(session, dataclasses.replace(config, trace=trace)).events()
     failures = [event.text for event in events if isinstance(event, RunFailed | OutOfMemory)]
     return [event.figures() for event in events if isinstance(event, StepEnded)], failures[0] if failures else None
 
