@@ -218,6 +218,22 @@ def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -
     assert [b.size for b in layout._blocks.values()] == [total], "free neighbours merge again"
 
 
+def test_a_block_that_another_stream_is_at_is_free_once_that_is_completed() -> None:
+    """Until then its neighbours stay as they are, and what is asked for is cut from them."""
+    layout = BlockLayout([], deferred=True)
+    layout.follow("segment_alloc", 0, 2 << 20)
+    for address in (0, 1024, 2048):
+        layout.allocate(address, 1024)
+    assert layout.free(0, 1024) == layout.free(1024, 1024) == (1024, 1024)
+    assert [address for address, *_ in layout.alive()] == [2048]
+    layout.follow("free_completed", 1024, 1024)
+    assert layout.allocate(1024, 512) == 512, "of the second block, which is by itself as long as the first waits"
+    layout.free(1024, 512)
+    layout.follow("free_completed", 1024, 512)
+    layout.follow("free_completed", 0, 1024)
+    assert layout.allocate(0, 2048) == 2048, "of both"
+
+
 def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> None:
     """Checkpointed layers keep their inputs; what they drop is what is computed again."""
     kept = {}

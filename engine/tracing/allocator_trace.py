@@ -25,8 +25,10 @@ from .recorder import columns
 # A step of the 1.3B model makes 6,000 to 8,700 entries; the ring must not wrap.
 MAX_ENTRIES = 4_000_000
 
-# The counter moves when a free is requested, so that is the event to follow.
+# The counter moves when a free is requested, so that is the event to follow. When the
+# block can be handed out again matters only where other streams may still be at it.
 SKIPPED = ["free_completed", "snapshot"]
+SKIPPED_OF_RANKS = ["snapshot"]
 
 
 class AllocatorTrace:
@@ -48,7 +50,7 @@ class AllocatorTrace:
         _use_cublas(device)
         self._layout = BlockLayout(self._snapshot()["segments"])
         self.workspaces = tuple(address for address, *_ in self._layout.alive())
-        self._recording = False
+        self._recording = self._deferred = False
         self.cache: CacheState | None = None
         self._newest: CacheState | None = None
         self._total_bytes = int(torch.cuda.get_device_properties(device).total_memory)
@@ -74,6 +76,7 @@ class AllocatorTrace:
         """
         if self._recording:
             return None
+        self._deferred = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._record("all")
         self._recording = True
         return self.holding()
@@ -93,7 +96,7 @@ class AllocatorTrace:
         """Blocks the allocator holds."""
         self._newest = None
         if started is not None:
-            self._layout = BlockLayout(started)
+            self._layout = BlockLayout(started, self._deferred)
         return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)
 
     def events(self, drained: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
@@ -164,7 +167,12 @@ class AllocatorTrace:
 
     def _record(self, enabled: Literal["all"]) -> None:
         torch.cuda.memory._record_memory_history(
-            enabled, context=None, stacks="python", max_entries=MAX_ENTRIES, clear_history=True, skip_actions=SKIPPED
+            enabled,
+            context=None,
+            stacks="python",
+            max_entries=MAX_ENTRIES,
+            clear_history=True,
+            skip_actions=SKIPPED_OF_RANKS if self._deferred else SKIPPED,
         )
 
     def stamp(self, mark: int) -> None:

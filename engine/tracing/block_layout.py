@@ -18,15 +18,19 @@ SMALL_BYTES = 1 << 20
 SMALL_SEGMENT_BYTES = 2 << 20
 """The segment that the small pool takes from CUDA (kSmallBuffer)."""
 
+PENDING_STATES = ("active_pending_free", "active_awaiting_free")
+"""A snapshot's names for a block that was given up while other streams may be at it."""
+
 PAGE_BYTES = 20 << 20
 """What an expandable segment of the large pool is mapped in."""
 
 
 class _Block:
-    __slots__ = ("after", "before", "free", "requested", "size", "small")
+    __slots__ = ("after", "before", "free", "pending", "requested", "size", "small")
 
     def __init__(self, size: int, requested: int, free: bool, small: bool) -> None:
         self.size, self.requested, self.free, self.small = size, requested, free, small
+        self.pending = False  # given up, and not to be handed out again: another stream may be at it
         self.before: int | None = None
         self.after: int | None = None
 
@@ -36,10 +40,13 @@ class BlockLayout:
 
     Args:
         segments: `segments` of a memory snapshot, of this device only.
+        deferred: Frees may wait for other streams, and the trace says when they are completed; otherwise
+            every one is at once.
     """
 
-    def __init__(self, segments: list[dict[str, Any]]) -> None:
+    def __init__(self, segments: list[dict[str, Any]], deferred: bool = False) -> None:
         self._blocks: dict[int, _Block] = {}
+        self._deferred = deferred
         self._expandable = any(segment.get("is_expandable") for segment in segments)
         for segment in segments:
             # Expandable segments split as finely as the small pool does.
@@ -48,12 +55,13 @@ class BlockLayout:
             for row in segment["blocks"]:
                 free = row["state"] == "inactive"
                 block = _Block(row["size"], row["requested_size"], free, small)
+                block.pending = row["state"] in PENDING_STATES
                 self._insert(row["address"], block, before, None)
                 before = row["address"]
 
     def alive(self) -> list[tuple[int, int, int]]:
         """Address, bytes asked for and bytes beyond them, of what is allocated."""
-        return [(a, b.requested, b.size - b.requested) for a, b in self._blocks.items() if not b.free]
+        return [(a, b.requested, b.size - b.requested) for a, b in self._blocks.items() if not (b.free or b.pending)]
 
     def cache(self) -> CacheState:
         """The allocator as it is now."""
@@ -68,7 +76,7 @@ class BlockLayout:
         )
         return CacheState(
             reserved_bytes=reserved,
-            allocated_bytes=reserved - sum(block.size for block in free),
+            allocated_bytes=sum(block.size for block in blocks if not (block.free or block.pending)),
             largest_free_block_bytes=max((block.size for block in free), default=0),
             gaps_bytes=sum(gaps),
         )
@@ -93,16 +101,19 @@ class BlockLayout:
     def free(self, address: int, size: int) -> tuple[int, int]:
         """Follow a free; returns the bytes asked for and those of the block."""
         block = self._blocks.get(address)
-        if block is None or block.free:
+        if block is None or block.free or block.pending:
             return size, max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
         requested, handed_out = block.requested, block.size
-        block.free = True
-        self._merge(address, block)
+        block.pending = True
+        if not self._deferred:
+            self._complete(address)
         return requested, handed_out
 
     def follow(self, action: str, address: int, size: int) -> None:
-        """Follow what a segment does, by the trace's name for it; anything else is no segment's."""
-        if action == "segment_alloc":
+        """Follow what a segment does, or a free that is completed, by the trace's name for it."""
+        if action == "free_completed":
+            self._complete(address)
+        elif action == "segment_alloc":
             self._blocks[address] = _Block(size, 0, True, size == SMALL_SEGMENT_BYTES)
         elif action == "segment_free":  # it was one free block
             self._blocks.pop(address, None)
@@ -111,6 +122,13 @@ class BlockLayout:
             self._map(address, size)
         elif action == "segment_unmap":
             self._unmap(address, size)
+
+    def _complete(self, address: int) -> None:
+        """A block that was given up can be handed out again."""
+        block = self._blocks.get(address)
+        if block is not None and block.pending:
+            block.pending, block.free = False, True
+            self._merge(address, block)
 
     def _map(self, address: int, size: int) -> None:
         """Follow an expandable segment that grows: free bytes, at one with the free blocks they touch."""
