@@ -29,8 +29,13 @@ def _alone(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        _meshes.clear()
-        dist.destroy_process_group()
+        leave()
+
+
+def leave() -> None:
+    """Leave the group, and forget the meshes over it."""
+    _meshes.clear()
+    dist.destroy_process_group()
 
 
 def join(device: torch.device) -> None:

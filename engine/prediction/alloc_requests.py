@@ -19,10 +19,11 @@ class AllocRequests:
     """Everything the allocator is asked for, from the first workspace on.
 
     Attributes:
-        rows: dtype EVENT; the address is the block's number. A row of 0 bytes
-            tells the allocator something: to give back what is cached or, with
-            `slack`, that a model of so many bytes is about to be loaded; a negative
-            `slack` that a kernel may take so many for as long as it runs.
+        rows: dtype EVENT; the address is the block's number, and an allocation's
+            `slack` that of the stream it is made on. A row of 0 bytes tells the
+            allocator something: to give back what is cached or, with `slack`, that a
+            model of so many bytes is about to be loaded; a negative `slack` that a
+            kernel may take so many for as long as it runs.
         traces: What was traced, by the row where each begins; its events are
             rows.
         recomputes: One for each recompute span of the traces, in order.

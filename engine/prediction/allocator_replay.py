@@ -51,20 +51,20 @@ class _Player:
         allocator, place = self.allocator, self.place
         became: list[tuple[int, int, int, int, int]] = []
         begins = []
-        for block, size, wanted, mark, time_us in rows.tolist():
+        for block, size, said, mark, time_us in rows.tolist():
             begins.append(len(became))
             if size > 0:
-                address, handed_out = allocator.allocate(size)
+                address, handed_out = allocator.allocate(size, said)
                 place[block] = address
                 became.append((address, size, handed_out - size, mark, time_us))
             elif size < 0:
                 address = int(place[block])
                 _, handed_out = allocator.free(address)
                 became.append((address, size, -size - handed_out, mark, time_us))
-            elif wanted < 0:
-                self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - wanted)
-            elif wanted:
-                became += self._warm_up(wanted, mark, time_us)
+            elif said < 0:
+                self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - said)
+            elif said:
+                became += self._warm_up(said, mark, time_us)
             else:
                 allocator.empty_cache()
             self.allocated.append(allocator.allocated_bytes)

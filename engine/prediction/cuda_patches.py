@@ -163,8 +163,9 @@ def _warm_up(
     from transformers.modeling_utils import get_total_byte_count
 
     by_times: dict[int, dict[str, Any]] = {}
-    for name in device_map:
-        by_times.setdefault(times(name), {})[name] = DEVICE
+    for name, device in device_map.items():
+        if torch.device(device) == DEVICE:  # some are read to the host first
+            by_times.setdefault(times(name), {})[name] = DEVICE
     tracker.warm_up(
         int(sum(n * sum(get_total_byte_count(model, names, quantizer).values()) for n, names in by_times.items()))
     )

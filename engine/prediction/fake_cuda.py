@@ -16,12 +16,13 @@ from weakref import ref as _weakref
 
 import numpy.typing as npt
 import torch
+from torch.distributed.tensor import DTensor
 
 from ..config import UserError
 from ..events import EVENT
 from ..tracing.op_tracker import OpTracker
 from .alloc_requests import InputBlocks
-from .caching_allocator import rounded_bytes
+from .caching_allocator import DEFAULT_STREAM, rounded_bytes
 from .op_cache import op_cache
 from .pinned_memory import PinnedMemory
 
@@ -47,6 +48,7 @@ class FakeCuda(OpTracker):
             namespace and name.
         starts: Rows recorded before each `start`.
         inputs: By block, see `AllocRequests`.
+        stream: Number of the stream that is current.
         pinned: Of the host.
         assume: Told of what depends on data and is taken to be something, in words.
     """
@@ -56,6 +58,7 @@ class FakeCuda(OpTracker):
         self.device = DEVICE
         self.starts: list[int] = []
         self.inputs: list[InputBlocks] = [0]
+        self.stream = DEFAULT_STREAM
         self._drained = 0
         self._sizes: dict[int, int] = {}
         self._kernels = kernels
@@ -77,6 +80,8 @@ class FakeCuda(OpTracker):
         """Run the operator and look at the storages it returns."""
         if func is _DEVICE_OF:
             return args[0].fake_device
+        if DTensor in types:
+            return NotImplemented  # it calls the operator on its local tensor, which then comes here
         kernel = self._kernels.get(func)
         if kernel is not None:
             out = kernel(self, self._cached(func), args, kwargs or {})
@@ -155,7 +160,7 @@ class FakeCuda(OpTracker):
         self._sizes[block] = size
         self._allocated += rounded_bytes(size)
         self._peak = max(self._peak, self._allocated)
-        self._row(block, size)
+        self._row(block, size, self.stream)
         return block
 
     def release(self, block: int) -> None:
@@ -172,9 +177,9 @@ class FakeCuda(OpTracker):
         """transformers is about to load so many bytes."""
         self._row(0, 0, wanted_bytes)
 
-    def _row(self, block: int, size: int, wanted_bytes: int = 0) -> None:
+    def _row(self, block: int, size: int, said: int = 0) -> None:
         self._clock_us += 1
-        self._rows.extend((block, size, wanted_bytes, self._mark, self._clock_us))
+        self._rows.extend((block, size, said, self._mark, self._clock_us))
 
     def scratch(self, *sizes: int) -> None:
         """Memory that a kernel takes and gives back before it returns."""

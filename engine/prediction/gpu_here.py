@@ -21,4 +21,6 @@ def gpu_here() -> Gpu | None:
         return None
     found = torch.cuda.get_device_properties(0)
     threads = found.max_threads_per_multi_processor
-    return Gpu(found.name, found.total_memory, (found.major, found.minor), found.multi_processor_count, threads)
+    capability = (found.major, found.minor)
+    count = torch.cuda.device_count()
+    return Gpu(found.name, found.total_memory, capability, found.multi_processor_count, threads, count=count)

@@ -34,6 +34,7 @@ class Gpu:
         unmodelled_share: Of the peak, what it may allocate beyond the model of it (cuDNN's and cuBLAS'
             workspaces of other versions, a reduction's scratch): under 1 % in every run measured.
         unmodelled_bytes: The same, whatever the peak.
+        count: Of them in the machine.
     """
 
     name: str
@@ -44,6 +45,7 @@ class Gpu:
     context_bytes: int = 850 << 20
     unmodelled_share: float = 0.015
     unmodelled_bytes: int = 4 << 20
+    count: int = 1
 
     def safe_bound_bytes(self, peak_bytes: int) -> int:
         """A figure the measured peak stays under; at most 2 % above the predicted one from 1 GiB on."""
@@ -57,6 +59,10 @@ class Gpu:
     def limited(self, limit_bytes: int) -> Gpu:
         """The same with no more memory than this."""
         return replace(self, memory_bytes=min(self.memory_bytes, limit_bytes))
+
+    def beside(self, outside_bytes: int) -> Gpu:
+        """The same with so much more taken outside of torch."""
+        return replace(self, context_bytes=self.context_bytes + outside_bytes)
 
 
 class Understood(NamedTuple):
@@ -80,6 +86,7 @@ NOISE = frozenset(
 )  # fmt: skip
 """Words of a driver's names that tell no two of the table apart."""
 
+_SEVERAL = re.compile(r"\s*(?P<count>[1-9]\d{0,4})\s*[x×]\s*(?P<name>.+)", re.IGNORECASE)
 _WORD = re.compile(r"(?P<size>\d+(?:\.\d+)?)\s*gi?b?\b|(?P<word>[a-z0-9]+)")
 
 
@@ -110,14 +117,19 @@ def understand(wanted: str) -> Understood:
     Upper and lower case, spaces, dashes and the words that drivers add do not
     matter. Of several that a name fits it is the one with the least memory. A
     size alone is a GPU of that size, of the newest generation that has one. A
-    size after a colon is how much memory there is, whatever the card has.
+    size after a colon is how much memory there is, whatever the card has; a
+    number before an x how many of them there are.
 
     Args:
-        wanted: `RTX 4090 24GB`, `a100`, `NVIDIA A100-SXM4-80GB`, `24GB`, `RTX 4090:20GiB`.
+        wanted: `RTX 4090 24GB`, `a100`, `NVIDIA A100-SXM4-80GB`, `24GB`, `RTX 4090:20GiB`, `8 x H100`.
 
     Raises:
         UserError: No GPU known here is meant by it.
     """
+    several = _SEVERAL.match(wanted)
+    if several:
+        found = understand(several["name"])
+        return Understood(replace(found.gpu, count=int(several["count"])), found.said)
     name, colon, limit = wanted.partition(":")
     found = _named(wanted, name)
     if not colon:

@@ -9,18 +9,18 @@ from .outcome import Prediction
 from .prediction_store import PredictionStore
 
 
-def predicted(config: RunConfig, gpu: Gpu) -> Prediction:
+def predicted(config: RunConfig, gpu: Gpu, rank: int = 0) -> Prediction:
     """The prediction of `predict`: read if any process of this user has made it before, made and kept if not.
 
     Raises:
         UserError: As `predict`.
     """
     store = PredictionStore(gpu)
-    found = store.get(config)
+    found = store.get(config, rank)
     if found is None:
         with libraries_loading():
             from .predict import predict
 
-        found = predict(config, gpu)
-        store.put(config, found.packed())
+        found = predict(config, gpu, rank=rank)
+        store.put(config, found.packed(), rank)
     return found

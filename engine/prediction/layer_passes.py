@@ -118,7 +118,8 @@ class LayerPasses:
             self.micro[start:end] = marks["micro_batch"].tolist()
             self.module[start:end] = [trace.names[n] for n in marks["module"].tolist()]
             for block, name in zip(trace.owners["address"].tolist(), trace.owners["name"].tolist(), strict=True):
-                self.owner.setdefault(block, trace.names[name])
+                if block:  # not on the host
+                    self.owner.setdefault(block, trace.names[name])
 
     def _layers(self) -> list[int | None]:
         """The layer that each row belongs to."""
@@ -129,6 +130,7 @@ class LayerPasses:
             if isinstance(source, int) and self.phase[self._born[block]] not in COMPUTED:
                 of_block.setdefault(source, of_block[block])
         found, at_work, before = [], None, Phase.IDLE
+        ahead: set[int] = set()
         for row, (block, size) in enumerate(zip(self.blocks, self.sizes, strict=True)):
             phase, module = self.phase[row], self.module[row]
             layer = layers.layer(module) if phase in SAID else None
@@ -140,7 +142,9 @@ class LayerPasses:
                 if layer is None and of_block.get(block) is None and phase not in COMPUTED:
                     of_block[block] = inherited
                 of_block.setdefault(block, layer)
-            found.append(of_block.get(block) if layer is None else layer)
+            if layer is None and size > 0 and phase in COMPUTED:
+                ahead.add(block)  # what is gathered for a layer before that layer computes
+            found.append(of_block.get(block) if layer is None and block not in ahead else layer)
         return found
 
     def _order(self) -> Any:

@@ -94,6 +94,11 @@ class Layers:
         behind = layer is not None and layer >= self.middle.stop
         return self.shifted(name, self.copies * self.period) if behind else name
 
+    def repeated(self, names: Iterable[str]) -> Iterator[str]:
+        """Names of what is traced, in order, each as often as what it stands for comes there."""
+        for is_middle, some in groupby(names, lambda name: self.layer(name) in self.middle):
+            yield from list(some) * (self.copies + 1 if is_middle else 1)
+
     def all_of(self, names: Iterable[str]) -> Iterator[str]:
         """Names of what is traced, in order, as they are in the model, with those they stand for."""
         for is_middle, some in groupby(names, lambda name: self.layer(name) in self.middle):

@@ -21,6 +21,10 @@ from ..wire import MalformedError, pack_whole_run, unpack_whole_run
 EXPANDABLE = "PYTORCH_ALLOC_CONF=expandable_segments:True"
 
 
+RESERVED_SPREAD_BYTES = 2 << 30
+"""Between ranks of one job, measured."""
+
+
 class Verdict(enum.StrEnum):
     """True if a run goes through in a GPU's memory."""
 
@@ -60,6 +64,8 @@ class Prediction:
         notes: What was taken for granted, a line each, with its place in the script.
         seconds: What predicting took.
         whole_run: The run itself, or as it came from the process that predicts.
+        alike: Ranks of the job in groups that hold the same; this is of one of them.
+        outside_torch_bytes: On the GPU beside what torch allocates: CUDA's context, NCCL's communicators.
     """
 
     config: RunConfig
@@ -82,6 +88,8 @@ class Prediction:
     notes: tuple[str, ...]
     seconds: float
     whole_run: Run | bytes = field(repr=False)
+    alike: tuple[tuple[int, ...], ...] = ((0,),)
+    outside_torch_bytes: int = 0
 
     @cached_property
     def run(self) -> Run:
@@ -131,6 +139,7 @@ class Prediction:
             "margin_bytes": self.margin_bytes,
             "safe_bound_bytes": self.safe_bound_bytes,
             "reserved_bytes": self.reserved_bytes,
+            "reserved_band_bytes": list(self.reserved_band_bytes),
             "unsure_bytes": self.unsure_bytes,
             "notes": list(self.notes),
         }
@@ -173,6 +182,17 @@ class Prediction:
             path = Path(folder) / "prediction.gpumem"
             self.save(path)
             subprocess.run([sys.executable, "-m", "gpumem_tui.tui", "open", str(path)], check=False)
+
+    @property
+    def ranks(self) -> int:
+        """Processes of the job, one a GPU."""
+        return sum(map(len, self.alike))
+
+    @property
+    def reserved_band_bytes(self) -> tuple[int, int]:
+        """What is reserved lies between; of ranks that run the same one has had 2 GiB more than another."""
+        spread = RESERVED_SPREAD_BYTES if self.ranks > 1 else 0
+        return max(self.peak_bytes, self.reserved_bytes - spread), self.reserved_bytes + spread
 
     @property
     def fits(self) -> bool:

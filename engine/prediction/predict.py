@@ -13,7 +13,10 @@ from ..events import Environment, Recompute
 from ..report import Report
 from ..run import Run, RunId, RunKind
 from ..run_events import Loaded, Note, Recomputed, RunEnded, RunEvent, RunStarted, StepEnded, placed
+from ..techniques.parallel import ranks
 from .gpus import Gpu
+from .job import alike
+from .nccl import nccl_bytes
 from .outcome import Prediction
 from .rehearsal import STEPS, Rehearsal, rehearse
 
@@ -27,13 +30,14 @@ def environment(gpu: Gpu) -> Environment:
     return Environment("cuda:0", gpu.name, gpu.memory_bytes, capability, None, installed_packages())
 
 
-def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
+def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS, rank: int = 0) -> Prediction:
     """Predict a run's memory.
 
     Args:
         config: The run. Its device and its data do not matter.
         gpu: Where it would run.
         steps: How many to go through, from 2 on.
+        rank: Of a job of several.
 
     Raises:
         UserError: The configuration cannot run there, or cannot be predicted.
@@ -43,10 +47,21 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS) -> Prediction:
         gpu = gpu.limited(config.memory_limit_bytes)
     here = environment(gpu)
     techniques.check(config, dataclasses.replace(here, packages={**here.packages, **MODELLED}))
-    return came_to(config, gpu, rehearse(config, gpu, steps), began)
+    count = ranks(config, gpu.count)
+    gpu = gpu.beside(nccl_bytes(config, count))
+    done = rehearse(config, gpu, steps, ranks=count, rank=rank)
+    return came_to(config, gpu, done, began, rank=rank, groups=alike(config, count, done.rows))
 
 
-def came_to(config: RunConfig, gpu: Gpu, done: Rehearsal, began_s: float, notes: Sequence[str] = ()) -> Prediction:
+def came_to(
+    config: RunConfig,
+    gpu: Gpu,
+    done: Rehearsal,
+    began_s: float,
+    notes: Sequence[str] = (),
+    rank: int = 0,
+    groups: tuple[tuple[int, ...], ...] = ((0,),),
+) -> Prediction:
     """What a rehearsal says.
 
     Args:
@@ -55,8 +70,10 @@ def came_to(config: RunConfig, gpu: Gpu, done: Rehearsal, began_s: float, notes:
         done: The rehearsal.
         began_s: When predicting began, by `time.perf_counter`.
         notes: What the prediction took for granted, a line each.
+        rank: Of a job of several.
+        groups: Ranks of the job that hold the same.
     """
-    run = _run(config, gpu, done, notes)
+    run = _run(config, gpu, done, notes, rank)
     folded = Report()
     for trace in done.traces:
         folded.add(trace)
@@ -85,13 +102,15 @@ def came_to(config: RunConfig, gpu: Gpu, done: Rehearsal, began_s: float, notes:
         notes=tuple(notes),
         seconds=time.perf_counter() - began_s,
         whole_run=run,
+        alike=groups,
+        outside_torch_bytes=gpu.context_bytes,
     )
 
 
-def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str]) -> Run:
+def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str], rank: int) -> Run:
     """The run, with what a session would have told of it; losses and times are not known."""
-    where = environment(gpu)
-    run = Run(RunId(gpu.name, 1, 0, where.device), config, where, RunKind.PREDICTED)
+    where = dataclasses.replace(environment(gpu), device=f"cuda:{rank}")
+    run = Run(RunId(gpu.name, 1, rank, where.device), config, where, RunKind.PREDICTED)
     steps, loaded = f"{len(done.steps)} steps predicted", done.traces[0].counted
     told: list[RunEvent] = [
         RunStarted(text="predicted"),

@@ -40,9 +40,9 @@ class PredictionStore:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._disk = gpu, DiskCache(_folder(), LARGEST_BYTES)
 
-    def get(self, config: RunConfig) -> Prediction | None:
+    def get(self, config: RunConfig, rank: int = 0) -> Prediction | None:
         """A prediction; None if nobody has made it."""
-        key = key_of(config, self._gpu)
+        key = key_of(config, self._gpu, rank)
         packed = self._disk.get(key) if key is not None else None
         if key is None or packed is None:
             return None
@@ -52,9 +52,9 @@ class PredictionStore:
             self._disk.drop(key)
             return None
 
-    def put(self, config: RunConfig, packed: bytes) -> None:
+    def put(self, config: RunConfig, packed: bytes, rank: int = 0) -> None:
         """Keep a prediction, as `Prediction.packed` packed it."""
-        key = key_of(config, self._gpu)
+        key = key_of(config, self._gpu, rank)
         if key is not None:
             self._disk.put(key, packed)
 
@@ -68,7 +68,7 @@ def _folder() -> Path | None:
 # --- keys ------------------------------------------------------------------------
 
 
-def key_of(config: RunConfig, gpu: Gpu) -> str | None:
+def key_of(config: RunConfig, gpu: Gpu, rank: int = 0) -> str | None:
     """Everything that decides a prediction, in one text; None: it cannot be told here."""
     pretrained = _config_json(config.model) if config.pretrained else ""
     if pretrained is None:
@@ -78,6 +78,7 @@ def key_of(config: RunConfig, gpu: Gpu) -> str | None:
             "config": json.loads(memory_key(config)),
             "pretrained": pretrained,
             "gpu": dataclasses.asdict(gpu),
+            "rank": rank,
             "libraries": {name: _version(name) for name in LIBRARIES},
             "allocator": [os.environ.get(name, "") for name in ALLOCATOR_SETTINGS],
             "code": _code(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shutil
 import textwrap
+from collections.abc import Sequence
 
 from .. import techniques
 from ..config import RunConfig
@@ -50,6 +51,27 @@ def text(prediction: Prediction) -> str:
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
     return "\n".join([*lines, *filled(list(prediction.notes))])
+
+
+def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
+    """What is to be said of a job's ranks, a sentence each; nothing of a rank alone.
+
+    Args:
+        kinds: A prediction for each group of ranks that hold the same, the fullest first.
+    """
+    first = kinds[0]
+    if first.ranks == 1:
+        return []
+    same = "all hold the same"
+    if len(kinds) > 1:
+        lowest = kinds[-1]
+        same = f"rank 0 is the highest; the lowest is rank {first.alike[-1][-1]} with {_gib(lowest.peak_bytes)}"
+    low, high = first.reserved_band_bytes
+    return [
+        f"This is rank 0 of {first.ranks}; {same}.",
+        f"Outside torch besides, on each GPU: {_gib(first.outside_torch_bytes)}, estimated: CUDA, NCCL.",
+        f"What is reserved differs between ranks that do the same: from {_gib(low)} to {_gib(high)}.",
+    ]
 
 
 def verdict(prediction: Prediction) -> str:

@@ -16,7 +16,7 @@ import gc
 import os
 import warnings
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -66,6 +66,7 @@ class Rehearsal:
         verdict: Whether it goes through in the GPU's memory.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         traced_layers: How many layers were traced to know of all; None: each.
+        rows: First dimensions of the trained parameters, which is how shards are cut.
     """
 
     traces: list[StepTrace]
@@ -82,9 +83,12 @@ class Rehearsal:
     verdict: Verdict
     max_positions: int
     traced_layers: int | None
+    rows: frozenset[int] = frozenset()
 
 
-def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool = False) -> Rehearsal:
+def rehearse(
+    config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool = False, ranks: int = 1, rank: int = 0
+) -> Rehearsal:
     """Load and train over fake tensors.
 
     Args:
@@ -93,6 +97,8 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
         steps: How many to go through, from 2 on.
         every_layer: Trace each layer, also those that are alike. The result is
             the same and takes longer.
+        ranks: Processes of the job.
+        rank: Number of the one that is rehearsed.
 
     Raises:
         UserError: What a run would refuse as well, or an operator of the model
@@ -103,9 +109,11 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
     short, layers = (plan, None) if every_layer else shortened(plan)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
-        return _Rehearsing(config, gpu, short, layers).run()
-    except UnlikeError:
-        return _Rehearsing(config, gpu, plan, None).run()
+        with _job(plan, ranks, rank):
+            try:
+                return _Rehearsing(config, gpu, short, layers).run()
+            except UnlikeError:
+                return _Rehearsing(config, gpu, plan, None).run()
     except UserError:
         raise
     except Exception as error:  # whatever a library says to this model and these settings
@@ -113,6 +121,15 @@ def rehearse(config: RunConfig, gpu: Gpu, steps: int = STEPS, every_layer: bool 
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def _job(plan: Plan, ranks: int, rank: int) -> AbstractContextManager[None]:
+    """A rank of a job, if the run is one; a rank alone needs nothing of what that loads."""
+    if plan.config["parallel"] == "none":
+        return nullcontext()
+    from .fake_ranks import fake_rank
+
+    return fake_rank(plan.recipe.parallelism, ranks, rank)
 
 
 def planned(config: RunConfig) -> Plan:
@@ -194,6 +211,7 @@ class _Rehearsing:
         self.traces: list[StepTrace] = []
         self.steps: list[StepResult] = []
         self.recomputes: list[Recompute] = []
+        self.rows: frozenset[int] = frozenset()
 
     def run(self) -> Rehearsal:
         """Rehearse, and give every block its place."""
@@ -204,6 +222,7 @@ class _Rehearsing:
         try:
             with (
                 cuda_paths(self.gpu, recorder, self.plan.recipe.libraries, self._times),
+                self._rank_paths(recorder, tracer),
                 sets_in_order(self.plan.shell),
                 op_cache().mode,
                 recorder,
@@ -213,7 +232,7 @@ class _Rehearsing:
                 counts = self._train(tracer, recorder)
         finally:
             tracer.release()
-        return rehearsed(
+        done = rehearsed(
             AllocRequests(
                 recorder.rows(),
                 list(zip(recorder.starts, self.traces, strict=True)),
@@ -227,6 +246,14 @@ class _Rehearsing:
             self.layers,
             self.plan.positions,
         )
+        return dataclasses.replace(done, rows=self.rows)
+
+    def _rank_paths(self, recorder: FakeCuda, tracer: Tracer) -> AbstractContextManager[None]:
+        if self.config["parallel"] == "none":
+            return nullcontext()
+        from .fake_ranks import rank_paths
+
+        return rank_paths(recorder, self.layers.repeated if self.layers else iter, tracer.own_held)
 
     def _keep(self, trace: StepTrace) -> None:
         if not trace.is_open:
@@ -251,6 +278,7 @@ class _Rehearsing:
             train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
         names = {parameter: name for name, parameter in workload.model.named_parameters()}
         sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]
+        self.rows = frozenset(p.shape[0] for p in names if p.requires_grad and p.dim())
         managed = sum(
             self._times(names[parameter]) * owners.paged_bytes([state])
             for parameter, state in workload.optimizer.state.items()

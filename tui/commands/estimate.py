@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+import msgspec
+
 from ...engine.config import RunConfig
+from ...engine.prediction import job
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
 from ...engine.prediction.known import predicted
 from ...engine.prediction.libraries_loading import libraries_loading
 from ...engine.prediction.outcome import Prediction
-from ...engine.prediction.prediction_text import cautions, filled
+from ...engine.prediction.prediction_text import cautions, filled, of_ranks
 from ...engine.prediction.search import largest_that_fit
 from ...engine.techniques import describe
 from ..interrupt import answered_by, end
@@ -79,21 +83,24 @@ def main(flags: argparse.Namespace) -> int:
         return _calculator(config, card, flags.json)
     predict = telling(predicted, card)
     prediction = predict(config)
+    kinds = job.each_kind(prediction, lambda rank: predicted(config, card, rank))
     document = prediction.as_document()
+    if prediction.ranks > 1:
+        document["ranks"] = msgspec.to_builtins(job.figures(kinds))
     end_progress()
     say = sys.stdout.write if flags.json != "-" else lambda _: 0
-    say(f"{prediction}\n")
+    say("\n".join([str(prediction), *filled(of_ranks(kinds)), ""]))
     sys.stdout.flush()  # the answer first: Ctrl-C leaves what follows, and takes nothing back
 
     def leave() -> None:
-        _write(flags, prediction, document)
+        _write(flags, kinds, document)
         end()
 
     with answered_by(leave):
         document |= largest_that_fit(prediction, predict)
     end_progress()
     say(_largest(document))
-    _write(flags, prediction, document)
+    _write(flags, kinds, document)
     return 0
 
 
@@ -105,17 +112,17 @@ def _of_script(flags: argparse.Namespace, card: Gpu) -> int:
     prediction = predict(*training_of(flags.script), gpu=card, name=flags.script)
     if flags.json != "-":
         sys.stdout.write(f"{prediction}\n")
-    _write(flags, prediction, prediction.as_document())
+    _write(flags, [prediction], prediction.as_document())
     return 0
 
 
-def _write(flags: argparse.Namespace, prediction: Prediction, document: dict[str, Any]) -> None:
+def _write(flags: argparse.Namespace, kinds: Sequence[Prediction], document: dict[str, Any]) -> None:
     """The files that were asked for; each is tried, whatever becomes of the other."""
     with ExitStack() as results:
         if flags.json:
             results.callback(write_document, document, flags.json)
         if flags.save:
-            results.callback(save_runs, [prediction.run], Path(flags.save))
+            results.callback(save_runs, job.runs(kinds), Path(flags.save))
 
 
 def _largest(document: dict[str, Any]) -> str:

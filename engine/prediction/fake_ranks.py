@@ -1,0 +1,51 @@
+"""A rank of a job on the modelled device: torch's own code where it is Python, by rule where it is not."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+
+from ..parallelism import Parallelism
+from .cuda_patches import replace
+from .fake_cuda import DEVICE, FakeCuda
+from .fake_ddp import FakeDDP, Note, Repeated
+from .fake_fsdp import fsdp_paths
+from .fake_process_group import fake_process_group
+from .fake_streams import fake_streams
+
+
+@contextmanager
+def fake_rank(parallelism: Parallelism, ranks: int, rank: int) -> Iterator[None]:
+    """Be one rank of a job; enter it outside of fake mode, as groups and meshes keep tables of ranks that are read.
+
+    Args:
+        parallelism: Of the run.
+        ranks: Processes of the job; 1: there is no job.
+        rank: Which of them this is.
+    """
+    with fake_process_group(ranks, rank):
+        parallelism.prepare(DEVICE)
+        yield
+
+
+@contextmanager
+def rank_paths(tracker: FakeCuda, repeated: Repeated, note: Note) -> Iterator[None]:
+    """Have what trains on several GPUs do on the modelled device what it does on a GPU.
+
+    Args:
+        tracker: The recorder.
+        repeated: See `Repeated`.
+        note: Told of buffers whose owner is known.
+    """
+
+    def ddp(module: Any, *_: Any, gradient_as_bucket_view: bool = False, **__: Any) -> FakeDDP:
+        return FakeDDP(module, repeated, note, gradient_as_bucket_view)
+
+    with ExitStack() as undo:
+        undo.enter_context(fake_streams(tracker))
+        undo.enter_context(fsdp_paths(tracker))
+        replace(undo, torch.nn.parallel, "DistributedDataParallel", ddp)
+        yield
