@@ -1,0 +1,169 @@
+"""Predictions of a job's ranks: over a fake process group, held against real ranks on a CPU."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from gpumem_tui.engine import techniques
+from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.prediction import job
+from gpumem_tui.engine.prediction.fake_ddp import Piece, buckets
+from gpumem_tui.engine.prediction.gpus import gpu, understand
+from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.rehearsal import rehearse
+from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.run import Run
+from gpumem_tui.profiles import run_fields
+from gpumem_tui.tui.cli import main
+from gpumem_tui.tui.commands import estimate
+
+from .test_layer_extrapolation import assert_same, run_of
+from .viewing import cli
+
+H100 = gpu("H100 80GB")
+PER_RANK = (
+    Category.PARAMETERS,
+    Category.GRADIENTS,
+    Category.OPTIMIZER_STATE,
+    Category.GATHERED,
+    Category.COMMUNICATION,
+)
+
+
+def job_of(ranks: int, model: str = "tiny", **settings: Any) -> RunConfig:
+    named = {name.replace("__", "."): value for name, value in settings.items()}
+    return techniques.configure(
+        run_fields(model), techniques.parse({"batch_size": 2, "seq_len": 16, "parallel.ranks": ranks} | named, "test")
+    )
+
+
+def held_at(run: Run) -> dict[str, dict[str, int]]:
+    """Bytes of what ranks have each their part of: loaded, and as the second step's phases end."""
+    found = {}
+    for trace in run.traces():
+        ledger = Ledger(trace)
+        if trace.step == 0:
+            ours = set(Category) - {Category.WORKSPACE, Category.SLACK}  # of a GPU only
+            found["loaded"] = {Category.PARAMETERS: sum(ledger.end[category] for category in ours)}
+        elif trace.step == 2:
+            ends = {span.phase: ledger.at(span.end - 1) for span in trace.phases if span.phase != Phase.IDLE}
+            found |= {phase.name: ends[phase] for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.ZERO_GRAD)}
+    return {moment: {c.key: sizes.get(c, 0) for c in PER_RANK} for moment, sizes in found.items()}
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"parallel": "fsdp2", "accumulation": 2}, {"parallel": "ddp", "accumulation": 1}],
+    ids=str,
+)
+def test_two_real_ranks_hold_what_was_predicted_to_the_byte(settings: dict[str, Any], home: Path) -> None:
+    """Of gloo's peaks nothing is asked: it lets go of what it sends when it is done, not when CUDA would."""
+    config, file = job_of(2, **settings), home / "job.gpumem"
+    flags = [f"--set={name}={config[name]}" for name in ("parallel", "accumulation")]
+    done = cli("run", "--device=cpu", "--batch-size=2", "--seq-len=16", "--steps=2", "--set=rows=8",
+               "--set=parallel.ranks=2", *flags, "--save", str(file))  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    expected = held_at(predict(config, H100).run)
+    for run in Recording(file).runs():
+        for moment, sizes in held_at(run).items():
+            sizes["optimizer_state"] -= steps_on_the_host(sizes)
+            assert sizes == expected[moment], (run.id.rank, moment)
+
+
+def steps_on_the_host(sizes: dict[str, int]) -> int:
+    """AdamW counts its steps in a tensor of 4 bytes a parameter, which on a GPU's host is no memory of the GPU."""
+    return 4 * 76 if sizes["optimizer_state"] else 0
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "fsdp2", "accumulation": 2},
+        {"parallel": "fsdp2", "dtype": "mixed", "checkpointing": "layers"},
+        {"parallel": "fsdp2", "parallel.shard": "hybrid", "lora": True},
+        {"parallel": "ddp", "parallel.bucket_view": True},
+    ],
+    ids=str,
+)
+def test_all_layers_of_a_rank_follow_from_a_few(settings: dict[str, Any]) -> None:
+    config = run_of("gpt2", **settings, **{"parallel.ranks": 4})
+    few, all_ = (rehearse(config, H100, every_layer=every, ranks=4) for every in (False, True))
+    assert (few.traced_layers, all_.traced_layers) == (6, None)
+    assert_same(few, all_)
+
+
+def test_shards_of_every_rank_make_up_the_model() -> None:
+    """The vocabulary of gpt2 is no multiple of eight: the last rank has fewer rows, and less optimizer state."""
+    config = run_of("gpt2", **{"parallel": "fsdp2", "parallel.ranks": 8})
+    first = predict(config, H100)
+    assert first.alike == ((0, 1, 2, 3, 4, 5, 6), (7,))
+    kinds = job.each_kind(first, lambda rank: predict(config, H100, rank=rank))
+    held = [one.document.after_first_step.by_category["optimizer_state"] for one in kinds]  # type: ignore[union-attr]
+    assert 7 * held[0] + held[1] == 2 * 4 * first.run.events()[1].parameters  # type: ignore[attr-defined]
+    assert [one.rank for one in job.figures(kinds)] == list(range(8))
+    assert [run.id.rank for run in job.runs(kinds)] == [7, 6, 5, 4, 3, 2, 1, 0]
+
+
+def test_a_model_of_70_billion_on_64_ranks_is_known_from_a_few_layers() -> None:
+    fields = run_fields("llama-3.1-8b")
+    layers = {"hidden_size": 8192, "num_hidden_layers": 80, "num_attention_heads": 64, "intermediate_size": 28672}
+    large = type(fields["architecture"])(dict(fields["architecture"].config) | layers, "bfloat16")
+    settings = {"parallel": "fsdp2", "parallel.ranks": 64, "checkpointing": "layers", "batch_size": 1, "seq_len": 1024}
+    config = techniques.configure(fields | {"architecture": large}, settings)
+    done = rehearse(config, H100, ranks=64)
+    assert done.traced_layers == 6
+    loaded = Ledger(done.traces[0]).end
+    assert done.parameters == 70_553_706_496
+    assert loaded[Category.PARAMETERS] == done.parameters * 2 // 64
+
+
+def test_buckets_close_once_they_reach_their_limit() -> None:
+    import torch
+
+    half = [Piece(str(n), 100, torch.float16) for n in range(5)]
+    full = [Piece("w", 100, torch.float32)]
+    made = buckets([*half[:3], *full, *half[3:]], 200, 500)
+    assert [[piece.name for piece in bucket] for bucket in made] == [["0"], ["w"], ["1", "2", "3"], ["4"]]
+
+
+def test_a_job_cannot_be_predicted_within_a_job() -> None:
+    import torch.distributed as dist
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    dist.init_process_group("fake", rank=0, world_size=2, store=FakeStore())
+    try:
+        with pytest.raises(UserError, match="cannot be predicted in a process that is a rank of one"):
+            rehearse(job_of(2, parallel="fsdp2"), H100, ranks=2)
+    finally:
+        dist.destroy_process_group()
+
+
+def test_a_gpu_is_named_with_how_many_there_are() -> None:
+    several = understand("2 x RTX 4090").gpu
+    assert (several.name, several.count) == (gpu("RTX 4090").name, 2)
+    assert understand("8xH100 80GB").gpu.count == 8
+
+
+def test_estimate_tells_of_each_rank(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(estimate, "largest_that_fit", lambda *_: {"max_batch_size": 1, "max_sequence_length": 16})
+    file, target = tmp_path / "job.gpumem", tmp_path / "job.json"
+    code = main(["estimate", "--set", "parallel=fsdp2", "--gpu", "3 x H100", "--batch-size", "1", "--seq-len", "16",
+                 "--json", str(target), "--save", str(file)])  # fmt: skip
+    assert code == 0
+    assert "This is rank 0 of 3; rank 0 is the highest; the lowest is rank 2" in capsys.readouterr().out
+    document = json.loads(target.read_text())
+    assert [one["rank"] for one in document["ranks"]] == [0, 1, 2]
+    peaks = [one["peak"]["allocated_bytes"] for one in document["ranks"]]
+    assert peaks[0] == document["peak"]["allocated_bytes"] > peaks[2]
+    assert all(one["outside_torch_bytes"] > 850 << 20 for one in document["ranks"])
+    low, high = document["reserved_band_bytes"]
+    assert document["peak"]["allocated_bytes"] <= low <= document["reserved_bytes"] <= high
+    assert [run.id.rank for run in Recording(file).runs()] == [2, 1, 0]
