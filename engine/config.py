@@ -184,6 +184,8 @@ WORKLOAD_OPTIONS: tuple[Option, ...] = (
     Option("task", AUTO, "what the model is for; auto: what its architectures say", (AUTO, *TASKS)),
     Option("image_size", 0, "pixels of an image's side, 0: as the model was made for", (), False, 0, 16384),
     Option("target_len", 0, "tokens in one row of what a decoder is to say, 0: as seq_len", (), False, 0, 1 << 20),
+    Option("workload", "train", "what is done with the model", ("train", "generate")),
+    Option("new_tokens", 128, "tokens generated after each row, for workload=generate", (), False, 1, 1 << 20),
     Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30, affects_memory=False),
     Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40, affects_memory=False),
     Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0, affects_memory=False),
@@ -299,6 +301,8 @@ class RunConfig:
         task: What the model is for: one of `tasks.TASKS`, or `auto`.
         image_size: Pixels of an image's side; 0: as the model was made for.
         target_len: Tokens per row of what an encoder-decoder is to say; 0: as `seq_len`.
+        workload: `train`, or `generate`: a row is a prompt, and a step one more token after each.
+        new_tokens: Generated after each row.
         batch_size: Rows per micro-batch.
         seq_len: Tokens per row.
         rows: Rows in the data set; it repeats.
@@ -321,6 +325,8 @@ class RunConfig:
     task: str = AUTO
     image_size: int = 0
     target_len: int = 0
+    workload: str = "train"
+    new_tokens: int = 128
     batch_size: int = 8
     seq_len: int = 256
     rows: int = 64
@@ -361,6 +367,11 @@ class RunConfig:
     def flag(self, name: str) -> bool:
         """An on/off option's value."""
         return bool(self[name])
+
+    @property
+    def generates(self) -> bool:
+        """True if the model is used and not trained."""
+        return self.workload == "generate"
 
     def with_(self, changes: Mapping[str, Value]) -> Self:
         """A copy with some workload settings or technique options changed.

@@ -369,7 +369,13 @@ class Session(Published):
 
         with loaded(plan, tracer, self._leave_if_asked) as workload:
             self._publisher.loaded(workload.parameters, workload.trainable_parameters, time.perf_counter() - began)
-            train(config, workload, tracer, self._publisher.wants, self._between, on_step)
+            told = self._publisher.wants, self._between, on_step
+            if config.generates:
+                from .generate import generate
+
+                generate(config, workload, tracer, *told)
+            else:
+                train(config, workload, tracer, *told)
 
     def _between(self) -> None:
         """Before every micro-batch: hold while paused, leave when asked to."""

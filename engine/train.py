@@ -142,7 +142,7 @@ def train(
                 with tracer.phase(Phase.DATA, micro_batch):
                     held.batch = workload.batches.next()
                     tracer.own_batch(held.batch)
-                with tracer.phase(Phase.FORWARD, micro_batch), _autocast(workload):
+                with tracer.phase(Phase.FORWARD, micro_batch), autocast(workload):
                     held.outputs = call(**held.batch)
                     loss = held.outputs.loss / recipe.accumulation
                     tracer.own_outputs(held.outputs, loss)
@@ -175,6 +175,7 @@ def _timed(call: Callable[[], None]) -> float:
     return time.perf_counter() - began
 
 
-def _autocast(workload: Workload) -> Any:
+def autocast(workload: Workload) -> Any:
+    """The context of a forward pass."""
     dtype = workload.recipe.autocast
     return torch.autocast(workload.device.type, dtype) if dtype is not None else nullcontext()

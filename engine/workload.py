@@ -166,6 +166,8 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     for technique in registry().values():
         if problem := technique.unsuitable(config, shell):
             raise UserError(problem)
+    if config.generates:
+        _only_use(config, task, recipe)
     with _of_the_model(config):
         wanted = task.rows(config, architecture)
     _refuse_too_long(config, shell, architecture, wanted)
@@ -179,6 +181,20 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     tokens = wanted[task.tokens].elements if task.tokens else None
     batches = Batches(rows, tokens, config.batch_size, device)
     return Plan(config, task, architecture, shell, recipe, batches, device, shapes_only)
+
+
+def _only_use(config: RunConfig, task: Task, recipe: Recipe) -> None:
+    """Have a recipe for training leave out what only training needs.
+
+    Raises:
+        UserError: This model, or what is set, does not generate.
+    """
+    if task.name != "causal-lm":
+        raise UserError(f"{config.model}: workload=generate is for causal language models, and this is of {task.name}")
+    for name, plain in (("loss", "full"), ("parallel", "none")):
+        if config[name] != plain:
+            raise UserError(f"workload=generate is without {name}={config[name]}: set {name}={plain}")
+    recipe.trains_all = recipe.loss_scaling = False
 
 
 def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Workload:
@@ -197,10 +213,14 @@ def build(plan: Plan, reading: Callable[[str], None] = lambda _: None) -> Worklo
     reading("")
     for transform in plan.recipe.transforms:
         model = transform(model)
-    model.train()
+    model.train(not plan.config.generates)
+    if plan.config.generates:
+        model.requires_grad_(False)
 
     def make() -> torch.optim.Optimizer:
         trainable = [p for p in model.parameters() if p.requires_grad]
+        if plan.config.generates:
+            return torch.optim.SGD([torch.nn.Parameter(torch.empty(0))])
         return plan.recipe.make_optimizer(trainable, plan.config.learning_rate)
 
     call, optimizer = plan.recipe.parallelism.wrap(model, plan.device, make)

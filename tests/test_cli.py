@@ -212,13 +212,13 @@ def test_without_a_temporary_folder_nothing_is_started(
 @pytest.mark.parametrize(
     ("written", "complaint"),
     [
-        ('{"model_type": "vit"}', "vit is no causal language model"),
+        ('{"model_type": "clap"}', "clap is of no task that is known here"),
         ('{"model_type": "gpt2", "n_layer": "two"}', "n_layer"),
         ('{"model_type": "gpt2", "n_embd": 7, "n_head": 2}', "must be divisible"),
         ('{"model_type": "none"}', "none"), ("{", "JSON"), ("[]", ""), ("[" * 5000, ""),
     ],
 )  # fmt: skip
-def test_a_folder_that_holds_no_language_model_is_one_line(
+def test_a_folder_that_holds_no_model_of_a_known_task_is_one_line(
     tmp_path: Path, written: str, complaint: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     (tmp_path / "config.json").write_text(written)

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from .. import techniques
 from ..config import RunConfig
 from ..events import CATEGORIES, Category
+from ..ledger import Ledger
 from ..techniques import describe
 from .outcome import EXPANDABLE, Prediction, Verdict
 
@@ -50,7 +51,7 @@ def text(prediction: Prediction) -> str:
     lines += filled([verdict(prediction), *_unsure(prediction), *cautions(prediction.config)])
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
-    return "\n".join([*lines, *filled(list(prediction.notes))])
+    return "\n".join([*lines, *_growth(prediction), *filled(list(prediction.notes))])
 
 
 def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
@@ -96,12 +97,26 @@ def verdict(prediction: Prediction) -> str:
     return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
 
 
+def _growth(prediction: Prediction) -> list[str]:
+    """How the KV cache grows with what is generated."""
+    config = prediction.config
+    if not config.generates:
+        return []
+    lines = ["", f"{'tokens in a row':<18}{'KV cache MiB':>14}{'peak MiB':>14}"]
+    for trace in prediction.run.traces():
+        if trace.step:
+            ledger, length = Ledger(trace), config.seq_len + trace.step - 1
+            held = ledger.end.get(Category.KV_CACHE, 0)
+            lines.append(f"{length:<18}{held / MIB:>14.1f}{ledger.peak.bytes / MIB:>14.1f}")
+    return lines
+
+
 def _unsure(prediction: Prediction) -> list[str]:
     if not prediction.unsure_bytes:
         return []
     size = f"{prediction.unsure_bytes / MIB:.1f} MiB"
     return [
-        f"cuDNN's workspaces depend on its version: up to {size} above the peak, part of the bound and of no figure."
+        f"Workspaces of cuDNN and cuFFT depend on their versions: up to {size} more at the peak, in the bound alone."
     ]
 
 

@@ -104,7 +104,7 @@ def rehearse(
         UserError: What a run would refuse as well, or an operator of the model
             has no shape without data.
     """
-    config = dataclasses.replace(config, steps=steps)
+    config = dataclasses.replace(config, steps=config.new_tokens if config.generates else steps)
     plan = planned(config)
     short, layers = (plan, None) if every_layer else shortened(plan)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
@@ -139,6 +139,13 @@ def planned(config: RunConfig) -> Plan:
     if bitsandbytes_cuda.PACKAGE in plan.recipe.libraries:
         bitsandbytes_cuda.refuse_unknown()
     return plan
+
+
+def told_tokens(count: int) -> list[int]:
+    """Of so many tokens, those that are gone through: between them the cache grows by as much with each."""
+    return sorted(
+        {1, 2, *(max(1, count * part // 4) for part in range(1, 4)), max(1, count - 1), count} & {*range(1, count + 1)}
+    )
 
 
 class Counts(NamedTuple):
@@ -176,8 +183,10 @@ def rehearsed(
     if layers is not None:
         requests = extrapolate(requests, layers)
     played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
-    possible = max(int(played.allocated.max()), played.possible_peak_bytes)
-    verdict, expandable = _verdict(requests, int(played.allocated.max()), possible, reserved, gpu)
+    inside = (played.allocated[start : start + len(trace.events)] for start, trace in requests.traces)
+    peak = max(int(allocated.max()) for allocated in inside if len(allocated))
+    possible = max(peak, played.possible_peak_bytes)
+    verdict, expandable = _verdict(requests, peak, possible, reserved, gpu)
     return Rehearsal(
         traces=played.traces,
         steps=[_counted(step, n, requests, played) for n, step in enumerate(steps, 1)],
@@ -275,7 +284,13 @@ class _Rehearsing:
         with warnings.catch_warnings(), ExitStack() as undo:
             warnings.simplefilter("ignore")  # what kernels say about speed and fake tensors concerns nobody here
             workload = undo.enter_context(loaded(self.plan, tracer))
-            train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
+            if self.config.generates:
+                from ..generate import generate
+
+                told = told_tokens(self.config.steps)
+                generate(self.config, workload, tracer, lambda _: True, lambda: None, on_step, told)
+            else:
+                train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
         names = {parameter: name for name, parameter in workload.model.named_parameters()}
         sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]
         self.rows = frozenset(p.shape[0] for p in names if p.requires_grad and p.dim())

@@ -20,7 +20,8 @@ def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Pr
         predicted: Predicts other ones on the same GPU.
 
     Returns:
-        `max_batch_size` and, where rows are tokens, `max_sequence_length`; 0: not even the smallest.
+        `max_batch_size` and, where rows are tokens, `max_sequence_length`, of what is generated
+        `max_new_tokens`; 0: not even the smallest.
     """
     config = prediction.config
 
@@ -34,7 +35,10 @@ def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Pr
         return found if found >= smallest else 0
 
     found = {"max_batch_size": search("batch_size", 1, 65_536)}
-    if prediction.document.steps[0].tokens is not None:
+    if config.generates:
+        longest = prediction.max_positions - config.seq_len if prediction.max_positions else 1 << 20
+        found["max_new_tokens"] = search("new_tokens", 1, max(1, longest))
+    elif prediction.document.steps[0].tokens is not None:
         found["max_sequence_length"] = search("seq_len", 2, prediction.max_positions or 1 << 20)
     return found
 

@@ -43,7 +43,15 @@ TECHNIQUE = Technique(
     source="https://huggingface.co/docs/transformers/kv_cache",
     cost="none: nobody reads it while training",
     order=30,
-    options=(Option("kv_cache", True, "use_cache of the model's configuration", (True, False)),),
+    options=(
+        Option("kv_cache", True, "use_cache of the model's configuration", (True, False)),
+        Option(
+            "kv_cache.kind",
+            "dynamic",
+            "while text is generated; static: as long as it will be; quantized: in 4 bit, the last 128 tokens not",
+            ("dynamic", "static", "quantized"),
+        ),
+    ),
     in_script="model.config.use_cache",
     acts_on=(Category.KV_CACHE,),
     variants=({"kv_cache": False},),

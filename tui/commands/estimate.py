@@ -42,6 +42,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     add_gpu_flag(parser)
     parser.add_argument("--json", metavar="FILE", help="write the prediction as JSON; - for standard output")
     parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording of it, to open, compare and export")
+    about = "of generating N tokens after each row of --seq-len, instead of training"
+    parser.add_argument("--generate", metavar="N", help=about)
     about = "a loop of your own: FUNCTION returns a gpumem_tui.predict.Training(model, optimizer, batch, step)"
     parser.add_argument("--script", metavar="FILE:FUNCTION", help=about)
     parser.add_argument("--table", action="store_true", help="weights, inference and training by data type")
@@ -74,6 +76,8 @@ def chosen_gpu(name: str | None) -> Gpu:
 
 def main(flags: argparse.Namespace) -> int:
     """Predict; 0 also if it does not fit."""
+    if flags.generate is not None:
+        flags.settings += ["workload=generate", f"new_tokens={flags.generate}"]
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
@@ -127,8 +131,9 @@ def _write(flags: argparse.Namespace, kinds: Sequence[Prediction], document: dic
 
 def _largest(document: dict[str, Any]) -> str:
     said = [f"Largest batch size that fits: {document['max_batch_size'] or 'none'}"]
-    if "max_sequence_length" in document:
-        said.append(f"largest sequence length at this batch size: {document['max_sequence_length'] or 'none'}")
+    for name, title in (("max_sequence_length", "sequence length"), ("max_new_tokens", "number of new tokens")):
+        if name in document:
+            said.append(f"largest {title} at this batch size: {document[name] or 'none'}")
     return "; ".join(said) + ".\n"
 
 

@@ -17,7 +17,7 @@ from ...engine.metrics import published
 from ...engine.session import Session
 from ...engine.techniques import describe
 from ..standard_streams import complain
-from ..units import GIB, MIB, Unit
+from ..units import GIB, MIB, UNKNOWN, Unit
 from . import predicted_vs_measured
 from .common import (
     FAILED,
@@ -28,6 +28,7 @@ from .common import (
     refuse_unwritable,
     reported_run,
     save_runs,
+    typed_settings,
     write_document,
 )
 from .job_run import job_of, reported_job
@@ -49,7 +50,9 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Run; 0 if it finished."""
-    config = dataclasses.replace(config_from(flags, {"steps": DEFAULT_STEPS}), trace="every")
+    typed = typed_settings(flags)
+    steps = typed.get("new_tokens", 128) if typed.get("workload") == "generate" else DEFAULT_STEPS
+    config = dataclasses.replace(config_from(flags, {"steps": steps}), trace="every")
     if not config.steps:
         raise UserError("--steps 0: a run without the app needs an end; give it a number of steps from 1")
     if flags.predict is not None:
@@ -128,8 +131,9 @@ def table(document: dict[str, Any]) -> str:
         lines.append(f"{len(document['recomputes'])} segments were recomputed, {total:.1f} ms in all.")
     lines += ["", f"{'step':>6}{'loss':>12}{'ms':>10}{'after step':>14}{'peak':>10}{'reserved':>12}"]
     for step in document["steps"]:
+        loss = UNKNOWN if step["loss"] is None else f"{step['loss']:.4f}"
         lines.append(
-            f"{step['step']:>6}{step['loss']:>12.4f}{step['seconds'] * 1e3:>10.1f}"
+            f"{step['step']:>6}{loss:>12}{step['seconds'] * 1e3:>10.1f}"
             f"{show(step['allocated_bytes']):>14}{show(step['peak_bytes']):>10}{show(step['reserved_bytes']):>12}"
         )
     lines.append(f"\n{document['leaked_bytes']} bytes leaked, at most {document['unknown_bytes_max']} bytes unknown")
