@@ -108,7 +108,7 @@ class Nvml:
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._device = device
+        self.device = device
         self._handle: Any = None
         self.driver: str | None = None
         try:
@@ -127,7 +127,7 @@ class Nvml:
         if self._handle is not None:
             with suppress(self._nvml.NVMLError):
                 return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
-        free, total = torch.cuda.mem_get_info(self._device)
+        free, total = torch.cuda.mem_get_info(self.device)
         return int(total - free)
 
     def process_bytes(self) -> int | None:

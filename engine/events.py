@@ -297,8 +297,10 @@ class Gauge:
         phase: What the loop is doing now.
         step: Step under way.
         context_bytes: CUDA context and libraries: this process's bytes beyond
-            torch's, measured when a run began and again when its first steps
-            had loaded their kernels.
+            torch's and NCCL's, measured when a run began and again when its first
+            steps had loaded their kernels.
+        nccl_bytes: NCCL's communicators and buffers, taken then too: by its own count or by NVML
+            around its first use; None: there is no NCCL, or it was there before us.
         pinned_bytes: Of the host's memory, page-locked by torch: what was offloaded, and cached for it.
         cache: The caching allocator as it was when the last traced step was at its peak.
     """
@@ -313,6 +315,7 @@ class Gauge:
     phase: Phase = Phase.IDLE
     step: Whole = 0
     context_bytes: Whole | None = None
+    nccl_bytes: Whole | None = None
     pinned_bytes: Whole = 0
     cache: CacheState | None = None
 
@@ -344,7 +347,7 @@ class Gauge:
         """Bytes the process holds now beyond torch's and beyond the context as it was measured."""
         if self.beyond_torch_bytes is None or self.context_bytes is None:
             return None
-        return self.beyond_torch_bytes - self.context_bytes
+        return self.beyond_torch_bytes - self.context_bytes - (self.nccl_bytes or 0)
 
     @property
     def others_bytes(self) -> int | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 import psutil
 
+from . import nccl
 from .events import Gauge, Phase
 
 if TYPE_CHECKING:
@@ -29,6 +30,7 @@ class Meter:
     def __init__(self, nvml: Nvml | None, total_bytes: int) -> None:
         self._nvml, self._total_bytes = nvml, total_bytes
         self._context_bytes: int | None = None
+        self._nccl_bytes: int | None = None
         self._host: tuple[int | None, int] = (None, 0)
         self._limit_bytes = 0
 
@@ -59,18 +61,21 @@ class Meter:
             phase=tracer.phase_now if tracer else Phase.IDLE,
             step=tracer.step_now if tracer else 0,
             context_bytes=self._context_bytes,
+            nccl_bytes=self._nccl_bytes,
             cache=recorder.cache if recorder else None,
             pinned_bytes=_pinned_bytes() if self._nvml is not None else 0,
         )
 
     def measure_context(self, recorder: Recorder) -> bool:
-        """Take what this process holds on the device beyond torch's bytes for its context and libraries.
+        """Take what this process holds on the device beyond torch's and NCCL's bytes for its context and libraries.
 
         Returns:
             Whether NVML could tell; True where there is nothing to tell.
         """
         if self._nvml is not None:
-            self._context_bytes = self.read(0.0, recorder, None, 0).beyond_torch_bytes
+            self._nccl_bytes = nccl.memory.held_bytes(self._nvml.device)
+            beyond = self.read(0.0, recorder, None, 0).beyond_torch_bytes
+            self._context_bytes = None if beyond is None else max(0, beyond - (self._nccl_bytes or 0))
         return self._nvml is None or self._context_bytes is not None
 
     def _process_and_used(self) -> tuple[int | None, int]:

@@ -56,12 +56,14 @@ class Peers:
         import torch
         import torch.distributed as dist
 
+        from . import nccl
         from .parallelism.group import join
 
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))))
         if device.type == "cuda":
             torch.cuda.set_device(device)
+            nccl.observe()
         join(device)
         self._group = dist.new_group(backend="gloo", timeout=WAITS_FOR)
         self._word = torch.zeros((), dtype=torch.int64)

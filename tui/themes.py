@@ -46,7 +46,7 @@ DARK = Theme(
     "dark",
     ("#000000", "#2b2b2b"),
     category_colours.DARK,
-    {"c": "#6f7780", "x": "#a0a0a0", "o": "#5f5f5f", "m": "#b48ead", "h": "#8fbcbb", "u": "#d08770"},
+    {"c": "#6f7780", "x": "#a0a0a0", "n": "#a3be8c", "o": "#5f5f5f", "m": "#b48ead", "h": "#8fbcbb", "u": "#d08770"},
     dim="#a3a3a3", good="#7fd88f", busy="#f0c040", bad="#ff8f85", accent="#6cc8f0",
 )  # fmt: skip
 
@@ -54,7 +54,7 @@ LIGHT = Theme(
     "light",
     ("#f2eee2", "#ffffff"),
     category_colours.LIGHT,
-    {"c": "#a8b0b8", "x": "#8a8a8a", "o": "#c4c4c4", "m": "#8f5f88", "h": "#3f7f7c", "u": "#a8552f"},
+    {"c": "#a8b0b8", "x": "#8a8a8a", "n": "#5b7f2b", "o": "#c4c4c4", "m": "#8f5f88", "h": "#3f7f7c", "u": "#a8552f"},
     dim="#5f5f5f", good="#1d6b2f", busy="#7a5200", bad="#b3261e", accent="#00608f",
 )  # fmt: skip
 
@@ -65,7 +65,7 @@ ANSI = Theme(
         "blue", "bright_blue", "yellow", "magenta", "bright_black", "green", "bright_yellow", "cyan",
         "red", "bright_green", "bright_magenta", "bright_white", "bright_cyan", "white", "black", "bright_red",
     ),
-    {"c": "bright_black", "x": "white", "o": "bright_black", "m": "magenta", "h": "cyan", "u": "red"},
+    {"c": "bright_black", "x": "white", "n": "green", "o": "bright_black", "m": "magenta", "h": "cyan", "u": "red"},
 )  # fmt: skip
 
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}

@@ -43,6 +43,7 @@ class NowFigures(Composition, frozen=True):
         pinned_bytes: Pinned memory of the host.
         process_bytes: On the device by this process.
         context_bytes: CUDA context and libraries.
+        nccl_bytes: NCCL's communicators and buffers.
         others_bytes: On the device by other processes.
         device_used_bytes: On the device by everybody.
         device_total_bytes: Capacity.
@@ -54,6 +55,7 @@ class NowFigures(Composition, frozen=True):
     pinned_bytes: int | None
     process_bytes: int | None
     context_bytes: int | None
+    nccl_bytes: int | None
     others_bytes: int | None
     device_used_bytes: int | None
     device_total_bytes: int
@@ -220,6 +222,7 @@ def _now(exported: ExportedRun) -> NowFigures:
         pinned_bytes=gauge.pinned_bytes if gauge else None,
         process_bytes=gauge.process_bytes if gauge else None,
         context_bytes=gauge.context_bytes if gauge else None,
+        nccl_bytes=gauge.nccl_bytes if gauge else None,
         others_bytes=gauge.others_bytes if gauge else None,
         device_used_bytes=gauge.device_used_bytes if gauge else None,
         device_total_bytes=exported.run.environment.device_total_bytes,

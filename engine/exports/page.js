@@ -119,7 +119,7 @@
     const whole = now.device_total_bytes;
     if (!whole) return "";
     const cached = Math.max(0, (now.reserved_bytes ?? 0) - peak.allocated_bytes);
-    const outside = (now.context_bytes ?? 0) + (now.others_bytes ?? 0);
+    const outside = (now.context_bytes ?? 0) + (now.nccl_bytes ?? 0) + (now.others_bytes ?? 0);
     const bar = track(peak.by_category, whole, "device");
     bar.append(el("i", { class: "cached", title: `cached ${fullText(cached)}`, style: { width: share(cached, whole) } }),
       el("i", { class: "outside", title: `outside torch ${fullText(outside)}`, style: { width: share(outside, whole) } }));

@@ -77,6 +77,7 @@ def report_of(
         limit_bytes=refused.limit_bytes,
         outside_torch_bytes=refused.outside_bytes,
         context_bytes=context,
+        nccl_bytes=gauge.nccl_bytes,
         others_bytes=others,
         expandable_segments=refused.expandable_segments,
         growth_bytes=rise.bytes if rise is not None else 0,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any, Generic, TypeVar
 
-Listener = TypeVar("Listener", bound=Callable[..., Any])
+Listener = TypeVar("Listener")
 
 
 class WrappedFunctions(Generic[Listener]):
@@ -39,7 +39,8 @@ class WrappedFunctions(Generic[Listener]):
         try:
             yield
         finally:
-            self.listeners = tuple(other for other in self.listeners if other is not listener)
+            place = self.listeners.index(listener)
+            self.listeners = (*self.listeners[:place], *self.listeners[place + 1 :])
             if not self.listeners:
                 self._undo.close()
 

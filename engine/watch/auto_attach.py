@@ -12,22 +12,33 @@ import importlib.machinery
 import importlib.util
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType
 from typing import Any
 
+from .. import nccl
+
 OPTIMIZERS = "torch.optim.optimizer"
+PARALLEL = "torch.nn.parallel.distributed"
 DEEPSPEED = "deepspeed.runtime.engine"
 
 
 class _Waiting:
-    """Finds `torch.optim.optimizer` like anybody, and looks in when it has been loaded."""
+    """Finds a module like anybody, and looks in when it has been loaded.
+
+    Args:
+        name: Of the module.
+        then: Is given it.
+    """
+
+    def __init__(self, name: str, then: Callable[[ModuleType], None]) -> None:
+        self._name, self._then = name, then
 
     def find_spec(
         self, name: str, path: Sequence[str] | None = None, target: ModuleType | None = None
     ) -> importlib.machinery.ModuleSpec | None:
         """Only that one, and only once."""
-        if name != OPTIMIZERS:
+        if name != self._name:
             return None
         sys.meta_path.remove(self)
         spec = importlib.util.find_spec(name)
@@ -38,15 +49,15 @@ class _Waiting:
 
         def exec_module(module: ModuleType) -> None:
             run(module)
-            note_optimizers(module)
+            self._then(module)
 
         loader.exec_module = exec_module  # type: ignore[method-assign]
         return spec
 
 
 def wait_for_torch() -> None:
-    """Look for optimizers as soon as torch is imported, if it ever is."""
-    sys.meta_path.insert(0, _Waiting())
+    """Look for optimizers, and for NCCL, as soon as torch is imported, if it ever is."""
+    sys.meta_path[:0] = [_Waiting(OPTIMIZERS, note_optimizers), _Waiting(PARALLEL, lambda _: nccl.observe())]
 
 
 def note_optimizers(module: Any) -> None:

@@ -17,6 +17,7 @@ from typing import Any, Self
 
 import torch
 
+from .. import nccl
 from ..config import MEMORY_LIMIT_VARIABLE, parse_bytes
 from ..events import Recompute
 from ..forks import in_child
@@ -165,6 +166,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         for optimizer in self._optimizers:
             begins, ends = guard(loop.optimizer_begins), guard(loop.optimizer_ends)
             undo.enter_context(zero.steps_hooked(optimizer, begins, ends))
+        undo.enter_context(nccl.observed())
         undo.enter_context(observed_checkpoints(self._model))
         undo.enter_context(our_frames_hidden())
 

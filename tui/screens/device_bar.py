@@ -40,6 +40,8 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
     if on_gpu:
         found.append(Share("c", "cached", None if reserved is None else max(0, reserved - allocated)))
         found.append(Share("x", "context", gauge.context_bytes))
+        if gauge.nccl_bytes is not None:
+            found.append(Share("n", "NCCL", gauge.nccl_bytes))
         if (gauge.unaccounted_bytes or 0) >= SHOWN_FROM_BYTES:
             found.append(Share("u", "unaccounted", gauge.unaccounted_bytes))
         if gauge.managed_bytes:

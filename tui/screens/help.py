@@ -17,9 +17,10 @@ from .page import Page, Topic
 OUTSIDE = (
     ("c", "cached", "Reserved by the caching allocator and not allocated: free for this process only."),
     ("x", "context", "GPU: CUDA context and libraries. CPU: the process without its counted tensors."),
+    ("n", "NCCL", "Communicators and buffers between ranks."),
     ("m", "managed", "CUDA managed memory of paged optimizers."),
     ("h", "on host", "Pinned memory of the host: what was offloaded. Not in the bar."),
-    ("u", "unaccounted", "This process beyond torch and the context as measured."),
+    ("u", "unaccounted", "This process beyond torch, NCCL and the context as measured."),
     ("o", "others", "Other processes on the device."),
 )
 
