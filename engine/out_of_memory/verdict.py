@@ -58,7 +58,7 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
         little = f"{said}, in pieces too small, and for {size_text(asked)} torch takes {size_text(needed)} at once"
     room = around.total_bytes - around.outside_bytes
     room = room if refused.limit_bytes is None else min(room, refused.limit_bytes)
-    if needed > room + around.somebody_elses_bytes:
+    if asked > room + around.somebody_elses_bytes:
         text = f"{size_text(asked)} at once are more than the {size_text(room)} that torch could have were it empty"
         return Verdict.TOO_BIG, text
     whole = next((pool for pool in elsewhere if pool.largest_free_block_bytes >= asked), None)
@@ -70,7 +70,7 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
             f"in one piece for {where}; for this one {said}"
         )
         return Verdict.STRANDED, text
-    if cached + free >= needed:
+    if cached + free >= needed and asked > SMALL_BYTES:  # of less than a segment there are always pieces
         text = f"{said}, together enough for the {size_text(asked)}, but the largest piece is {size_text(largest)}"
         return Verdict.FRAGMENTED, text
     return _full(needed - free, little, around)
