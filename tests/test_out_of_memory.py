@@ -8,6 +8,7 @@ import re
 import subprocess
 import sys
 import weakref
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,7 @@ from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemo
 from gpumem_tui.engine.out_of_memory.verdict import Circumstances, judge
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator
 from gpumem_tui.engine.prediction.expandable import expandable_reserved_bytes
+from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import MemoryLeak, OutOfMemory, RunEnded, RunEvent, from_plain, to_plain
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
@@ -333,6 +335,81 @@ def test_the_error_is_the_scripts_and_holds_nothing_of_ours() -> None:
     del model, optimizer
     gc.collect()
     assert dies() is None, "watching keeps nothing alive"
+
+
+# --- on a GPU -----------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpu_engine() -> Iterator[Engine]:
+    made = Engine("cuda")
+    yield made
+    made.session.close()
+
+
+def outside_bytes() -> int:
+    torch.cuda.empty_cache()
+    free, total = torch.cuda.mem_get_info()
+    return total - free - torch.cuda.memory_reserved()
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("settings", [{}, {"checkpointing": "layers"}, {"lora": "on"}, {"accumulation": 2}])
+def test_a_gpu_tells_every_byte_of_the_instant_it_refuses(gpu_engine: Engine, settings: dict[str, Any]) -> None:
+    big = {"batch_size": 64, "seq_len": 512, "rows": 64} | settings
+    first = gpu_engine.run_events(small_run(**big))
+    assert not any(isinstance(event, OutOfMemory) for event in first)
+    peak = int(Ledger(gpu_engine.traces[1]).total.max())
+    limit = outside_bytes() + int(0.6 * peak)
+    events = gpu_engine.run_events(replace(small_run(**big), memory_limit_bytes=limit))
+    report = report_in(events)
+    assert sum(report.by_category.values()) == report.allocated_bytes
+    assert "unknown" not in report.by_category
+    assert report.limit_bytes is not None and abs(report.limit_bytes - 0.6 * peak) < 64 * MIB
+    assert report.total_bytes == limit and report.allocated_bytes + report.cached_bytes <= report.limit_bytes
+    assert report.module and report.step == 1
+    assert next(e for e in events if isinstance(e, RunEnded)).leaked_bytes == 0
+    assert not observer._listeners, "nobody listens when no run is traced"
+
+
+@pytest.mark.gpu
+def test_a_step_that_is_not_traced_is_told_by_the_snapshot(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RunPublisher, "wants", lambda self, step: step <= 2)
+    model, optimizer = net()
+    model.cuda()
+    kept = []
+    limit = f"{outside_bytes() + 400 * MIB}B"
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit=limit) as watching:
+        for step in range(8):
+            rows = torch.ones(4096 if step < 5 else 200_000, 256, device="cuda")
+            kept.append(model(rows).sum())
+            kept[-1].backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    (report,) = reports_of(watching)
+    assert report.step == 6 and not report.traced
+    assert sum(report.by_category.values()) == report.allocated_bytes
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    assert report.by_category["parameters"] == weights
+    assert report.by_category["optimizer_state"] >= 2 * weights
+
+
+@pytest.mark.gpu
+def test_what_another_stream_has_cached_is_stranded() -> None:
+    model, optimizer = net()
+    model.cuda()
+    limit = f"{outside_bytes() + 200 * MIB}B"
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit=limit) as watching:
+        model(torch.ones(64, 256, device="cuda")).sum().backward()
+        optimizer.step()
+        with torch.cuda.stream(torch.cuda.Stream()):
+            large = torch.empty(150 * MIB, dtype=torch.uint8, device="cuda")
+            del large
+            small = torch.empty(8 * MIB, dtype=torch.uint8, device="cuda")
+        torch.empty(120 * MIB, dtype=torch.uint8, device="cuda")
+    (report,) = reports_of(watching)
+    assert report.verdict is Verdict.STRANDED, report.reason
+    assert small.nbytes == 8 * MIB
 
 
 # --- the commands -------------------------------------------------------------------------------

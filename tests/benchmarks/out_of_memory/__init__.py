@@ -1,6 +1,6 @@
 """Out of memory, induced in many ways: is the report there, is it exact, is it right, and does its fix fit?
 
-    python -m tests.benchmarks.out_of_memory [--json FILE] [--quick] [--only TEXT]
+    python -m tests.benchmarks.out_of_memory [--json FILE] [--quick] [--without-fixes] [--only TEXT]
 
 Runs of our own under a memory limit that is aimed at a moment of theirs, and
 watched scripts that leak, fragment, strand and ask for too much. On a GPU

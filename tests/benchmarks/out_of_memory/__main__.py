@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 
@@ -87,7 +88,8 @@ def measured() -> None:
         told(self, *arguments)
         CLOCK["told"] = time.monotonic()
 
-    Tracer._refused, RunPublisher.out_of_memory = note_refused, note_told  # type: ignore[method-assign]
+    mock.patch.object(Tracer, "_refused", note_refused).start()
+    mock.patch.object(RunPublisher, "out_of_memory", note_told).start()
 
 
 @contextlib.contextmanager
@@ -181,8 +183,15 @@ def script_died(watched: scripts.Watched, device: torch.device, row: Row) -> Non
 # --- the whole ------------------------------------------------------------------------
 
 
-def all_rows(device: torch.device, quick: bool, only: str) -> list[Row]:
-    """Every case, one after the other."""
+def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[Row]:
+    """Every case, one after the other.
+
+    Args:
+        device: Where.
+        quick: Every fourth only.
+        fixes: Whether those of the runs are looked for and tried.
+        only: Cases with this in their names.
+    """
     on_gpu = device.type == "cuda"
     bench = runs.Bench(str(device))
     rows: list[Row] = []
@@ -195,7 +204,7 @@ def all_rows(device: torch.device, quick: bool, only: str) -> list[Row]:
             row = Row(case.name, case.expected.value)
             rows.append(row)
             path = died(bench, case, row, folder)
-            if path is not None and not quick:
+            if path is not None and fixes:
                 jobs.append((bench.limited(case), row, pool.submit(find, path)))
             show_row(row)
         if on_gpu and not only:
@@ -248,13 +257,14 @@ def main(arguments: list[str] | None = None) -> int:
     """Print the table; 0 if the goals hold."""
     flags = argparse.ArgumentParser("tests.benchmarks.out_of_memory", description=about)
     flags.add_argument("--json", metavar="FILE", help="write the rows as JSON")
-    flags.add_argument("--quick", action="store_true", help="every fourth case, without trying fixes")
+    flags.add_argument("--quick", action="store_true", help="every fourth case")
+    flags.add_argument("--without-fixes", action="store_true", help="look for none, which takes most of the time")
     flags.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name")
     given = flags.parse_args(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     measured()
     began = time.monotonic()
-    rows = all_rows(device, given.quick, given.only)
+    rows = all_rows(device, given.quick, not given.without_fixes, given.only)
     print()
     for row in (row for row in rows if row.fix is not None):
         change = " ".join(f"{name}={show(value)}" for name, value in (row.fix or {}).items())

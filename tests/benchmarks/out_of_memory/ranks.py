@@ -51,8 +51,8 @@ def main(target: Path) -> None:
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
     if on_gpu:
         torch.cuda.set_device(device)
-    store = torch.distributed.FileStore(os.environ["STORE"], 2)
-    torch.distributed.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=2)
+    backend, store = "nccl" if on_gpu else "gloo", f"file://{os.environ['STORE']}"
+    torch.distributed.init_process_group(backend, init_method=store, rank=rank, world_size=2)
     model = DistributedDataParallel(torch.nn.Sequential(*(torch.nn.Linear(WIDTH, WIDTH) for _ in range(3))).to(device))
     optimizer = torch.optim.AdamW(model.parameters())
     limit = f"{LIMIT + outside_bytes(on_gpu)}B" if rank == DIES else None
