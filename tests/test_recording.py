@@ -83,7 +83,7 @@ def test_saving_tells_how_far_it_is_and_can_be_cancelled(
     assert list(tmp_path.iterdir()) == []
     monkeypatch.undo()
     whole = Save(tmp_path / "run.gpumem")
-    assert save(whole, engine.session.run) == Saved(text=f"saved {whole.path}", path=str(whole.path))
+    assert save(whole, [engine.session.run]) == Saved(text=f"saved {whole.path}", path=str(whole.path))
     assert whole.work.share == pytest.approx(1)
 
 

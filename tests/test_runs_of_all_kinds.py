@@ -49,7 +49,7 @@ class Some:
 
     def command(self, command: Command) -> None:
         assert isinstance(command, Save)
-        save(command, None)
+        save(command, [])
 
 
 def watched_run() -> Run:
