@@ -199,6 +199,7 @@ TECHNIQUE = Technique(
         {"parallel": "zero3", "parallel.ranks": 1},
     ),
     packages=("deepspeed",),
+    key="m",
     apply=apply,
     saves=("fsdp2",),
     conflict=conflict,

@@ -1,6 +1,6 @@
 """Faults, and what is left of the run, the terminal and the machine afterwards.
 
-    python -m tests.benchmarks.faults [--trials 216]
+    python -m tests.benchmarks.faults [--trials 240]
 
 Every trial does one of these to a real engine with a real viewer (on a pty
 where a terminal is part of it), and checks what must hold: the terminal is as
@@ -24,6 +24,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
+
 from gpumem_tui.engine import engine_registry
 from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.feed import End, Save, ViewerRole
@@ -31,10 +33,13 @@ from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.remote import peek
-from gpumem_tui.engine.run_events import Refused, StepEnded
+from gpumem_tui.engine.run_events import EngineEnded, Refused, StepEnded
 
 from ..conftest import small_run
 from ..terminal import Terminal, until
+from ..viewing import gone
+
+JOB_ENDS_WITHIN_S = 5.0
 
 
 class Bench:
@@ -57,6 +62,13 @@ class Bench:
             until(lambda: steps(viewer) >= 2, lambda: viewer.events(0))
         return self._viewer
 
+    def job(self) -> JobSource:
+        """One that commands two ranks that train."""
+        job = JobSource(Launcher())
+        job.start(small_run(steps=0, parallel="ddp").with_({"parallel.ranks": 2}))
+        until(lambda: len(job.runs()) == 2 and steps(job) >= 2, lambda: job.events(0))
+        return job
+
     @property
     def engine_dir(self) -> EngineDir:
         engine_dir = self.viewer().engine_dir
@@ -64,9 +76,7 @@ class Bench:
         return engine_dir
 
     def pid(self) -> int:
-        info = self.engine_dir.info()
-        assert info is not None
-        return info.pid
+        return pid_of(self.engine_dir)
 
     def terminal(self) -> Terminal:
         """The app, attached to an engine that trains."""
@@ -136,6 +146,53 @@ def engine_killed(bench: Bench) -> float:
     leave(terminal)
     engine_registry.clean()
     return known
+
+
+def rank_killed(bench: Bench) -> float:
+    """kill -9 of a rank: the job ends, says which it was, and all that was seen can be saved."""
+    job = bench.job()
+    number = bench.random.randrange(len(job.members))
+    pid = pid_of(job.members[number].engine_dir)
+    known = _ends(bench, job, pid)
+    said = next(event.text for event in job.events(0) if isinstance(event, EngineEnded))
+    assert said.startswith(f"rank {number}, process {pid}: killed by SIGKILL"), said
+    return known
+
+
+def launcher_killed(bench: Bench) -> float:
+    """kill -9 of what has started the ranks: they end with it."""
+    job = bench.job()
+    return _ends(bench, job, os_parent(pid_of(job.members[0].engine_dir)))
+
+
+def _ends(bench: Bench, job: JobSource, pid: int) -> float:
+    """Kill a process of a job; all of it has to be gone in time."""
+    ranks = [pid_of(member.engine_dir) for member in job.members]
+    began = time.monotonic()
+    os.kill(pid, signal.SIGKILL)
+    until(lambda: all(map(gone, ranks)))
+    assert (took := time.monotonic() - began) < JOB_ENDS_WITHIN_S, f"{took:.1f} s"
+    until(lambda: job.role is ViewerRole.GONE)
+    known = time.monotonic() - began
+    path = bench.home / "job.gpumem"
+    job.command(Save(path))
+    until(path.exists)
+    runs = Recording(path).runs()
+    assert [run.id.rank for run in runs] == [1, 0], runs
+    path.unlink()
+    job.close()
+    engine_registry.clean()
+    return known
+
+
+def pid_of(engine_dir: EngineDir) -> int:
+    info = engine_dir.info()
+    assert info is not None
+    return info.pid
+
+
+def os_parent(pid: int) -> int:
+    return psutil.Process(pid).ppid()
 
 
 def app_killed(bench: Bench) -> float:
@@ -229,15 +286,16 @@ def viewers(engine_dir: EngineDir) -> int:
 
 
 FAULTS: dict[Callable[[Bench], float], int] = {
-    engine_killed: 1, app_killed: 2, viewer_stopped: 2, random_bytes: 5, giant_length: 5, resize_storm: 1, disk_full: 2,
+    engine_killed: 1, rank_killed: 1, launcher_killed: 1, app_killed: 2, viewer_stopped: 2, random_bytes: 5,
+    giant_length: 5, resize_storm: 1, disk_full: 2,
 }  # fmt: skip
-"""How often each comes in a round of 18."""
+"""How often each comes in a round of 20."""
 
 
 def main() -> int:
     """Print the table; 0 if nothing failed."""
     flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--trials", type=int, default=216)
+    flags.add_argument("--trials", type=int, default=240)
     rounds = -(-flags.parse_args().trials // sum(FAULTS.values()))
     bench = Bench()
     # A file system without room, in memory; the root may mount one, others get a folder that takes nothing.
