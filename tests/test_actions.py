@@ -123,7 +123,7 @@ async def test_keys_are_remapped() -> None:
         ({"sav": ("S",)}, "keys.sav: there is no such action"),
         ({"save": ("ctrl+b",)}, "ctrl[+]b belongs to tmux"),
         ({"save": ("q",)}, "keys.save: q is quit's already"),
-        ({"stop": ("f",)}, "keys.stop: f is step.freeze's already"),
+        ({"stop": ("p",)}, "keys.stop: p is step.peak's already"),
     ],
 )
 def test_keys_that_cannot_be_are_refused_in_one_line(keys: dict[str, Any], problem: str) -> None:

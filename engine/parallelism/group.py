@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
@@ -29,7 +30,8 @@ def _alone(device: torch.device) -> Iterator[None]:
     try:
         yield
     finally:
-        leave()
+        if "deepspeed" not in sys.modules:  # which goes on with the group that it was first given
+            leave()
 
 
 def leave() -> None:

@@ -199,7 +199,7 @@ TECHNIQUE = Technique(
         {"parallel": "zero3", "parallel.ranks": 1},
     ),
     packages=("deepspeed",),
-    key="m",
+    key="f",
     apply=apply,
     saves=("fsdp2",),
     conflict=conflict,
