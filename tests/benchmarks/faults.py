@@ -192,7 +192,8 @@ def pid_of(engine_dir: EngineDir) -> int:
 
 
 def os_parent(pid: int) -> int:
-    return psutil.Process(pid).ppid()
+    parent: int = psutil.Process(pid).ppid()
+    return parent
 
 
 def app_killed(bench: Bench) -> float:

@@ -82,7 +82,8 @@ def matrix(ranks: int, quick: bool) -> Iterator[Row]:
     number = 0
     for place, model in enumerate(families):
         for index, way in enumerate(WAYS.values()):
-            settings = FAMILIES[model] | REST[(index + 2 * place) % len(REST)] | way | {"parallel.ranks": ranks}
+            rest = REST[(index + 2 * place) % len(REST)]
+            settings = {**FAMILIES[model], **rest, **way, "parallel.ranks": ranks}
             if way.get("parallel.shard") == "hybrid" and ranks < 4:
                 continue
             config = techniques.configure(run_fields(model), techniques.parse({"steps": STEPS} | settings, "matrix"))
