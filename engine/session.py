@@ -21,6 +21,7 @@ from . import techniques
 from .config import RunConfig, UserError, one_line
 from .events import StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
+from .out_of_memory.kept import keep
 from .publisher import GAUGE_EVERY_S, RunPublisher
 from .recording import save, write
 from .run import RunKind
@@ -214,6 +215,9 @@ class Session(Published):
         self._publisher.limit_memory(config.memory_limit_bytes)
         self._publisher.begin(config, RunKind.TRAINED, techniques.describe(config))
         problem = self._run(config)
+        run = self._feed.run
+        if problem is not None and run is not None and run.refused is not None:
+            self._feed.tell(keep(run))
         if self._peers is not None:
             self._lost = problem is not None
             return

@@ -17,12 +17,14 @@ from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.outcome import Verdict as Outcome
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.run import Run, RunId, RunKind
+from gpumem_tui.profiles import run_fields
 
 from .app_driver import foretold
 from .fake_source import CPU, GPU, MIB
 
 A, P = Category.ACTIVATIONS.key, Category.PARAMETERS.key
 
+ARCHITECTURE = {"architecture": run_fields("tiny")["architecture"]}
 ACTIVATIONS_OF_A_ROW = 10 * MIB
 PARAMETERS = 100 * MIB
 KEPT = {"off": 1.0, "selective": 0.6, "layers": 0.4, "segments": 0.35, "input": 0.9}
@@ -61,7 +63,7 @@ class Searched:
         kind: RunKind = RunKind.TRAINED,
         **settings: object,
     ) -> None:
-        config = techniques.configure({"model": "m"}, {"batch_size": 32, **settings})  # type: ignore[dict-item]
+        config = techniques.configure({"model": "m", **ARCHITECTURE}, {"batch_size": 32, **settings})  # type: ignore[dict-item]
         self.asked: list[RunConfig] = []
 
         def predicted(config: RunConfig, card: Gpu) -> Prediction:
@@ -147,23 +149,24 @@ def test_a_change_that_this_machine_cannot_make_is_none() -> None:
 
 def test_what_cannot_be_predicted_is_said() -> None:
     def refuse(config: RunConfig, card: Gpu) -> Prediction:
-        raise UserError("no architecture")
+        raise UserError("too odd")
 
-    run = Run(RunId("e", 1), techniques.configure({"model": "m"}, {}), GPU)
-    with pytest.raises(UserError, match="no architecture"):
-        list(FixSearch(run, report_of(300 * MIB), refuse))
+    for base, reason in (({"model": "m", **ARCHITECTURE}, "too odd"), ({"model": "m"}, "none of transformers'")):
+        run = Run(RunId("e", 1), techniques.configure(base, {}), GPU)
+        with pytest.raises(UserError, match=reason):
+            list(FixSearch(run, report_of(300 * MIB), refuse))
 
 
 def test_a_script_is_told_the_line_to_write() -> None:
     found = Searched(room=300 * MIB, kind=RunKind.WATCHED)
-    assert found.fix_of("checkpointing").text == "checkpointing=selective: model.gradient_checkpointing_enable()"
-    assert found.fix_of("batch_size").text == "batch_size=20: the loader's batch size"
+    assert found.fix_of("checkpointing").text == "checkpointing=selective (model.gradient_checkpointing_enable())"
+    assert found.fix_of("batch_size").text == "batch_size=20 (the loader's batch size)"
 
 
 def test_on_a_cpu_what_a_gpu_s_libraries_take_is_not_asked_for() -> None:
     """The real predictor and a run that held 66 MiB of workspaces less than a GPU would."""
     config = techniques.configure(
-        {"model": "tiny", **tiny_architecture()}, {"batch_size": 2, "seq_len": 64, "checkpointing": "layers"}
+        {"model": "tiny", **run_fields("tiny")}, {"batch_size": 2, "seq_len": 64, "checkpointing": "layers"}
     )
     predicted = predict(config, gpu("H100 80GB"))
     load = predicted.run.traces()[0]
@@ -175,9 +178,3 @@ def test_on_a_cpu_what_a_gpu_s_libraries_take_is_not_asked_for() -> None:
     # It died in a phase that is predicted to go through with less than it had and asked for.
     backward = sum(predicted.by_phase["backward"].values())
     assert beyond_prediction(lighter, report_of(backward), predicted) == MIB
-
-
-def tiny_architecture() -> dict[str, object]:
-    from gpumem_tui.profiles import run_fields
-
-    return run_fields("tiny")

@@ -101,6 +101,7 @@ def check_exact(seen: Seen, script_bytes_max: int = 64) -> None:
         assert held.get(SCRIPT, 0) <= script_bytes_max, held
 
 
-def run_under_exec(*arguments: str) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "gpumem_tui.tui", "exec", "--", *arguments]
+def run_under_exec(*arguments: str, limit: str = "") -> subprocess.Popen[str]:
+    limited = ["--memory-limit", limit] if limit else []
+    command = [sys.executable, "-m", "gpumem_tui.tui", "exec", *limited, "--", *arguments]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)

@@ -54,6 +54,7 @@ COMMANDS = (
     ("advise", "advise:add", "which techniques save most at the peak, and what they cost"),
     ("weights", "weights:add", "what quantization does to a model's weights, scheme by scheme"),
     ("check", "check:add", "a gate for CI: exit 1 where a run would not fit a budget or has grown"),
+    ("why", "why:add", "why a run ran out of memory, and the smallest changes that would fit"),
     ("open", "app:add_open", "show recordings in the app"),
     ("export", "export:add", "runs as files that other programs open: memory_viz, Perfetto, a page, a table"),
     ("profiles", "listings:add_profiles", "the models and presets there are"),

@@ -105,6 +105,8 @@ class FixSearch:
         """
         if self._report.verdict is Verdict.GROWN:  # whatever is gained, what leaks will take
             return
+        if self._config.architecture is None and not self._config.pretrained:
+            raise UserError("the architecture of the model is not known: it is none of transformers'")
         config = _shortest(self._config)
         self._known[techniques.memory_key(config)] = now = self._predict(config, self._gpu)
         self._beyond_bytes = beyond_prediction(self._run, self._report, now)
@@ -383,5 +385,5 @@ def in_script(settings: Settings) -> str:
     for name, value in settings.items():
         technique = techniques.of_option(name)
         how = technique.in_script if technique is not None else OF_WORKLOAD.get(name, ("",))[0]
-        words.append(f"{name}={show(value)}: {how}" if how else f"{name}={show(value)}")
-    return "; ".join(words)
+        words.append(f"{name}={show(value)} ({how})" if how else f"{name}={show(value)}")
+    return ", ".join(words)

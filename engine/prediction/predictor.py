@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import signal
 import struct
 import subprocess
 import sys
@@ -144,9 +145,19 @@ class PredictingProcess:
     """A process that predicts, started with the first question; used by one thread at a time.
 
     What it finds out is kept for every other process of this user.
+
+    Args:
+        niceness: See `NICENESS`; None: that.
+        longest_s: It ends by itself after so many seconds; 0: when it is told to. An interpreter that ends can
+            start no thread to see to that.
+
+    Attributes:
+        ended: It has, before all was answered, and no other is started.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, niceness: int | None = None, longest_s: int = 0) -> None:
+        self._niceness = NICENESS if niceness is None else niceness
+        self._longest_s, self.ended = longest_s, False
         self._process: subprocess.Popen[bytes] | None = None
         self._closed = False
 
@@ -166,7 +177,8 @@ class PredictingProcess:
             answer = None
         if answer is None:
             _bury(process)
-            self._process = None  # the next wish starts another one
+            self._process = None  # the next wish starts another one, unless its time is over
+            self.ended = self._closed = self._closed or self._longest_s > 0
             return UserError("the process that predicts has ended")
         if answer.error:
             return UserError(answer.error)
@@ -200,15 +212,26 @@ class PredictingProcess:
     def _started(self) -> subprocess.Popen[bytes]:
         if self._process is None:
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({NICENESS})"],
+                [sys.executable, "-c", f"from {__name__} import serve; serve({self._niceness}, {self._longest_s})"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
-                # It models a GPU; the one that may be here is the training's.
-                env=os.environ | {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1"},
+                env=_environment(),
             )
         return self._process
+
+
+def _environment() -> dict[str, str]:
+    """The environment of a process that predicts.
+
+    It models a GPU; the one that may be here is the training's. Where this
+    process is watched without having been edited, that one is not.
+    """
+    watching = str(Path(__file__).parents[1] / "watch" / "autoload")
+    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder != watching]
+    changed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
+    return os.environ | changed
 
 
 def _bury(process: subprocess.Popen[bytes]) -> None:
@@ -259,8 +282,14 @@ def _read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[Message]) -> Message
     return decoder.decode(body) if len(body) == length else None
 
 
-def serve(niceness: int) -> None:
-    """The process: one question after the other on standard input, one answer to each on standard output."""
+def serve(niceness: int, longest_s: int) -> None:
+    """The process: one question after the other on standard input, one answer to each on standard output.
+
+    Args:
+        niceness: It gives way to others by so much.
+        longest_s: The signal that ends it comes after so many seconds; 0: none does.
+    """
+    signal.alarm(longest_s)
     if niceness:
         _give_way(niceness)
     answers = os.fdopen(os.dup(1), "wb")

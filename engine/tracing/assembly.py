@@ -139,7 +139,11 @@ class Assembler:
     def _submit(self, work: Callable[[Any], None], argument: Any) -> None:
         while len(self._pending) > PENDING:
             self._pending.popleft().result()
-        self._pending.append(self._pool.submit(work, argument))
+        try:
+            self._pending.append(self._pool.submit(work, argument))
+        except RuntimeError:  # the interpreter ends, and its threads have: what there was to do has been done
+            self.settle()
+            work(argument)
 
     # --- on the thread --------------------------------------------------------
 

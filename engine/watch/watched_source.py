@@ -19,6 +19,7 @@ from ..config import RunConfig, UserError, Value
 from ..engine_registry import EngineLock
 from ..events import Phase, Recompute, StepTrace
 from ..feed import Command, Feed, Published, Save, ViewerRole
+from ..out_of_memory.kept import keep
 from ..publisher import RunPublisher
 from ..recording import write
 from ..run import RunKind
@@ -33,6 +34,7 @@ from ..workload import numel
 from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
 from .job_rank import job_rank
+from .last_words import LastWords, say
 from .leftovers import Blocks, leftovers, name_leftovers
 
 LAST_ANSWERS_S = 0.5
@@ -68,7 +70,7 @@ class WatchedSource(Published):
         self.publisher = RunPublisher(self._feed)
         self.micro_batches: dict[int, int] = {}
         self.barrier = FaultBarrier(self.failed)
-        self._said_compiled = False
+        self._said_compiled = self._dies_of_it = False
         self._left: tuple[int, Blocks] = (0, frozenset())
         self._server: Server | None = None
         self._engine_lock: EngineLock | None = None
@@ -185,17 +187,47 @@ class WatchedSource(Published):
     def out_of_memory(self, error: BaseException | None, step: int, phase: Phase) -> None:
         """The script ran out of memory; None: it has caught the error."""
         self.publisher.out_of_memory(error, step, phase)
+        if error is None:
+            self._keep(goes_on=True)
+        else:
+            self._dies_of_it = True
+
+    def _keep(self, goes_on: bool, ends: bool = False) -> None:
+        """Keep a run that ran out of memory, and say where it is.
+
+        Args:
+            goes_on: The script does.
+            ends: The interpreter does.
+        """
+        run = self._feed.run
+        if run is None or run.refused is None or run.refused.report is None:
+            return
+        told = keep(run)
+        self._feed.tell(told)
+        if goes_on:
+            say(told.text)
+        else:
+            last_words = LastWords(told.text, run, run.refused.report)
+            (last_words.say if ends else last_words.say_when_it_ends)()
 
     def failed(self, text: str, detail: str) -> None:
         """Watching itself has failed; the script goes on and viewers keep what they have."""
         self._feed.tell(Refused(text=f"watching failed, the script goes on: {text}", detail=detail))
 
-    def close(self, steps: int, error: BaseException | None) -> None:
-        """The loop is over: say so, and leave nothing behind."""
+    def close(self, steps: int, error: BaseException | None, ends: bool = False) -> None:
+        """The loop is over: say so, and leave nothing behind.
+
+        Args:
+            steps: That it has made.
+            error: That ended it.
+            ends: The interpreter ends as well.
+        """
         if self._closing.is_set():
             return
         reason = "failed" if error is not None else "done"
         self._feed.tell(RunEnded(text=f"the loop has ended after {steps} steps", reason=reason, steps=steps))
+        if self._dies_of_it:
+            self._keep(goes_on=False, ends=ends)
         self._closing.set()
         if self._server is not None:
             self._server.wake()

@@ -107,13 +107,16 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def end(self, error: BaseException | None = None) -> None:
         """Until here; the model and the optimizer are as they were."""
+        self._end_watching(error)
+
+    def _end_watching(self, error: BaseException | None, ends: bool = False) -> None:
         atexit.unregister(self._at_exit)
         self.barrier.guard(self._end)(error)
         self._remove()
         self.barrier.off = True
         steps = self._loop.steps if self._loop is not None else 0
         if not self._in_child:  # its locks may be held by threads that only the parent has
-            self.barrier.finish(lambda: self.source.close(steps, error))
+            self.barrier.finish(lambda: self.source.close(steps, error, ends))
         # Whoever keeps this object is not to keep the model with it.
         for name in ("_model", "_optimizers", "_loop", "_hooked"):
             vars(self).pop(name, None)
@@ -121,10 +124,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     def _at_exit(self) -> None:
         """The script has ended without ending this: the step it was in is nobody's, unless it ran out of memory."""
         if self._tracer is not None and self._tracer.refusal is not None:
-            self.end(getattr(sys, "last_value", None))
+            self._end_watching(getattr(sys, "last_value", None), ends=True)
             return
         self.barrier.off = True
-        self.end()
+        self._end_watching(None, ends=True)
 
     def _begin(self, forward: tuple[Any, ...]) -> None:
         device = device_of(self._model)

@@ -48,7 +48,7 @@ def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: floa
     from ..board import Board
     from ..palette import Palette
 
-    palette = Palette(mono=True, ascii=bool(settings["ascii"]) or not _prints_unicode())
+    palette = Palette(mono=True, ascii=bool(settings["ascii"]) or not prints_unicode())
     board = Board(source, settings, palette)
     lines = _stream(board, source, flags, hz)
     for line in lines:
@@ -142,6 +142,6 @@ def frame(state: ViewState) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _prints_unicode() -> bool:
+def prints_unicode() -> bool:
     """True if what reads us can have more than ASCII: a pipe gets what the locale says."""
     return "utf" in (sys.stdout.encoding or "").lower() and os.environ.get("TERM") != "linux"

@@ -5,15 +5,20 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
-from ...engine.config import UserError
+from ...engine.config import RunConfig, UserError
 from ...engine.events import CATEGORIES, Category
 from ...engine.job_source import JobSource, ranks_of
 from ...engine.metrics import published
+from ...engine.out_of_memory.fixes import settings_text
+from ...engine.out_of_memory.report import Fix
+from ...engine.out_of_memory.telling import would_fit
+from ...engine.run import Run
+from ...engine.run_events import Note, Saved
 from ...engine.session import Session
 from ...engine.techniques import describe
 from ..standard_streams import complain
@@ -34,6 +39,7 @@ from .common import (
 from .job_run import job_of, reported_job
 
 DEFAULT_STEPS = 3
+MOST_RETRIES = 3
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -45,6 +51,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--save", metavar="FILE", help="write a .gpumem recording, to be opened with: gpumem-tui open")
     about = "OpenMetrics while it runs: in a file (for a textfile collector), or at http://127.0.0.1:PORT/metrics"
     parser.add_argument("--metrics", metavar="FILE|PORT", help=about)
+    about = f"where it runs out of memory, go on with the first change that is predicted to fit, {MOST_RETRIES} times"
+    parser.add_argument("--retry", action="store_true", help=f"{about} at most")
     parser.set_defaults(command=main)
 
 
@@ -59,6 +67,27 @@ def main(flags: argparse.Namespace) -> int:
         predicted_vs_measured.check(flags.predict, config)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
+    tries = MOST_RETRIES if flags.retry else 0
+    for retry in range(tries + 1):
+        document, fix = _run(flags, config, retries=retry < tries)
+        if fix is None:
+            break
+        config = config.with_(fix.set)
+        complain(f"goes on with {settings_text(fix.set)} (retry {retry + 1} of {tries})")
+    return FAILED if document["failure"] else 0
+
+
+def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[dict[str, Any], Fix | None]:
+    """Run once, and write what was asked for, unless it is to be retried.
+
+    Args:
+        flags: Parsed.
+        config: The run.
+        retries: Whether it is if it runs out of memory.
+
+    Returns:
+        Its document, and the change that it is to be retried with.
+    """
     with ExitStack() as results:  # each is tried, whatever becomes of the others
 
         def started(add: Callable[[Any], None]) -> Session:
@@ -74,9 +103,14 @@ def main(flags: argparse.Namespace) -> int:
             source = results.enter_context(job_of(config))
             document = reported_job(source, progress)
         end_progress()
+        results.callback(source.close)
+        if document["failure"]:
+            complain(document["failure"])
+        fix = _out_of_memory(source.runs(), retries)
+        if fix is not None:
+            return document, fix
         if flags.save:
             results.callback(save_runs, source.runs(), Path(flags.save))
-        results.callback(source.close)
         environment = source.environment()
         if flags.predict is not None and environment is not None and not document["failure"]:
             document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
@@ -86,10 +120,28 @@ def main(flags: argparse.Namespace) -> int:
             sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
             if flags.predict is not None:
                 sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
-    if document["failure"]:
-        complain(document["failure"])
-        return FAILED
-    return 0
+    return document, None
+
+
+def _out_of_memory(runs: Sequence[Run], retries: bool) -> Fix | None:
+    """Say where what ran out of memory is kept, and, if it is to be retried, with which change.
+
+    Args:
+        runs: Of the ranks.
+        retries: Whether it is.
+    """
+    run = next((run for run in runs if run.refused is not None), None)
+    refused = run.refused if run is not None else None
+    if run is None or refused is None or refused.report is None:
+        return None
+    kept = next((event for event in reversed(run.events()) if isinstance(event, Saved | Note)), None)
+    if kept is not None:
+        complain(kept.text)
+    if not retries:
+        return None
+    told = would_fit(run, refused.report)
+    complain(told.text)
+    return told.fix
 
 
 def _ranks(ranks: list[dict[str, Any]], show: Callable[[int | None], str]) -> list[str]:
