@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.out_of_memory import telling
 from gpumem_tui.engine.out_of_memory.kept import latest
 from gpumem_tui.engine.out_of_memory.report import Fix
@@ -19,11 +21,14 @@ from gpumem_tui.engine.prediction import known
 from gpumem_tui.engine.prediction.gpus import Gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.run_events import RunEnded
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import run as run_command
 from gpumem_tui.watch import watch
 
+from .app_driver import foretold
+from .fake_source import CPU
 from .watching import run_under_exec
 
 MIB = 1 << 20
@@ -34,8 +39,17 @@ KEYS = [
 ]  # fmt: skip
 
 
-class Here:
-    """Predicts in this process: another would load its libraries first."""
+def rule(config: RunConfig, card: Gpu) -> Prediction:
+    """A peak that goes by the rows of a micro-batch alone: those of two fit."""
+    peak = config.batch_size * 20 * MIB
+    fits = peak <= card.available_bytes
+    run = Run(RunId("predicted", 1), config, CPU, RunKind.PREDICTED)
+    held = {Category.ACTIVATIONS.key: peak}
+    return replace(foretold(config, peak, run, fits), by_phase={"forward": held})
+
+
+class Ruled:
+    """Predicts by the rule, in this process: another would load its libraries first."""
 
     ended = False
 
@@ -43,15 +57,16 @@ class Here:
         pass
 
     def known_or_predicted(self, config: RunConfig, card: Gpu) -> Prediction:
-        return known.predicted(config, card)
+        return rule(config, card)
 
     def close(self) -> None:
         pass
 
 
-@pytest.fixture
-def predicted_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(telling, "PredictingProcess", Here)
+@pytest.fixture(autouse=True)
+def predicted_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(telling, "PredictingProcess", Ruled)
+    monkeypatch.setattr(known, "predicted", rule)
 
 
 def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
@@ -59,18 +74,17 @@ def said(capsys: pytest.CaptureFixture[str]) -> tuple[str, list[str]]:
     return out, [line.removeprefix("gpumem-tui: ") for line in err.splitlines()]
 
 
-@pytest.mark.usefixtures("predicted_here")
 def test_retry_goes_on_with_the_first_change_that_fits(capsys: pytest.CaptureFixture[str]) -> None:
     assert main([*RUN, "--memory-limit", "46MiB", "--retry", "--json", "-"]) == 0
     out, lines = said(capsys)
     reason, kept, fits, goes_on = lines
     assert reason.startswith("out of memory: asked for ")
     assert kept == f"kept in {latest()}; gpumem-tui why shows it"
-    assert fits.startswith("accumulation=2 batch_size=4 would fit, with about ") and fits.endswith(" of 46.0 MiB")
-    assert goes_on == "goes on with accumulation=2 batch_size=4 (retry 1 of 3)"
+    assert fits.startswith("accumulation=4 batch_size=2 would fit, with about ") and fits.endswith(" of 46.0 MiB")
+    assert goes_on == "goes on with accumulation=4 batch_size=2 (retry 1 of 3)"
     document = json.loads(out)
     assert document["failure"] is None and document["peak"]["allocated_bytes"] <= 46 * MIB
-    assert (document["config"]["batch_size"], document["config"]["options"]["accumulation"]) == (4, 2)
+    assert (document["config"]["batch_size"], document["config"]["options"]["accumulation"]) == (2, 4)
 
 
 def test_retries_come_to_an_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +116,7 @@ def test_a_run_that_died_is_kept_and_why_shows_it(capsys: pytest.CaptureFixture[
     assert list(document) == KEYS
     assert sum(document["by_category"].values()) == document["allocated_bytes"] == refused.report.allocated_bytes
     assert document["verdict"] == "full" and document["outside_torch_bytes"] == 0
-    assert document["fixes"][0]["set"] == {"accumulation": 2, "batch_size": 4}
+    assert document["fixes"][0]["set"] == {"accumulation": 4, "batch_size": 2}
     assert all(list(fix) == ["set", "peak_bytes", "fits", "keeps_mathematics"] for fix in document["fixes"])
 
     target = tmp_path / "why.json"
@@ -110,7 +124,7 @@ def test_a_run_that_died_is_kept_and_why_shows_it(capsys: pytest.CaptureFixture[
     out, _ = said(capsys)
     assert json.loads(target.read_text()) == document
     assert "OUT OF MEMORY  step 1, forward" in out and "full: " in out
-    assert "accumulation=2 batch_size=4" in out and "the largest tensors" in out and f"gpumem-tui open {path}" in out
+    assert "accumulation=4 batch_size=2" in out and "the largest tensors" in out and f"gpumem-tui open {path}" in out
 
 
 def test_what_did_not_run_out_of_memory_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:
@@ -165,7 +179,6 @@ def test_a_script_that_dies_of_it_ends_with_where_it_is_kept_and_what_would_fit(
     assert sum(line.startswith("Traceback") for line in lines) == 1 and "gpumem_tui" not in "".join(lines[:-2])
 
 
-@pytest.mark.usefixtures("predicted_here")
 def test_of_a_transformers_model_it_is_said_what_to_write(monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
     from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
