@@ -13,6 +13,7 @@ import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
+from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -134,6 +135,19 @@ def test_a_watched_model_is_used_as_an_unwatched_one(use: Callable[[Net], Any]) 
             train(model, optimizer)
             assert not watching or not scope.barrier.off  # type: ignore[union-attr]
     assert results[0] == results[1]
+
+
+def test_a_strict_export_waits_for_the_end_of_the_watch() -> None:
+    """It fails under hooks on all modules, whoever has them; the training and its watching go on."""
+    strict = partial(torch.export.export, args=(torch.ones(3, 4),), strict=True)
+    model, optimizer = small()
+    with watch(model, optimizer) as watched:
+        train(model, optimizer)
+        with pytest.raises(torch._dynamo.exc.Unsupported):
+            strict(model)
+        train(model, optimizer)
+        assert not watched.barrier.off
+    assert len(strict(model).graph.nodes) == exported(model)
 
 
 def checkpointed() -> GPTNeoXForCausalLM:

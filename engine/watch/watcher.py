@@ -41,6 +41,10 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     Use it as a context manager around the loop, or call `begin` and `end`. What
     fails in here is logged once and switched off; the loop goes on.
 
+    A watched model is pickled, copied, compiled, traced and exported as an
+    unwatched one. One thing has to wait for the end of the watch:
+    `torch.export.export(strict=True)`, which fails under hooks on all modules.
+
     Args:
         model: Whose modules are tagged.
         optimizer: Whose `step` ends a step; accelerate's wrapper is fine. A list
