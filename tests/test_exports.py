@@ -334,7 +334,7 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path, 
     (tmp_path / "file").write_text("")
     for arguments, complaint in (
         ([good, "-f", "perfeto"], "--format perfeto: there is no such format; did you mean perfetto?"),
-        ([good], "--format: say which: csv, html, json, memory-viz, openmetrics, perfetto, speedscope"),
+        ([good], f"--format: say which: {', '.join(exports.registry())}"),
         (["-f", "csv"], "name a recording to export"),
         ([str(cut), "-f", "csv"], f"{cut}: not a gpumem recording, or a damaged one"),
         ([str(tmp_path / "none"), "-f", "csv"], f"{tmp_path / 'none'}: No such file or directory"),
