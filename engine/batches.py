@@ -1,4 +1,4 @@
-"""What a model is trained on: rows of a task's shapes, random ones or a file's, in endless micro-batches."""
+"""The rows a model is trained on: of a task's shapes, random or a file's, in endless micro-batches."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def random_rows(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> dict[str
 
 
 def bytes_of(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> int:
-    """What all rows take on the host."""
+    """Bytes that all rows take on the host."""
     return sum(config.rows * row.elements * _dtype(row, dtype).itemsize for row in wanted.values())
 
 

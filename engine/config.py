@@ -44,7 +44,7 @@ def printable(text: str, longest: int = 300) -> str:
 
 
 MEMORY_LIMIT_VARIABLE = "GPUMEM_MEMORY_LIMIT"
-"""Of the environment: the memory limit of scripts that are watched."""
+"""The environment variable with the memory limit of scripts that are watched."""
 
 
 def parse_bytes(typed: str, where: str) -> int:

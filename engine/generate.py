@@ -101,7 +101,7 @@ def _begin_text(config: RunConfig, workload: Workload, held: Held) -> None:
 
 
 def _arguments(model: Any) -> Callable[[Any], dict[str, Any]]:
-    """What a model is called with beside the ids; the cache's name has changed, older models score every token."""
+    """Arguments of a model beside the ids; the cache's name has changed, older models score every token."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
     known = inspect.signature(base.forward).parameters
     name = "cache" if "cache" in known else "past_key_values"

@@ -88,7 +88,7 @@ class Meter:
 
 
 def _pinned_bytes() -> int:
-    """What torch's host allocator has page-locked, cached blocks included."""
+    """Bytes that torch's host allocator has page-locked, cached blocks included."""
     import torch
 
     return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))

@@ -33,7 +33,7 @@ class MuonWithAdamW(torch.optim.Optimizer):
 
     @property  # type: ignore[override]
     def state(self) -> dict[Any, Any]:
-        """Of both: each has that of its own parameters in it."""
+        """The state of both optimizers: each keeps that of its own parameters in it."""
         return self._state
 
     @state.setter

@@ -29,7 +29,7 @@ COLLECTIVES = (
     "allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
     "reduce_scatter_tensor_coalesced", "gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single", "barrier",
 )  # fmt: skip
-"""Of a `ProcessGroup`, as torch's versions spell them."""
+"""Collectives of a `ProcessGroup`, as torch's versions spell them."""
 
 
 class NcclMemory:
@@ -83,7 +83,7 @@ class NcclMemory:
 
 
 memory = NcclMemory()
-"""Of this process."""
+"""The NCCL memory of this process."""
 
 
 @contextmanager
@@ -134,7 +134,7 @@ def _counted(group: Any, device: torch.device) -> int | None:
 
 
 def _beyond_torch_bytes(device_id: Any) -> int | None:
-    """What this process holds on its GPU and torch's allocator does not; None: it is on no GPU yet.
+    """Bytes this process holds on its GPU beyond torch's allocator's; None: it is on no GPU yet.
 
     Args:
         device_id: A GPU for which a communicator is about to be made: its context, which is not NCCL's,

@@ -1,4 +1,4 @@
-"""What a transformers model is for: its Auto class, and the rows that it is trained on.
+"""The tasks of transformers models: an Auto class each, and the rows that it is trained on.
 
 Loads no torch. Adding a task is adding an entry to TASKS.
 """
@@ -39,7 +39,7 @@ class Row(NamedTuple):
 
     @property
     def elements(self) -> int:
-        """How many numbers it has."""
+        """Count of its numbers."""
         return math.prod(self.shape)
 
 
@@ -194,4 +194,4 @@ _OTHER_ENDS = {
     "seq2seq-lm": ("ForConditionalGeneration",),
     "speech-seq2seq": ("ForConditionalGeneration",),
 }
-"""What classes that do a task are called besides."""
+"""Other endings of the names of classes that do a task."""

@@ -29,7 +29,7 @@ class Effect(enum.IntEnum):
 
 
 class Group(enum.StrEnum):
-    """What a technique is about; the order is the screen's."""
+    """The subject of a technique; the order is the screen's."""
 
     NUMBERS = "numbers"
     MODEL = "model"

@@ -49,7 +49,7 @@ def offloaded_adamw(parameters: list[torch.nn.Parameter], lr: float) -> Any:
 
         @property
         def state(self) -> dict[Any, Any]:
-            """Of each parameter, wherever it is."""
+            """The state of each parameter, wherever it is."""
             on_device = dict(self.d_opt.state) if self.d_opt is not None else {}
             return on_device | {p: {"host": dict(optimizer.state)} for p, optimizer in self.optim_dict.items()}
 

@@ -497,7 +497,7 @@ _SAFETENSORS = {
     torch.float32: "F32", torch.float16: "F16", torch.bfloat16: "BF16", torch.int64: "I64", torch.int32: "I32",
     torch.bool: "BOOL",
 }  # fmt: skip
-"""What safetensors calls the dtypes of parameters and buffers."""
+"""Safetensors' names of the dtypes of parameters and buffers."""
 
 
 def numel(parameter: torch.nn.Parameter) -> int:

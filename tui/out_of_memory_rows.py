@@ -46,7 +46,7 @@ class ReportRows:
 
     @cached_property
     def unit(self) -> Unit:
-        """What all of it counts in."""
+        """The unit of all its figures."""
         return unit_for(max(self.report.allocated_bytes, self.report.room_bytes), self.units)
 
     def _size(self, size: int) -> str:
@@ -157,7 +157,7 @@ class ReportRows:
         return rows
 
     def pools(self) -> list[Row]:
-        """What the caching allocator held free, by stream and pool."""
+        """Bytes that the caching allocator held free, by stream and pool."""
         rows = [Row().add(f" cached and free by stream and pool, {self.unit.name}", self.palette.dim)]
         for pool in self.report.pools:
             row = (

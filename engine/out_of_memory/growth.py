@@ -1,4 +1,4 @@
-"""What is alive at the same point of every step, and whether it rises from step to step: a leak."""
+"""Leaks: bytes alive at the same point of every step that rise from step to step."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ LEVELS = 3
 FOLD = 8
 """Steps whose lowest figure stands for them on the next level: rows of all lengths rise and fall, a leak stays."""
 EVEN = 2
-"""Of a leak, no rise is so many times another."""
+"""The largest ratio of two rises of a leak."""
 
 
 class Rise(NamedTuple):
@@ -50,7 +50,7 @@ class LiveBytes:
             folding.clear()
 
     def rise(self, at_least: int = IN_A_ROW) -> Rise | None:
-        """How they have risen, for as long as can be told; None: they do not rise.
+        """The rise of the figures, as far back as can be told; None: they do not rise.
 
         Args:
             at_least: So many figures in a row have to.

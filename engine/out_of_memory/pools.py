@@ -1,4 +1,4 @@
-"""What the caching allocator holds free, by stream and pool: read off its snapshot."""
+"""Bytes that the caching allocator holds free, by stream and pool: read off its snapshot."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from .report import Pool
 
 @dataclass(frozen=True, slots=True)
 class Refused:
-    """What a recorder knows of it.
+    """A refused allocation, as a recorder knows it.
 
     Attributes:
         asked_bytes: Asked for.

@@ -104,7 +104,7 @@ def what_grows(run: Run) -> str:
 
 
 def _made_in(ledger: Ledger) -> str:
-    """Where most was made of what the script holds of a step; empty: it owned it in other ways then."""
+    """The module that made most of what the script holds of a step; empty: the script owned it in other ways then."""
     blocks = ledger.blocks
     held = (blocks["category"] == Category.HELD_BY_SCRIPT) & (blocks["born"] >= 0)
     rows = np.flatnonzero(held & (blocks["died"] >= len(ledger.trace.events)))
@@ -171,7 +171,7 @@ def _described(refused: Refused, refusal: Refusal, ledger: Ledger) -> Refused:
 
 
 def _outside(refused: Refused, gauge: Gauge) -> tuple[int | None, int | None]:
-    """What lies outside torch and is this process's, and what is others'; None: NVML does not tell."""
+    """Bytes outside torch: this process's, and others'; None: NVML does not tell."""
     others = gauge.others_bytes
     if others is None or not refused.outside_bytes:
         return None, None

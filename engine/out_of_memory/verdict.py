@@ -1,4 +1,4 @@
-"""Why an allocation was refused, from what was free where, and from what had come before."""
+"""The verdict on a refused allocation: from the bytes that were free, and from the steps before."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SMALL_BYTES = 1 << 20
 
 
 class Circumstances(NamedTuple):
-    """What else bears on it.
+    """The circumstances that bear on a verdict beside the refusal itself.
 
     Attributes:
         total_bytes: Of the device.

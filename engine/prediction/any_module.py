@@ -154,7 +154,7 @@ def training_of(script: str) -> Training:
 
 
 def _why(error: Exception) -> str:
-    """Why something cannot be predicted, in half a sentence."""
+    """The reason why something cannot be predicted, in half a sentence."""
     if isinstance(error, DynamicOutputShapeException):
         return f"the shape of what {error.func} returns depends on data: this cannot be predicted"
     if isinstance(error, DataDependentOutputException):

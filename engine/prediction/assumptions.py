@@ -1,4 +1,4 @@
-"""What a prediction takes for granted because it depends on data, each with its place in the script."""
+"""Assumptions of a prediction about what depends on data, each with its place in the script."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor
 
 _LIBRARIES = (str(Path(torch.__file__).parent), str(Path(__file__).parents[1]), "<")
-"""Where a place is nobody's who could do anything about it: PyTorch, this program, generated code."""
+"""Places that no reader can do anything about: PyTorch, this program, generated code."""
 
 
 class Assumptions:
-    """What was taken for granted, once for each place."""
+    """The assumptions made, once for each place."""
 
     def __init__(self) -> None:
         self._said: dict[str, None] = {}

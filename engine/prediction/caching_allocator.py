@@ -162,7 +162,7 @@ class CachingAllocator:
         return [(b.address, b.requested, b.size - b.requested) for b in self._blocks.values() if not b.free]
 
     def pools(self) -> tuple[Pool, ...]:
-        """What is free, by stream, of its small pool and of its large one."""
+        """Free blocks by stream, of its small pool and of its large one."""
         return by_bytes(
             Pool(
                 stream=pool.stream,

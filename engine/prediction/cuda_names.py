@@ -29,10 +29,10 @@ _READS = {
     torch.Tensor.__index__: int,
     torch.Tensor.__float__: float,
 }
-"""What makes a Python number of a tensor's value, and of which type where that says it."""
+"""Functions that make a Python number of a tensor's value, and its type where the function says it."""
 
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-"""Whose memory cuDNN alone knows: a reserve for backward, by heuristics of its own."""
+"""Operators whose memory cuDNN alone knows: a reserve for backward, by heuristics of its own."""
 
 
 @contextmanager
@@ -55,7 +55,7 @@ def cuda_names(gpu: Gpu, assumptions: Assumptions) -> Iterator[None]:
 
 
 def _answers(gpu: Gpu) -> dict[str, Callable[..., Any]]:
-    """What `torch.cuda` says to those who ask what is there; what it would do to a device is not done."""
+    """The answers of `torch.cuda` to questions about the device; its commands do nothing."""
     numbers = ("memory_allocated", "max_memory_allocated", "memory_reserved", "max_memory_reserved", "current_device")
     nothing = ("synchronize", "reset_peak_memory_stats", "set_device", "manual_seed", "manual_seed_all")
     return {

@@ -1,4 +1,4 @@
-"""What expandable segments would give back of a traced step, by the allocator's model."""
+"""The bytes that expandable segments would give back of a traced step, by the allocator's model."""
 
 from __future__ import annotations
 

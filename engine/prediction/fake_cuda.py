@@ -187,7 +187,7 @@ class FakeCuda(OpTracker):
             self.release(address)
 
     def may_take(self, size: int, block: int = 0) -> None:
-        """What a kernel takes at the most and gives back before it returns, where nobody knows how much it is.
+        """Note the most that a kernel may take and give back before it returns, where nobody knows how much.
 
         Args:
             size: In bytes.

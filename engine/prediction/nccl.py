@@ -1,4 +1,4 @@
-"""What NCCL holds on a GPU: outside of every statistic of torch's, and so an estimate. Loads no torch."""
+"""NCCL's memory on a GPU: outside of every statistic of torch's, and so an estimate. Loads no torch."""
 
 from __future__ import annotations
 

@@ -145,7 +145,7 @@ class Prediction:
         }
 
     def __str__(self) -> str:
-        """What `estimate` prints."""
+        """The text that `estimate` prints."""
         from .prediction_text import heading, text
 
         return f"{heading(self)}\n\n{text(self)}"
@@ -190,7 +190,7 @@ class Prediction:
 
     @property
     def reserved_band_bytes(self) -> tuple[int, int]:
-        """What is reserved lies between; of ranks that run the same one has had 2 GiB more than another."""
+        """Bounds of the bytes reserved; of ranks that run the same one has had 2 GiB more than another."""
         spread = RESERVED_SPREAD_BYTES if self.ranks > 1 else 0
         return max(self.peak_bytes, self.reserved_bytes - spread), self.reserved_bytes + spread
 

@@ -62,7 +62,7 @@ def came_to(
     rank: int = 0,
     groups: tuple[tuple[int, ...], ...] = ((0,),),
 ) -> Prediction:
-    """What a rehearsal says.
+    """The prediction that a rehearsal comes to.
 
     Args:
         config: Of the run.

@@ -17,7 +17,7 @@ MIB, GIB = 1 << 20, 1 << 30
 
 
 def heading(prediction: Prediction) -> str:
-    """What was predicted, for which GPU."""
+    """The heading: the run and the GPU it is predicted for."""
     config = prediction.config
     of_their_own = config.architecture is None and not config.pretrained
     return f"{config.model if of_their_own else describe(config)} on {prediction.gpu}, predicted"
@@ -55,7 +55,7 @@ def text(prediction: Prediction) -> str:
 
 
 def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
-    """What is to be said of a job's ranks, a sentence each; nothing of a rank alone.
+    """Sentences about a job's ranks; none about a rank alone.
 
     Args:
         kinds: A prediction for each group of ranks that hold the same, the fullest first.
@@ -98,7 +98,7 @@ def verdict(prediction: Prediction) -> str:
 
 
 def _growth(prediction: Prediction) -> list[str]:
-    """How the KV cache grows with what is generated."""
+    """The growth of the KV cache with the tokens generated."""
     config = prediction.config
     if not config.generates:
         return []
@@ -121,7 +121,7 @@ def _unsure(prediction: Prediction) -> list[str]:
 
 
 def cautions(config: RunConfig) -> list[str]:
-    """What surprises in a configuration's memory, in sentences."""
+    """Surprises in a configuration's memory, in sentences."""
     return [f"{line[0].upper()}{line[1:]}." for line in techniques.cautions(config)]
 
 

@@ -142,7 +142,7 @@ def planned(config: RunConfig) -> Plan:
 
 
 def told_tokens(count: int) -> list[int]:
-    """Of so many tokens, those that are gone through: between them the cache grows by as much with each."""
+    """The numbers of the tokens that are gone through: between them the cache grows by as much with each."""
     return sorted(
         {1, 2, *(max(1, count * part // 4) for part in range(1, 4)), max(1, count - 1), count} & {*range(1, count + 1)}
     )

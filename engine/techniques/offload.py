@@ -1,4 +1,4 @@
-"""Where what is saved for backward waits: on the device, or in the host's memory."""
+"""The place where what is saved for backward waits: the device, or the host's memory."""
 
 from __future__ import annotations
 

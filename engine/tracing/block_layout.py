@@ -22,7 +22,7 @@ PENDING_STATES = ("active_pending_free", "active_awaiting_free")
 """A snapshot's names for a block that was given up while other streams may be at it."""
 
 PAGE_BYTES = 20 << 20
-"""What an expandable segment of the large pool is mapped in."""
+"""The pages that an expandable segment of the large pool is mapped in."""
 
 
 class _Block:

@@ -62,7 +62,7 @@ reducers: WrappedFunctions[Any] = WrappedFunctions(_wrap_all)
 
 
 def buckets_of(ddp: Any) -> Buckets:
-    """What a DDP module's reducer has logged of its buckets."""
+    """Buckets of a DDP module's reducer, as it has logged them."""
     logged = ddp._get_ddp_logging_data()
     listed = (logged.get(name, "") for name in ("bucket_sizes", "rebuilt_bucket_sizes"))
     sizes = [int(size) for text in listed for size in text.split(",") if size.strip()]
@@ -99,7 +99,7 @@ def name_buckets(trace: StepTrace, known: tuple[Buckets, ...]) -> StepTrace:
 
 
 def _within(trace: StepTrace, marks: npt.NDArray[Any], name: int) -> npt.NDArray[np.bool_]:
-    """Which marks are those of a module."""
+    """A mask of the marks of a module."""
     if name < 0 or not len(trace.marks):
         return np.zeros(len(marks), bool)
     within: npt.NDArray[np.bool_] = (marks >= 0) & (trace.marks["module"][np.maximum(marks, 0)] == name)

@@ -202,7 +202,7 @@ class OpTracker(TorchDispatchMode):
         return alive
 
     def holding(self) -> array[int]:
-        """What is alive."""
+        """Blocks alive."""
         self._count_dead()
         alive = array("q")
         for address, reference in self._alive.items():
@@ -254,7 +254,7 @@ class OpTracker(TorchDispatchMode):
         return self._peak
 
     def reserved_bytes(self) -> int | None:
-        """Of the allocator's model; None where memory is not limited."""
+        """Bytes reserved by the allocator's model; None where memory is not limited."""
         return self._allocator.reserved_bytes if self._allocator is not None else None
 
     def reset_peak(self) -> None:

@@ -45,7 +45,7 @@ class Recorder(Protocol):
         ...
 
     def holding(self) -> Raw:
-        """What is alive, as `start` returns it, without beginning to record."""
+        """Blocks alive, as `start` returns them, without beginning to record."""
         ...
 
     def events(self, drained: Raw) -> npt.NDArray[Any]:

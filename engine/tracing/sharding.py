@@ -204,7 +204,7 @@ def _flat_gradients(_state: Any, handle: Any, *_: Any, **__: Any) -> Iterator[Ow
 def _flat_reduced(
     tensors: tuple[torch.Tensor, torch.Tensor], _state: Any, unsharded: torch.Tensor, **_: Any
 ) -> Iterator[Owned]:
-    """What is reduced is the gradient itself, unless it has to be padded."""
+    """The gradient is reduced where it lies, unless it has to be padded."""
     padded, sharded = tensors
     if not _same_storage(padded, unsharded):
         yield Category.COMMUNICATION, "flat_param.reduce_scatter_input", padded

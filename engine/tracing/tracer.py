@@ -404,7 +404,7 @@ class Tracer:
         )
 
     def _snapshot(self) -> _Instant:
-        """What is alive in a step that is not traced, and whose it is."""
+        """Blocks alive in a step that is not traced, and their owners."""
         nothing = _Step(self.step_now, 1, self._next_mark)
         self._owners.note_all(nothing.owners, -1, anew=True)
         self._owners.note(nothing.owners, -1, self._held())

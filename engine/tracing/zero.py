@@ -35,7 +35,7 @@ GRADIENTS = (
 )  # fmt: skip
 STAGING = ("temp_grad_buffer_for_gpu_offload",)
 SCALARS = ("_global_grad_norm", "inf_or_nan_tracker", "norm_for_param_grads")
-"""What its optimizers of all stages call what they hold."""
+"""Attributes in which its optimizers of all stages hold tensors."""
 
 Note = Callable[[Iterable[Owned]], None]
 Find = Callable[..., Iterator[Owned]]
@@ -97,7 +97,7 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 
 def at_rest() -> Iterator[Owned]:
-    """What stays where it is from step to step."""
+    """Tensors that stay where they are from step to step."""
     for optimizer in list(_optimizers):
         for index, tensor in enumerate(_masters(optimizer)):
             yield Category.OPTIMIZER_STATE, f"{MASTERS}.{index}", tensor

@@ -65,7 +65,7 @@ def _from_environment() -> tuple[int, int]:
 
 
 def _key() -> str:
-    """What the ranks of a job have in common, and no other job on this machine at the time has."""
+    """A key that the ranks of a job have in common, and no other job on this machine at the time has."""
     run_id = os.environ.get("TORCHELASTIC_RUN_ID", "")
     if run_id in NO_ID:
         return os.environ.get("MASTER_PORT") or str(os.getppid())

@@ -20,7 +20,7 @@ def say(text: str) -> None:
 
 
 class LastWords:
-    """What is said of a run when its script has died of it: where it is kept, and what would fit.
+    """The last words on a run that its script has died of: where it is kept, and what would fit.
 
     The second takes as long as predicting it takes; Ctrl-C ends that.
 

@@ -17,7 +17,7 @@ Blocks = frozenset[tuple[int, int]]
 
 
 def leftovers(trace: StepTrace) -> Blocks:
-    """What the script held when a step ended, by a trace in which that is named."""
+    """Blocks that the script held when a step ended, by a trace in which they are named."""
     blocks = Ledger(trace).blocks
     held = blocks[(blocks["category"] == Category.HELD_BY_SCRIPT) & (blocks["died"] == len(trace.events))]
     return frozenset(zip(held["address"].tolist(), held["bytes"].tolist(), strict=True))

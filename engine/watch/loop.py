@@ -46,7 +46,7 @@ Guard = Callable[[Callable[..., Any]], Callable[..., Any]]
 
 
 class Listener(Protocol):
-    """What is told of a loop.
+    """The receiver of all that is told of a loop.
 
     Attributes:
         publisher: Says which steps are traced, and is told what is in managed memory.

@@ -19,7 +19,7 @@ NAME_CELLS = 17
 
 
 class Kind(Enum):
-    """What a row of the list is."""
+    """The kind of a row of the list."""
 
     SETTING = 1
     HEADING = 2

@@ -227,7 +227,7 @@ class TechniquesPage(Page):
         return rows + [Row()] * (room - len(rows)), len(moving) - self.top - body
 
     def _group(self, row: ListRow, lines: list[Line], base: RunConfig, wanted: RunConfig, width: int) -> Row:
-        """What stands for a group: its name, with what is set in it where it is folded."""
+        """The row of a group: its name, with its settings where it is folded."""
         if row.kind is Kind.HEADING:
             return Row().add(f" {row.group}", self.palette.bold)
         if row.kind is Kind.TABS:
