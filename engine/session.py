@@ -265,6 +265,7 @@ class Session(Published):
         """
         import torch
 
+        from .allocator_settings import applied
         from .out_of_memory.memory_limit import limited
         from .parallelism.group import grouped
         from .tracing.allocator_trace import AllocatorTrace
@@ -293,7 +294,11 @@ class Session(Published):
             # Outside the recording: importing libraries makes tensors that stay.
             plan = self._planned(config)
             gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
-            with grouped(config, self._device), limited(self._device, config.memory_limit_bytes):
+            with (
+                applied(plan.recipe.allocator, self._device),
+                grouped(config, self._device),
+                limited(self._device, config.memory_limit_bytes),
+            ):
                 plan.recipe.parallelism.prepare(self._device)
                 with recording_ops:
                     self._train(config, plan, tracer)

@@ -14,6 +14,7 @@ from typing import Any
 
 import torch
 
+from .allocator_settings import AllocatorSettings
 from .batches import Batches, bytes_of, file_rows, random_rows, shapes_of
 from .config import RunConfig, UserError, excerpt, one_line
 from .parallelism import Parallelism
@@ -54,6 +55,7 @@ class Recipe:
         libraries: Packages whose own kernels run beside PyTorch's.
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
+        allocator: Settings of the CUDA caching allocator.
         checkpoint_context: Made of the model, and entered around each segment that is checkpointed.
         parallelism: How a rank trains beside others.
     """
@@ -77,6 +79,7 @@ class Recipe:
     libraries: set[str] = field(default_factory=set)
     last_layers: int = 0
     layer_period: int = 1
+    allocator: AllocatorSettings = field(default_factory=AllocatorSettings)
     checkpoint_context: Callable[[Model], AbstractContextManager[None]] = lambda _: nullcontext()
     parallelism: Parallelism = field(default_factory=Parallelism)
 

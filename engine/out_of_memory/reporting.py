@@ -6,11 +6,11 @@ import dataclasses
 
 import numpy as np
 
+from ..allocator_settings import MIN_BLOCK_BYTES
 from ..events import Category, Gauge, Made
 from ..ledger import Ledger, LiveBlock
 from ..prediction.caching_allocator import rounded_bytes
 from ..run import Run
-from ..tracing.block_layout import MIN_BLOCK_BYTES
 from .growth import Rise
 from .refusal import Refusal, Refused
 from .report import LargestTensor, OutOfMemoryReport, Pool

@@ -11,10 +11,11 @@ from __future__ import annotations
 from bisect import bisect_left, insort
 from collections.abc import Callable
 
+from ..allocator_settings import MIN_BLOCK_BYTES, AllocatorSettings
 from ..events import CacheState
 from ..out_of_memory.pools import by_bytes
 from ..out_of_memory.report import Pool
-from ..tracing.block_layout import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES
+from ..tracing.block_layout import SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 LARGE_SEGMENT_BYTES = 20 << 20
 """The segment that requests from 1 to 10 MiB take from CUDA (kLargeBuffer)."""
@@ -25,11 +26,12 @@ ROUND_LARGE_BYTES = 2 << 20
 DEFAULT_STREAM = 0
 FIRST_ADDRESS = 1 << 40
 LAST_ADDRESS = 1 << 46
+_DEFAULT = AllocatorSettings()
 
 
 def rounded_bytes(size: int) -> int:
-    """The least that the allocator's counter moves by for a request."""
-    return max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+    """Bytes that the allocator's counter moves by for a request, at the least, if it rounds as by default."""
+    return _DEFAULT.rounded_bytes(size)
 
 
 def segment_bytes(rounded: int) -> int:
@@ -81,7 +83,8 @@ class CachingAllocator:
 
     Args:
         capacity_bytes: What CUDA can give; None: without end.
-        expandable: As with PYTORCH_CUDA_ALLOC_CONF=expandable_segments:True.
+        expandable: As with PYTORCH_ALLOC_CONF=expandable_segments:True.
+        divisions: As with roundup_power2_divisions.
         place: Address of a new segment by its size, to follow a real trace; by
             default each lies below the one before, as CUDA mostly places them.
 
@@ -97,10 +100,12 @@ class CachingAllocator:
         self,
         capacity_bytes: int | None = None,
         expandable: bool = False,
+        divisions: int = 0,
         place: Callable[[int], int] | None = None,
     ) -> None:
         self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
         self.capacity_bytes, self.expandable = capacity_bytes, expandable
+        self._rounded_bytes = AllocatorSettings(expandable, divisions).rounded_bytes
         self._place = place or self._below
         self._lowest_address = LAST_ADDRESS
         self._pools: dict[tuple[int, bool], _Pool] = {}
@@ -117,7 +122,7 @@ class CachingAllocator:
         Raises:
             OutOfMemoryError: The capacity does not suffice.
         """
-        rounded = rounded_bytes(size)
+        rounded = self._rounded_bytes(size)
         pool = self._pool(stream, rounded <= SMALL_BYTES)
         address = pool.best_fit(rounded, pool.end.address if pool.end is not None else None)
         block = self._blocks[address] if address is not None else self._more(rounded, pool)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from ..tracing.block_layout import MIN_BLOCK_BYTES
+from ..allocator_settings import MIN_BLOCK_BYTES
 from . import attention
 from .gpus import Gpu
 from .reduction import scratch_bytes

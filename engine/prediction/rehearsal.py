@@ -13,13 +13,13 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import os
 import warnings
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from ..allocator_settings import AllocatorSettings, of_environment
 from ..config import RunConfig, UserError, one_line
 from ..events import Phase, Recompute, StepTrace
 from ..ledger import strip_wrappers
@@ -165,6 +165,7 @@ def rehearsed(
     gpu: Gpu,
     layers: Layers | None = None,
     max_positions: int = 0,
+    settings: AllocatorSettings | None = None,
 ) -> Rehearsal:
     """Give every block its place on a GPU.
 
@@ -176,17 +177,19 @@ def rehearsed(
         gpu: Where it would run.
         layers: Which of them stand for others; None: each is there.
         max_positions: Tokens in a row that the model was made for; 0: not said.
+        settings: Of the allocator; None: those of the environment.
 
     Raises:
         UnlikeError: The layers do not all do the same.
     """
     if layers is not None:
         requests = extrapolate(requests, layers)
-    played, reserved = _replay(requests, CachingAllocator(expandable=_expandable_segments()))
+    settings = of_environment() if settings is None else settings
+    played, reserved = _replay(requests, _allocator(settings))
     inside = (played.allocated[start : start + len(trace.events)] for start, trace in requests.traces)
     peak = max(int(allocated.max()) for allocated in inside if len(allocated))
     possible = max(peak, played.possible_peak_bytes)
-    verdict, expandable = _verdict(requests, peak, possible, reserved, gpu)
+    verdict, expandable = _verdict(requests, settings, peak, possible, reserved, gpu)
     return Rehearsal(
         traces=played.traces,
         steps=[_counted(step, n, requests, played) for n, step in enumerate(steps, 1)],
@@ -254,6 +257,7 @@ class _Rehearsing:
             self.gpu,
             self.layers,
             self.plan.positions,
+            self.plan.recipe.allocator,
         )
         return dataclasses.replace(done, rows=self.rows)
 
@@ -329,7 +333,12 @@ def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Repla
 
 
 def _verdict(
-    requests: AllocRequests, peak_bytes: int, possible_peak_bytes: int, reserved_bytes: int, gpu: Gpu
+    requests: AllocRequests,
+    settings: AllocatorSettings,
+    peak_bytes: int,
+    possible_peak_bytes: int,
+    reserved_bytes: int,
+    gpu: Gpu,
 ) -> tuple[Verdict, int | None]:
     """True if requests go through in a GPU's memory, and what expandable segments would hold if gaps matter to that."""
     margin = gpu.safe_bound_bytes(possible_peak_bytes) - peak_bytes
@@ -338,17 +347,15 @@ def _verdict(
         return Verdict.TOO_LARGE, None
     if reserved_bytes <= capacity:
         return Verdict.FITS, None
-    if _expandable_segments():
+    if settings.expandable:
         return Verdict.FRAGMENTED, reserved_bytes
-    _, expandable = _replay(requests, CachingAllocator(expandable=True))
+    _, expandable = _replay(requests, _allocator(AllocatorSettings(True, settings.divisions)))
     try:
-        _replay(requests, CachingAllocator(capacity))
+        _replay(requests, _allocator(settings, capacity))
     except OutOfMemoryError:
         return Verdict.FRAGMENTED, expandable
     return Verdict.TIGHT, expandable
 
 
-def _expandable_segments() -> bool:
-    """True if PyTorch is told to use them, as it would be for the run."""
-    told = (os.environ.get(name, "") for name in ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF"))
-    return any("expandable_segments:true" in setting.lower().replace(" ", "") for setting in told)
+def _allocator(settings: AllocatorSettings, capacity_bytes: int | None = None) -> CachingAllocator:
+    return CachingAllocator(capacity_bytes, settings.expandable, settings.divisions)

@@ -1,7 +1,7 @@
 """The caching allocator's cutting of segments into blocks, followed event by event.
 
 The trace gives the bytes that were asked for; the allocator's counter moves by
-the block it handed out. Mostly that is the request rounded up to 512 bytes, but
+the block it handed out. Mostly that is the request rounded up, to 512 bytes, but
 a free block whose rest would be too small is handed out whole. Knowing every
 block at the start, the rules of `c10/cuda/CUDACachingAllocator.cpp` say which.
 """
@@ -10,9 +10,9 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..allocator_settings import MIN_BLOCK_BYTES, in_force
 from ..events import CacheState
 
-MIN_BLOCK_BYTES = 512
 SMALL_BYTES = 1 << 20
 """Requests up to this come from the small pool (kSmallSize)."""
 SMALL_SEGMENT_BYTES = 2 << 20
@@ -47,6 +47,7 @@ class BlockLayout:
     def __init__(self, segments: list[dict[str, Any]], deferred: bool = False) -> None:
         self._blocks: dict[int, _Block] = {}
         self._deferred = deferred
+        self._rounded_bytes = in_force().rounded_bytes
         self._expandable = any(segment.get("is_expandable") for segment in segments)
         for segment in segments:
             # Expandable segments split as finely as the small pool does.
@@ -83,7 +84,7 @@ class BlockLayout:
 
     def allocate(self, address: int, size: int) -> int:
         """Follow an allocation; returns the size of the block handed out."""
-        rounded = max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+        rounded = self._rounded_bytes(size)
         block = self._blocks.get(address)
         if block is None or not block.free or block.size < rounded:
             # A segment the trace did not announce: believe the request.
@@ -102,7 +103,7 @@ class BlockLayout:
         """Follow a free; returns the bytes asked for and those of the block."""
         block = self._blocks.get(address)
         if block is None or block.free or block.pending:
-            return size, max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+            return size, self._rounded_bytes(size)
         requested, handed_out = block.requested, block.size
         block.pending = True
         if not self._deferred:

@@ -57,7 +57,9 @@ ROWS: list[Settings] = [
     {"optimizer_in_backward": True, **CHECKPOINTED, **BF16},
     {"trainable": "last-layers", **BF16},
     {"lora.kind": "dora", **LORA, **BF16},
+    {"allocator": "expandable-segments", **BF16},
     # held out
+    {"allocator": "expandable-segments", "allocator.rounding": 4, "loss": "chunked", **CHECKPOINTED, **BF16},
     {"loss_scaling": True, "dtype": "mixed-float16", **BODY},
     {"optimizer": "ao-adamw-4bit", "loss": "chunked", **CHECKPOINTED, "dtype": "mixed"},
     {"offload": "activations", **QLORA, "loss": "chunked", **BODY, **BF16},
@@ -66,7 +68,7 @@ ROWS: list[Settings] = [
     {"optimizer": "muon", "loss": "linear-cross-entropy", **CHECKPOINTED, **BF16},
     {"optimizer": "ao-adamw-fp8", "optimizer_in_backward": True, **BODY, **BF16},
 ]
-SEEN = 11
+SEEN = 12
 """How many of the rows predictions were written by."""
 
 FAMILIES: dict[str, Settings] = {
