@@ -11,6 +11,7 @@ import weakref
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -31,6 +32,7 @@ from gpumem_tui.engine.prediction.expandable import expandable_reserved_bytes
 from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import MemoryLeak, OutOfMemory, RunEnded, RunEvent, from_plain, to_plain
+from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 from gpumem_tui.watch import watch
 
@@ -119,16 +121,15 @@ def test_the_reason_names_bytes_and_culprits() -> None:
 
 
 def test_free_blocks_are_told_apart_by_stream_and_pool() -> None:
-    def segment(stream: int, blocks: list[tuple[int, str]], **more: Any) -> dict[str, Any]:
-        rows = [{"size": size, "state": state} for size, state in blocks]
-        return {"stream": stream, "segment_type": "large", "blocks": rows, **more}
+    def segment(*sizes: tuple[int, str], **more: Any) -> dict[str, Any]:
+        return snapshot_segment(*(snapshot_block(0, size, state) for size, state in sizes), **more)
 
     segments = [
-        segment(0, [(5, "inactive"), (7, "active_allocated"), (3, "inactive")]),
-        segment(0, [(2, "inactive")]),
-        segment(9, [(8, "inactive"), (1, "active_pending_free")]),
-        segment(0, [(4, "inactive")], segment_pool_id=(0, 3)),
-        segment(0, [(6, "active_allocated")], segment_pool_id=(0, 4)),
+        segment((5, "inactive"), (7, "active_allocated"), (3, "inactive")),
+        segment((2, "inactive")),
+        segment((8, "inactive"), (1, "active_pending_free"), stream=9),
+        segment((4, "inactive"), segment_pool_id=(0, 3)),
+        segment((6, "active_allocated"), segment_pool_id=(0, 4)),
     ]
     assert pools_of(segments) == (pool(10, 5), pool(8, 8, stream=9), pool(4, 4, name="large (0, 3)"))
 
@@ -177,6 +178,52 @@ def test_the_observer_is_attached_once_and_never_raises(monkeypatch: pytest.Monk
     observe(0, 3, 2, 1)
     assert told == [(3, 2, 1)], "nobody is told any more"
     observer._listeners.clear()
+
+
+def snapshot_block(address: int, size: int, state: str = "active_allocated") -> dict[str, Any]:
+    return {"address": address, "size": size, "requested_size": size, "state": state}
+
+
+def snapshot_segment(*blocks: dict[str, Any], **more: Any) -> dict[str, Any]:
+    total = sum(block["size"] for block in blocks)
+    return {"stream": 0, "segment_type": "large", "blocks": list(blocks), "total_size": total, "device": 0, **more}
+
+
+@pytest.fixture
+def cuda_recorder(monkeypatch: pytest.MonkeyPatch) -> AllocatorTrace:
+    """The recorder of a GPU of 100 MiB with 40 MiB reserved, without the GPU."""
+    free, used = snapshot_block(4 * MIB, 16 * MIB, "inactive"), snapshot_block(0, 4 * MIB)
+    segments = [snapshot_segment(used, free), snapshot_segment(snapshot_block(64 * MIB, 20 * MIB, "inactive"))]
+    monkeypatch.setattr(AllocatorTrace, "_snapshot", lambda self: {"segments": segments, "trace": self.entries})
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
+    recorder = AllocatorTrace.__new__(AllocatorTrace)
+    recorder.cache = recorder._newest = None
+    recorder._index, recorder._total_bytes, recorder._layout = 0, 100 * MIB, BlockLayout(segments)
+    recorder.entries = []  # type: ignore[attr-defined]
+    return recorder
+
+
+def test_the_recorder_of_a_gpu_tells_what_the_allocator_has_where(cuda_recorder: AllocatorTrace) -> None:
+    told: list[Refused] = []
+    cuda_recorder._on_refused = told.append
+    cuda_recorder._refused(30 * MIB, 100 * MIB, 10 * MIB)
+    cuda_recorder.entries += [{"action": "oom", "size": 29 * MIB}]  # type: ignore[attr-defined]
+    cuda_recorder._refused(30 * MIB, 45 * MIB, 10 * MIB)
+    whole, limited_one = told
+    assert (whole.asked_bytes, whole.free_bytes, whole.limit_bytes) == (30 * MIB, 10 * MIB, None)
+    assert whole.outside_bytes == 50 * MIB and whole.pools == (pool(36 * MIB, 20 * MIB),)
+    assert (limited_one.asked_bytes, limited_one.free_bytes, limited_one.limit_bytes) == (29 * MIB, 5 * MIB, 45 * MIB)
+
+
+def test_the_allocator_is_looked_at_where_the_step_is_highest(cuda_recorder: AllocatorTrace) -> None:
+    entries = [
+        {"action": action, "addr": address, "size": size, "user_metadata": "1", "time_us": 0}
+        for action, address, size in (
+            ("alloc", 64 * MIB, 20 * MIB), ("alloc", 4 * MIB, 8 * MIB), ("free_requested", 64 * MIB, 20 * MIB)
+        )
+    ]  # fmt: skip
+    assert len(cuda_recorder.events([*entries, {"action": "oom", "size": 29 * MIB}])) == 3
+    assert cuda_recorder.cache == (40 * MIB, 32 * MIB, 8 * MIB, 8 * MIB)
 
 
 # --- runs, under a memory limit -----------------------------------------------------------------
@@ -449,13 +496,11 @@ def test_the_edge_is_what_is_usable_not_what_is_free() -> None:
 
 
 def test_the_layout_of_a_snapshot_knows_its_gaps() -> None:
-    def block(address: int, size: int, state: str = "active_allocated") -> dict[str, Any]:
-        return {"address": address, "size": size, "requested_size": size, "state": state}
-
-    large = {"segment_type": "large", "blocks": [block(0, 4 * MIB), block(4 * MIB, 16 * MIB, "inactive")]}
-    whole = {"segment_type": "large", "blocks": [block(64 * MIB, 20 * MIB, "inactive")]}
-    assert BlockLayout([large, whole]).cache() == (40 * MIB, 4 * MIB, 20 * MIB, 16 * MIB)
-    assert BlockLayout([large | {"is_expandable": True}, whole]).cache().gaps_bytes == 16 * MIB
+    used, gap = snapshot_block(0, 4 * MIB), snapshot_block(4 * MIB, 16 * MIB, "inactive")
+    whole = snapshot_segment(snapshot_block(64 * MIB, 20 * MIB, "inactive"))
+    assert BlockLayout([snapshot_segment(used, gap), whole]).cache() == (40 * MIB, 4 * MIB, 20 * MIB, 16 * MIB)
+    growing = snapshot_segment(used, gap, is_expandable=True)
+    assert BlockLayout([growing, whole]).cache().gaps_bytes == 16 * MIB, "less than a page"
 
 
 def test_expandable_segments_reserve_no_more_than_the_pages_that_are_used(engine: Engine) -> None:

@@ -119,7 +119,8 @@ class AllocatorTrace:
                 add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"]))
             else:
                 self._layout.follow(action, address, size)
-        self._look_at_cache()
+        if highest == len(drained or ()):
+            self._look_at_cache()
         return columns(rows, EVENT)
 
     def _look_at_cache(self) -> None:
@@ -230,13 +231,13 @@ class EventTimer:
 
 
 def _highest(entries: Sequence[dict[str, Any]]) -> int:
-    """Index of the entry before which most was allocated, of those since they began; rounding aside."""
+    """Number of entries after which most was allocated, rounding aside."""
     allocated = highest = at = 0
-    for index, entry in enumerate(entries):
-        if allocated > highest:
-            highest, at = allocated, index
+    for number, entry in enumerate(entries, 1):
         if entry["action"] == "alloc":
             allocated += entry["size"]
+            if allocated > highest:
+                highest, at = allocated, number
         elif entry["action"] == "free_requested":
             allocated -= entry["size"]
     return at

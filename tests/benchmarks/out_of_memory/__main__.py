@@ -37,7 +37,7 @@ from .fixing import Found, find, report_of
 GIB = 1 << 30
 OTHERS_BYTES = 6 * GIB
 WITHIN_S = 1.0
-WORKERS = 8
+WORKERS = 12
 CLOCK: dict[str, float] = {}
 """When the last refusal came, and when it was told of."""
 
