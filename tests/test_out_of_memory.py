@@ -384,6 +384,25 @@ def test_the_error_is_the_scripts_and_holds_nothing_of_ours() -> None:
     assert dies() is None, "watching keeps nothing alive"
 
 
+DIES = """
+import atexit, torch
+from gpumem_tui.engine.run_events import OutOfMemory
+from gpumem_tui.watch import watch
+model = torch.nn.Linear(256, 256)
+watching = watch(model, torch.optim.AdamW(model.parameters()), memory_limit="24MiB")
+atexit.register(lambda: print([e.report.verdict.value for e in watching.source.events() if isinstance(e, OutOfMemory)]))
+watching.begin()
+for rows in (16, 100_000):
+    model(torch.ones(rows, 256)).sum().backward()
+"""
+
+
+def test_a_script_that_dies_uncaught_has_told_by_its_end_and_fails_as_ever() -> None:
+    done = subprocess.run([sys.executable, "-c", DIES], capture_output=True, text=True, check=False)
+    assert done.stdout == "['too_big']\n"
+    assert done.returncode == 1 and "torch.OutOfMemoryError: CPU out of memory." in done.stderr
+
+
 # --- on a GPU -----------------------------------------------------------------------------------
 
 
