@@ -10,7 +10,7 @@ from typing import Any
 from textual.pilot import Pilot
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Environment
+from gpumem_tui.engine.events import Environment, StepTrace
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.out_of_memory.report import OutOfMemoryReport
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
@@ -70,6 +70,9 @@ class Oracle:
 
     def look_at(self, environment: Environment) -> None:
         pass
+
+    def expandable_bytes(self, trace: StepTrace) -> int:
+        return 100 * MIB
 
     def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
         return self.found

@@ -9,7 +9,7 @@ from itertools import pairwise
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, Category, Phase
+from gpumem_tui.engine.events import CATEGORIES, CacheState, Category, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.explain import explain
@@ -302,3 +302,24 @@ async def test_the_header_shows_first_what_differs_from_the_run_before() -> None
     source.finish_step()
     async with shown(source) as driver:
         assert "B8×S256 checkpointing=layers" in driver.lines[0]
+
+
+async def test_the_edge_is_the_largest_usable_block_and_gaps_are_shown_where_they_cost_something() -> None:
+    source = trained()
+    gauge = source.gauge()
+    assert gauge is not None
+    total = gauge.device_total_bytes
+    small = CacheState(gauge.allocated_bytes + total // 50, gauge.allocated_bytes, total // 400, total // 200)
+    held = small.reserved_bytes
+    used = replace(gauge, reserved_bytes=held, process_bytes=held, device_used_bytes=total - total // 4, cache=small)
+    source.feed.publish_gauge(used)
+    async with shown(source, (100, 30), predictions=Oracle(lambda _: None)) as app:
+        usable = used.usable_bytes
+        assert usable is not None and f"usable {app.app.state.unit.show(usable)}" in app.text
+        assert "in gaps" not in app.text, "half a per cent of the device"
+        source.feed.publish_gauge(replace(used, cache=small._replace(gaps_bytes=total // 60)))
+        await app.tick()
+        line = app.line("in gaps")
+        show = app.app.state.unit.show
+        assert f"in gaps {show(total // 60)} of {show(small.reserved_bytes)} reserved" in line
+        assert f"expandable segments: ~{show(100 * MIB - small.reserved_bytes)}" in line

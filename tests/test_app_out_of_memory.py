@@ -10,7 +10,6 @@ from msgspec.structs import replace
 from gpumem_tui.engine.config import Value
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.feed import Start, ViewerRole
-from gpumem_tui.engine.out_of_memory.fixes import EXPANDABLE
 from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemoryReport, Pool, Verdict
 from gpumem_tui.engine.recording import Recording, write
 from gpumem_tui.engine.run_events import OutOfMemory, Saved
@@ -147,14 +146,6 @@ async def test_a_script_is_told_what_to_write_and_nothing_is_restarted() -> None
     async with shown(source, predictions=oracle(ALL)) as app:
         await app.press("2")
         assert not source.commands and "for your script to set: a third more" in app.text
-
-
-async def test_what_is_set_in_the_environment_is_said() -> None:
-    source = refused()
-    expandable = fix(dict(EXPANDABLE), GIB, True, "")
-    async with shown(source, predictions=oracle(FoundFixes((expandable,), True))) as app:
-        await app.press("1")
-        assert not source.commands and "is set before the engine begins" in app.text
 
 
 async def test_it_leads_to_the_step_and_the_layers_and_back() -> None:

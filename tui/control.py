@@ -10,7 +10,7 @@ from pathlib import Path
 from ..engine.config import Option, RunConfig, UserError, Value, show
 from ..engine.exports import registry
 from ..engine.feed import Command, Pause, Save, Source, Start, Stop, TakeOver, ViewerRole
-from ..engine.out_of_memory.fixes import EXPANDABLE, settings_text
+from ..engine.out_of_memory.fixes import settings_text
 from ..engine.out_of_memory.report import Fix
 from ..engine.run import Run
 from .changes import Changes
@@ -89,9 +89,6 @@ class Control:
         """Restart a run that ran out of memory with a change that would fit; False: that cannot be done from here."""
         if self.source.role is ViewerRole.WATCHING:
             self.state.say(f"for your script to set: {fix.text}")
-            return False
-        if fix.set == EXPANDABLE:
-            self.state.say(f"is set before the engine begins: {settings_text(fix.set)} gpumem-tui ...")
             return False
         if not self._start(run.config.with_(fix.set)):
             return False

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Value
+from ..engine.events import StepTrace
 from ..engine.out_of_memory.report import OutOfMemoryReport
 from ..engine.prediction.advice import LEAST_SAVING_BYTES, single_changes
 from ..engine.run import Run
@@ -88,6 +89,10 @@ class Forecasts:
     def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes | None:
         """The changes with which a run would have fitted, as far as they are known; None: nobody predicts."""
         return self.predictions.fixes(run, report) if self.predictions is not None else None
+
+    def expandable_bytes(self, trace: StepTrace) -> int | None:
+        """The most that would be reserved for a step with expandable segments; None: nobody predicts."""
+        return self.predictions.expandable_bytes(trace) if self.predictions is not None else None
 
     def strongest(self) -> Strongest | None:
         """The changes of a single technique that save most, as far as they are known; None if nobody predicts."""

@@ -51,7 +51,9 @@ class ReportRows:
 
     def _size(self, size: int) -> str:
         """A size that may be far smaller than the others, in a unit of its own."""
-        return (self.unit if size >= self.unit.bytes / 8 else unit_for(size, self.units)).full(size)
+        return (
+            "0" if not size else (self.unit if size >= self.unit.bytes / 8 else unit_for(size, self.units)).full(size)
+        )
 
     # --- where and what -----------------------------------------------------------------
 
@@ -96,13 +98,11 @@ class ReportRows:
 
     def categories(self, room: int) -> list[Row]:
         """A heading, and a row for each category that held anything; the smallest share one if there is no room."""
-        held = self._held
-        if len(held) > max(1, room - 1):
-            largest = sorted(held, key=lambda one: -one[2])[: max(1, room - 2)]
-            rest = [one for one in held if one not in largest]
-            held = [one for one in held if one in largest]
-        else:
-            rest = []
+        by_size = sorted(self._held, key=lambda one: -one[2])
+        shown = [one for one in by_size if float(self.unit.show(one[2]))]
+        share_a_row = len(shown) > max(1, room - 1) or len(by_size) - len(shown) > 1
+        shown = shown[: max(1, room - 2)] if share_a_row else by_size
+        held, rest = ([one for one in self._held if (one in shown) is wanted] for wanted in (True, False))
         scale = max((size for _, _, size in held), default=0)
         rows = [Row().to(3).add(self.unit.name, self.palette.dim).to(NAME_WIDTH).add("  held then", self.palette.bold)]
         for category, info, size in held:
@@ -218,13 +218,9 @@ class ReportRows:
         row.right(f"~{self.unit.show(fix.peak_bytes)}", 3 + self._set_width + PEAK_WIDTH)
         if self.width < COSTS_FROM:
             return row
-        known = {name: value for name, value in fix.set.items() if name in self.config.options or name in WORKLOAD}
-        effect = techniques.effect(self.config, self.config.with_(known)).title
+        effect = techniques.effect(self.config, self.config.with_(fix.set)).title
         costs = fix.text if fix.keeps_mathematics else f"{effect}; {fix.text}"
         return row.add(f"  {_clauses(costs, self.width - row.width - 3)}", palette.dim)
-
-
-WORKLOAD = ("batch_size", "seq_len")
 
 
 def _clauses(text: str, room: int) -> str:

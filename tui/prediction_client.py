@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 
 from ..engine.config import RunConfig, UserError
-from ..engine.events import Environment
+from ..engine.events import Environment, StepTrace
 from ..engine.feed import Source
 from ..engine.out_of_memory.report import OutOfMemoryReport
+from ..engine.prediction.expandable import expandable_reserved_bytes
 from ..engine.prediction.gpus import Gpu, gpu, gpu_of
 from ..engine.prediction.outcome import Prediction
 from ..engine.prediction.predictor import Predictor
@@ -16,6 +18,9 @@ from .fix_finder import FixFinder
 from .predictions import FoundFixes
 
 WORKING = "The prediction of this run is being worked out."
+
+EXPANDABLE_EVERY_S = 5.0
+"""Playing a step to the allocator's model takes some 50 ms: that often."""
 
 REMEMBERED = 48
 """Wishes that are not answered yet; older ones are those of a screen long left."""
@@ -42,6 +47,7 @@ class Background:
         self._target: Gpu | None = None
         self._asked: dict[str, tuple[RunConfig, bool]] = {}
         self._finder: FixFinder | None = None
+        self._expandable: tuple[float, int] | None = None
         self.gpu_name = ""
 
     def look_at(self, environment: Environment) -> None:
@@ -120,6 +126,13 @@ class Background:
             self._end_search()
             self._finder = FixFinder(run, report)
         return self._finder.found
+
+    def expandable_bytes(self, trace: StepTrace) -> int:
+        """The most that would have been reserved for a step; of the steps after it as well, which are alike."""
+        now = time.monotonic()
+        if self._expandable is None or now - self._expandable[0] > EXPANDABLE_EVERY_S:
+            self._expandable = (now, expandable_reserved_bytes(trace))
+        return self._expandable[1]
 
     def _end_search(self) -> None:
         if self._finder is not None:

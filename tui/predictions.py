@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from ..engine.config import RunConfig
-from ..engine.events import Environment
+from ..engine.events import Environment, StepTrace
 from ..engine.out_of_memory.report import Fix, OutOfMemoryReport
 from ..engine.prediction.outcome import Prediction
 from ..engine.run import Run
@@ -63,6 +63,10 @@ class Predictions(Protocol):
 
     def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
         """The changes with which a run would have fitted, as far as they are known; returns at once."""
+        ...
+
+    def expandable_bytes(self, trace: StepTrace) -> int:
+        """The most that the allocator would have reserved for a step with expandable segments."""
         ...
 
     def waiting(self) -> int:

@@ -33,8 +33,8 @@ Settings = Mapping[str, Value]
 MEASURED_SHARE = 0.003
 """Share of the peak: how far a prediction may be off that is corrected by what was measured."""
 
-EXPANDABLE: Settings = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
-"""Setting of the environment, before the process begins."""
+EXPANDABLE: Settings = {"allocator": "expandable-segments"}
+"""Segments that grow, which leave next to no gaps."""
 
 COST_OF_WORKLOAD = {"batch_size": "more steps for as many rows", "seq_len": "longer rows are cut"}
 
@@ -110,8 +110,9 @@ class FixSearch:
         config = _shortest(self._config)
         self._known[techniques.memory_key(config)] = now = self._predict(config, self._gpu)
         self._beyond_bytes = beyond_prediction(self._run, self._report, now)
-        if self._report.verdict is Verdict.FRAGMENTED and not self._report.expandable_segments:
-            yield from self._without_gaps(now)
+        gaps = self._report.verdict is Verdict.FRAGMENTED and not self._report.expandable_segments
+        if gaps and self._fits(EXPANDABLE):
+            yield self._fix(EXPANDABLE)
         # The run has died of it: what no prediction knows takes at least so much.
         self._beyond_bytes += max(0, self._room + 1 - self._needs(now))
         self._gpu = replace(self._gpu, context_bytes=self._beyond_bytes)
@@ -159,17 +160,6 @@ class FixSearch:
     def _fits(self, settings: Settings) -> bool:
         prediction = self._predicted(settings)
         return prediction is not None and self._needs(prediction) <= self._room
-
-    def _without_gaps(self, now: Prediction) -> Iterator[Fix]:
-        """Segments that grow, which leave next to no gaps."""
-        if now.safe_bound_bytes + self._beyond_bytes <= self._room:
-            yield Fix(
-                set=dict(EXPANDABLE),
-                peak_bytes=now.peak_bytes + self._beyond_bytes,
-                fits=True,
-                keeps_mathematics=True,
-                text="set in the environment, before the process begins",
-            )
 
     # --- one option ---------------------------------------------------------------------
 
@@ -366,7 +356,7 @@ def _merged(chosen: Mapping[str, Settings]) -> dict[str, Value]:
 
 
 def settings_text(settings: Settings) -> str:
-    """Settings as `--set` takes them, and as a shell takes what is set in the environment."""
+    """Settings as `--set` takes them."""
     return " ".join(f"{name}={show(value)}" for name, value in settings.items())
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..config import UserError
 from ..prediction.predictor import PredictingProcess
 from ..run import Run, RunKind
-from .fixes import EXPANDABLE, FixSearch, settings_text
+from .fixes import FixSearch, settings_text
 from .report import Fix, OutOfMemoryReport, Verdict, size_text
 
 LONGEST_S = 90
@@ -20,7 +20,7 @@ class Told(NamedTuple):
 
     Attributes:
         text: In a line.
-        fix: The first that a restart can make; None: there is none, or nothing can be predicted.
+        fix: The first; None: there is none, or nothing can be predicted.
     """
 
     text: str
@@ -39,24 +39,18 @@ def would_fit(run: Run, report: OutOfMemoryReport) -> Told:
         return Told(f"no setting mends this: {grows} grows by {size_text(report.growth_bytes)} a step")
     # Nothing trains any more, and somebody waits.
     process = PredictingProcess(niceness=0, longest_s=LONGEST_S)
-    search, first = FixSearch(run, report, process.known_or_predicted), []
+    search = FixSearch(run, report, process.known_or_predicted)
     try:
         with closing(process):
-            # Of several ways out, an environment variable is the easiest, and none that a restart can go.
-            for fix in search:
-                first.append(fix)
-                if fix.set != EXPANDABLE or run.kind is RunKind.WATCHED:
-                    break
+            fix = next(iter(search), None)
     except UserError as error:
         return Told(f"what would fit cannot be told: {error}")
-    if process.ended and not first:
+    if process.ended and (fix is None or not fix.fits):
         return Told(f"what would fit was not found within {LONGEST_S} s; gpumem-tui why looks longer")
-    fitting = [fix for fix in first if fix.fits]
-    if not fitting:
-        nearest = f", {settings_text(first[0].set)} comes nearest" if first else ""
+    if fix is None or not fix.fits:
+        nearest = f", {settings_text(fix.set)} comes nearest" if fix is not None else ""
         return Told(f"nothing that was tried fits{nearest}: {size_text(search.unfit_by_bytes or 0)} too much")
-    restart = next((fix for fix in fitting if fix.set != EXPANDABLE), None)
-    return Told(described(run, report, fitting[0]), restart)
+    return Told(described(run, report, fix), fix)
 
 
 def described(run: Run, report: OutOfMemoryReport, fix: Fix) -> str:

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
-from ...engine.events import Category, Gauge
+from ...engine.events import CacheState, Category, Gauge, StepTrace
 from ...engine.ledger import Bytes
 from ..draw import Row
 from ..palette import Palette
 from ..state import ViewState
 from ..units import shorten
 from ..widgets.bars import Part, stacked
+
+LEAST_GAPS = 0.01
+"""Share of the device from which gaps between blocks are worth a row."""
 
 SHOWN_FROM_BYTES = 1 << 20
 """The least of what nobody accounts for that is shown; less is a driver's breathing."""
@@ -60,11 +64,22 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
         found.append(Share("o", "others", others))
     total = gauge.device_total_bytes
     free = None if used is None else max(0, total - max(used, allocated))
-    return [*found, Share("", "free", free)]
+    # One request can have less than all that is free: what lies in gaps is of no use to it.
+    edge = Share("", "free", free) if gauge.cache is None else Share("", "usable", gauge.usable_bytes)
+    return [*found, edge]
 
 
-def device_rows(state: ViewState, palette: Palette, width: int) -> list[Row]:
-    """Name and totals; the bar; its figures."""
+def device_rows(
+    state: ViewState, palette: Palette, width: int, expandable: Callable[[StepTrace], int | None] = lambda _: None
+) -> list[Row]:
+    """Name and totals; the bar; its figures; the gaps in it, where they cost something.
+
+    Args:
+        state: What is shown.
+        palette: Colours.
+        width: Of the terminal.
+        expandable: The most that would be reserved for a step with expandable segments; None: nobody predicts.
+    """
     environment, gauge = state.environment, state.gauge
     if environment is None or gauge is None:
         text = "The engine is starting." if environment is None else f"{environment.device}  {environment.device_name}"
@@ -83,7 +98,30 @@ def device_rows(state: ViewState, palette: Palette, width: int) -> list[Row]:
         Part(s.letter, s.bytes, palette.device[s.letter]) for s in rest if s.letter and s.bytes and s.in_bar
     ]
     bar_row = Row().add(" ").extend(stacked(parts, gauge.device_total_bytes, width - 2, palette))
-    return [title, bar_row, _figures(state, palette, allocated, rest, width)]
+    rows = [title, bar_row, _figures(state, palette, allocated, rest, width)]
+    if gauge.cache is not None and gauge.cache.gaps_bytes > LEAST_GAPS * gauge.device_total_bytes:
+        rows.append(_gaps(state, gauge.cache, palette, width, expandable))
+    return rows
+
+
+def _gaps(
+    state: ViewState,
+    cache: CacheState,
+    palette: Palette,
+    width: int,
+    expandable: Callable[[StepTrace], int | None],
+) -> Row:
+    """Fragmentation at the peak of the latest traced step, and what expandable segments would give back of it."""
+    unit, complete = state.unit, state.complete
+    row = Row().add(" in gaps ", palette.dim).add(unit.show(cache.gaps_bytes), palette.busy)
+    row.add(f" of {unit.show(cache.reserved_bytes)} reserved, largest piece ", palette.dim)
+    row.add(unit.show(cache.largest_free_block_bytes))
+    known = state.config is not None and state.config.options.get("allocator") == "expandable-segments"
+    reserved = expandable(complete.trace) if complete is not None and not known else None
+    if reserved is not None:
+        text = f"  expandable segments: ~{unit.full(reserved - cache.reserved_bytes)}"
+        row.add(text if row.width + len(text) < width else "", palette.accent)
+    return row
 
 
 def _inside(state: ViewState, sizes: Bytes | None, allocated: int, palette: Palette) -> list[Part]:

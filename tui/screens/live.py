@@ -106,7 +106,7 @@ class LivePage(Page):
     def rows(self, width: int, height: int) -> list[Row]:
         """Step, device, categories, the reason of the peak, what happened last."""
         run, roomy = self._marked("run", [self._step(width)]), height >= ROOMY
-        device = self._marked("device", device_rows(self.state, self.palette, width))
+        device = self._marked("device", device_rows(self.state, self.palette, width, self.forecasts.expandable_bytes))
         categories, recompute = self._categories(width, height), self._marked("recompute", self._recomputes(width))
         spare = height - sum(map(len, (run, device, categories, recompute)))
         lines = max(2, min(spare, 3))
