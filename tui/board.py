@@ -18,6 +18,7 @@ from .screens.help import HelpPage
 from .screens.out_of_memory import OutOfMemoryPage
 from .screens.page import Page
 from .screens.progress import progress
+from .screens.ranks import RanksPage
 from .screens.tour import Tour
 from .settings import Settings
 from .state import ViewState
@@ -61,6 +62,7 @@ class Board:
         self.palette = palette
         self.pages: list[Page] = [kind(self.state, self.control, palette) for kind in screens()]
         self.page = self.pages[0]
+        self.ranks = next(page for page in self.pages if isinstance(page, RanksPage))
         self.everywhere = remapped(everywhere([page.title for page in self.pages]), settings.keys)
         for page in self.pages:
             page.actions = remapped(page.actions, settings.keys)
@@ -187,7 +189,7 @@ class Board:
         room = height - 1 - len(said)
         rows = rows[:room] + [Row()] * (room - len(rows))
         role = self.control.source.role
-        shows = (self.page, self.rate, self.frozen, role, width, self.palette)
+        shows = (self.page, *self._in_footer(), self.rate, self.frozen, role, width, self.palette)
         footer = self._kept.rows("footer", shows, lambda: [self._footer(width, role)])
         return [*map(self._plain, [*rows, *said, *footer])]
 
@@ -251,7 +253,7 @@ class Board:
         said = "" if role in (ViewerRole.OWNER, ViewerRole.ATTACHED) else f" {role}"
         row = Row().add(" ")
         own = {key for action in self.page.actions for key in action.keys}
-        for page, title in zip(self.pages, self._titles(width - len(said)), strict=True):
+        for page, title in zip(self._in_footer(), self._titles(width - len(said)), strict=True):
             if keys[f"screen.{page.title}"] in own:
                 continue
             row.add(keys[f"screen.{page.title}"], palette.accent)
@@ -263,10 +265,13 @@ class Board:
                 row.add(" ").add(keys[name], palette.accent).add(f" {label}", palette.dim)
         return row.right(self.rate, width - 1, palette.dim) if row.width + len(self.rate) + 2 < width else row
 
+    def _in_footer(self) -> list[Page]:
+        return [page for page in self.pages if page.in_footer or page is self.page]
+
     def _titles(self, width: int) -> list[str]:
         """The names of the screens behind their digits: whole, cut, or only of the one that is on."""
         for cut in (None, CUT_TITLE, 0):
-            titles = [f" {page.title[: None if page is self.page else cut]}".rstrip() for page in self.pages]
+            titles = [f" {page.title[: None if page is self.page else cut]}".rstrip() for page in self._in_footer()]
             if sum(len(title) + len("1 ") for title in titles) + len(" ? help") + 1 < width:
                 break
         return titles

@@ -190,17 +190,19 @@ class Control:
         runs = self.lookable()
         if not 0 <= index < len(runs):
             return
-        self.changes.clear()
-        self.state.look_at(runs[index])
-        self.forecasts.turned()
-        self.on_turn()
-        self.on_command()
+        self._have_on_screens(runs[index])
 
     def look_at_run(self, run: Run) -> None:
         """Have one of the source's runs on all screens, if it is still kept and not there already."""
-        runs = self.lookable()
-        if run is not self.state.shown and run in runs:
-            self.look_at(runs.index(run))
+        if run is not self.state.shown and (run in self.state.run_list.runs or run in self.lookable()):
+            self._have_on_screens(run)
+
+    def _have_on_screens(self, run: Run) -> None:
+        self.changes.clear()
+        self.state.look_at(run)
+        self.forecasts.turned()
+        self.on_turn()
+        self.on_command()
 
     def look_on(self, by: int) -> None:
         """Have the next run, or the one before, on all screens."""

@@ -40,6 +40,10 @@ class RunList:
         """The run under way or begun last."""
         return self.runs[-1] if self.runs else None
 
+    def is_of_latest(self, run: Run) -> bool:
+        """True if a run is the latest, or another rank of its job."""
+        return self.latest is not None and run.id.number == self.latest.id.number
+
     def state_of(self, run: Run) -> RunState:
         """The run's state, with all it has told by now."""
         state = self._states.setdefault(run, RunState(run))
@@ -52,8 +56,9 @@ class RunList:
             return f"predicted for {run.id.engine}"
         if self._live:
             return f"run {run.id.number}"
-        same = sum(other.id.engine == run.id.engine for other in self.runs)
-        return run.id.engine + f", run {run.id.number}" * (same > 1)
+        same = [other.id for other in self.runs if other.id.engine == run.id.engine]
+        rank = f", rank {run.id.rank}" * any(other.rank != run.id.rank for other in same)
+        return run.id.engine + f", run {run.id.number}" * any(other.number != run.id.number for other in same) + rank
 
     def summary_of(self, run: Run, fold: Callable[[StepTrace], Ledger] = Ledger) -> RunSummary:
         """A run in small.
@@ -86,7 +91,7 @@ class RunList:
                 groups[run] = [run]
             elif any(trace.step for trace in run.traces()):
                 # The one under way is not counted to those before it until it has ended.
-                key = run if run is self.latest else memory_key(run.config)
+                key = "latest" if self.is_of_latest(run) else memory_key(run.config)
                 groups.setdefault(key, []).append(run)
         return list(groups.values())
 
@@ -102,7 +107,8 @@ class RunList:
             chosen = small[0]
             for summary in small[1:]:
                 chosen = summary if summary.steps >= min(chosen.steps, STEADY_STEPS) else chosen
-            found.append(chosen._replace(origin=small[0].origin, times=len(group)))
+            times = len({run.id.number for run in group})
+            found.append(chosen._replace(origin=small[0].origin, times=times))
         return found
 
     def place_of(self, run: Run | None) -> int:

@@ -29,6 +29,7 @@ from ..engine.run_events import (
     Saved,
     StepEnded,
 )
+from .job_ranks import of_job
 from .run_list import RunList
 from .run_state import RunState
 from .run_summary import RunSummary
@@ -164,7 +165,10 @@ class ViewState:
         self.version += 1
 
     def _follow(self) -> None:
-        """A live source's latest run comes on the screens as it begins; of recordings the first is looked at."""
+        """A live source's latest run comes on the screens as it begins; of recordings the first is looked at.
+
+        Of a job it is the lowest rank.
+        """
         runs = self.run_list.runs
         if not runs:
             return
@@ -172,10 +176,11 @@ class ViewState:
             if self.shown is not runs[-1]:
                 self._look(runs[-1])
         elif self.shown is None:
-            self._look(runs[0])
+            self._look(of_job(runs[0], runs)[0])
 
     def _gauge_of(self, source: Source) -> Gauge | None:
-        return source.gauge() if self.under_way or self.shown is None else self.shown.gauge
+        newest = self.live and self.shown is self.run_list.latest
+        return source.gauge() if newest or self.shown is None else self.shown.gauge
 
     def _read_events(self, source: Source) -> None:
         """A live source's log tells of all its runs; that of a recording is of the run looked at."""
@@ -288,9 +293,14 @@ class ViewState:
         return len(self.listed) > 1 or self.place >= len(self.listed) > 0
 
     @property
+    def job(self) -> list[Run]:
+        """The ranks of the job that is on the screens, by rank; a run alone is its own only one."""
+        return of_job(self.shown, self.run_list.runs) if self.shown is not None else []
+
+    @property
     def under_way(self) -> bool:
-        """True if what is on the screens is the engine's latest run."""
-        return self.live and self.shown is not None and self.shown is self.run_list.latest
+        """True if what is on the screens is the engine's latest run, or a rank of the latest job."""
+        return self.live and self.shown is not None and self.run_list.is_of_latest(self.shown)
 
     def forget(self, index: int) -> None:
         """Drop one of `runs` that is not on the screens."""

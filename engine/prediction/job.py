@@ -12,7 +12,7 @@ from .outcome import Prediction
 
 
 def alike(config: RunConfig, ranks: int, rows: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-    """Ranks in groups that hold the same, the fullest first, which is always rank 0's.
+    """Ranks in groups that hold the same, rank 0's first.
 
     Shards are of whole rows: of 10 rows four ranks have 3, 3, 3 and 1. The shard
     itself and its gradient are padded; optimizer state is not.

@@ -184,6 +184,11 @@ class Prediction:
             subprocess.run([sys.executable, "-m", "gpumem_tui.tui", "open", str(path)], check=False)
 
     @property
+    def rank(self) -> int:
+        """The rank of the job that this is of."""
+        return self.run.id.rank
+
+    @property
     def ranks(self) -> int:
         """Processes of the job, one a GPU."""
         return sum(map(len, self.alike))

@@ -58,18 +58,17 @@ def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
     """Sentences about a job's ranks; none about a rank alone.
 
     Args:
-        kinds: A prediction for each group of ranks that hold the same, the fullest first.
+        kinds: A prediction for each group of ranks that hold the same.
     """
-    first = kinds[0]
+    first, lowest = (pick(kinds, key=lambda one: one.peak_bytes) for pick in (max, min))
     if first.ranks == 1:
         return []
     same = "all hold the same"
     if len(kinds) > 1:
-        lowest = kinds[-1]
-        same = f"rank 0 is the highest; the lowest is rank {first.alike[-1][-1]} with {_gib(lowest.peak_bytes)}"
+        same = f"it is the highest; the lowest is rank {lowest.rank} with {_gib(lowest.peak_bytes)}"
     low, high = first.reserved_band_bytes
     return [
-        f"This is rank 0 of {first.ranks}; {same}.",
+        f"This is rank {first.rank} of {first.ranks}; {same}.",
         f"Outside torch besides, on each GPU: {_gib(first.outside_torch_bytes)}, estimated: CUDA, NCCL.",
         f"What is reserved differs between ranks that do the same: from {_gib(low)} to {_gib(high)}.",
     ]

@@ -30,23 +30,31 @@ RECORDINGS: dict[str, dict[str, Any]] = {
 }
 
 
-def make(path: Path, settings: dict[str, Any]) -> None:
+def ran(settings: dict[str, Any], unit: int = UNIT, rank: int = 0) -> Run:
     """Three steps of one configuration."""
-    source = FakeSource(GPU, layers=8, unit=UNIT)
+    source = FakeSource(GPU, layers=8, unit=unit)
     source.start(**settings)
     for _ in range(3):
         source.finish_step()
     # Times of the wall clock would be others every time.
     live = source.run
     assert live is not None and live.gauge is not None
-    run = Run(live.id, live.config, live.environment)
+    run = Run(live.id._replace(rank=rank), live.config, live.environment)
     for event in live.events():
         run.tell(placed(event, event.index, event.index * 0.1, event.run))
     run.keep(live.traces())
     run.gauge = dataclasses.replace(live.gauge, time_s=len(live.events()) * 0.1)
-    write(path, [run])
+    return run
+
+
+def job(ranks: int, lowest: int = 1) -> list[Run]:
+    """The ranks of a job, from the last to 0: the second last holds most, the one named least."""
+    settings = {"parallel": "fsdp2", "parallel.ranks": ranks}
+    units = dict.fromkeys(range(ranks), UNIT) | {ranks - 2: UNIT + 4 * MIB, lowest: UNIT - 3 * MIB}
+    return [ran(settings, units[rank], rank) for rank in reversed(range(ranks))]
 
 
 if __name__ == "__main__":
     for name, settings in RECORDINGS.items():
-        make(HERE / f"{name}.gpumem", settings)
+        write(HERE / f"{name}.gpumem", [ran(settings)])
+    write(HERE / "ranks.gpumem", job(4))

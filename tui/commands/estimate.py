@@ -86,8 +86,8 @@ def main(flags: argparse.Namespace) -> int:
     if flags.table:
         return _calculator(config, card, flags.json)
     predict = telling(predicted, card)
-    prediction = predict(config)
-    kinds = job.each_kind(prediction, lambda rank: predicted(config, card, rank))
+    kinds = job.each_kind(predict(config), lambda rank: predicted(config, card, rank))
+    prediction = max(kinds, key=lambda one: one.peak_bytes)
     document = prediction.as_document()
     if prediction.ranks > 1:
         document["ranks"] = msgspec.to_builtins(job.figures(kinds))

@@ -97,10 +97,11 @@ def _over(state: ViewState) -> bool:
 
 
 def text(board: Board) -> str:
-    """The live screen as plain text: no escape codes, no trailing blanks, no row of keys."""
+    """The live screen, and of a job its ranks: plain text, no escape codes, no trailing blanks, no row of keys."""
     width = min(max(shutil.get_terminal_size((WIDTH, HEIGHT)).columns, 60), 200)
     lines = [row.text.rstrip() for row in board.rows(width, HEIGHT)]
-    return "\n".join(lines[:-2]).rstrip()
+    ranks = [row.text.rstrip() for row in board.ranks.whole(width)]
+    return "\n".join(lines[:-2]).rstrip() + "".join(f"\n{line}" for line in ["", *ranks] * bool(ranks))
 
 
 def frame(state: ViewState) -> dict[str, Any]:
@@ -114,6 +115,8 @@ def frame(state: ViewState) -> dict[str, Any]:
         "status": state.status,
         "model": state.config.model if state.config else None,
         "run": run.number,
+        "rank": state.shown.id.rank if state.shown is not None else None,
+        "ranks": [{"rank": one.id.rank, "peak_bytes": state.run_list.state_of(one).peak_bytes} for one in state.job],
         "step": run.step,
         "loss": run.loss,
         "lost_loss": run.lost_loss or None,

@@ -105,7 +105,7 @@ class LivePage(Page):
 
     def rows(self, width: int, height: int) -> list[Row]:
         """Step, device, categories, the reason of the peak, what happened last."""
-        run, roomy = self._marked("run", [self._step(width)]), height >= ROOMY
+        run, roomy = self._marked("run", [self._step(width), *self._ranks(width)]), height >= ROOMY
         device = self._marked("device", device_rows(self.state, self.palette, width, self.forecasts.expandable_bytes))
         categories, recompute = self._categories(width, height), self._marked("recompute", self._recomputes(width))
         spare = height - sum(map(len, (run, device, categories, recompute)))
@@ -166,6 +166,22 @@ class LivePage(Page):
             if run.trainable is not None and run.trainable != run.parameters:
                 row.add(f", {count(run.trainable)} trained", palette.dim)
         return row
+
+    def _ranks(self, width: int) -> list[Row]:
+        """The rank on the screens, and which is the highest, by the allocators' counters; nothing of a run alone."""
+        state, job = self.state, self.state.job
+        if state.shown is None or len(job) < 2:
+            return []
+        row = Row().add(" rank ", self.palette.dim).add(f"{state.shown.id.rank}", self.palette.bold)
+        row.add(f" of {len(job)}", self.palette.dim)
+        peaks = {run.id.rank: state.run_list.state_of(run).peak_bytes for run in job}
+        known = {rank: size for rank, size in peaks.items() if size is not None}
+        if known:
+            highest, lowest = (pick(known, key=known.__getitem__) for pick in (max, min))
+            figures = f"highest rank {highest} {state.unit.show(known[highest])}"
+            figures += f", lowest rank {lowest} {state.unit.full(known[lowest])}"
+            row.to(26).add(shorten(figures, width - 27))
+        return [row]
 
     # --- categories -----------------------------------------------------------
 

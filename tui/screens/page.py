@@ -81,6 +81,11 @@ class Page(ABC):
     def turned(self) -> None:  # noqa: B027 (most screens hold on to nothing)
         """Let go of what belongs to the recording that was looked at before."""
 
+    @property
+    def in_footer(self) -> bool:
+        """True if the footer leads to it; its digit does always."""
+        return True
+
     def progress(self) -> object:
         """The state of work that goes on beside the screen: when it is another, there is more to draw."""
         return None
