@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import signal
@@ -25,6 +26,10 @@ from .terminal import until
 from .viewing import SMALL, Viewers, cli, gone, left_over, steps
 
 DIES_WITHIN_S = 5.0
+DEEPSPEED = (
+    pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, an extra"),
+    pytest.mark.filterwarnings("ignore"),  # of what it builds on
+)
 
 
 # --- one rank, in this process ---------------------------------------------------------
@@ -38,6 +43,9 @@ DIES_WITHIN_S = 5.0
         {"parallel": "fsdp2", "accumulation": 2, "checkpointing": "layers"},
         {"parallel": "fsdp2", "parallel.reshard": "off", "lora": "on"},
         {"parallel": "fsdp2", "parallel.offload": "on", "parallel.reduce": "float32"},
+        pytest.param({"parallel": "zero1", "accumulation": 2}, marks=DEEPSPEED),
+        pytest.param({"parallel": "zero2", "checkpointing": "layers", "lora": "on"}, marks=DEEPSPEED),
+        pytest.param({"parallel": "zero3", "dtype": "float32"}, marks=DEEPSPEED),
     ],
     ids=str,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
-from contextlib import suppress
 from typing import TYPE_CHECKING, Any
 
 from . import Parallelism, Wrapped
@@ -33,6 +32,9 @@ class ZeRO(Parallelism):
         import deepspeed
 
         os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it also where it is not used
+        if device.type == "cpu":
+            # It would compile collectives over shared memory, for minutes and with a compiler; gloo has them.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine, optimizer, _, _ = deepspeed.initialize(
             model=model, optimizer=make(), config=self._settings, dist_init_required=False
         )
@@ -56,9 +58,16 @@ class ZeRO(Parallelism):
         """The engine's step has done so."""
 
     def close(self, call: Any) -> None:
-        """Take its hooks off the model."""
-        with suppress(AttributeError):  # an engine that a failure has left half made
-            call.destroy()
+        """Take its hooks off the model, and the model out of where stage 3 leaves it: a stack and a cache."""
+        from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
+        from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+
+        call.destroy()
+        FWD_MODULE_STACK.clear()
+        for function in vars(PartitionedParameterCoordinator).values():
+            for cell in getattr(function, "__closure__", None) or ():  # the cache is behind a decorator of its own
+                if hasattr(cell.cell_contents, "cache_clear"):
+                    cell.cell_contents.cache_clear()
 
 
 def deepspeed_settings(
