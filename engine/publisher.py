@@ -67,7 +67,7 @@ class RunPublisher:
         self._every_step = self._loss_is_lost = False
         self._began_s = self._cost_before_s = 0.0
         self._device_total_bytes = 0
-        self._live_bytes, self._leak_told = LiveBytes(), False
+        self._live_bytes, self._leak_told, self._largest_batch = LiveBytes(), False, 0
 
     def look_around(self, device: torch.device) -> None:
         """Publish the environment, and be able to read the device's gauge."""
@@ -107,7 +107,7 @@ class RunPublisher:
     def begin(self, config: RunConfig, kind: RunKind, text: str) -> Run:
         """A run begins."""
         self.steps, self.managed_bytes, self._loss_is_lost = 0, 0, False
-        self._live_bytes, self._leak_told = LiveBytes(), False
+        self._live_bytes, self._leak_told, self._largest_batch = LiveBytes(), False, 0
         run = self.feed.begin_run(config, kind)
         self.feed.tell(RunStarted(text=text, watched=kind is RunKind.WATCHED))
         return run
@@ -194,6 +194,11 @@ class RunPublisher:
 
     def _look_for_a_leak(self, result: StepResult, run: Run) -> None:
         """Say once that more is alive after every step, while there is memory left for some."""
+        size = result.tokens or result.rows
+        if size > self._largest_batch > 0:  # of more than ever, more may be alive
+            self._largest_batch = size
+            return
+        self._largest_batch = max(size, self._largest_batch)
         self._live_bytes.add(result.allocated_bytes)
         rise = None if self._leak_told else self._live_bytes.rise()
         if rise is None:

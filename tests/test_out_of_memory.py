@@ -29,6 +29,9 @@ from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemo
 from gpumem_tui.engine.out_of_memory.verdict import Circumstances, judge
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator
 from gpumem_tui.engine.prediction.expandable import expandable_reserved_bytes
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.known import predicted
+from gpumem_tui.engine.prediction.outcome import Verdict as Outcome
 from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import MemoryLeak, OutOfMemory, RunEnded, RunEvent, from_plain, to_plain
@@ -352,6 +355,17 @@ def test_a_leak_is_told_before_it_kills_and_is_the_verdict_when_it_does() -> Non
     assert report.by_category["held_by_script"] >= (len(kept) - 1) * 2 * MIB
 
 
+def test_rows_that_get_longer_are_no_leak() -> None:
+    model, optimizer = net()
+    with watch(model, optimizer) as watching:
+        for rows in range(64, 576, 64):
+            kept = model(torch.ones(rows, 256))
+            kept.sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert not any(isinstance(event, MemoryLeak) for event in watching.source.events())
+
+
 def test_gaps_between_what_is_kept_are_fragmentation() -> None:
     model, optimizer = net()
     with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit="100MiB") as watching:
@@ -491,6 +505,13 @@ def test_run_takes_a_memory_limit_and_dies_of_it_with_a_reason() -> None:
     assert done.returncode == 3
     assert "out of memory: asked for 768.0 KiB in forward, gpt_neox.layers.4" in done.stderr
     assert "full: " in done.stderr and "Traceback" not in done.stderr
+
+
+def test_a_prediction_takes_the_limit_for_the_size_of_the_gpu() -> None:
+    card = gpu("H100 80GB")
+    prediction = predicted(limited(card.context_bytes + 24 * MIB), card)
+    assert prediction.available_bytes == 24 * MIB
+    assert prediction.verdict is Outcome.TOO_LARGE and prediction.peak_bytes > 24 * MIB
 
 
 @pytest.mark.parametrize("words", [("run",), ("estimate",), ("exec", "--", "true")])

@@ -12,5 +12,6 @@ python3 -m tests.benchmarks.restart || failed=1
 python3 -m tests.benchmarks.attached --profile polyglot-ko-1.3b --set batch_size=8 || failed=1
 python3 -m tests.benchmarks.prediction || failed=1
 python3 -m tests.benchmarks.other_models || failed=1
+python3 -m tests.benchmarks.out_of_memory || failed=1
 python3 -m tests.benchmarks.techniques_matrix || failed=1
 exit $failed
