@@ -26,7 +26,7 @@ class FixFinder:
 
     def __init__(self, run: Run, report: OutOfMemoryReport) -> None:
         self.run, self.found = run, FoundFixes()
-        self._report, self._process = report, PredictingProcess()
+        self._report, self._process = report, PredictingProcess(niceness=0)  # somebody waits for it
         self._thread = threading.Thread(target=self._find, name="fixes", daemon=True)
         self._thread.start()
 

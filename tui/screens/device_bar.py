@@ -36,13 +36,14 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
         gauge: The reading.
         allocated: What the categories add up to; on a GPU, what the allocator
             has reserved beyond it is cached.
-        on_gpu: A CPU has no caching allocator and no context; there, the rest
-            of the process takes that place.
+        on_gpu: A CPU has no context and, without a memory limit, no caching
+            allocator; there, the rest of the process takes that place.
     """
     process, reserved = gauge.process_bytes, gauge.reserved_bytes
     found: list[Share] = []
-    if on_gpu:
+    if on_gpu or reserved is not None:
         found.append(Share("c", "cached", None if reserved is None else max(0, reserved - allocated)))
+    if on_gpu:
         found.append(Share("x", "context", gauge.context_bytes))
         if gauge.nccl_bytes is not None:
             found.append(Share("n", "NCCL", gauge.nccl_bytes))
@@ -52,7 +53,7 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
             found.append(Share("m", "managed", gauge.managed_bytes))
         if gauge.pinned_bytes >= SHOWN_FROM_BYTES:
             found.append(Share("h", "on host", gauge.pinned_bytes, in_bar=False))
-    else:
+    elif reserved is None:
         found.append(Share("x", "rest of process", None if process is None else max(0, process - allocated)))
     others = gauge.others_bytes
     used = gauge.device_used_bytes

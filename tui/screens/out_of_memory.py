@@ -11,7 +11,6 @@ from ..actions import Action, calling
 from ..draw import Row
 from ..out_of_memory_rows import SHOWN_FIXES, ReportRows
 from ..predictions import FoundFixes
-from ..units import shorten
 from .page import Page, Table, Topic
 
 ROOMY = 34
@@ -119,7 +118,11 @@ class OutOfMemoryPage(Page):
     def _kept_in(self, run: Run, width: int) -> list[Row]:
         """The recording that it is kept in."""
         saved = next((event for event in reversed(run.events()) if isinstance(event, Saved)), None)
-        return [Row().add(f" {shorten(saved.text, width - 2)}", self.palette.dim)] if saved is not None else []
+        if saved is None:
+            return []
+        room = width - len(" kept in ") - 1
+        path = saved.path if len(saved.path) <= room else f"…{saved.path[1 - room :]}"
+        return [Row().add(f" kept in {path}", self.palette.dim)]
 
 
 def _restart(page: OutOfMemoryPage, number: int) -> None:
