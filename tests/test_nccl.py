@@ -48,6 +48,8 @@ def test_a_group_and_the_first_collective_of_each_kind_are_measured(device: Grow
         dist.all_reduce(torch.zeros(1), group=group)
         assert nccl.memory.measured_bytes == 5 * KIND and device.readings == 10
     assert (dist.init_process_group, dist.ProcessGroup.allreduce) == before
+    dist.all_reduce(torch.zeros(1))
+    dist.barrier()
 
 
 def test_who_observes_twice_measures_once(device: Growing) -> None:

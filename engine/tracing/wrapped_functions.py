@@ -74,6 +74,7 @@ def wrap(
             after(result, *args, **kwargs)
         return result
 
-    own = name in vars(owner)
+    # What it really is: a method of C++'s is no longer one when it has been looked up on its class.
+    own = vars(owner).get(name)
     setattr(owner, name, wrapped)
-    undo.callback(setattr, owner, name, call) if own else undo.callback(delattr, owner, name)
+    undo.callback(setattr, owner, name, own) if own is not None else undo.callback(delattr, owner, name)
