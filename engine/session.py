@@ -1,19 +1,16 @@
 """The engine thread: one at a time, it starts, holds, restarts and ends runs.
 
 It owns torch, the model and the device. Everything it has to say goes through
-the feed; whatever goes wrong in a run ends that run as a milestone, never the
+the feed; whatever goes wrong in a run ends that run, as an event, and never the
 thread. Importing this module loads no torch: the thread does.
 """
 
 from __future__ import annotations
 
-import gc
 import queue
 import threading
-import time
 import traceback
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,25 +19,17 @@ from .config import RunConfig, UserError, one_line
 from .events import StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
 from .out_of_memory.kept import keep
-from .publisher import GAUGE_EVERY_S, RunPublisher
+from .publisher import RunPublisher
 from .recording import save, write
 from .run import RunKind
-from .run_events import Note, Paused, Refused, Resumed, RunEnded, RunEvent, RunFailed
-from .techniques.parallel import ranks
+from .run_events import Note, Paused, Refused, Resumed, RunEvent, RunFailed
+from .trained_run import RunLeft, TrainedRun
 
 if TYPE_CHECKING:
     import torch
 
     from .peers import Peers
-    from .tracing.owners import Paged
     from .tracing.recorder import Recorder
-    from .tracing.tracer import Tracer
-    from .train import StepResult
-    from .workload import Plan
-
-
-class _Ended(BaseException):
-    """Raised inside the loop to leave it: no error, and not to be caught as one."""
 
 
 class Session(Published):
@@ -71,7 +60,6 @@ class Session(Published):
         self._resume.set()
         self._recorder: Recorder | None = None
         self._device: torch.device | None = None
-        self._managed: list[Paged] = []
         self._refused: str | None = None
         self._good: RunConfig | None = None
         self._changing = threading.Lock()
@@ -229,97 +217,33 @@ class Session(Published):
             self._feed.tell(Note(text=f"going back to the run before: {techniques.describe(self._good)}"))
             self._commands.put(Start(self._good))
 
-    def _planned(self, config: RunConfig) -> Plan:
-        """Everything decided, and what of it is worth a word said."""
-        from .workload import prepare
-
-        assert self._device is not None
-        self._refuse_other_ranks(config)
-        plan = prepare(config, self._device)
-        if self._peers is not None:
-            plan.batches.rank, plan.batches.ranks = self._peers.rank, self._peers.size
-        if 0 < plan.positions < config.seq_len:
-            text = f"{config.seq_len} tokens in a row: the model was made for {plan.positions}"
-            self._feed.tell(Note(text=text))
-        return plan
-
-    def _refuse_other_ranks(self, config: RunConfig) -> None:
-        """Refuse to be fewer or more than the run is of.
-
-        Raises:
-            UserError: New processes have to be started for it.
-        """
-        import torch
-
-        on_gpu = self._device is not None and self._device.type == "cuda"
-        wanted = ranks(config, torch.cuda.device_count() if on_gpu else 0)
-        there = self._peers.size if self._peers is not None else 1
-        if wanted != there:
-            raise UserError(f"parallel={config['parallel']} is of {wanted} ranks, and this engine is of {there}")
-
     def _run(self, config: RunConfig) -> str | None:
         """Run, free everything, count what leaks.
 
         Returns:
-            Why it failed, or None.
+            The reason why it failed, or None.
         """
-        import torch
+        assert self._device is not None
+        self._recorder = self._recorder_for(config)
+        run = TrainedRun(
+            config, self._device, self._recorder, self._feed, self._publisher, self._peers,
+            between=self._between, leave_if_asked=self._leave_if_asked,
+        )  # fmt: skip
+        self._running = True
+        problem = run.train()
+        self._unhook()
+        run.clean_up(problem)
+        return problem
 
-        from .allocator_settings import applied
-        from .out_of_memory.memory_limit import limited
-        from .parallelism.group import grouped
+    def _recorder_for(self, config: RunConfig) -> Recorder:
+        """One for all runs on a GPU: the first thing on the device are its workspaces. On a CPU each has its own."""
         from .tracing.allocator_trace import AllocatorTrace
         from .tracing.op_tracker import OpTracker
-        from .tracing.tracer import DESCRIBED, Tracer
 
         assert self._device is not None
-        problem = None
-        publisher = self._publisher
-        recorder: Recorder
-        recording_ops: AbstractContextManager[object]
         if self._device.type == "cuda":
-            # One for all runs: the first thing on the device are its workspaces.
-            recorder, recording_ops = self._recorder or AllocatorTrace(self._device), nullcontext()
-        else:
-            recorder = recording_ops = OpTracker(memory_limit_bytes=config.memory_limit_bytes)
-        baseline = recorder.allocated_bytes()
-        self._recorder = recorder
-        publish_every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
-        described = min(DESCRIBED, config.steps or DESCRIBED)
-        tracer = Tracer(recorder, publisher.publish_trace, publisher.recomputed, publish_every_s, described)
-        publisher.attach(recorder, tracer, config.trace == "every")
-        publisher.measure_context()
-        self._running = True
-        try:
-            # Outside the recording: importing libraries makes tensors that stay.
-            plan = self._planned(config)
-            gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
-            with (
-                applied(plan.recipe.allocator, self._device),
-                grouped(config, self._device),
-                limited(self._device, config.memory_limit_bytes),
-            ):
-                plan.recipe.parallelism.prepare(self._device)
-                with recording_ops:
-                    self._train(config, plan, tracer)
-            tracer.settle()
-        except _Ended:
-            pass
-        except UserError as error:
-            problem = str(error)
-            self._feed.tell(RunFailed(text=problem))
-        except torch.OutOfMemoryError as error:
-            problem = one_line(error)
-            tracer.settle()
-            publisher.out_of_memory(error, tracer.step_now, tracer.failed_in)
-        except Exception as error:
-            problem = one_line(error)
-            tracer.settle()
-            self._feed.tell(RunFailed(text=problem, detail=traceback.format_exc()))
-        self._unhook()
-        tracer.release()
-        self._clean_up(config, recorder, baseline, problem)
-        return problem
+            return self._recorder or AllocatorTrace(self._device)
+        return OpTracker(memory_limit_bytes=config.memory_limit_bytes)
 
     def _unhook(self) -> None:
         """Undo what `_interrupt` has installed."""
@@ -329,81 +253,18 @@ class Session(Published):
                 hook.remove()
             self._leaving.clear()
 
-    def _clean_up(self, config: RunConfig, recorder: Recorder, baseline: int, problem: str | None) -> None:
-        """Give everything back and count what does not come."""
-        import torch
-
-        from .tracing.owners import drop_library_caches, free_paged
-
-        publisher = self._publisher
-        drop_library_caches()
-        # A backward pass that was left leaves what was next in a queue of this thread's, and with it the
-        # graph and the model; the next pass on the thread drops it.
-        torch.zeros((), requires_grad=True).backward()
-        gc.collect()
-        gc.unfreeze()
-        if self._device is not None and self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
-            torch._C._host_emptyCache()  # pinned memory of what was offloaded
-        managed, still_managed = publisher.managed_bytes, free_paged(self._managed)
-        publisher.managed_bytes = still_managed
-        self._managed.clear()
-        leaked, steps = recorder.allocated_bytes() - baseline + still_managed, publisher.steps
-        reason = "failed" if problem else "stopped" if config.steps == 0 or steps < config.steps else "done"
-        note = f", {baseline / 2**20:.1f} MiB kept by cuBLAS" if baseline else ""
-        self._feed.tell(
-            RunEnded(
-                text=f"run {reason} after {steps} steps, {leaked} bytes leaked{note}",
-                reason=reason,
-                steps=steps,
-                leaked_bytes=leaked,
-                workspace_bytes=baseline,
-                managed_bytes=managed,
-            )
-        )
-
-    def _train(self, config: RunConfig, plan: Plan, tracer: Tracer) -> None:
-        from .tracing.owners import paged
-        from .train import loaded, train
-
-        began = time.perf_counter()
-
-        def on_step(result: StepResult) -> None:
-            if result.step == 1:
-                self._managed = paged(workload.optimizer)
-                self._publisher.managed_bytes = sum(allocation.bytes for allocation in self._managed)
-                self._note_paging(config)
-            self._publisher.stepped(result)
-
-        with loaded(plan, tracer, self._leave_if_asked) as workload:
-            self._publisher.loaded(workload.parameters, workload.trainable_parameters, time.perf_counter() - began)
-            told = self._publisher.wants, self._between, on_step
-            if config.generates:
-                from .generate import generate
-
-                generate(config, workload, tracer, *told)
-            else:
-                train(config, workload, tracer, *told)
-
     def _between(self) -> None:
         """Before every micro-batch: hold while paused, leave when asked to."""
         self._resume.wait()
         if self._peers is None:
             self._leave_if_asked()
         elif self._peers.all_leave(not self._commands.empty()):
-            raise _Ended
+            raise RunLeft
 
     def _leave_if_asked(self, *_: object) -> None:
         """Leave anywhere, but not where other ranks would wait for this one."""
         if self._peers is None and not self._commands.empty():
-            raise _Ended
-
-    def _note_paging(self, config: RunConfig) -> None:
-        if config.text("optimizer").startswith("paged") and not self._publisher.managed_bytes:
-            self._feed.tell(
-                Note(text="paged optimizer: nothing was paged; bitsandbytes pages tensors of 100,000 elements or more")
-            )
+            raise RunLeft
 
     def _save(self, command: Save) -> None:
         self._feed.tell(save(command, self.runs()))

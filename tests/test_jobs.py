@@ -129,7 +129,7 @@ def test_run_trains_two_ranks_and_tells_of_each(home: Path) -> None:
     assert [(run.id.number, run.id.rank) for run in runs] == [(1, 1), (1, 0)], "one file holds the job"
     losses = [[event.loss for event in run.events() if isinstance(event, StepEnded)] for run in runs]
     assert losses[0] != losses[1], "each rank has rows of its own"
-    assert left_over(home) == [str(file)] or left_over(home) == []
+    until(lambda: left_over(home) in ([str(file)], []))  # torch's launcher cleans up behind its ranks
 
 
 def test_a_key_goes_from_one_gpu_to_two_ranks_and_back_and_nothing_leaks(viewers: Viewers, home: Path) -> None:

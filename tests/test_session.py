@@ -255,7 +255,7 @@ def test_a_step_takes_no_longer_because_the_run_was_held(engine: Engine, monkeyp
 
 def test_an_engine_that_fails_while_cleaning_up_still_answers(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     """As after a CUDA error, when every further call to the device fails too."""
-    from gpumem_tui.engine import session as module
+    from gpumem_tui.engine import trained_run as module
 
     def broken() -> None:
         raise RuntimeError("CUDA error: device-side assert triggered")

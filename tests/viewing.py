@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -30,7 +31,10 @@ def cli(*arguments: str) -> subprocess.CompletedProcess[str]:
 def left_over(home: Path) -> list[str]:
     """Sockets, folders and temporary files that should not be there any more."""
     ours = {home / "run" / "gpumem-tui", home / "run" / "gpumem-tui" / ".lock"}
-    found = {path for folder in ("run", "tmp") for path in (home / folder).rglob("*")}
+    walks = (
+        walk for folder in ("run", "tmp") for walk in os.walk(home / folder)
+    )  # minds no folder that goes meanwhile
+    found = {Path(at, name) for at, folders, files in walks for name in (*folders, *files)}
     # torch makes a cache folder for its compiler, whoever imports it.
     return [str(path) for path in found - ours if not path.name.startswith("torchinductor")]
 
