@@ -6,6 +6,7 @@ sees every tensor, but no buffer that lives and dies inside a kernel.
 
 from __future__ import annotations
 
+import threading
 import time
 import weakref
 from array import array
@@ -68,6 +69,7 @@ class OpTracker(TorchDispatchMode):
         self._dead: deque[_StorageRef] = deque()
         self._rows = array("q")
         self._mark = 0
+        self._counting = threading.RLock()  # the gauge's thread takes in deaths as well
         self._allocated = 0
         self._peak = 0
 
@@ -126,18 +128,20 @@ class OpTracker(TorchDispatchMode):
             tensor: It is of this one.
             forced: It has been there all the time, whatever the limit is.
         """
-        if self._dead:
+        with self._counting:
             self._count_dead()
-        storage = tensor.untyped_storage()
-        address = storage._cdata
-        size = storage.nbytes()
-        known = self._alive.get(address)
-        if known is not None:
-            if known.bytes == size:
-                return
-            self._free(known)  # resized in place
-        if size == 0:
-            return
+            storage = tensor.untyped_storage()
+            known = self._alive.get(storage._cdata)
+            if known is not None:
+                if known.bytes == storage.nbytes():
+                    return
+                self._free(known)  # resized in place
+            if storage.nbytes():
+                self._count(storage, forced)
+
+    def _count(self, storage: torch.UntypedStorage, forced: bool) -> None:
+        """Count a storage that is new."""
+        address, size = storage._cdata, storage.nbytes()
         block, slack = self._place(size, forced) if self._allocator is not None else (0, 0)
         # A method written in C: in a callback of Python's own, an interrupt of the user's would be lost.
         self._alive[address] = reference = _StorageRef(storage, self._dead.append)
@@ -166,13 +170,15 @@ class OpTracker(TorchDispatchMode):
         allocator, asked = self._allocator, max(part.untyped_storage().nbytes() for part in parts_of(tensor))
         assert allocator is not None
         assert allocator.capacity_bytes is not None
+        with self._counting:
+            pools = allocator.pools()
         return Refused(
             asked_bytes=asked,
             needed_bytes=segment_bytes(rounded_bytes(asked)),
             reserved_bytes=allocator.reserved_bytes,
             free_bytes=max(0, allocator.capacity_bytes - allocator.reserved_bytes),
             limit_bytes=allocator.capacity_bytes,
-            pools=allocator.pools(),
+            pools=pools,
             operator=operator,
             dtype=str(tensor.dtype).removeprefix("torch."),
             shape=tuple(tensor.shape),
@@ -180,10 +186,13 @@ class OpTracker(TorchDispatchMode):
 
     def _count_dead(self) -> None:
         """Take in the deaths since an operator last returned or the mark was last set, in their order."""
-        while self._dead:
-            reference = self._dead.popleft()
-            if self._alive.get(reference.address) is reference:
-                self._free(reference)
+        if not self._dead:
+            return
+        with self._counting:
+            while self._dead:
+                reference = self._dead.popleft()
+                if self._alive.get(reference.address) is reference:
+                    self._free(reference)
 
     def _free(self, reference: _StorageRef) -> None:
         del self._alive[reference.address]
@@ -203,16 +212,18 @@ class OpTracker(TorchDispatchMode):
 
     def holding(self) -> array[int]:
         """Blocks alive."""
-        self._count_dead()
         alive = array("q")
-        for address, reference in self._alive.items():
-            alive.extend((address, reference.bytes, reference.slack))
+        with self._counting:
+            self._count_dead()
+            for address, reference in self._alive.items():
+                alive.extend((address, reference.bytes, reference.slack))
         return alive
 
     def drain(self) -> array[int]:
         """Events since the last drain."""
-        self._count_dead()
-        rows, self._rows = self._rows, array("q")
+        with self._counting:
+            self._count_dead()
+            rows, self._rows = self._rows, array("q")
         return rows
 
     def alive(self, started: array[int]) -> npt.NDArray[Any]:
