@@ -170,6 +170,8 @@ class JobSource:
         ended = [member.wait_ended(max(0.0, until_s - time.monotonic())) for member in self.members]
         if self._ending is not None:
             self._ending.join(max(0.0, until_s - time.monotonic()))
+        if self._of_job and self._launch is not None and all(ended):
+            self._launch.ending()  # what has started the ranks follows them
         return all(ended)
 
     # --- starting -------------------------------------------------------------

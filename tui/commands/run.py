@@ -101,6 +101,8 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[d
             document, source = reported_run(started, config, progress)
         else:
             source = results.enter_context(job_of(config))
+            if flags.metrics:
+                results.enter_context(published(source, flags.metrics, config.model))
             document = reported_job(source, progress)
         end_progress()
         results.callback(source.close)
