@@ -11,15 +11,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import find
 from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.job_source import JobSource
+from gpumem_tui.engine.parallelism.group import grouped
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import EngineEnded, Resumed, RunEnded, Saved, StepEnded
 from gpumem_tui.engine.techniques.parallel import ranks, shard_ranks
+from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import Engine, small_run
 from .terminal import until
@@ -68,6 +71,26 @@ def test_mixed_precision_of_shards_gathers_in_16_bit_and_keeps_32(engine: Engine
     assert mixed["loaded"]["by_category"]["parameters"] == 4 * mixed["parameters"]
     logits = [document["after_first_step"]["by_category"]["logits_loss"] for document in (mixed, float32)]
     assert logits[0] == pytest.approx(logits[1] / 2, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"parallel": "ddp", "parallel.bucket_view": True},
+        {"parallel": "fsdp2"},
+        pytest.param({"parallel": "zero1"}, marks=DEEPSPEED),
+        pytest.param({"parallel": "zero2"}, marks=DEEPSPEED),
+        pytest.param({"parallel": "zero3"}, marks=DEEPSPEED),
+    ],
+    ids=str,
+)
+def test_an_engine_is_recognised_in_a_script(settings: dict[str, Any]) -> None:
+    config, cpu = small_run().with_(settings | {"parallel.ranks": 1}), torch.device("cpu")
+    with grouped(config, cpu):
+        made = build(prepare(config, cpu))
+        found = techniques.recognise(made.call, made.optimizer)
+        made.release()
+    assert (settings | {"parallel.ranks": 1}).items() <= found.items()
 
 
 # --- what cannot be ---------------------------------------------------------------------

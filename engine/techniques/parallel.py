@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+from collections.abc import Mapping
 from functools import partial
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
@@ -137,6 +139,30 @@ def mathematics(config: RunConfig) -> Mathematics:
     return Mathematics(f"{config['parallel.ranks'] or 'all'} ranks", "" if reduce == "auto" else f"reduced in {reduce}")
 
 
+def recognise(model: Any, optimizer: Any) -> Mapping[str, Value]:
+    """The engine by its classes, and the process group's size; a replica inside of its wrapper shows neither."""
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is None or not distributed.is_available() or not distributed.is_initialized():
+        return {"parallel": "none"}
+    found: dict[str, Value] = {}
+    classes = {base.__name__ for module in model.modules() for base in type(module).__mro__}
+    if (stage := _stage(optimizer) or _stage(getattr(optimizer, "optimizer", None))) is not None:
+        found["parallel"] = f"zero{stage}"
+    elif "FSDPModule" in classes:
+        found["parallel"] = "fsdp2"
+    elif type(model).__name__ == "DistributedDataParallel":
+        found |= {"parallel": "ddp", "parallel.bucket_view": bool(model.gradient_as_bucket_view)}
+    return found | {"parallel.ranks": distributed.get_world_size()} if found else {}
+
+
+def _stage(optimizer: Any) -> int | None:
+    """The stage of one of DeepSpeed's optimizers."""
+    name = type(optimizer).__name__
+    if name == "DeepSpeedZeroOptimizer":
+        return 2 if optimizer.partition_gradients else 1
+    return 3 if name == "DeepSpeedZeroOptimizer_Stage3" else None
+
+
 TECHNIQUE = Technique(
     name="parallel",
     title="several GPUs",
@@ -204,5 +230,6 @@ TECHNIQUE = Technique(
     saves=("fsdp2",),
     conflict=conflict,
     mathematics=mathematics,
+    recognise=recognise,
     unavailable=unavailable,
 )
