@@ -33,7 +33,7 @@ class AllocatorSettings:
     divisions: int = 0
 
     def __str__(self) -> str:
-        """As `PYTORCH_ALLOC_CONF` takes it."""
+        """The settings as `PYTORCH_ALLOC_CONF` takes them."""
         return f"expandable_segments:{self.expandable},roundup_power2_divisions:{self.divisions}"
 
     def rounded_bytes(self, size: int) -> int:
@@ -46,7 +46,7 @@ class AllocatorSettings:
 
 
 def of_environment() -> AllocatorSettings:
-    """Those that PyTorch has been started with."""
+    """The settings that PyTorch has been started with."""
     told = next((found for name in VARIABLES if (found := os.environ.get(name))), "").lower().replace(" ", "")
     divisions = re.search(r"roundup_power2_divisions:(\d+)", told)
     return AllocatorSettings("expandable_segments:true" in told, int(divisions[1]) if divisions else 0)
@@ -56,7 +56,7 @@ _in_force: list[AllocatorSettings] = []
 
 
 def in_force() -> AllocatorSettings:
-    """Those that hold now in this process."""
+    """The settings that hold now in this process."""
     return _in_force[-1] if _in_force else of_environment()
 
 

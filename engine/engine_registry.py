@@ -215,7 +215,7 @@ def clean() -> None:
 
 
 def engines() -> list[EngineDir]:
-    """Those that are alive and listen, oldest first."""
+    """The engines that are alive and listen, oldest first."""
     alive = [engine_dir for engine_dir in _engine_dirs(runtime_folder()) if engine_dir.alive()]
     known = {engine_dir: info for engine_dir in alive if (info := engine_dir.info())}
     listen = [engine_dir for engine_dir in alive if engine_dir not in known or known[engine_dir].kind != "job"]

@@ -62,7 +62,7 @@ class JobSource:
 
     @property
     def role(self) -> ViewerRole:
-        """That to rank 0; while engines are being started they may be commanded."""
+        """The role towards rank 0; while engines are being started they may be commanded."""
         if self._gone:
             return ViewerRole.GONE
         role = self.members[0].role if self.members else ViewerRole.ATTACHED

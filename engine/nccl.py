@@ -45,7 +45,7 @@ class NcclMemory:
         self._inside = threading.local()
 
     def held_bytes(self, device: torch.device) -> int | None:
-        """By NCCL's own count, or as it was measured; None: there is no NCCL, or it was there before us.
+        """Bytes held, by NCCL's own count, or as measured; None: there is no NCCL, or it was there before us.
 
         Args:
             device: The GPU of this rank.

@@ -111,7 +111,7 @@ class Peers:
 
 
 def peers_here() -> Peers | None:
-    """As the launcher's environment says; None: this process is no rank that `engine.job` has started."""
+    """The peers that the launcher's environment names; None: this process is no rank that `engine.job` has started."""
     if ORDER not in os.environ:
         return None
     rank, size, local = (int(os.environ[name]) for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"))

@@ -216,7 +216,7 @@ class RunPublisher:
         self.feed.tell(MemoryLeak(text=text, step=result.step, growth_bytes=rise.bytes, owner=owner, steps_left=left))
 
     def _left_bytes(self) -> int:
-        """That a run could still take, at most."""
+        """The most bytes that a run could still take."""
         gauge = self.read_gauge()
         return max(0, gauge.device_total_bytes - (gauge.device_used_bytes or 0) + (gauge.cached_bytes or 0))
 

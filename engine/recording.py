@@ -227,7 +227,7 @@ class Recording:
 
     @property
     def run(self) -> Run | None:
-        """The last one."""
+        """The last run."""
         return self._runs[-1] if self._runs else None
 
     def environment(self) -> Environment | None:
@@ -239,7 +239,7 @@ class Recording:
         return self._runs[-1].gauge if self._runs else None
 
     def runs(self) -> Sequence[Run]:
-        """All that were saved."""
+        """All runs that were saved."""
         return self._runs
 
     def events(self, since: int = 0) -> Sequence[RunEvent]:

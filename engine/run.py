@@ -67,7 +67,7 @@ class EventLog:
                 self._events = [event for event in old if not event.frequent] + recent
 
     def since(self, index: int) -> Sequence[RunEvent]:
-        """All that are kept from an index on."""
+        """All events that are kept from an index on."""
         with self._lock:
             return self._events[bisect.bisect_left(self._events, index, key=lambda event: event.index) :]
 

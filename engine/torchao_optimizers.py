@@ -45,7 +45,7 @@ def offloaded_adamw(parameters: list[torch.nn.Parameter], lr: float) -> Any:
     made: type[Any] = import_module("torchao.optim").CPUOffloadOptimizer
 
     class Offloaded(made):  # type: ignore[misc]
-        """With the attributes that PyTorch's own optimizers have: torchao's does not initialize them."""
+        """An offloaded optimizer with the attributes of PyTorch's own: torchao's does not initialize them."""
 
         @property
         def state(self) -> dict[Any, Any]:

@@ -117,7 +117,7 @@ class Workload:
 
     @property
     def trainable_parameters(self) -> int:
-        """Those with gradients."""
+        """Number of parameters with gradients."""
         return sum(numel(p) for p in self.model.parameters() if p.requires_grad)
 
 

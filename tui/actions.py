@@ -46,7 +46,7 @@ class Action(NamedTuple):
 
 
 def offered_here(actions: Iterable[Action], live: bool, several: bool) -> tuple[Action, ...]:
-    """Those that can do anything.
+    """The actions that can do anything.
 
     Args:
         actions: Some.

@@ -371,7 +371,7 @@ class GpumemApp(App[None], inherit_bindings=False):
             self.state.say(said or f"{name} {show(self.settings[name])}")
 
     def next_theme(self) -> None:
-        """The next theme."""
+        """Change to the next theme."""
         names = [str(name) for name in NAMED["theme"].choices]
         self._set("theme", names[(names.index(str(self.settings["theme"])) + 1) % len(names)])
         self.board.repaint(self._palette())
@@ -383,7 +383,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         self._set("predict", forecasts.enabled)
 
     def next_units(self) -> None:
-        """GiB or GB."""
+        """Count in GB instead of GiB, or back."""
         self.state.units = "GB" if self.state.units == "GiB" else "GiB"
         self._set("units", self.state.units)
 

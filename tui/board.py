@@ -178,7 +178,7 @@ class Board:
     # --- drawing ----------------------------------------------------------------------
 
     def rows(self, width: int, height: int) -> list[Row]:
-        """The whole terminal."""
+        """The rows of the whole terminal."""
         if not fits(width, height):
             return [Row().add(f"gpumem-tui needs {MIN_WIDTH}x{MIN_HEIGHT}, this is {width}x{height}")]
         tour = self.touring

@@ -55,7 +55,7 @@ class Control:
         return self._before[-1] if self._before else None
 
     def apply(self) -> None:
-        """All collected changes as one restart."""
+        """Restart with all collected changes."""
         wanted = self.changes.wanted()
         if wanted is None or not self.changes.pending:
             self.state.say("nothing changed; r restarts the run as it is")

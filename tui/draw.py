@@ -52,7 +52,7 @@ class Row:
 
     @property
     def text(self) -> str:
-        """Without the styles."""
+        """The text without the styles."""
         return "".join(text for text, _ in self.spans)
 
     def strip(self, width: int) -> Strip:

@@ -42,7 +42,7 @@ class FixFinder:
             self.found = replace(self.found, over=True, unfit_by_bytes=search.unfit_by_bytes)
 
     def close(self) -> None:
-        """End it."""
+        """End the search."""
         self._process.kill()
         self._thread.join()
 

@@ -66,7 +66,7 @@ class RankPeaks:
         self._peaks: dict[Run, tuple[object, RankPeak]] = {}
 
     def of(self, runs: Sequence[Run], within_s: float = FOLDING_S) -> dict[int, RankPeak]:
-        """By rank, the peaks that are known by now, and as many more as there is time for.
+        """The peaks by rank that are known by now, and as many more as there is time for.
 
         Args:
             runs: The ranks.

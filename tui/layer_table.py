@@ -53,7 +53,7 @@ class LayerRow(NamedTuple):
 
 
 class LayerTable(NamedTuple):
-    """All layers of a step.
+    """The layers of a step, as a table.
 
     Attributes:
         rows: Those with parameters in the model's order, then whoever else

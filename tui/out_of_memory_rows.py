@@ -224,6 +224,6 @@ class ReportRows:
 
 
 def _clauses(text: str, room: int) -> str:
-    """As much of a text as there is room for, up to the end of a clause."""
+    """The part of a text that there is room for, up to the end of a clause."""
     ends = [at for at, mark in enumerate(text) if mark in ";,:" and at <= room]
     return text if len(text) <= room else text[: ends[-1]] if ends else shorten(text, room)

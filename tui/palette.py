@@ -52,7 +52,7 @@ class Palette:
 
     @cached_property
     def good(self) -> Style:
-        """Training, done, saved."""
+        """The style of what is well: training, done, saved."""
         return self._role(self.theme.good)
 
     @cached_property
@@ -72,7 +72,7 @@ class Palette:
 
     @cached_property
     def ink(self) -> dict[Category, Style]:
-        """A category's bar."""
+        """The style of a category's bar."""
         return {c: self.plain if self.mono else Style(color=colour) for c, colour in self.theme.colours.items()}
 
     @cached_property

@@ -31,12 +31,12 @@ class FoundFixes:
 
     @property
     def fitting(self) -> list[Fix]:
-        """Those that fit."""
+        """The values that fit."""
         return [fix for fix in self.fixes if fix.fits]
 
 
 class Predictions(Protocol):
-    """Somebody who predicts.
+    """The predictor, as screens ask it.
 
     Attributes:
         gpu_name: For which GPU; empty: not known yet.

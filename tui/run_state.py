@@ -227,7 +227,7 @@ class RunState:
 
 
 def state_of(run: Run) -> RunState:
-    """All that a run has told."""
+    """The state of a run, with all that it has told."""
     state = RunState(run)
     state.fold_new()
     return state

@@ -21,7 +21,7 @@ ROUTINE = ("rows", "steps", "seed")
 
 
 class RunSummary(NamedTuple):
-    """One run.
+    """A run in small.
 
     Attributes:
         run: Whose.
@@ -72,7 +72,7 @@ class RunSummary(NamedTuple):
 
     @property
     def peak_bytes(self) -> int:
-        """Everything at the peak."""
+        """Bytes of all categories at the peak."""
         return sum(self.peak.values())
 
 

@@ -48,7 +48,7 @@ def latest() -> Path | None:
 
 
 def _files() -> list[Path]:
-    """All that are kept, the oldest first."""
+    """Files of all that are kept, the oldest first."""
     folder = kept_folder()
     if folder is None:
         return []

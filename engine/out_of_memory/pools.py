@@ -29,7 +29,7 @@ def pools_of(segments: Iterable[Mapping[str, Any]]) -> tuple[Pool, ...]:
 
 
 def by_bytes(pools: Iterable[Pool]) -> tuple[Pool, ...]:
-    """Most bytes first."""
+    """Pools, the one with the most bytes first."""
     return tuple(sorted(pools, key=lambda pool: (-pool.cached_bytes, pool.stream, pool.pool)))
 
 

@@ -145,7 +145,7 @@ def _came(run: Run, ledger: Ledger, traced: bool) -> dict[Category, int]:
 
 
 def _described(refused: Refused, refusal: Refusal, ledger: Ledger) -> Refused:
-    """With operator, dtype and shape, if a step whose operators were watched did the same at the same place."""
+    """The refusal with operator, dtype and shape, if a step whose operators were watched did the same there."""
     trace = ledger.trace
     made = trace.made
     if not len(made) or not len(trace.marks):

@@ -39,7 +39,7 @@ class Circumstances(NamedTuple):
 
     @property
     def somebody_elses_bytes(self) -> int:
-        """Surely other processes'."""
+        """Bytes that are surely other processes'."""
         if self.others_bytes is not None:
             return self.others_bytes
         return max(0, self.outside_bytes - LARGEST_CONTEXT_BYTES)
@@ -77,7 +77,7 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
 
 
 def _full(lacking: int, said: str, around: Circumstances) -> tuple[Verdict, str]:
-    """All is taken: by whom, or since when."""
+    """The verdict where all is taken: by whom, or since when."""
     rise, elses, came = around.rise, around.somebody_elses_bytes, sum(around.came.values())
     if rise is not None and rise.bytes * rise.steps >= lacking:
         what = f" ({around.grows})" if around.grows else ""

@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class DDP(Parallelism):
-    """Replicas.
+    """Replicas of the model, whose gradients are averaged bucket by bucket.
 
     Args:
         bucket_view: Gradients are views of the reducer's buckets, instead of being copied into them.

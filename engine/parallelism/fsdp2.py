@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class FSDP2(Parallelism):
-    """Shards.
+    """Shards of the model, gathered layer by layer.
 
     Attributes:
         shard_ranks: From the ranks of the job, how many hold one copy of the model between them.

@@ -198,7 +198,7 @@ class _Search:
                 self._outlook.learn(one, answer)
 
     def _combinations(self) -> Iterator[Combination]:
-        """Those not asked for yet, of changes of different techniques that lower something."""
+        """Combinations not asked for yet, of changes of different techniques that lower something."""
         by_technique: dict[str, list[Change]] = {}
         for change in self._outlook.useful(self._effects):
             by_technique.setdefault(change.technique, []).append(change)

@@ -131,7 +131,7 @@ def flash_attn(
 
 
 def _additive(mask: Tensor | None, query: Tensor) -> Tensor | None:
-    """`convert_boolean_attn_mask`."""
+    """A boolean mask as numbers to add, by `convert_boolean_attn_mask`."""
     if mask is None or mask.dtype is not torch.bool:
         return mask
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(mask.logical_not(), -math.inf)

@@ -184,7 +184,7 @@ class CachingAllocator:
         return self._streams.get(address, DEFAULT_STREAM)
 
     def cache(self) -> CacheState:
-        """Its state now."""
+        """The state of the allocator now."""
         free = [block for block in self._blocks.values() if block.free]
         # A free block that is a segment is given back when memory runs out, as are an expandable one's pages.
         gaps = (

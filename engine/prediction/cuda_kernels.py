@@ -196,7 +196,7 @@ def _convolution(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
 
 
 def _convolution_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    """As forward, for each of the gradients; the weight's is added up in float32."""
+    """Scratch as in forward, for each of the gradients; the weight's is added up in float32."""
     grads = func(*args, **kwargs)
     for grad in grads:
         if grad is not None:

@@ -63,7 +63,7 @@ def cuda_paths(
 
 @contextmanager
 def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
-    """PyTorch's own."""
+    """Take the paths of PyTorch's own that depend on the device's type."""
     with ExitStack() as undo:
         logger = logging.getLogger("torch._subclasses.fake_tensor")  # it reports what is raised as well
         undo.callback(logger.setLevel, logger.level)

@@ -262,7 +262,7 @@ class FakeCuda(OpTracker):
         return rows
 
     def rows(self) -> npt.NDArray[Any]:
-        """All of them, dtype EVENT; see `AllocRequests`."""
+        """All requests, dtype EVENT; see `AllocRequests`."""
         return self.events(self._rows)
 
     def address(self, tensor: torch.Tensor) -> int:

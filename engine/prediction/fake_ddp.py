@@ -124,7 +124,7 @@ class FakeDDP(torch.nn.Module):
         self._note((category, BUCKETS, contents) for contents in self._contents)
 
     def _all(self, pieces: list[Piece]) -> list[Piece]:
-        """Those of the model as it is, of those of what is traced."""
+        """The parameters of the model as it is, from those of what is traced."""
         known = {piece.name: piece for piece in pieces}
         return [known[name] for name in self._repeated(known)]
 

@@ -56,7 +56,7 @@ _OPERATORS = ("_linear_cross_entropy_batch_chunked", "_linear_cross_entropy_batc
 
 
 def _functions(module: Any) -> Iterator[FunctionType]:
-    """All of a module, its classes' too."""
+    """All functions of a module, its classes' too."""
     for value in vars(module).values():
         members = vars(value).values() if isinstance(value, type) and value.__module__ == module.__name__ else [value]
         for member in members:

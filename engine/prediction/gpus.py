@@ -206,7 +206,7 @@ def _called(words: Sequence[str]) -> list[Gpu]:
 
 
 def _parts(words: Sequence[str]) -> set[str]:
-    """Some of the words, one after the other."""
+    """Runs of the words: some that stand one after the other."""
     return {"".join(words[i:j]) for i in range(len(words)) for j in range(i + 1, len(words) + 1)}
 
 

@@ -120,7 +120,7 @@ class _Extrapolating:
     # --- what the rows say ------------------------------------------------------------
 
     def requests(self) -> AllocRequests:
-        """Everything put together again."""
+        """The requests of all layers, put together again."""
         rows = self.passes.rows[np.array(self.origin, np.int64)]
         rows["address"] = self.block
         traces: list[tuple[int, StepTrace]] = []

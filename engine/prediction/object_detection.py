@@ -31,13 +31,13 @@ def matched_in_order() -> Iterator[None]:
 
 
 def _first(cost: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """As many pairs as there can be."""
+    """Pairs of predictions and targets: as many as there can be."""
     indices = torch.arange(min(cost.shape))
     return indices, indices.clone()
 
 
 def _corners(boxes: torch.Tensor) -> torch.Tensor:
-    """From centre, width and height to two corners, as transformers does it."""
+    """Two corners of boxes given by centre, width and height, as transformers computes them."""
     x, y, width, height = boxes.unbind(-1)
     corners = [x - 0.5 * width, y - 0.5 * height, x + 0.5 * width, y + 0.5 * height]
     return torch.stack(corners, dim=-1)

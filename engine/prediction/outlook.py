@@ -46,7 +46,7 @@ class Combination(frozenset[Change]):
 
     @property
     def settings(self) -> dict[str, Value]:
-        """All of them, by name."""
+        """All settings of the changes, by name."""
         return {name: value for change in self for name, value in change.settings}
 
     def parts(self) -> Iterator[Combination]:
@@ -89,7 +89,7 @@ class Outlook:
 
     @property
     def changes(self) -> list[Change]:
-        """Those of which it is known what they do alone."""
+        """The changes whose own effect is known."""
         return [next(iter(one)) for one in self.known if len(one) == 1]
 
     def useful(self, effects: Mapping[Change, Effect]) -> list[Change]:

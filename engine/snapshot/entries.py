@@ -144,7 +144,7 @@ class Alive(NamedTuple):
 
 
 class Snapshot:
-    """All that is kept.
+    """A snapshot of PyTorch's: the entries of each device, and the blocks alive at its end.
 
     Attributes:
         devices: By index.

@@ -34,7 +34,7 @@ class JsonReader:
         self._decode = json.JSONDecoder().raw_decode
 
     def read(self) -> None:
-        """All of it, into the snapshot.
+        """Read the whole document into the snapshot.
 
         Raises:
             RefusedError: It is damaged, or no snapshot.

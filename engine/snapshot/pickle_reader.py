@@ -74,7 +74,7 @@ class PickleReader:
         self._memo: list[Any] = []
 
     def read(self) -> Any:
-        """All of it; traces are `DeviceTrace`s.
+        """Read the whole pickle; traces are `DeviceTrace`s.
 
         Raises:
             RefusedError: It is damaged, or holds anything but plain containers.

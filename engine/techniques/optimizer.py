@@ -118,7 +118,7 @@ def unavailable(value: Value, environment: Environment) -> str | None:
 
 
 def mathematics(config: RunConfig) -> Mathematics:
-    """All of AdamW are one rule; in few bits it reads its states rounded."""
+    """AdamW's variants are one rule; in few bits it reads its states rounded."""
     kind = config.text("optimizer")
     rule = "AdamW" if kind in ADAMW or kind in BITSANDBYTES or kind in TORCHAO else kind
     rounded = {"ao-adamw-4bit": "4-bit states", "ao-adamw-fp8": "8-bit float states"}

@@ -149,7 +149,7 @@ def _buckets(optimizer: Any, *_: Any, **__: Any) -> Iterator[Owned]:
 
 
 def _parameters(optimizer: Any) -> Iterator[Any]:
-    """Those of the model, in 16 bit."""
+    """Parameters of the model, in 16 bit."""
     for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
         for group in getattr(optimizer, name, None) or ():
             yield from group

@@ -119,7 +119,7 @@ class Finder:
         self._stop()
 
     def _optimizers_of(self, module: Any) -> list[Any]:
-        """Those whose parameters are all the module's; DeepSpeed's engine has one, over float32 copies of them."""
+        """Optimizers whose parameters are all the module's; DeepSpeed's engine has one, over float32 copies of them."""
         if type(module).__module__ == DEEPSPEED:
             return [module.optimizer] if module.optimizer is not None else []
         own = {id(parameter) for parameter in module.parameters()}

@@ -46,7 +46,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
             self._logging.enter_context(logged(self, self._figures))
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """The end."""
+        """Stop watching."""
         self.close()
 
     def close(self) -> None:

@@ -64,7 +64,7 @@ def architecture_of(model: torch.nn.Module) -> Architecture | None:
 
 
 def admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:
-    """Those that a setting of ours can have: a script may do what we do not."""
+    """The values that a setting of ours can have: a script may do what we do not."""
     known = techniques.all_options()
     for name, value in found.items():
         with contextlib.suppress(UserError):

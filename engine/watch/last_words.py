@@ -34,12 +34,12 @@ class LastWords:
         self._kept, self._run, self._report = kept, run, report
 
     def say_when_it_ends(self) -> None:
-        """When the interpreter does, which prints the error before."""
+        """Print them when the interpreter ends, which prints the error before."""
         atexit.register(self.say)
         in_child(self._forget)
 
     def say(self) -> None:
-        """Now."""
+        """Print them."""
         say(self._kept)
         with contextlib.suppress(Exception, KeyboardInterrupt):
             say(would_fit(self._run, self._report).text)

@@ -19,7 +19,7 @@ class Losses:
         self._are_shares = False
 
     def note(self, loss: torch.Tensor, is_share: bool = False) -> None:
-        """One micro-batch's.
+        """Note one micro-batch's loss.
 
         Args:
             loss: A scalar.

@@ -33,7 +33,7 @@ class RandomTensor:
 
     @property
     def read_as(self) -> str:
-        """Its own format."""
+        """The format of its bits: its dtype's own."""
         return self.dtype
 
     @property

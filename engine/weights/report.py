@@ -116,7 +116,7 @@ class Measured(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag=
 
 
 class ModelEnd(msgspec.Struct, frozen=True, kw_only=True, tag_field="kind", tag="end"):
-    """All have been.
+    """The end of a model: all tensors have been measured.
 
     Attributes:
         architecture_known: Whether it could be told which of them a run would quantize.

@@ -21,7 +21,7 @@ class WeightTensor(Protocol):
 
     @property
     def name(self) -> str:
-        """The parameter's."""
+        """The parameter's name."""
         ...
 
     @property
@@ -40,7 +40,7 @@ class WeightTensor(Protocol):
         ...
 
     def chunks(self) -> Iterator[Bits]:
-        """All of it from the beginning, flat, CHUNK numbers at a time; a chunk is valid until the next is asked for."""
+        """The weights from the beginning, flat, CHUNK at a time; a chunk is valid until the next is asked for."""
         ...
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:

@@ -44,7 +44,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def add_open(parser: argparse.ArgumentParser) -> None:
-    """Flags of `open`."""
+    """Add the flags of `open`."""
     parser.add_argument(
         "files",
         metavar="FILE",

@@ -49,7 +49,7 @@ class Checked:
 
     @property
     def peak_bytes(self) -> int:
-        """Predicted."""
+        """The predicted peak."""
         return int(self.document["peak"]["allocated_bytes"])
 
     @property
@@ -59,12 +59,12 @@ class Checked:
 
     @property
     def base_bytes(self) -> int | None:
-        """The peak before."""
+        """The peak of the base; None: there is no base."""
         return None if self.base is None else int(self.base["peak"]["allocated_bytes"])
 
     @property
     def growth_bytes(self) -> int:
-        """Beyond the base; negative: less. 0 without one."""
+        """Bytes beyond the base's peak; negative: less. 0 without a base."""
         return 0 if self.base_bytes is None else self.peak_bytes - self.base_bytes
 
     @property

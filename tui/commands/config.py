@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 
 def show_all(_flags: argparse.Namespace) -> int:
-    """Print them."""
+    """Print the settings."""
     settings = Settings.load()
     if settings.path is None:
         lines = [f"# {NO_HOME}; what is set holds for one session only"]

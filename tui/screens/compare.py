@@ -31,7 +31,7 @@ Line = tuple[str, list[int | None], Category | None]
 
 
 class ComparePage(Page):
-    """The fifth screen."""
+    """Runs side by side."""
 
     place = 5
     title = "compare"
@@ -86,7 +86,7 @@ class ComparePage(Page):
         self.top = max(0, self.top + by)
 
     def choose(self, by: int) -> None:
-        """Another run."""
+        """Choose another run."""
         self.selected = max(0, min(self.selected + by, len(self.runs()) - 1))
 
     def next_mode(self) -> None:
@@ -114,7 +114,7 @@ class ComparePage(Page):
     # --- what is compared -------------------------------------------------------------
 
     def runs(self) -> list[RunSummary]:
-        """Those of the state, and at the end, once it is steady, what was predicted of the one on the screens."""
+        """The state's runs, and at the end, once it is steady, the prediction of the one on the screens."""
         runs, predicted = self.state.runs, self.forecasts.of_shown()
         steady = self.state.run.steady and self.state.summary() is not None
         listed = isinstance(predicted, str) or predicted.run in (run.run for run in runs) or not steady

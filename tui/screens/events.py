@@ -49,7 +49,7 @@ NAME_WIDTH = 24
 
 
 class EventsPage(Page):
-    """The sixth screen."""
+    """The log of events."""
 
     place = 6
     title = "events"

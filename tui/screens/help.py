@@ -60,7 +60,7 @@ class HelpPage(Page):
         return moves("scroll", "scroll")
 
     def topic(self) -> Topic:
-        """Itself."""
+        """The help itself."""
         return Topic("help", "Keys, and what the bytes are there for.")
 
     def move(self, by: int) -> None:

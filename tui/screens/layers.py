@@ -60,7 +60,7 @@ COLUMNS: tuple[Column, ...] = (
 
 
 class LayersPage(Page):
-    """The third screen."""
+    """A table of layers, and their modules and tensors."""
 
     place = 3
     title = "layers"

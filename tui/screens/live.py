@@ -48,7 +48,7 @@ CRAMPED = 20
 
 
 class LivePage(Page):
-    """The first screen."""
+    """The bytes now and at the peak, by category."""
 
     place = 1
     title = "live"

@@ -24,7 +24,7 @@ class Topic(NamedTuple):
 
 
 class Page(ABC):
-    """One screen.
+    """A screen.
 
     Args:
         state: What there is to show.

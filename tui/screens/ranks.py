@@ -29,7 +29,7 @@ NAMED = 3
 
 
 class RanksPage(Page):
-    """The eighth screen."""
+    """The ranks of a job."""
 
     place = 8
     title = "ranks"
@@ -246,7 +246,7 @@ class RanksPage(Page):
         return row
 
     def _on_one_gpu(self) -> dict[str, int] | None:
-        """By category, what the same would take on one GPU, if that is known by now."""
+        """Bytes by category that the same would take on one GPU, if that is known by now."""
         shown, predictions = self.state.shown, self.forecasts.predictions
         if shown is None or predictions is None or self.state.run.watched or "parallel" not in shown.config.options:
             return None

@@ -25,7 +25,7 @@ CURSOR_MOVES = (
 
 
 class StepPage(Page):
-    """The second screen."""
+    """One step, event by event."""
 
     place = 2
     title = "step"

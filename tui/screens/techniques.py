@@ -57,7 +57,7 @@ class Line(NamedTuple):
 
 
 class TechniquesPage(Page):
-    """The fourth screen."""
+    """All settings, with the predicted effect of each."""
 
     place = 4
     title = "techniques"

@@ -37,7 +37,7 @@ RANDOM = (
 
 
 class WeightsPage(Page):
-    """The seventh screen."""
+    """The damage of quantization to the model's weights."""
 
     place = 7
     title = "weights"
@@ -137,13 +137,13 @@ class WeightsPage(Page):
 
     @cached_property
     def schemes(self) -> Mapping[str, Scheme]:
-        """Those measured, by the letter they have in pictures."""
+        """The schemes measured, by the letter they have in pictures."""
         usual = [scheme for scheme in registry().values() if scheme.usual]
         return dict(zip(string.ascii_lowercase, usual, strict=False))
 
     @property
     def scheme(self) -> Scheme:
-        """The selected one."""
+        """The selected scheme."""
         return [*self.schemes.values()][self.selected]
 
     def quantized(self) -> list[TensorReport]:
