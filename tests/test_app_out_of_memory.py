@@ -2,20 +2,29 @@
 
 from __future__ import annotations
 
+import asyncio
+import dataclasses
+import threading
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 from msgspec.structs import replace
 
-from gpumem_tui.engine.config import Value
+from gpumem_tui.engine.config import RunConfig, UserError, Value
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.feed import Start, ViewerRole
 from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemoryReport, Pool, Verdict
+from gpumem_tui.engine.prediction.gpus import Gpu
+from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.recording import Recording, write
+from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.run_events import OutOfMemory, Saved
+from gpumem_tui.tui import fix_finder
+from gpumem_tui.tui.prediction_client import Background
 from gpumem_tui.tui.predictions import FoundFixes
 
-from .app_driver import Oracle, shown
+from .app_driver import Oracle, foretold, shown
 from .fake_source import GPU, FakeSource
 
 GIB, MIB = 1 << 30, 1 << 20
@@ -217,3 +226,43 @@ async def test_a_recording_of_it_shows_it_on_every_screen(tmp_path: Path) -> Non
         assert "ended by an error" in app.text
         await app.press("M", "1")
         assert "this is a recording" in app.text
+
+
+async def test_fixes_are_looked_for_on_a_thread_and_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real search, predicted by a rule: a peak that goes by the rows of a micro-batch."""
+    go_on = threading.Event()
+
+    class Ruled:
+        def __init__(self, niceness: int) -> None:
+            self.killed = False
+
+        def known_or_predicted(self, config: RunConfig, card: Gpu) -> Prediction:
+            if config.batch_size < 8:
+                assert go_on.wait(30)
+            if self.killed:
+                raise UserError("killed")
+            peak = config.batch_size * 12 * GIB
+            run = Run(RunId("predicted", 1), config, GPU, RunKind.PREDICTED)
+            held = {"backward": {Category.ACTIVATIONS.key: peak}}
+            return dataclasses.replace(foretold(config, peak, run, peak < card.available_bytes), by_phase=held)
+
+        def kill(self) -> None:
+            self.killed = True
+            go_on.set()
+
+        def close(self) -> None:
+            pass
+
+    monkeypatch.setattr(fix_finder, "PredictingProcess", Ruled)
+    source = refused()
+    with closing(Background(source)) as predictions:
+        async with shown(source, predictions=predictions) as app:
+            assert "what would fit: is being predicted" in app.text
+            go_on.set()
+            (run,) = source.runs()
+            while not predictions.fixes(run, REPORT).over:
+                await asyncio.sleep(0.01)
+            await app.tick()
+            assert [line.split()[1] for line in app.lines if line.startswith((" 1 ", " 2 "))] == [
+                "accumulation=4", "batch_size=6",
+            ]  # fmt: skip

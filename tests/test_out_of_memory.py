@@ -25,7 +25,7 @@ from gpumem_tui.engine.out_of_memory import observer
 from gpumem_tui.engine.out_of_memory.growth import LiveBytes, Rise
 from gpumem_tui.engine.out_of_memory.pools import pools_of
 from gpumem_tui.engine.out_of_memory.refusal import Refused
-from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemoryReport, Pool, Verdict
+from gpumem_tui.engine.out_of_memory.report import LargestTensor, OutOfMemoryReport, Pool, Verdict
 from gpumem_tui.engine.out_of_memory.verdict import Circumstances, judge
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator
 from gpumem_tui.engine.prediction.expandable import expandable_reserved_bytes
@@ -60,7 +60,6 @@ def test_a_report_travels_as_json_and_comes_back_the_same() -> None:
     report = a_report(
         largest=(LargestTensor(bytes=1 << 30, category="parameters", owner="lm_head.weight"),),
         pools=(Pool(stream=0, pool="large", cached_bytes=5, largest_free_block_bytes=3),),
-        fixes=(Fix(set={"batch_size": 4, "checkpointing": "layers"}, peak_bytes=9, fits=True, keeps_mathematics=True),),
         shape=(8192, 16384), dtype="bfloat16", operator="aten.mm",
     )  # fmt: skip
     event = OutOfMemory(text="out of memory", step=2, phase="backward", report=report)

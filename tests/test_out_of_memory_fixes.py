@@ -178,3 +178,12 @@ def test_on_a_cpu_what_a_gpu_s_libraries_take_is_not_asked_for() -> None:
     # It died in a phase that is predicted to go through with less than it had and asked for.
     backward = sum(predicted.by_phase["backward"].values())
     assert beyond_prediction(lighter, report_of(backward), predicted) == MIB
+
+
+def test_of_a_sharded_job_more_shards_are_a_way_out_and_the_last() -> None:
+    def rule(config: RunConfig) -> dict[str, int]:
+        return {P: 800 * MIB // config.integer("parallel.ranks")}
+
+    sharded = Searched(room=210 * MIB, rule=rule, **{"parallel": "fsdp2", "parallel.ranks": 2})
+    assert [fix.set for fix in sharded.fixes] == [{"parallel.ranks": 4}]
+    assert not sharded.fixes[0].keeps_mathematics

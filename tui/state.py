@@ -205,7 +205,10 @@ class ViewState:
             self._following = True
         if isinstance(event, RunEnded):
             self.leaked_bytes = event.leaked_bytes
-            self._note_refused(next((run for run in self.run_list.runs if run.id.number == event.run), None))
+        if isinstance(event, RunEnded | EngineEnded):  # of several ranks, those may have died that nobody looks at
+            for run in self.run_list.runs:
+                if isinstance(event, EngineEnded) or run.id.number == event.run:
+                    self._note_refused(run)
         if isinstance(event, EngineEnded) and self.shown is None:  # no run tells of it
             self.run.fold(event)
         self._settle(event)
@@ -215,9 +218,10 @@ class ViewState:
         elif isinstance(event, Note) and not (self.message and self.message.problem):
             self.say(event.text)
 
-    def _note_refused(self, run: Run | None) -> None:
-        """Take note of a run that has ended by running out of memory; a loop that goes on after it has not."""
-        if run is not None and run.refused is not None and run.ended is not None and run.ended.reason == "failed":
+    def _note_refused(self, run: Run) -> None:
+        """Take note of a run that has ended by running out of memory; a loop that has gone on after it has not."""
+        refused = run.refused
+        if refused is not None and not any(isinstance(event, StepEnded) for event in run.events(refused.index)):
             self.refused = run
 
     def _settle(self, event: RunEvent) -> None:

@@ -171,6 +171,7 @@ class FixSearch:
                 found += ladders_of(technique, self._config)
         if effect is Effect.TRAINING:
             found += [_shorter(self._config, name) for name in OF_WORKLOAD]
+            found.append(_more_shards(self._config))
         return sorted((one for one in found if one.effect is effect and one.rungs), key=lambda one: one.slowdown)
 
     def _could_suffice(self, now: Prediction, name: str) -> bool:
@@ -349,6 +350,13 @@ def _shorter(config: RunConfig, name: str) -> Ladder:
     step = 1 << max(0, now.bit_length() - (7 if name == "batch_size" else 5))
     values: Sequence[int] = range(step, now, step)
     return Ladder(name, Effect.TRAINING, tuple({name: value} for value in values), ordered=True)
+
+
+def _more_shards(config: RunConfig) -> Ladder:
+    """The same job on more GPUs, where they hold the model between them."""
+    now = config.integer("parallel.ranks") if config.text("parallel") not in ("none", "ddp") else 0
+    rungs = tuple({"parallel.ranks": now * times} for times in (8, 4, 2) if now)
+    return Ladder("parallel.ranks", Effect.TRAINING, rungs, ordered=True, slowdown=1.0)
 
 
 def _merged(chosen: Mapping[str, Settings]) -> dict[str, Value]:

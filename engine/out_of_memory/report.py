@@ -123,8 +123,6 @@ class OutOfMemoryReport(msgspec.Struct, frozen=True, kw_only=True):
         growth_bytes: A step, if live bytes rise from step to step; else 0.
         growth_owner: What grows, as far as that was traced.
         error: What the exception says.
-        fixes: What would fit, the best first.
-        unfit_by_bytes: If nothing would: what the best of all changes still lacks.
     """
 
     asked_bytes: Whole
@@ -157,8 +155,6 @@ class OutOfMemoryReport(msgspec.Struct, frozen=True, kw_only=True):
     growth_bytes: Whole = 0
     growth_owner: str = ""
     error: str = ""
-    fixes: tuple[Fix, ...] = ()
-    unfit_by_bytes: Whole | None = None
 
     @property
     def room_bytes(self) -> int:

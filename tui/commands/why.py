@@ -68,17 +68,13 @@ def _refused_in(path: Path) -> tuple[Run, OutOfMemoryReport]:
 def _found(run: Run, report: OutOfMemoryReport) -> FoundFixes:
     from ...engine.out_of_memory.fixes import FixSearch
     from ...engine.prediction.known import predicted
-    from ..predictions import FoundFixes
+    from ..fix_finder import found_at_once
 
     tell("predicting what would have fitted")
-    search = FixSearch(run, report, predicted)
     try:
-        fixes = tuple(search)
-    except UserError as error:
-        return FoundFixes(over=True, problem=str(error))
+        return found_at_once(FixSearch(run, report, predicted))
     finally:
         end_progress()
-    return FoundFixes(fixes, True, search.unfit_by_bytes)
 
 
 def document(report: OutOfMemoryReport, found: FoundFixes) -> dict[str, Any]:
