@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
+from . import packing
 from .config import RunConfig, UserError, one_line
+from .packing import TextRows
 from .tasks import Row, Rows, Task
+
+if TYPE_CHECKING:
+    from .workload import Recipe
 
 
 @dataclass
@@ -21,6 +26,8 @@ class Batches:
     Attributes:
         rows: By the model's argument, [rows, ...] on the host.
         tokens: In each row; None: its rows are no tokens.
+        lengths: Tokens of each row that are no padding: a batch is as long as its longest; empty: rows are full.
+        one_row: Whether all rows of a batch become one.
         rank: Of a job; each has rows of its own.
         ranks: Of the job.
     """
@@ -29,6 +36,8 @@ class Batches:
     tokens: int | None
     batch_size: int
     device: torch.device
+    lengths: Sequence[int] = ()
+    one_row: bool = False
     start: int = 0
     rank: int = 0
     ranks: int = 1
@@ -38,28 +47,35 @@ class Batches:
         count, first = len(next(iter(self.rows.values()))), self.start + self.rank * self.batch_size
         chosen = [(first + i) % count for i in range(self.batch_size)]
         self.start = (self.start + self.ranks * self.batch_size) % count
-        batch: dict[str, Any] = {name: rows[chosen].to(self.device) for name, rows in self.rows.items()}
+        longest = max(self.lengths[row] for row in chosen) if self.lengths else None
+        parts = {name: rows[chosen] for name, rows in self.rows.items()}
+        if longest is not None:
+            parts = {name: rows[:, :longest].contiguous() for name, rows in parts.items()}
+        if self.one_row:
+            parts = {name: rows.reshape(1, -1) for name, rows in parts.items()}
+        batch: dict[str, Any] = {name: rows.to(self.device) for name, rows in parts.items()}
         if "boxes" in batch:  # a detector is told of each image by itself
-            parts = {name: batch.pop(name).unbind() for name in ("class_labels", "boxes")}
-            batch["labels"] = [dict(zip(parts, one, strict=True)) for one in zip(*parts.values(), strict=True)]
+            told = {name: batch.pop(name).unbind() for name in ("class_labels", "boxes")}
+            batch["labels"] = [dict(zip(told, one, strict=True)) for one in zip(*told.values(), strict=True)]
         return batch
 
 
-def shapes_of(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def shapes_of(config: RunConfig, wanted: Rows, recipe: Recipe) -> TextRows:
     """A batch's rows that take no memory, for a prediction."""
-    return {
-        name: torch.zeros(1, dtype=_dtype(row, dtype)).expand(config.batch_size, *row.shape)
+    rows = {
+        name: torch.zeros(1, dtype=_dtype(row, recipe.dtype)).expand(config.batch_size, *row.shape)
         for name, row in wanted.items()
     }
+    return TextRows(rows) if recipe.packing == "off" else packing.shapes_of(recipe.packing, rows)
 
 
-def random_rows(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+def random_rows(config: RunConfig, wanted: Rows, recipe: Recipe) -> TextRows:
     """The article's data: labels are drawn independently of inputs.
 
     Args:
         config: Says how many, and the seed.
         wanted: Their tensors.
-        dtype: Of real numbers: as the weights are, which is what models convert them to.
+        recipe: Says how they are filled; real numbers are as the weights, which is what models convert them to.
     """
     generator = torch.Generator().manual_seed(config.seed)
 
@@ -67,9 +83,12 @@ def random_rows(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> dict[str
         shape = (config.rows, *row.shape)
         if row.high:
             return torch.randint(row.low, row.high, shape, generator=generator)
-        return torch.rand(shape, generator=generator).to(dtype)
+        return torch.rand(shape, generator=generator).to(recipe.dtype)
 
-    return {name: made(row) for name, row in wanted.items()}
+    rows = {name: made(row) for name, row in wanted.items()}
+    if recipe.packing == "off":
+        return TextRows(rows)
+    return packing.of_random(recipe.packing, rows, config.batch_size, config.seed)
 
 
 def bytes_of(config: RunConfig, wanted: Rows, dtype: torch.dtype) -> int:
@@ -81,8 +100,8 @@ def _dtype(row: Row, dtype: torch.dtype) -> torch.dtype:
     return torch.int64 if row.high else dtype
 
 
-def file_rows(config: RunConfig, task: Task) -> dict[str, torch.Tensor]:
-    """A text or JSONL file, tokenized and cut into rows of seq_len tokens.
+def file_rows(config: RunConfig, task: Task) -> TextRows:
+    """A text or JSONL file, tokenized: cut into rows of seq_len tokens, or each of its texts by itself.
 
     Raises:
         UserError: No such file, a line that is not JSON with a text, no
@@ -103,12 +122,18 @@ def file_rows(config: RunConfig, task: Task) -> dict[str, torch.Tensor]:
         tokenizer = AutoTokenizer.from_pretrained(name)
     except (OSError, ValueError) as error:
         raise UserError(f"--data needs the tokenizer of {name}: {one_line(error)}") from None
-    tokens = [token for text in texts for token in tokenizer(text)["input_ids"]]
+    tokenized = [tokenizer(text)["input_ids"] for text in texts]
+    if config.text("packing") != "off":
+        found = packing.of_texts(config.text("packing"), tokenized, config.seq_len)
+        if not len(found.rows["input_ids"]):
+            raise UserError(f"--data {path}: there is no text in it")
+        return found
+    tokens = [token for text in tokenized for token in text]
     rows = len(tokens) // config.seq_len
     if not rows:
         raise UserError(f"--data {path}: {len(tokens)} tokens are less than one row of seq_len={config.seq_len}")
     ids = torch.tensor(tokens[: rows * config.seq_len]).view(rows, config.seq_len)
-    return {"input_ids": ids, "labels": ids}
+    return TextRows({"input_ids": ids, "labels": ids})
 
 
 def _texts(path: Path) -> Iterator[str]:

@@ -55,6 +55,8 @@ class Recipe:
         libraries: Packages whose own kernels run beside PyTorch's.
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
+        packing: How texts of several lengths are put into rows.
+        one_row: Whether all rows of a batch become one.
         allocator: Settings of the CUDA caching allocator.
         checkpoint_context: Made of the model, and entered around each segment that is checkpointed.
         parallelism: How a rank trains beside others.
@@ -79,6 +81,8 @@ class Recipe:
     libraries: set[str] = field(default_factory=set)
     last_layers: int = 0
     layer_period: int = 1
+    packing: str = "off"
+    one_row: bool = False
     allocator: AllocatorSettings = field(default_factory=AllocatorSettings)
     checkpoint_context: Callable[[Model], AbstractContextManager[None]] = lambda _: nullcontext()
     parallelism: Parallelism = field(default_factory=Parallelism)
@@ -175,14 +179,14 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
         wanted = task.rows(config, architecture)
     _refuse_too_long(config, shell, architecture, wanted)
     if shapes_only:
-        rows = shapes_of(config, wanted, recipe.dtype)
+        rows, lengths = shapes_of(config, wanted, recipe)
     else:
         if missing := [name for name in task.packages if importlib.util.find_spec(name) is None]:
             raise UserError(f"{task.name} needs what is not installed: {', '.join(missing)}")
         _refuse_too_large(config, shell, recipe, device, task, wanted)
-        rows = file_rows(config, task) if config.data else random_rows(config, wanted, recipe.dtype)
+        rows, lengths = file_rows(config, task) if config.data else random_rows(config, wanted, recipe)
     tokens = wanted[task.tokens].elements if task.tokens else None
-    batches = Batches(rows, tokens, config.batch_size, device)
+    batches = Batches(rows, tokens, config.batch_size, device, lengths, recipe.one_row)
     return Plan(config, task, architecture, shell, recipe, batches, device, shapes_only)
 
 

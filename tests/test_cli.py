@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -112,7 +113,8 @@ def test_a_local_folder_is_loaded_with_its_real_weights(checkpoint: Path, capsys
 
     model = AutoModelForCausalLM.from_pretrained(checkpoint)
     config = small_run(rows=64)
-    ids, labels = random_rows(config, dict.fromkeys("ab", Row((config.seq_len,), 32, 64)), torch.float32).values()
+    recipe = SimpleNamespace(dtype=torch.float32, packing="off")
+    ids, labels = random_rows(config, dict.fromkeys("ab", Row((config.seq_len,), 32, 64)), recipe).rows.values()
     with torch.no_grad():
         expected = model(input_ids=ids[:2], labels=labels[:2]).loss.item()
     assert main(["run", "--model", str(checkpoint), *QUICK, "--steps", "1", "--json", "-"]) == 0

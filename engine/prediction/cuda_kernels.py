@@ -44,6 +44,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten.cumsum.default: _cumsum,
         aten._grouped_mm.default: _grouped_mm,
         aten.any.default: _any,
+        aten.all.default: _all,
         aten.nonzero.default: _nonzero,
         aten.native_dropout.default: _dropout,
         aten.mm.dtype_out: _into_out,
@@ -174,6 +175,13 @@ def _any(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Asked whether there is any (outlier, NaN), the answer is no."""
     out = func(*args, **kwargs)
     out.is_any = True
+    return out
+
+
+def _all(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Asked whether all of a mask is set, the answer is no where rows have several lengths."""
+    out = func(*args, **kwargs)
+    out.is_any = tracker.ragged
     return out
 
 

@@ -94,6 +94,8 @@ def transformers_paths(
 
     with ExitStack() as undo:
         replace(undo, masking_utils, "is_tracing", lambda *_: False)
+        if tracker.ragged and hasattr(masking_utils, "fast_all"):
+            replace(undo, masking_utils, "fast_all", _not_all(masking_utils.fast_all))
         if FLASH_ATTENTION in libraries:
             _without_flash_attn(undo, gpu, modeling_flash_attention_utils, transformers.PreTrainedModel)
         replace(undo, transformers.modeling_utils, "caching_allocator_warmup", lambda *a: _warm_up(tracker, times, *a))
@@ -155,6 +157,17 @@ class _SortedSet(set[Any]):
 
     def __iter__(self) -> Iterator[Any]:
         return iter(sorted(super().__iter__(), key=str))
+
+
+def _not_all(fast_all: Callable[[Any], Any]) -> Callable[[Any], Any]:
+    """transformers counts what is set in a mask; where rows have several lengths that is not all of it."""
+
+    def call(tensor: Any) -> Any:
+        out = fast_all(tensor)
+        out.is_any = True
+        return out
+
+    return call
 
 
 def _warm_up(

@@ -50,6 +50,7 @@ class FakeCuda(OpTracker):
         inputs: By block, see `AllocRequests`.
         stream: Number of the stream that is current.
         pinned: Of the host.
+        ragged: Whether rows have several lengths: asked whether all of a mask is set, the answer is no.
         assume: Told of what depends on data and is taken to be something, in words.
     """
 
@@ -65,6 +66,7 @@ class FakeCuda(OpTracker):
         self._in_library = False
         self._cache = op_cache()
         self.pinned = PinnedMemory()
+        self.ragged = False
         self.libraries: dict[str, dict[str, Callable[..., Any]]] = {}
         self._addresses: dict[int, tuple[int, int, Any]] = {}
         self._clock_us = 0

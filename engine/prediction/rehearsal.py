@@ -230,6 +230,7 @@ class _Rehearsing:
         recorder = FakeCuda(kernels(self.gpu))
         # No step is described: another mode on top would change what the model of CUDA sees of references.
         tracer = Tracer(recorder, self._keep, self.recomputes.append, float("inf"), described=-1)
+        recorder.ragged = self.plan.recipe.packing != "off"
         recorder.pinned.times = lambda: self._times(tracer.module_now)
         try:
             with (

@@ -58,7 +58,9 @@ ROWS: list[Settings] = [
     {"trainable": "last-layers", **BF16},
     {"lora.kind": "dora", **LORA, **BF16},
     {"allocator": "expandable-segments", **BF16},
+    {"packing": "padded", **BODY, **BF16},
     # held out
+    {"packing": "packed", **CHECKPOINTED, "loss": "chunked", **BF16},
     {"allocator": "expandable-segments", "allocator.rounding": 4, "loss": "chunked", **CHECKPOINTED, **BF16},
     {"loss_scaling": True, "dtype": "mixed-float16", **BODY},
     {"optimizer": "ao-adamw-4bit", "loss": "chunked", **CHECKPOINTED, "dtype": "mixed"},
@@ -68,7 +70,7 @@ ROWS: list[Settings] = [
     {"optimizer": "muon", "loss": "linear-cross-entropy", **CHECKPOINTED, **BF16},
     {"optimizer": "ao-adamw-fp8", "optimizer_in_backward": True, **BODY, **BF16},
 ]
-SEEN = 12
+SEEN = 13
 """How many of the rows predictions were written by."""
 
 FAMILIES: dict[str, Settings] = {
