@@ -44,7 +44,7 @@ async def test_a_techniques_key_flips_it_and_restarts(name: str) -> None:
 async def test_techniques_keys_clash_with_nothing() -> None:
     keys = [key for key, _, _, _ in offered() if key]
     assert len(set(keys)) == len(keys)
-    assert not set(keys) & set("srxqzf?<>p0123456789")
+    assert not set(keys) & set("srxqz?<>p0123456789"), "f is the step screen's and the log's"
 
 
 async def test_batch_size_goes_up_and_down() -> None:
@@ -91,12 +91,12 @@ async def test_changes_are_collected_undone_and_applied_as_one() -> None:
 async def test_a_technique_that_another_overrules_says_what_it_comes_to_and_why(size: tuple[int, int]) -> None:
     async with shown(trained(1, checkpointing="layers"), size) as driver:
         await driver.press("4", *down_to("kv_cache"))
-        assert driver.line("c   KV cache").split()[3:5] == ["off", "(checkpointing)"]
+        assert driver.line("c + KV cache").split()[4:6] == ["off", "(checkpointing)"]
         heads, *cells = driver.app.page.table()
         (row,) = (row for row in cells if row[0] == "kv_cache")
         assert row[heads.index("now")] == "off (checkpointing)"
         await driver.press("c")
-        assert "→ off" in driver.line("c   KV cache"), "it can be switched off all the same"
+        assert "→ off" in driver.line("c + KV cache"), "it can be switched off all the same"
 
 
 @pytest.mark.parametrize("size", [(60, 20), *SIZES])
