@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import os
+import threading
 from dataclasses import dataclass, field
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
@@ -24,6 +25,8 @@ if TYPE_CHECKING:
 
 WAITS_FOR = timedelta(days=365)
 """A run may be held, or nothing be run, for as long as somebody likes."""
+WATCHDOG_LOOKS_S = 0.25
+"""NCCL's watchdog looks ten times a second."""
 
 
 @dataclass
@@ -98,6 +101,25 @@ class Peers:
         dist.broadcast(text, 0, self._group)
         config = json.loads(bytes(text.tolist()))
         return None if config is None else Start(parse_config(config, "rank 0"))
+
+    def let_go(self, device: torch.device) -> None:
+        """Have NCCL let go of what its last collectives were given; called by all ranks alike, after a run.
+
+        It keeps the tensors of a collective that nobody has waited for by name, as DDP's
+        are, until the next one after its watchdog has seen the end of it.
+
+        Args:
+            device: Of this rank.
+        """
+        import torch
+        import torch.distributed as dist
+
+        if device.type != "cuda":
+            return
+        for _ in range(2):
+            torch.cuda.synchronize(device)
+            threading.Event().wait(WATCHDOG_LOOKS_S)
+            dist.all_reduce(torch.zeros((), device=device))
 
     def _told(self, word: int) -> int:
         """Rank 0's number, on every rank."""

@@ -99,6 +99,7 @@ def loaded(plan: Plan, tracer: Tracer, between: Callable[[], None] = lambda: Non
 
             workload = build(plan, reading)
         tracer.adopt(workload.model, workload.optimizer)
+        tracer.reduced_by(workload.call)
     with tracer.attached():
         try:
             yield workload

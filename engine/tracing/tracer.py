@@ -156,6 +156,11 @@ class Tracer:
         self._optimizer_name = self.name(type(optimizers[0]).__name__) if optimizers else 0
         self._owners.adopt(model, optimizers)
 
+    def reduced_by(self, call: object) -> None:
+        """Know whose buckets to look for, if a model is called through DDP."""
+        if hasattr(call, "reducer"):
+            self._reducers.add(call)
+
     def beside(
         self,
         models: Iterable[tuple[str, torch.nn.Module]],

@@ -1,8 +1,8 @@
-"""Several GPUs: the whole matrix of issue and table, predicted against measured, on all GPUs that are visible.
+"""Several GPUs: every way to train on them, predicted against measured, on all GPUs that are visible.
 
     python -m tests.benchmarks.ranks [--ranks N] [--quick] [--only TEXT] [--json FILE]
 
-Every way to be parallel x {full, LoRA} x checkpointing x accumulation over four model
+The ways x {full, LoRA} x checkpointing x accumulation over four model
 families. One job of processes runs all configurations one after the other; another is
 started where a run has ended one. A third, marked *, is held out while predictions are
 developed. Measured: the allocator's own peak of every rank; what is unknown and what
