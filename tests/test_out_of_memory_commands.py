@@ -64,7 +64,9 @@ class Ruled:
 
 
 @pytest.fixture(autouse=True)
-def predicted_by_a_rule(monkeypatch: pytest.MonkeyPatch) -> None:
+def predicted_by_a_rule(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    if "gpu" in request.keywords:
+        return
     monkeypatch.setattr(telling, "PredictingProcess", Ruled)
     monkeypatch.setattr(known, "predicted", rule)
 
@@ -85,6 +87,16 @@ def test_retry_goes_on_with_the_first_change_that_fits(capsys: pytest.CaptureFix
     document = json.loads(out)
     assert document["failure"] is None and document["peak"]["allocated_bytes"] <= 46 * MIB
     assert (document["config"]["batch_size"], document["config"]["options"]["accumulation"]) == (2, 4)
+
+
+@pytest.mark.gpu
+def test_on_a_gpu_the_first_change_that_is_predicted_to_fit_does(capsys: pytest.CaptureFixture[str]) -> None:
+    run = ["run", "--profile", "tiny", "--device", "cuda", "--batch-size", "64", "--seq-len", "512", "--steps", "2"]
+    assert main([*run, "--memory-limit", "2GiB", "--retry", "--json", "-"]) == 0
+    out, lines = said(capsys)
+    document = json.loads(out)
+    assert sum(line.startswith("goes on with ") for line in lines) == 1, lines
+    assert document["config"]["batch_size"] * document["config"]["options"]["accumulation"] == 64
 
 
 def test_retries_come_to_an_end(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

@@ -219,7 +219,7 @@ class ReportRows:
         if self.width < COSTS_FROM:
             return row
         effect = techniques.effect(self.config, self.config.with_(fix.set)).title
-        costs = fix.text if fix.keeps_mathematics else f"{effect}; {fix.text}"
+        costs = "; ".join(filter(None, ("" if fix.keeps_mathematics else effect, fix.text))) or "nothing measurable"
         return row.add(f"  {_clauses(costs, self.width - row.width - 3)}", palette.dim)
 
 
