@@ -6,14 +6,13 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from ..events import Category
+from ..tracing.block_layout import SMALL_SEGMENT_BYTES
 from .growth import Rise
 from .refusal import Refused
 from .report import Pool, Verdict, size_text
 
 LARGEST_CONTEXT_BYTES = 2 << 30
 """CUDA's context and libraries are smaller: where NVML tells processes not apart, what is beyond is somebody else's."""
-SMALL_BYTES = 1 << 20
-"""Requests up to this come from the small pool (kSmallSize)."""
 
 
 class Circumstances(NamedTuple):
@@ -70,7 +69,7 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
             f"in one piece for {where}; for this one {said}"
         )
         return Verdict.STRANDED, text
-    if cached + free >= needed and asked > SMALL_BYTES:  # of less than a segment there are always pieces
+    if cached + free >= needed and not _is_small(refused):  # of less than a segment there are always pieces
         text = f"{said}, together enough for the {size_text(asked)}, but the largest piece is {size_text(largest)}"
         return Verdict.FRAGMENTED, text
     return _full(needed - free, little, around)
@@ -87,14 +86,19 @@ def _full(lacking: int, said: str, around: Circumstances) -> tuple[Verdict, str]
         return Verdict.SOMEBODY_ELSES, text
     if came >= lacking:
         largest = sorted(around.came.items(), key=lambda item: -item[1])
-        what = ", ".join(f"{category.info.title} {size_text(size)}" for category, size in largest[:2])
+        what = " and ".join(f"{category.info.title} ({size_text(size)})" for category, size in largest[:2])
         return Verdict.MOVED, f"step {around.step - 1} fitted; since then {what} have come and stay; {said}"
     return Verdict.FULL, said
 
 
+def _is_small(refused: Refused) -> bool:
+    """True if it was to come from the small pool, which alone takes segments of that size."""
+    return refused.needed_bytes <= SMALL_SEGMENT_BYTES
+
+
 def _by_usability(refused: Refused) -> tuple[list[Pool], list[Pool]]:
     """The pools that the request could be served from, and those that hold pieces of its size class for others."""
-    size_class = "small" if refused.asked_bytes <= SMALL_BYTES else "large"
+    size_class = "small" if _is_small(refused) else "large"
     alike = [pool for pool in refused.pools if pool.pool.split(" ")[0] == size_class]
     usable = [pool for pool in alike if pool.stream == refused.stream and pool.pool == size_class]
     return usable, [pool for pool in alike if pool not in usable]
