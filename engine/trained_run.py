@@ -103,6 +103,8 @@ class TrainedRun:
             problem: What `train` returned.
         """
         self._tracer.release()
+        if self._peers is not None and problem is None:
+            self._peers.let_go(self._device)
         self._free_all()
         publisher, baseline = self._publisher, self._baseline_bytes
         managed, publisher.managed_bytes = publisher.managed_bytes, self._free_paged()
