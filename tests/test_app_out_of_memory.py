@@ -228,6 +228,19 @@ async def test_a_recording_of_it_shows_it_on_every_screen(tmp_path: Path) -> Non
         assert "this is a recording" in app.text
 
 
+async def test_of_several_recordings_each_comes_up_once(tmp_path: Path) -> None:
+    paths = [tmp_path / f"{name}.gpumem" for name in "ab"]
+    for path in paths:
+        write(path, refused().runs())
+    async with shown(Recording(*paths), predictions=oracle(ALL)) as app:
+        for _ in paths:
+            assert app.app.page.title == "out of memory"
+            await app.press("4", "j")
+        assert app.app.page.title == "techniques", "the first again"
+        await app.press("M")
+        assert app.app.page.title == "out of memory"
+
+
 async def test_fixes_are_looked_for_on_a_thread_and_shown_as_they_come(monkeypatch: pytest.MonkeyPatch) -> None:
     """The real search, predicted by a rule: a peak that goes by the rows of a micro-batch."""
     go_on = threading.Event()

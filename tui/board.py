@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import cast
 
 from ..engine.feed import Source, ViewerRole
+from ..engine.run import RunId
 from .actions import Action, check_keys, everywhere, hint, offered_here, remapped, shown_keys
 from .control import Control
 from .draw import Kept, Row, wrap
@@ -75,6 +76,7 @@ class Board:
         scopes = {page.title: (*page.actions, *self.everywhere) for page in (*self.pages, self.help)}
         digitless = [action for action in self.everywhere if not action.name.startswith("screen.")]
         check_keys(scopes | {self.refusal.title: (*self.refusal.actions, *digitless)}, settings.keys, settings.where)
+        self._refusals: set[RunId] = set()
         self.tour: Tour | None = None
         self.question = ""
         self._moved: tuple[object, ...] = ()
@@ -120,6 +122,9 @@ class Board:
         if refused is None or refused is self.refusal.run:
             return False
         self.refusal.run = refused
+        if refused.id in self._refusals:  # it has come up before, and is looked at again
+            return False
+        self._refusals.add(refused.id)
         self.state.dismiss()  # the screen says it, and more
         self.show_refusal()
         return True

@@ -312,7 +312,9 @@ def _highest(trace: StepTrace) -> dict[tuple[Phase, int], int]:
     for span in over:
         if span.phase is not Phase.RECOMPUTE:
             key = (span.phase, min(span.micro_batch, 1))  # later ones are as the second
-            found[key] = max(found.get(key, 0), int(curve[span.begin : span.end + 1].max()))
+            # While weights come, more may be held than ever again; what counts is what is there when they have.
+            begin = span.end if span.phase is Phase.LOAD else span.begin
+            found[key] = max(found.get(key, 0), int(curve[begin : span.end + 1].max()))
     return found
 
 

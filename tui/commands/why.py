@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ...engine.config import UserError
+from ...engine.run_events import OutOfMemory
 from ..palette import Palette
 from . import frames
 from .common import end_progress, opened, refuse_unwritable, tell, write_document
@@ -59,9 +60,12 @@ def _refused_in(path: Path) -> tuple[Run, OutOfMemoryReport]:
     Raises:
         UserError: None did.
     """
-    for run in reversed(opened([path]).runs()):
+    runs = opened([path]).runs()
+    for run in reversed(runs):
         if run.refused is not None and run.refused.report is not None:
             return run, run.refused.report
+    if any(isinstance(event, OutOfMemory) for run in runs for event in run.events()):
+        raise UserError(f"{path}: memory ran out in it, but the moment was not recorded")
     raise UserError(f"{path}: nothing in it ran out of memory")
 
 
