@@ -6,14 +6,17 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from gpumem_tui.engine.prediction.capacity import largest_that_fit
 from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.neighbours import Neighbours
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.prediction_text import verdict
-from gpumem_tui.engine.prediction.search import largest, largest_that_fit
+from gpumem_tui.engine.prediction.search import largest
 from gpumem_tui.tui import interrupt
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import estimate
@@ -182,3 +185,25 @@ def test_only_the_config_of_a_folder_is_read(tmp_path: Path) -> None:
     base = {"model": str(tmp_path), "pretrained": True}
     from_folder = predict(small_run(base), H100)
     assert from_folder.peak_bytes == predict(small_run(), H100).peak_bytes
+
+
+def test_neighbours_tell_where_gaps_between_blocks_end_what_fits() -> None:
+    """Gaps are on no line: what is asked of the allocator is, and so few predictions find the largest batch."""
+    card = gpu("RTX 3060:2GiB")
+    asked: list[int] = []
+
+    def predicted(config: Any) -> Prediction:
+        asked.append(config.batch_size)
+        return predict(config, card)
+
+    found = largest_that_fit(predict(small_run(batch_size=8), card), predicted)["max_batch_size"]
+    batches = [n for n in asked if n != 8]
+    assert predict(small_run(batch_size=found), card).fits
+    assert len(set(batches)) <= 14
+
+    neighbours = Neighbours(card.available_bytes)
+    assert neighbours.largest_between(1, 10) is None
+    for n in (found // 4, found // 2, 2 * found):
+        neighbours.learn(n, predict(small_run(batch_size=n), card))
+    told = neighbours.largest_between(found // 2, 2 * found)
+    assert told is not None and abs(told - found) <= found // 16

@@ -11,9 +11,9 @@ import torch
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import Architecture, RunConfig, UserError
+from gpumem_tui.engine.prediction.capacity import largest_that_fit
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
-from gpumem_tui.engine.prediction.search import largest_that_fit
 from gpumem_tui.engine.workload import prepare
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.cli import main

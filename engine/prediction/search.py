@@ -5,45 +5,20 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 
-from ..config import RunConfig
-from .outcome import Prediction, Verdict
-
 RESOLUTION_BITS = 6
 """Numbers are told apart to one part in 64."""
 
-
-def largest_that_fit(prediction: Prediction, predicted: Callable[[RunConfig], Prediction]) -> dict[str, int]:
-    """The largest batch size and the largest sequence length that fit, everything else being equal.
-
-    Args:
-        prediction: Of the run as it is.
-        predicted: Predicts other ones on the same GPU.
-
-    Returns:
-        `max_batch_size` and, where rows are tokens, `max_sequence_length`, of what is generated
-        `max_new_tokens`; 0: not even the smallest.
-    """
-    config = prediction.config
-
-    def search(name: str, smallest: int, most: int) -> int:
-        def bound_at(value: int) -> int:
-            found = prediction if value == config[name] else predicted(config.with_({name: value}))
-            # Gaps between blocks are no part of the bound.
-            return found.available_bytes + 1 if found.verdict is Verdict.FRAGMENTED else found.safe_bound_bytes
-
-        found = largest(bound_at, config.integer(name), prediction.available_bytes, most)
-        return found if found >= smallest else 0
-
-    found = {"max_batch_size": search("batch_size", 1, 65_536)}
-    if config.generates:
-        longest = prediction.max_positions - config.seq_len if prediction.max_positions else 1 << 20
-        found["max_new_tokens"] = search("new_tokens", 1, max(1, longest))
-    elif prediction.document.steps[0].tokens is not None:
-        found["max_sequence_length"] = search("seq_len", 2, prediction.max_positions or 1 << 20)
-    return found
+MOST_EXPECTED = 4
+"""Times that what is expected is believed."""
 
 
-def largest(bound_at: Callable[[int], int], start: int, available: int, most: int) -> int:
+def largest(
+    bound_at: Callable[[int], int],
+    start: int,
+    available: int,
+    most: int,
+    expected: Callable[[int, int], int | None] = lambda _low, _high: None,
+) -> int:
     """The largest n from 1 to `most` whose bound is within what is available.
 
     The bound grows with n, mostly along a straight line or a parabola, so the
@@ -54,6 +29,8 @@ def largest(bound_at: Callable[[int], int], start: int, available: int, most: in
         start: First n to ask for.
         available: Bytes there are.
         most: Where to stop.
+        expected: The largest that those asked for let expect, from one that fits on and below one that does not;
+            None: they do not say.
 
     Returns:
         A number that fits, and up to 64 the largest; beyond, up to 1.6 % more
@@ -66,8 +43,9 @@ def largest(bound_at: Callable[[int], int], start: int, available: int, most: in
         known[n] = bound_at(n)
         low, high = (n, high) if known[n] <= available else (low, n)
         if low in known and high in known:
-            # Mostly a line; if not, then a parabola; halving ends what neither describes.
-            guess = (_on_line, _on_parabola, _halfway)[tries % 3](known, low, high, available)
+            # Mostly what is expected, or a line; if not, then a parabola; halving ends what neither describes.
+            told = expected(low, high) if tries < MOST_EXPECTED else None
+            guess = (_on_line, _on_parabola, _halfway)[tries % 3](known, low, high, available) if told is None else told
             tries += 1
         else:
             guess = _outwards(known, available)

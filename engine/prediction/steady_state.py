@@ -23,7 +23,7 @@ def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> N
         before: The step before the last.
         last: What to repeat.
     """
-    successors = _successors(before, last)
+    successors = successors_of(before, last)
     now: dict[int, int] = {}
     for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
         if size > 0:
@@ -34,7 +34,7 @@ def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> N
             allocator.free(successors.pop(address))
 
 
-def _successors(before: StepTrace, last: StepTrace) -> dict[int, int]:
+def successors_of(before: StepTrace, last: StepTrace) -> dict[int, int]:
     """Addresses of blocks that take the place of those freed, by the address freed.
 
     A block that the last step found and freed is succeeded by one of the same size

@@ -13,13 +13,13 @@ import msgspec
 
 from ...engine.config import RunConfig
 from ...engine.prediction import job
+from ...engine.prediction.capacity import largest_that_fit
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
 from ...engine.prediction.known import predicted
 from ...engine.prediction.libraries_loading import libraries_loading
 from ...engine.prediction.outcome import Prediction
 from ...engine.prediction.prediction_text import cautions, filled, of_ranks
-from ...engine.prediction.search import largest_that_fit
 from ...engine.techniques import describe
 from ..interrupt import answered_by, end
 from ..units import GIB, Unit
