@@ -70,10 +70,19 @@ def applied(settings: AllocatorSettings, device: torch.device) -> Iterator[None]
     import torch
 
     torch.cuda.empty_cache()
-    torch._C._accelerator_setAllocatorSettings(str(settings))
+    _tell(settings)
     _in_force.append(settings)
     try:
         yield
     finally:
         _in_force.pop()
-        torch._C._accelerator_setAllocatorSettings(str(before))
+        _tell(before)
+
+
+def _tell(settings: AllocatorSettings) -> None:
+    """PyTorch's function came in with 2.10 under this name."""
+    import torch
+
+    names = ("_accelerator_setAllocatorSettings", "_cuda_cudaCachingAllocator_set_allocator_settings")
+    tell = next(function for name in names if (function := getattr(torch._C, name, None)) is not None)
+    tell(str(settings))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import psutil
 
@@ -91,4 +92,5 @@ def _pinned_bytes() -> int:
     """Bytes that torch's host allocator has page-locked, cached blocks included."""
     import torch
 
-    return int(torch.cuda.host_memory_stats().get("allocated_bytes.current", 0))
+    statistics: Callable[[], dict[str, Any]] = getattr(torch.cuda, "host_memory_stats", dict)
+    return int(statistics().get("allocated_bytes.current", 0))

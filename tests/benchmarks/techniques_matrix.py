@@ -22,9 +22,12 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import Architecture, RunConfig, UserError, one_line
 from gpumem_tui.engine.config import show as show_value
+from gpumem_tui.engine.device import environment
 from gpumem_tui.engine.prediction.gpu_here import gpu_here
 from gpumem_tui.engine.prediction.predictor import Answer, Predictor
 from gpumem_tui.engine.run_events import RunEnded
@@ -124,11 +127,13 @@ def configs(only: str) -> Iterator[tuple[RunConfig, bool]]:
 
 
 def configured(base: dict[str, Any], settings: Settings) -> Iterator[RunConfig]:
-    """A configuration of some traced steps; none where it makes no sense."""
+    """A configuration of some traced steps; none where it makes no sense, or a package is missing."""
     try:
         config = techniques.configure(base, techniques.parse({"steps": STEPS} | settings, "matrix"))
+        if torch.cuda.is_available():
+            techniques.check(config, environment(torch.device("cuda", 0)))
     except UserError as error:
-        print(f"  {settings}: {error}", flush=True)
+        print(f"left out: {error}", flush=True)
         return
     yield dataclasses.replace(config, trace="every")
 
