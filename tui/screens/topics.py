@@ -15,7 +15,7 @@ PARTS = {
     "device": (
         "The whole device on one axis from 0 to its capacity. Letters: this run by category; then what the allocator "
         "keeps cached, the CUDA context, other processes; dots are free. Usable is the most that one request can have: "
-        "that is how far the edge is. Gaps between blocks in use are of no use to it; above 1 % they are shown."
+        "how far the edge is. Gaps between blocks in use are out of its reach; above 1 % they show."
     ),
     "why": (
         "Where the peak is, and what it is the sum of: what was there when the step began and still is, and what has "
