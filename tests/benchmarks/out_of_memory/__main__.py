@@ -152,9 +152,8 @@ def try_fix(bench: runs.Bench, config: RunConfig, row: Row, found: Found) -> Non
     if found.fix is None or not found.fix.set.keys() <= {*config.options, "batch_size", "seq_len"}:
         return
     row.fix = found.fix.set
-    longer = dataclasses.replace(config, steps=3)
-    row.fix_fits = _lives(bench.run(longer.with_(found.fix.set)))
-    row.smaller_dies = found.smaller is None or not _lives(bench.run(longer.with_(found.smaller)))
+    row.fix_fits = _lives(bench.run(config.with_(found.fix.set)))
+    row.smaller_dies = found.smaller is None or not _lives(bench.run(config.with_(found.smaller)))
 
 
 def _lives(run: Run) -> bool:
