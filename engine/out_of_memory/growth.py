@@ -10,7 +10,7 @@ IN_A_ROW = 6
 """So many figures in a row that rise make a leak."""
 KEPT = 64
 """Figures of a level."""
-AT_LEAST = 3
+AT_LEAST = 4
 """So many do where memory has run out."""
 LEVELS = 3
 FOLD = 8
