@@ -106,9 +106,20 @@ def tag_steps_in_backward(tagger: Tagger, guard: Guard = unguarded) -> Iterator[
         yield
 
 
+WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")
+"""Classes whose objects stand around a model and are called in its place."""
+
+
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """The model itself, whatever stands around it to train it on several GPUs."""
+    while type(model).__name__ in WRAPPERS and isinstance(inner := model.module, torch.nn.Module):
+        model = inner
+    return model
+
+
 def output_embedding(model: torch.nn.Module) -> torch.nn.Module | None:
     """The module that makes the logits, where the model can say."""
-    get: Callable[[], torch.nn.Module | None] | None = getattr(model, "get_output_embeddings", None)
+    get: Callable[[], torch.nn.Module | None] | None = getattr(unwrapped(model), "get_output_embeddings", None)
     try:
         return get() if get else None
     except NotImplementedError:

@@ -51,6 +51,8 @@ def at_rest() -> Iterator[Owned]:
     """Shards, and what stays unsharded between steps: a root's parameters, those that are never resharded."""
     for group in list(_groups):
         yield from _unsharded(group)
+        if (last := getattr(group.comm_ctx, "all_gather_state", None)) is not None:  # kept until the next gather
+            yield Category.GATHERED, "all_gather_output", last.all_gather_result.all_gather_output
         for param in group.fsdp_params:
             yield Category.PARAMETERS, _parameter_name(param), param.sharded_param
     for handle in list(_handles):

@@ -14,6 +14,7 @@ import torch
 from .. import techniques
 from ..config import DTYPES, Architecture, RunConfig, UserError, Value
 from ..tracing import zero
+from ..tracing.hooks import unwrapped
 from .batch import Batch
 
 NO_ARCHITECTURE = ("auto_map", "attn_implementation", "quantization_config")
@@ -31,17 +32,23 @@ def config_of(
 ) -> RunConfig:
     """The run in our own words, as far as it can be told; what cannot stays as by default."""
     optimizer = optimizers[0] if optimizers else None
-    found = techniques.recognise(model, optimizer) | {
-        "batch_size": batch.rows or 1,
-        "seq_len": batch.seq_len or 1,
-        "rows": 1,
-        "accumulation": accumulation or 1,
-        "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)) if optimizer is not None else 0.0,
-    }
+    inner = unwrapped(model)
+    around = techniques.recognise(model, optimizer) if inner is not model else {}
+    found = (
+        around
+        | techniques.recognise(inner, optimizer)
+        | {
+            "batch_size": batch.rows or 1,
+            "seq_len": batch.seq_len or 1,
+            "rows": 1,
+            "accumulation": accumulation or 1,
+            "learning_rate": float(optimizer.param_groups[0].get("lr", 0.0)) if optimizer is not None else 0.0,
+        }
+    )
     config = RunConfig(
-        model=_model_name(model),
+        model=_model_name(inner),
         device=str(device_of(model)),
-        architecture=architecture_of(model),
+        architecture=architecture_of(inner),
         options=techniques.defaults(),
     )
     return config.with_(dict(admitted(found)))
@@ -111,4 +118,7 @@ def _unwrapped(optimizer: Any) -> torch.optim.Optimizer:
 
 def _model_name(model: torch.nn.Module) -> str:
     config = getattr(model, "config", None)
-    return str(getattr(config, "_name_or_path", "") or type(model).__name__)
+    name = type(model).__name__
+    if hasattr(model, "set_requires_gradient_sync"):  # fully_shard makes a class of its own
+        name = name.removeprefix("FSDP")
+    return str(getattr(config, "_name_or_path", "") or name)
