@@ -140,7 +140,7 @@ def test_sweep_runs_every_row_of_the_preset(style: str, capsys: pytest.CaptureFi
     elif style == "json":
         rows = json.loads(printed)["rows"]
     else:
-        assert "paging moves state between a GPU and the host" in printed
+        assert "it moves state between a GPU and the host" in printed
         assert "10.186" not in printed, "what was published is of another model"
         return
     assert len(rows) == 9
