@@ -24,7 +24,7 @@ class ZeRO(Parallelism):
     """
 
     def __init__(self, settings: Mapping[str, Any]) -> None:
-        self._settings = dict(settings)
+        self.settings = dict(settings)
         self._last = True
 
     def wrap(self, model: Model, device: torch.device, make: Callable[[], torch.optim.Optimizer]) -> Wrapped:
@@ -36,7 +36,7 @@ class ZeRO(Parallelism):
             # It would compile collectives over shared memory, for minutes and with a compiler; gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         engine, optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make(), config=self._settings, dist_init_required=False
+            model=model, optimizer=make(), config=self.settings, dist_init_required=False
         )
         return Wrapped(engine, optimizer)
 

@@ -9,12 +9,15 @@ from typing import Any
 import torch
 
 from ..parallelism import Parallelism
+from ..parallelism.zero import ZeRO
+from ..workload import Recipe
 from .cuda_patches import replace
 from .fake_cuda import DEVICE, FakeCuda
 from .fake_ddp import FakeDDP, Note, Repeated
 from .fake_fsdp import fsdp_paths
 from .fake_process_group import fake_process_group
 from .fake_streams import fake_streams
+from .fake_zero import FakeZeRO
 
 
 @contextmanager
@@ -32,10 +35,11 @@ def fake_rank(parallelism: Parallelism, ranks: int, rank: int) -> Iterator[None]
 
 
 @contextmanager
-def rank_paths(tracker: FakeCuda, repeated: Repeated, note: Note) -> Iterator[None]:
+def rank_paths(recipe: Recipe, tracker: FakeCuda, repeated: Repeated, note: Note) -> Iterator[None]:
     """Have what trains on several GPUs do on the modelled device what it does on a GPU.
 
     Args:
+        recipe: Of the run.
         tracker: The recorder.
         repeated: See `Repeated`.
         note: Told of buffers whose owner is known.
@@ -48,4 +52,7 @@ def rank_paths(tracker: FakeCuda, repeated: Repeated, note: Note) -> Iterator[No
         undo.enter_context(fake_streams(tracker))
         undo.enter_context(fsdp_paths(tracker))
         replace(undo, torch.nn.parallel, "DistributedDataParallel", ddp)
+        if isinstance(recipe.parallelism, ZeRO):
+            undo.callback(setattr, recipe, "parallelism", recipe.parallelism)
+            recipe.parallelism = FakeZeRO(recipe.parallelism.settings, note)
         yield

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+import math
+from collections.abc import Callable, Sequence
 
 from ..config import RunConfig
 from ..report import RankFigures, of_job
@@ -10,26 +11,42 @@ from ..run import Run
 from ..techniques.parallel import shard_ranks
 from .outcome import Prediction
 
+KINDS = 4
+"""Groups of ranks that are told apart, at the most: beyond, a rank is counted to one that holds a little more."""
 
-def alike(config: RunConfig, ranks: int, rows: Iterable[int]) -> tuple[tuple[int, ...], ...]:
-    """Ranks in groups that hold the same, rank 0's first.
+Shapes = Sequence[tuple[int, ...]]
+"""Of the trained parameters, in order."""
 
-    Shards are of whole rows: of 10 rows four ranks have 3, 3, 3 and 1. The shard
-    itself and its gradient are padded; optimizer state is not.
+
+def alike(config: RunConfig, ranks: int, shapes: Shapes) -> tuple[tuple[int, ...], ...]:
+    """Ranks in groups that hold the same, the fullest first.
+
+    FSDP2's shards are of whole rows: of 10 rows four ranks have 3, 3, 3 and 1. The
+    shard itself and its gradient are padded; optimizer state is not. ZeRO's ranks
+    keep the gradients of all parameters that lie in their partition, also of those
+    that begin or end in another's.
 
     Args:
         config: The run.
         ranks: Processes of the job.
-        rows: First dimensions of the trained parameters.
+        shapes: Of the trained parameters.
     """
-    if config.text("parallel") != "fsdp2":
-        return (tuple(range(ranks)),)
-    sharing, distinct = shard_ranks(config, ranks), sorted(set(rows))
+    kind = config.text("parallel")
+    if kind == "fsdp2":
+        sharing, rows = shard_ranks(config, ranks), sorted({shape[0] for shape in shapes if shape})
+        keys = [tuple(_rows_of(count, sharing, rank % sharing) for count in rows) for rank in range(ranks)]
+    elif kind.startswith("zero"):
+        keys = [(size,) for size in _in_partitions([math.prod(shape) for shape in shapes], ranks)]
+    else:
+        keys = [()] * ranks
     groups: dict[tuple[int, ...], list[int]] = {}
-    for rank in range(ranks):
-        key = tuple(_rows_of(count, sharing, rank % sharing) for count in distinct)
-        groups.setdefault(key, []).append(rank)
-    return tuple(map(tuple, groups.values()))
+    for rank in sorted(range(ranks), key=lambda rank: keys[rank], reverse=True):
+        groups.setdefault(keys[rank], []).append(rank)
+    found = list(groups.values())
+    told_apart = sorted({n * (len(found) - 1) // max(KINDS - 1, 1) for n in range(KINDS)})
+    ends = [*told_apart[1:], len(found)]
+    merged = (found[begin:end] for begin, end in zip(told_apart, ends, strict=True))
+    return tuple(tuple(rank for group in some for rank in group) for some in merged)
 
 
 def _rows_of(count: int, sharing: int, place: int) -> int:
@@ -37,11 +54,21 @@ def _rows_of(count: int, sharing: int, place: int) -> int:
     return min(max(count - each * place, 0), each)
 
 
+def _in_partitions(sizes: Sequence[int], ranks: int) -> list[int]:
+    """By rank, the elements of all parameters that lie in its partition, or partly."""
+    partition, found, at = max(1, -(-sum(sizes) // ranks)), [0] * ranks, 0
+    for size in sizes:
+        for rank in range(at // partition, min(ranks, (at + size - 1) // partition + 1)):
+            found[rank] += size
+        at += size
+    return found
+
+
 def each_kind(prediction: Prediction, predict: Callable[[int], Prediction]) -> list[Prediction]:
     """One prediction for each group of ranks that hold the same.
 
     Args:
-        prediction: Of rank 0.
+        prediction: Of a rank of the first group.
         predict: Predicts another rank of the job.
     """
     return [prediction, *(predict(group[0]) for group in prediction.alike[1:])]

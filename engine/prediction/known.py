@@ -9,7 +9,7 @@ from .outcome import Prediction
 from .prediction_store import PredictionStore
 
 
-def predicted(config: RunConfig, gpu: Gpu, rank: int = 0) -> Prediction:
+def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Prediction:
     """The prediction of `predict`: read if any process of this user has made it before, made and kept if not.
 
     Raises:

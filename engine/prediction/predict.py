@@ -20,7 +20,7 @@ from .nccl import nccl_bytes
 from .outcome import Prediction
 from .rehearsal import STEPS, Rehearsal, rehearse
 
-MODELLED = dict.fromkeys(("flash-attn", "liger-kernel", "torchao"), "modelled")
+MODELLED = dict.fromkeys(("flash-attn", "liger-kernel", "deepspeed", "torchao"), "modelled")
 """Packages of which no code is run: what they allocate is known without them."""
 
 
@@ -30,14 +30,14 @@ def environment(gpu: Gpu) -> Environment:
     return Environment("cuda:0", gpu.name, gpu.memory_bytes, capability, None, installed_packages())
 
 
-def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS, rank: int = 0) -> Prediction:
+def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS, rank: int | None = None) -> Prediction:
     """Predict a run's memory.
 
     Args:
         config: The run. Its device and its data do not matter.
         gpu: Where it would run.
         steps: How many to go through, from 2 on.
-        rank: Of a job of several.
+        rank: Of a job of several; None: one of those that hold most.
 
     Raises:
         UserError: The configuration cannot run there, or cannot be predicted.
@@ -49,8 +49,12 @@ def predict(config: RunConfig, gpu: Gpu, steps: int = STEPS, rank: int = 0) -> P
     techniques.check(config, dataclasses.replace(here, packages={**here.packages, **MODELLED}))
     count = ranks(config, gpu.count)
     gpu = gpu.beside(nccl_bytes(config, count))
-    done = rehearse(config, gpu, steps, ranks=count, rank=rank)
-    return came_to(config, gpu, done, began, rank=rank, groups=alike(config, count, done.rows))
+    done = rehearse(config, gpu, steps, ranks=count, rank=rank or 0)
+    groups = alike(config, count, done.shapes)
+    if rank is None and 0 not in groups[0]:
+        rank = groups[0][0]
+        done = rehearse(config, gpu, steps, ranks=count, rank=rank)
+    return came_to(config, gpu, done, began, rank=rank or 0, groups=groups)
 
 
 def came_to(

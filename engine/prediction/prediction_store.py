@@ -40,7 +40,7 @@ class PredictionStore:
     def __init__(self, gpu: Gpu) -> None:
         self._gpu, self._disk = gpu, DiskCache(_folder(), LARGEST_BYTES)
 
-    def get(self, config: RunConfig, rank: int = 0) -> Prediction | None:
+    def get(self, config: RunConfig, rank: int | None = None) -> Prediction | None:
         """A prediction; None if nobody has made it."""
         key = key_of(config, self._gpu, rank)
         packed = self._disk.get(key) if key is not None else None
@@ -52,7 +52,7 @@ class PredictionStore:
             self._disk.drop(key)
             return None
 
-    def put(self, config: RunConfig, packed: bytes, rank: int = 0) -> None:
+    def put(self, config: RunConfig, packed: bytes, rank: int | None = None) -> None:
         """Keep a prediction, as `Prediction.packed` packed it."""
         key = key_of(config, self._gpu, rank)
         if key is not None:
@@ -68,7 +68,7 @@ def _folder() -> Path | None:
 # --- keys ------------------------------------------------------------------------
 
 
-def key_of(config: RunConfig, gpu: Gpu, rank: int = 0) -> str | None:
+def key_of(config: RunConfig, gpu: Gpu, rank: int | None = None) -> str | None:
     """Everything that decides a prediction, in one text; None: it cannot be told here."""
     pretrained = _config_json(config.model) if config.pretrained else ""
     if pretrained is None:

@@ -66,7 +66,7 @@ class Rehearsal:
         verdict: Whether it goes through in the GPU's memory.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         traced_layers: How many layers were traced to know of all; None: each.
-        rows: First dimensions of the trained parameters, which is how shards are cut.
+        shapes: Of the trained parameters that were traced, in order: how they are cut follows from that.
     """
 
     traces: list[StepTrace]
@@ -83,7 +83,7 @@ class Rehearsal:
     verdict: Verdict
     max_positions: int
     traced_layers: int | None
-    rows: frozenset[int] = frozenset()
+    shapes: tuple[tuple[int, ...], ...] = ()
 
 
 def rehearse(
@@ -106,7 +106,9 @@ def rehearse(
     """
     config = dataclasses.replace(config, steps=config.new_tokens if config.generates else steps)
     plan = planned(config)
-    short, layers = (plan, None) if every_layer else shortened(plan)
+    # DeepSpeed's buckets are cut regardless of layers, so that no layer does what another does.
+    alike = not every_layer and not config.text("parallel").startswith("zero")
+    short, layers = shortened(plan) if alike else (plan, None)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
         with _job(plan, ranks, rank):
@@ -223,7 +225,7 @@ class _Rehearsing:
         self.traces: list[StepTrace] = []
         self.steps: list[StepResult] = []
         self.recomputes: list[Recompute] = []
-        self.rows: frozenset[int] = frozenset()
+        self.shapes: tuple[tuple[int, ...], ...] = ()
 
     def run(self) -> Rehearsal:
         """Rehearse, and give every block its place."""
@@ -260,14 +262,14 @@ class _Rehearsing:
             self.plan.positions,
             self.plan.recipe.allocator,
         )
-        return dataclasses.replace(done, rows=self.rows)
+        return dataclasses.replace(done, shapes=self.shapes)
 
     def _rank_paths(self, recorder: FakeCuda, tracer: Tracer) -> AbstractContextManager[None]:
         if self.config["parallel"] == "none":
             return nullcontext()
         from .fake_ranks import rank_paths
 
-        return rank_paths(recorder, self.layers.repeated if self.layers else iter, tracer.own_held)
+        return rank_paths(self.plan.recipe, recorder, self.layers.repeated if self.layers else iter, tracer.own_held)
 
     def _keep(self, trace: StepTrace) -> None:
         if not trace.is_open:
@@ -298,9 +300,9 @@ class _Rehearsing:
                 train(self.config, workload, tracer, lambda _: True, lambda: None, on_step)
         names = {parameter: name for name, parameter in workload.model.named_parameters()}
         sizes = [(self._times(name), numel(p), p.requires_grad) for p, name in names.items()]
-        self.rows = frozenset(p.shape[0] for p in names if p.requires_grad and p.dim())
+        self.shapes = tuple(tuple(p.shape) for p in names if p.requires_grad)
         managed = sum(
-            self._times(names[parameter]) * owners.paged_bytes([state])
+            self._times(names.get(parameter, "")) * owners.paged_bytes([state])
             for parameter, state in workload.optimizer.state.items()
         )
         return Counts(
