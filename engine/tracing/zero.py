@@ -58,6 +58,11 @@ def optimizer_in(optimizer: Any) -> Any:
     return None
 
 
+def around(optimizer: torch.optim.Optimizer | None) -> Any:
+    """The ZeRO optimizer that stands around one of torch's; None: there is none."""
+    return next((zero for zero in list(_optimizers) if zero.optimizer is optimizer), None)
+
+
 @contextmanager
 def steps_hooked(
     optimizer: torch.optim.Optimizer, begins: Callable[..., None], ends: Callable[..., None]
@@ -66,10 +71,10 @@ def steps_hooked(
 
     Inside of a ZeRO optimizer it steps once for every group of parameters: then they are called around all of these.
     """
-    around = next((zero for zero in list(_optimizers) if zero.optimizer is optimizer), None)
+    zero = around(optimizer)
     with ExitStack() as undo:
-        if around is not None:
-            wrap(undo, around, "step", lambda *_, **__: begins(optimizer), lambda *_, **__: ends(optimizer))
+        if zero is not None:
+            wrap(undo, zero, "step", lambda *_, **__: begins(optimizer), lambda *_, **__: ends(optimizer))
         else:
             undo.callback(optimizer.register_step_pre_hook(begins).remove)
             undo.callback(optimizer.register_step_post_hook(ends).remove)

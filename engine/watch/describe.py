@@ -33,9 +33,9 @@ def config_of(
     """The run in our own words, as far as it can be told; what cannot stays as by default."""
     optimizer = optimizers[0] if optimizers else None
     inner = unwrapped(model)
-    around = techniques.recognise(model, optimizer) if inner is not model else {}
     found = (
-        around
+        # Of what stands around the two; read off themselves it is truer, where both say something.
+        techniques.recognise(model, zero.around(optimizer) or optimizer)
         | techniques.recognise(inner, optimizer)
         | {
             "batch_size": batch.rows or 1,
