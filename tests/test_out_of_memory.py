@@ -202,6 +202,7 @@ def cuda_recorder(monkeypatch: pytest.MonkeyPatch) -> AllocatorTrace:
     monkeypatch.setattr(torch.cuda, "current_stream", lambda _: SimpleNamespace(cuda_stream=0))
     recorder = AllocatorTrace.__new__(AllocatorTrace)
     recorder.cache = recorder._newest = None
+    recorder._recording = True
     recorder._index, recorder._total_bytes, recorder._layout = 0, 100 * MIB, BlockLayout(segments)
     recorder.entries = []  # type: ignore[attr-defined]
     return recorder

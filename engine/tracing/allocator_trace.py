@@ -135,7 +135,7 @@ class AllocatorTrace:
         if told is None:
             return
         snapshot = self._snapshot()
-        segments, entries = snapshot["segments"], snapshot["trace"]
+        segments, entries = snapshot["segments"], snapshot["trace"] if self._recording else ()
         # The trace has what was asked for; without one there is only what CUDA was asked for.
         asked = next((entry["size"] for entry in reversed(entries) if entry["action"] == "oom"), needed_bytes)
         reserved = sum(segment["total_size"] for segment in segments)
