@@ -341,6 +341,38 @@ def test_a_loop_that_catches_it_and_goes_on_with_fewer_rows_is_watched_on() -> N
     assert [trace.step for trace in run.traces()] == [1, 2, 3] and run.traces()[-1].is_complete
 
 
+class Thrifty(torch.nn.Module):
+    """It asks for room to work in, and makes do with less."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = torch.nn.Linear(256, 256)
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        for mib in (400, 200, 1):
+            try:
+                room = torch.empty(mib * MIB, dtype=torch.uint8)
+                break
+            except torch.OutOfMemoryError:
+                continue
+        outputs: torch.Tensor = self.layer(rows)
+        del room
+        return outputs
+
+
+def test_what_is_made_good_within_the_model_ends_no_step() -> None:
+    model = Thrifty()
+    optimizer = torch.optim.AdamW(model.parameters())
+    with watch(model, optimizer, memory_limit="40MiB") as watching:
+        for _ in range(2):
+            train(model, optimizer)
+    assert not reports_of(watching)
+    run = watching.source.run
+    assert run is not None
+    assert [(trace.step, trace.is_complete) for trace in run.traces()] == [(1, True), (2, True)]
+    assert all(Ledger(trace).mismatch_bytes == 0 for trace in run.traces())
+
+
 def test_a_leak_is_told_before_it_kills_and_is_the_verdict_when_it_does() -> None:
     model, optimizer = net()
     kept: list[torch.Tensor] = []

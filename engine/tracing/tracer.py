@@ -395,6 +395,7 @@ class Tracer:
                 refused = replace(refused, operator=self._labels.descriptions[step.operators[-1]].operator)
             self._own_model(anew=True)
             self._own_all(self._held())
+            self._hand_on_instant()
             self._refused_at = _Instant(None, self._taken(step, OPEN))
         else:
             self._refused_at = self._snapshot()
@@ -481,10 +482,14 @@ class Tracer:
 
     def _take(self, step: _Step, ending: Ending) -> None:
         """Hand on the step as far as it has come."""
-        if self._refused_at is not None:  # somebody has made it good: the step has gone on
+        self._hand_on_instant()
+        self._assembler.add(self._taken(step, ending))
+
+    def _hand_on_instant(self) -> None:
+        """If an allocation was refused and somebody has made that good, the step has gone on from there."""
+        if self._refused_at is not None:
             self._assembler.add(self._refused_at.taken)
             self._refused_at = None
-        self._assembler.add(self._taken(step, ending))
 
     def _taken(self, step: _Step, ending: Ending, drained: bool = True) -> Taken:
         """The step as far as it has come: what goes on changing is copied.
