@@ -55,6 +55,7 @@ class Recipe:
         libraries: Packages whose own kernels run beside PyTorch's.
         last_layers: So many of the model's last layers are treated otherwise.
         layer_period: After how many layers what is done to them repeats.
+        compiles: Whether PyTorch's compiler is used.
         packing: How texts of several lengths are put into rows.
         one_row: Whether all rows of a batch become one.
         allocator: Settings of the CUDA caching allocator.
@@ -81,6 +82,7 @@ class Recipe:
     libraries: set[str] = field(default_factory=set)
     last_layers: int = 0
     layer_period: int = 1
+    compiles: bool = False
     packing: str = "off"
     one_row: bool = False
     allocator: AllocatorSettings = field(default_factory=AllocatorSettings)
@@ -107,12 +109,14 @@ class Workload:
     scaler: torch.amp.GradScaler
 
     def release(self) -> None:
-        """Take hooks off the parameters: torchao's optimizer and engines of several ranks are held by theirs."""
+        """Take hooks off the parameters: they hold torchao's optimizer, engines of ranks. Forget what is compiled."""
         self.recipe.parallelism.close(self.call)
         for parameter in self.model.parameters():
             hooks = getattr(parameter, "_post_accumulate_grad_hooks", None)
             if hooks:
                 hooks.clear()
+        if self.recipe.compiles:
+            torch._dynamo.reset()  # only so many versions of a function are kept
 
     @property
     def parameters(self) -> int:

@@ -259,7 +259,7 @@ async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_o
         assert all(figure in said for figure in ("[off]", "layers ~-20.0", "segments ~-30.0", "input ~-10.0"))
 
 
-@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 48)])
 async def test_all_groups_are_in_sight_and_the_one_selected_is_open(size: tuple[int, int]) -> None:
     async with shown(trained(1, checkpointing="layers"), size) as driver:
         await driver.press("4")

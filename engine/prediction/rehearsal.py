@@ -23,6 +23,7 @@ from ..allocator_settings import AllocatorSettings, of_environment
 from ..config import RunConfig, UserError, one_line
 from ..events import Phase, Recompute, StepTrace
 from ..ledger import strip_wrappers
+from ..techniques.compile import NOT_PREDICTED
 from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, loaded, train
@@ -138,6 +139,8 @@ def planned(config: RunConfig) -> Plan:
     """A run of shapes only, whose every kernel is known."""
     with libraries_loading():
         plan = prepare(config, DEVICE, shapes_only=True)
+    if config.flag("compile"):
+        raise UserError(NOT_PREDICTED)
     if bitsandbytes_cuda.PACKAGE in plan.recipe.libraries:
         bitsandbytes_cuda.refuse_unknown()
     return plan

@@ -48,6 +48,7 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     elif kind in TORCHAO:
         from .. import torchao_optimizers as ao
 
+        recipe.compiles = kind in LOW_BIT
         recipe.make_optimizer = ao.offloaded_adamw if kind == "cpu-offload" else partial(ao.low_bit_adamw, kind)
     elif kind == "muon":
         recipe.make_optimizer = _muon(recipe)

@@ -40,6 +40,11 @@ class OperatorWatch(TorchDispatchMode):
         TorchDispatchMode.__init__(self)
         self._watcher, self._parameters = watcher, parameters
 
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        """Let compiled regions run as such, and see of them what they return."""
+        return True
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Run the operator between two words to the watcher."""
         name = str(func.overloadpacket)

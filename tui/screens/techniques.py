@@ -236,7 +236,10 @@ class TechniquesPage(Page):
             return tabs_row(names, row.group, [set_in.count(name) for name in names], self.palette)
         inside = [line for line in lines if line.group == row.group]
         *_, fits, measured = _columns(width)[3]
-        told = [self._told(line, base, wanted) for line in inside if not line.detail]
+        # Those with a letter first: they are used most.
+        told = [
+            self._told(line, base, wanted) for line in sorted(inside, key=lambda line: not line.key) if not line.detail
+        ]
         change = self._best_in(inside, base, wanted)
         return folded_row(row.group, told, change, width - 1 - (fits + measured) * bool(change), self.palette)
 
