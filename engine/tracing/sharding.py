@@ -53,7 +53,7 @@ def at_rest() -> Iterator[Owned]:
         yield from _unsharded(group)
         if (last := getattr(group.comm_ctx, "all_gather_state", None)) is not None:  # kept until the next gather
             yield Category.GATHERED, "all_gather_output", last.all_gather_result.all_gather_output
-        for param in group.fsdp_params:
+        for param in group.fsdp_params if not group.is_sharded else ():  # else its modules have them
             yield Category.PARAMETERS, _parameter_name(param), param.sharded_param
     for handle in list(_handles):
         yield from _flat_buffers(handle)

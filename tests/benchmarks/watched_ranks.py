@@ -32,6 +32,8 @@ LIMIT = 0.01
 CASE_TAKES_S = 75.0
 """A case that has told nothing for so long hangs."""
 
+NCCL_WITHIN = 16 << 20
+
 TRAINS = 6
 """Steps of a case."""
 
@@ -45,6 +47,7 @@ class Told:
         missing: The library that it needs and that is not there.
         steps: That were traced.
         nccl: Outside of torch's allocator; None: not known.
+        nccl_off: From what the process holds more on its GPU once collectives have run.
     """
 
     case: str
@@ -59,11 +62,13 @@ class Told:
     communication: int = 0
     mismatch: int = 0
     nccl: int | None = None
+    nccl_off: int = 0
 
     @property
     def failed(self) -> bool:
         """True where anything is not as it should be."""
-        wrong = self.unknown or self.mismatch or self.held > max(LIMIT * self.peak, 4096) or not self.steps
+        wrong = self.unknown or self.mismatch or self.held > max(LIMIT * self.peak, 1 << 17)
+        wrong |= abs(self.nccl_off) > NCCL_WITHIN or (not self.steps and self.case != "nccl")
         return not self.missing and bool(self.problem or wrong)
 
     def line(self) -> str:
@@ -73,6 +78,8 @@ class Told:
             return f"{head}not run: {self.missing}"
         if self.problem:
             return f"{head}FAILED: {self.problem}"
+        if self.case == "nccl":
+            return f"{head}NCCL {self.nccl} B, {self.nccl_off} B off{'   <-- FAILED' if self.failed else ''}"
         nccl = "–" if self.nccl is None else f"{self.nccl / 2**20:.0f}"
         return (
             f"{head}{self.steps} steps, peak {self.peak / 2**20:9.1f} MiB, unknown {self.unknown} B, held by script "
@@ -170,16 +177,19 @@ def _as_rank(folder: Path, cases: list[str], small: bool) -> int:
     import torch
     from torch import distributed
 
+    from gpumem_tui.engine import nccl
+
     rank = int(os.environ["RANK"])
     device = torch.device("cpu")
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
+    nccl.observe()  # as under `exec`
     distributed.init_process_group("nccl" if device.type == "cuda" else "gloo", timeout=timedelta(seconds=60))
     for case in cases:
         told = Told(case, rank)
         try:
-            _run(told, Scale(device, device.type == "cuda" and not small))
+            (_measure_nccl if case == "nccl" else _run)(told, Scale(device, device.type == "cuda" and not small))
         except ImportError as error:
             told.missing = str(error)
         except Exception as error:
@@ -379,6 +389,7 @@ def deepspeed_trainer(scale: Scale) -> Any:
 FSDP_OF_TRAINER = {"transformer_layer_cls_to_wrap": ["GPTNeoXLayer"], "fsdp_version": 2}
 
 CASES: dict[str, Loop] = {
+    "nccl": lambda _: None,
     "ddp": ddp,
     "ddp-view": functools.partial(ddp, gradient_as_bucket_view=True),
     "ddp-accumulation": functools.partial(ddp, accumulation=2),
@@ -397,6 +408,30 @@ CASES: dict[str, Loop] = {
     "zero3": functools.partial(zero, stage=3),
     "trainer-zero2": deepspeed_trainer,
 }
+
+
+def _measure_nccl(told: Told, scale: Scale) -> None:
+    """What is told of NCCL, against what the process holds more once collectives of several kinds have run."""
+    import torch
+    from torch import distributed
+
+    from gpumem_tui.engine import nccl
+
+    if scale.device.type == "cpu":
+        raise ImportError("NCCL needs GPUs")
+    ranks = distributed.get_world_size()
+    whole, part = torch.ones(ranks << 20, device=scale.device), torch.ones(1 << 20, device=scale.device)
+    torch.cuda.synchronize()
+    before = nccl._beyond_torch_bytes(None)
+    distributed.all_reduce(whole)
+    distributed.all_gather_into_tensor(whole, part)
+    distributed.reduce_scatter_tensor(part, whole)
+    distributed.broadcast(part, 0)
+    torch.cuda.synchronize()
+    after, told.nccl = nccl._beyond_torch_bytes(None), nccl.memory.held_bytes(scale.device)
+    assert before is not None
+    assert after is not None
+    told.nccl_off = (told.nccl or 0) - (after - before)
 
 
 def _run(told: Told, scale: Scale) -> None:
