@@ -86,7 +86,8 @@ class FakeZeroEngine:
         note: Note,
     ) -> None:
         dtype = next((d for name, d in _DTYPES.items() if settings[name]["enabled"]), torch.float32)
-        model.to(dtype)
+        for parameter in model.parameters():  # buffers stay as they are
+            parameter.data = parameter.data.to(dtype)
         self.module = model
         self.optimizer = _Partitioned(optimizer, settings["zero_optimization"], dtype, ranks, rank, note)
         self._accumulation, self._micro = int(settings["gradient_accumulation_steps"]), 0

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from ..config import RunConfig
 
-COMMUNICATOR_BYTES = (370 + 494) << 20
-"""One communicator's, made when the group is and at its first collective; measured on 2 H100s with NVLink."""
+BEGUN_BYTES, COMMUNICATOR_BYTES = 370 << 20, 494 << 20
+"""Held once NCCL has begun, and by each communicator from its first collective on; measured on 2 H100s with NVLink."""
 
 
 def communicators(config: RunConfig, ranks: int) -> int:
@@ -24,4 +24,5 @@ def communicators(config: RunConfig, ranks: int) -> int:
 
 def nccl_bytes(config: RunConfig, ranks: int) -> int:
     """Bytes of a run's communicators on each GPU."""
-    return communicators(config, ranks) * COMMUNICATOR_BYTES
+    count = communicators(config, ranks)
+    return BEGUN_BYTES * bool(count) + COMMUNICATOR_BYTES * count

@@ -140,6 +140,7 @@ class Prediction:
             "safe_bound_bytes": self.safe_bound_bytes,
             "reserved_bytes": self.reserved_bytes,
             "reserved_band_bytes": list(self.reserved_band_bytes),
+            "outside_torch_bytes": self.outside_torch_bytes,
             "unsure_bytes": self.unsure_bytes,
             "notes": list(self.notes),
         }
