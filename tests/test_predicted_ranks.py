@@ -14,7 +14,9 @@ from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction import job
 from gpumem_tui.engine.prediction.fake_ddp import Piece, buckets
+from gpumem_tui.engine.prediction.fewest_gpus import fewest_gpus
 from gpumem_tui.engine.prediction.gpus import gpu, understand
+from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.rehearsal import rehearse
 from gpumem_tui.engine.recording import Recording
@@ -23,6 +25,7 @@ from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import estimate
 
+from .app_driver import foretold
 from .test_layer_extrapolation import assert_same, run_of
 from .viewing import cli
 
@@ -195,6 +198,51 @@ def test_a_job_cannot_be_predicted_within_a_job() -> None:
             rehearse(job_of(2, parallel="fsdp2"), H100, ranks=2)
     finally:
         dist.destroy_process_group()
+
+
+GIB = 1 << 30
+
+
+def rule(config: RunConfig) -> Prediction:
+    """State of 80 GiB that shards, activations of 30 that checkpointing makes 4; a GPU of 48 GiB."""
+    state = 80 // max(1, config.integer("parallel.ranks")) * (not config.flag("parallel.offload"))
+    peak = (state + (4 if config["checkpointing"] == "layers" else 30)) * GIB
+    return foretold(config, peak, fits=peak <= 48 * GIB)
+
+
+def test_the_fewest_gpus_and_of_the_ways_that_fit_the_one_that_costs_least() -> None:
+    asked: list[RunConfig] = []
+
+    def predict_one(config: RunConfig) -> Prediction:
+        asked.append(config)
+        return rule(config)
+
+    found = fewest_gpus(job_of(0), predict_one)
+    assert found is not None
+    assert found.words == "2 x H100 80GB: fsdp2 with checkpointing"
+    assert (found.gpus, found.prediction.peak_bytes) == (2, 44 * GIB)
+    assert len(asked) == 4, "one alone, and then three ways on two"
+
+
+def test_one_gpu_that_is_enough_needs_no_ranks() -> None:
+    found = fewest_gpus(job_of(0), lambda config: foretold(config, GIB, fits=True))
+    assert found is not None and found.words == "1 x H100 80GB: as it is"
+
+
+def test_where_no_number_of_gpus_is_enough_none_is_told() -> None:
+    assert fewest_gpus(job_of(0), lambda config: foretold(config, GIB, fits=False)) is None
+
+
+def test_ways_that_a_configuration_cannot_go_are_left_out() -> None:
+    """Bitsandbytes' optimizers step no shards."""
+    tried: list[object] = []
+
+    def predict_one(config: RunConfig) -> Prediction:
+        tried.append(config["parallel"])
+        return foretold(config, GIB, fits=False)
+
+    assert fewest_gpus(job_of(0, optimizer="adamw-8bit"), predict_one) is None
+    assert set(tried) == {"none"}
 
 
 def test_a_gpu_is_named_with_how_many_there_are() -> None:

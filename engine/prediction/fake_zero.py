@@ -162,7 +162,7 @@ class _Partitioned:
 
     @property
     def state(self) -> Any:
-        """Of the optimizer inside."""
+        """State of the optimizer inside."""
         return self.optimizer.state
 
     def remove_hooks(self) -> None:
@@ -173,7 +173,7 @@ class _Partitioned:
     # --- init ---------------------------------------------------------------
 
     def _ranges(self, params: list[torch.nn.Parameter]) -> Iterator[tuple[torch.nn.Parameter, list[tuple[int, int]]]]:
-        """Of each parameter, in whose partitions it lies, with how many elements in each."""
+        """Each parameter with the ranks in whose partitions it lies, and how many elements in each."""
         at = 0
         for p in params:
             end = at + p.numel()
@@ -247,7 +247,7 @@ class _Partitioned:
         self._offset += parameter.numel()
 
     def reduce_rest(self) -> None:
-        """What is left once backward has ended; stage 1 reduces nothing before the last micro-batch."""
+        """Reduce what is left once backward has ended; stage 1 does nothing before the last micro-batch."""
         if not self._as_they_come:
             if not self.is_last:
                 return

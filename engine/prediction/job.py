@@ -15,7 +15,7 @@ KINDS = 4
 """Groups of ranks that are told apart, at the most: beyond, a rank is counted to one that holds a little more."""
 
 Shapes = Sequence[tuple[int, ...]]
-"""Of the trained parameters, in order."""
+"""Shapes of the trained parameters, in order."""
 
 
 def alike(config: RunConfig, ranks: int, shapes: Shapes) -> tuple[tuple[int, ...], ...]:

@@ -186,7 +186,7 @@ def compare(row: Row, runs: list[Run], failure: str | None, told: dict[str, Any]
         "unknown_bytes": max(one["unknown_bytes"] for one in ranks),
         "leaked_bytes": sum(one["leaked_bytes"] or 0 for one in ranks),
         "outside_torch_bytes": max(one["outside_torch_bytes"] or 0 for one in ranks),
-        "predicted_outside_torch_bytes": next((o["outside_torch_bytes"] for o in told.get("ranks") or []), None),
+        "predicted_outside_torch_bytes": told.get("outside_torch_bytes"),
     }
 
 

@@ -12,6 +12,7 @@ from typing import Any
 
 from ...engine.config import RunConfig
 from ...engine.prediction.advice import Advice, Advised, advise
+from ...engine.prediction.fewest_gpus import COUNTS, Fewest, fewest_gpus
 from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
 from ...engine.techniques import describe
@@ -36,7 +37,9 @@ def main(flags: argparse.Namespace) -> int:
     """Predict every change; 0 also if nothing fits."""
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     refuse_unwritable("json", flags.json)
-    advised = advise(config, each(telling(predicted, card)))
+    predict = telling(predicted, card)
+    advised = advise(config, each(predict))
+    fewest = fewest_gpus(config, predict)
     end_progress()
     with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
         if flags.json:
@@ -48,10 +51,13 @@ def main(flags: argparse.Namespace) -> int:
                 "now": _figures(advised.now),
                 "single": [_entry(advice) for advice in advised.alone],
                 "combinations": [_entry(advice) for advice in advised.combined],
+                "fewest_gpus": None
+                if fewest is None
+                else {"gpus": fewest.gpus, "changes": fewest.changes, **_figures(fewest.prediction)},
             }
             results.callback(write_document, document, flags.json)
         if flags.json != "-":
-            sys.stdout.write(_text(config, advised))
+            sys.stdout.write(_text(config, advised) + _gpus(fewest))
     return 0
 
 
@@ -91,6 +97,14 @@ def _text(config: RunConfig, advised: Advised) -> str:
     elif not now.fits and not any(advice.prediction.fits for advice in advised.alone):
         lines += ["", "No combination that was tried fits."]
     return "\n".join(lines) + "\n"
+
+
+def _gpus(fewest: Fewest | None) -> str:
+    """The fewest GPUs, and the way to use them."""
+    if fewest is None:
+        return f"\nOn {COUNTS[-1]} GPUs it does not fit either, at this batch size a GPU.\n"
+    peak = GIB_3.full(fewest.prediction.peak_bytes)
+    return f"\nFewest GPUs on which it fits: {fewest.words}; at most {peak} on each.\n"
 
 
 def _table(title: str, listed: list[Advice]) -> list[str]:
