@@ -32,7 +32,7 @@ def _compile_layers(model: Any) -> Any:
 
 
 def conflict(config: RunConfig) -> str | None:
-    """What a layer does that cannot be compiled, or not once for all."""
+    """Settings under which layers cannot be compiled, or not once for all."""
     if not config.flag("compile"):
         return None
     if config.flag("kv_cache"):
