@@ -17,30 +17,23 @@ import traceback
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
-from typing import Any
-from unittest import mock
 
 import torch
 
 from gpumem_tui.engine.config import RunConfig, Value, show
-from gpumem_tui.engine.out_of_memory.refusal import Refused
 from gpumem_tui.engine.out_of_memory.report import OutOfMemoryReport, Verdict
-from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.recording import write
 from gpumem_tui.engine.run import Run
 from gpumem_tui.engine.run_events import OutOfMemory
-from gpumem_tui.engine.tracing.tracer import Tracer
 
 from . import __doc__ as about
-from . import ranks, runs, scripts
+from . import ranks, runs, scripts, timing
 from .fixing import Found, find, report_of
 
 GIB = 1 << 30
 OTHERS_BYTES = 6 * GIB
 WITHIN_S = 1.0
 WORKERS = 12
-CLOCK: dict[str, float] = {}
-"""When the last refusal came, and when it was told of."""
 
 
 @dataclasses.dataclass
@@ -60,37 +53,21 @@ class Row:
     smaller_dies: bool | None = None
     problem: str = ""
 
-    def take(self, report: OutOfMemoryReport | None) -> None:
-        """What the report says."""
+    def take(self, report: OutOfMemoryReport | None, report_s: float | None = None) -> None:
+        """What the report says, and after how many seconds; None: as was measured in this process."""
         if report is None:
             self.problem = self.problem or "no report"
             return
         self.verdict, self.reason = report.verdict.value, report.reason
         unknown = report.by_category.get("unknown", 0) if report.traced else 0
         self.exact = sum(report.by_category.values()) == report.allocated_bytes and not unknown
-        self.report_s = CLOCK["told"] - CLOCK["refused"]
+        self.report_s = timing.report_s() if report_s is None else report_s
 
     @property
     def good(self) -> bool:
         """As it should be, fixes aside."""
         quick = self.report_s is not None and self.report_s <= WITHIN_S
         return self.verdict == self.expected and self.exact and quick and not self.leaked_bytes and not self.problem
-
-
-def measured() -> None:
-    """Have every refusal and every report note its time."""
-    refused, told = Tracer._refused, RunPublisher.out_of_memory
-
-    def note_refused(self: Tracer, of: Refused) -> None:
-        CLOCK["refused"] = time.monotonic()
-        refused(self, of)
-
-    def note_told(self: RunPublisher, *arguments: Any) -> None:
-        told(self, *arguments)
-        CLOCK["told"] = time.monotonic()
-
-    mock.patch.object(Tracer, "_refused", note_refused).start()
-    mock.patch.object(RunPublisher, "out_of_memory", note_told).start()
 
 
 @contextlib.contextmanager
@@ -219,9 +196,7 @@ def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[
             row = Row("two ranks, of which one dies", Verdict.FULL.value)
             rows.append(row)
             with noting(row):
-                CLOCK["refused"], CLOCK["told"] = 0.0, 0.0
-                report, CLOCK["told"] = ranks.run(folder)
-                row.take(report)
+                row.take(*ranks.run(folder))
             show_row(row)
         for config, row, job in jobs:
             with noting(row):
@@ -263,7 +238,7 @@ def main(arguments: list[str] | None = None) -> int:
     flags.add_argument("--only", default="", metavar="TEXT", help="cases with this in their name")
     given = flags.parse_args(arguments)
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    measured()
+    timing.measure()
     began = time.monotonic()
     rows = all_rows(device, given.quick, not given.without_fixes, given.only)
     print()

@@ -18,13 +18,14 @@ from gpumem_tui.engine.watch.watcher import watch
 
 from .runs import outside_bytes
 from .scripts import LIMIT, WIDTH
+from .timing import measure, report_s
 
 DIES = 1
 WITHIN_S = 90.0
 
 
 def run(folder: Path) -> tuple[OutOfMemoryReport, float]:
-    """Run the job; the report of the rank that dies, and how long after the refusal that had it."""
+    """Run the job; the report of the rank that dies, and how many seconds after the refusal it had it."""
     processes = []
     for rank in range(2):
         environment = os.environ | {
@@ -38,14 +39,16 @@ def run(folder: Path) -> tuple[OutOfMemoryReport, float]:
         for process in processes:
             process.kill()
             process.wait()
-    report = msgspec.json.decode((folder / f"rank{DIES}.json").read_bytes(), type=OutOfMemoryReport)
+    told = (folder / f"rank{DIES}.json").read_bytes()
+    report, seconds = msgspec.json.decode(told, type=tuple[OutOfMemoryReport, float])
     if report.rank != DIES:
         raise ValueError(f"the report is of rank {report.rank}")
-    return report, 0.0
+    return report, seconds
 
 
 def main(target: Path) -> None:
     """One rank."""
+    measure()
     rank = int(os.environ["RANK"])
     on_gpu = torch.cuda.device_count() > 1
     device = torch.device("cuda", rank) if on_gpu else torch.device("cpu")
@@ -65,7 +68,7 @@ def main(target: Path) -> None:
                 optimizer.step()
     except torch.OutOfMemoryError:
         told = [event for event in watching.source.events() if isinstance(event, OutOfMemory)]
-        target.write_bytes(msgspec.json.encode(told[-1].report))
+        target.write_bytes(msgspec.json.encode((told[-1].report, report_s())))
     os._exit(0)  # the other rank is waited for by nobody
 
 
