@@ -1,4 +1,4 @@
-"""What a run of another batch or sequence would ask the allocator for, told from runs that are known.
+"""The requests of a run of another batch or sequence to the allocator, told from runs that are known.
 
 What operators allocate grows along a line with the batch and along a parabola with the sequence, block
 by block, and blocks come and go in the same order. So from two or three predictions follows every other
@@ -24,7 +24,7 @@ POINTS = 3
 
 
 class _Asked(NamedTuple):
-    """What a run asks for.
+    """The requests of a run.
 
     Attributes:
         blocks: Numbers, in the order in which they are taken and given back.
@@ -117,7 +117,7 @@ class _Numbering:
         self.sizes.append(-size)
 
     def add(self, trace: StepTrace) -> None:
-        """What a trace finds, which may have been taken since the one before, and what it does."""
+        """Take in a trace: the blocks it finds, which may be newer than the one before, and its events."""
         found = dict(zip(trace.begin["address"].tolist(), trace.begin["bytes"].tolist(), strict=True))
         for address, (_, size) in [*self.alive.items()]:
             if found.get(address) != size:
@@ -128,7 +128,7 @@ class _Numbering:
         self.play(trace)
 
     def play(self, trace: StepTrace) -> None:
-        """What a trace does."""
+        """Take in a trace's events."""
         for address, size in zip(trace.events["address"].tolist(), trace.events["bytes"].tolist(), strict=True):
             if size > 0:
                 self.take(address, size)
@@ -137,7 +137,7 @@ class _Numbering:
 
     def repeat(self, before: StepTrace, last: StepTrace) -> None:
         """One more step, as `steady_state.repeat` plays it."""
-        inherited = {address: self.alive.pop(heir) for address, heir in successors_of(before, last).items()}
+        inherited = {address: self.alive.pop(successor) for address, successor in successors_of(before, last).items()}
         self.alive = inherited  # what the step takes anew is at addresses that others may still have
         self.play(last)
 
