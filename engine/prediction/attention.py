@@ -85,7 +85,9 @@ def sdpa(
     """`scaled_dot_product_attention` as it dispatches on a GPU."""
     grad = _wants_grad(query, key, value)
     if query.dim() == 4 and key.dim() == 4:
-        if use_cudnn(gpu, query, key, value):
+        # A bias that is trained, as T5's, is the memory-efficient kernel's alone.
+        trained = attn_mask is not None and _wants_grad(attn_mask)
+        if not trained and use_cudnn(gpu, query, key, value):
             out: Tensor = aten._scaled_dot_product_cudnn_attention(
                 query, key, value, _additive(attn_mask, query), grad, dropout_p, is_causal, False, scale=scale
             )[0]
