@@ -14,17 +14,21 @@ from gpumem_tui.watch import MemoryCallback
 WORDS = ["<unk>", "<pad>", "<eos>", "the", "cat", "sat", "on", "mat"]
 
 
+def tokenizer() -> PreTrainedTokenizerFast:
+    """One of a few words, so that nothing is downloaded."""
+    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
+    )
+
+
 def main(steps: int) -> torch.nn.Module:
     torch.manual_seed(0)
     config = GPTNeoXConfig(
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
         max_position_embeddings=64, bos_token_id=2, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
-    words = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="<unk>"))
-    words.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer = PreTrainedTokenizerFast(
-        tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
-    )
     model = GPTNeoXForCausalLM(config)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
@@ -33,7 +37,7 @@ def main(steps: int) -> torch.nn.Module:
         )  # fmt: skip
         rows = Dataset.from_dict({"text": ["the cat sat on the mat"] * 32})
         SFTTrainer(
-            model, arguments, train_dataset=rows, processing_class=tokenizer, callbacks=[MemoryCallback()]
+            model, arguments, train_dataset=rows, processing_class=tokenizer(), callbacks=[MemoryCallback()]
         ).train()
     return model
 

@@ -150,6 +150,8 @@ def supervised(steps: int, device: str, big: bool) -> None:
     from datasets import Dataset
     from trl import SFTConfig, SFTTrainer
 
+    from .sft_trainer import tokenizer
+
     model = language_model(device, big)
     rows = Dataset.from_dict({"input_ids": token_ids("cpu", big).repeat(8, 1).tolist()})
     with tempfile.TemporaryDirectory() as folder:
@@ -158,7 +160,9 @@ def supervised(steps: int, device: str, big: bool) -> None:
             use_cpu=device == "cpu", disable_tqdm=True, save_strategy="no", dataloader_pin_memory=False,
             bf16=device == "cuda",
         )  # fmt: skip
-        SFTTrainer(model, arguments, train_dataset=rows, callbacks=[MemoryCallback()]).train()
+        SFTTrainer(
+            model, arguments, train_dataset=rows, processing_class=tokenizer(), callbacks=[MemoryCallback()]
+        ).train()
 
 
 LOOPS: list[Callable[[int, str, bool], None]] = [
