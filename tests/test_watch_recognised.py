@@ -59,3 +59,22 @@ def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:
     last = seen.ledgers[-1]
     names = last.by_name(len(last.trace.events) - 1, Category.OPTIMIZER_STATE)
     assert names["GradScaler.scale"] == names["GradScaler.growth_tracker"] == 4
+
+
+@pytest.mark.parametrize("kind", ["off", "padded", "packed"])
+def test_rows_that_are_padded_or_packed(seen: Seen, kind: str) -> None:
+    model, optimizer = small_model()
+    ids = torch.randint(0, 64, (2, 16))
+    named = {
+        "off": {"attention_mask": torch.ones_like(ids)},
+        "padded": {"attention_mask": (torch.arange(16) < torch.tensor([[16], [9]])).long()},
+        "packed": {"position_ids": torch.arange(8).repeat(2, 2)},
+    }[kind]
+    with watch(model, optimizer):
+        for _ in range(2):
+            model(input_ids=ids, labels=ids, use_cache=False, **named).loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    check_exact(seen, script_bytes_max=4096)
+    config = seen.sources[-1].run.config
+    assert config is not None and config["packing"] == kind

@@ -45,3 +45,19 @@ def batch_of(named: list[tuple[str, torch.Tensor]]) -> Batch:
         return Batch(int(ids.shape[0]), int(ids.shape[1]))
     shaped = next((tensor for _, tensor in named if tensor.dim()), None)
     return Batch(int(shaped.shape[0])) if shaped is not None else Batch()
+
+
+def packing_of(named: list[tuple[str, torch.Tensor]]) -> str | None:
+    """The value of `packing` that a batch shows; None: its rows are full. Waits for the device, allocates nothing."""
+    by_name = {name: tensor for name, tensor in named if type(tensor) is torch.Tensor and tensor.dim() == 2}
+    positions, mask = (by_name.get(name) for name in ("position_ids", "attention_mask"))
+    if positions is not None and positions.dtype in WHOLE:
+        starts = int((positions.detach().cpu().numpy() == 0).sum())
+        if starts > len(positions):
+            return "packed"
+    if mask is not None and mask.dtype in WHOLE and not mask.detach().cpu().numpy().all():
+        return "padded"
+    return None
+
+
+WHOLE = (torch.int64, torch.int32, torch.bool)

@@ -26,7 +26,7 @@ from ..tracing.module_hooks import keyword_arguments
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import SETTLED_AFTER, StepLeft, Tracer
 from ..train import StepResult
-from .batch import Batch, batch_of, tensors_of
+from .batch import Batch, batch_of, packing_of, tensors_of
 from .describe import config_of
 from .loss import Losses
 from .others import compiled_modules, find_others
@@ -184,6 +184,7 @@ class WatchedLoop:
             self._tokens = batch.tokens if self._tokens is None else self._tokens + (batch.tokens or 0)
         if self._source.run is None:
             self._begin_run(batch)
+            self._source.learn(packing=packing_of(named))
         elif not self._has_batch:
             self._source.learn(batch_size=batch.rows, seq_len=batch.seq_len)
         self._has_batch = True

@@ -29,7 +29,7 @@ def main(steps: int) -> torch.nn.Module:
         hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, vocab_size=64,
         max_position_embeddings=64, bos_token_id=2, eos_token_id=2, pad_token_id=1,
     )  # fmt: skip
-    model = GPTNeoXForCausalLM(config)
+    model: torch.nn.Module = GPTNeoXForCausalLM(config)
     with tempfile.TemporaryDirectory() as folder:
         arguments = SFTConfig(
             folder, max_steps=steps, report_to=[], use_cpu=not torch.cuda.is_available(), disable_tqdm=True,
