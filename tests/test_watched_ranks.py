@@ -17,8 +17,8 @@ from typing import Any
 import pytest
 
 from gpumem_tui.engine import engine_registry
-from gpumem_tui.engine.remote import Remote
-from gpumem_tui.engine.run_events import StepEnded
+from gpumem_tui.engine.feed import ViewerRole
+from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.watch.job_rank import JobRank, job_rank
 
 from .examples.ranks import CASES, LAYERS, STEPS, WIDTH
@@ -155,13 +155,13 @@ def test_the_ranks_of_a_script_that_was_not_edited_are_one_job(tmp_path: Path, c
     try:
         job = until(lambda: next((job for job in engine_registry.jobs() if len(job.members) == RANKS), None))
         assert job.name.startswith("unedited_ranks-") and job.ranks == RANKS
-        for rank, engine_dir in enumerate(job.members):
-            remote = Remote(engine_dir)
-            remote.attach()
-            run = until(lambda remote=remote: remote.run)
-            until(lambda remote=remote: any(isinstance(event, StepEnded) for event in remote.events(0)))
-            assert (run.id.engine, run.id.rank) == (job.name, rank)
-            remote.close()
+        source = JobSource()
+        source.attach(job)
+        until(lambda: [run.id.rank for run in source.runs() if run.latest is not None] == [1, 0])
+        assert {run.id.engine for run in source.runs()} == {job.name}
+        assert {run.config.text("parallel") for run in source.runs()} == {"ddp"}
+        assert source.role is ViewerRole.WATCHING
+        source.close()
     finally:
         stop.write_text(str(code))
         out, err = script.communicate()
