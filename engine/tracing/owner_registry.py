@@ -151,7 +151,8 @@ class OwnerRegistry:
         self.note(rows, mark, zero.at_rest())
         # What is gathered at the moment moves: it is no parameter, and is noted wherever it is gathered.
         stand_ins = sharding.stand_ins()
-        named = {id(tensor): (name, tensor) for name, tensor in sharding.sharded_parameters()}
+        held = (*sharding.sharded_parameters(), *zero.master_weights())
+        named = {id(tensor): (name, tensor) for name, tensor in held}
         for prefix, each in models:
             own = (
                 owned

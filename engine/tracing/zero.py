@@ -103,9 +103,8 @@ def is_partitioned(parameter: torch.Tensor) -> bool:
 
 def at_rest() -> Iterator[Owned]:
     """Tensors that stay where they are from step to step."""
+    yield from ((Category.OPTIMIZER_STATE, name, tensor) for name, tensor in master_weights())
     for optimizer in list(_optimizers):
-        for index, tensor in enumerate(_masters(optimizer)):
-            yield Category.OPTIMIZER_STATE, f"{MASTERS}.{index}", tensor
         yield from _held(optimizer, Category.PARAMETERS, PARTITIONS)
         for parameter in _parameters(optimizer):
             if is_partitioned(parameter):
@@ -119,6 +118,12 @@ def for_now() -> Iterator[Owned]:
         yield from _buckets(optimizer)
         yield from _gathered(_parameters(optimizer))
         yield from _held(optimizer, Category.OPTIMIZER_STATE, SCALARS)
+
+
+def master_weights() -> Iterator[tuple[str, torch.Tensor]]:
+    """The float32 copies that the optimizer inside updates."""
+    for optimizer in list(_optimizers):
+        yield from ((f"{MASTERS}.{index}", tensor) for index, tensor in enumerate(_masters(optimizer)))
 
 
 # --- what it holds --------------------------------------------------------------------
