@@ -51,7 +51,7 @@ def offloaded_adamw(parameters: list[torch.nn.Parameter], lr: float) -> Any:
         def state(self) -> dict[Any, Any]:
             """The state of each parameter, wherever it is."""
             on_device = dict(self.d_opt.state) if self.d_opt is not None else {}
-            return on_device | {p: {"host": dict(optimizer.state)} for p, optimizer in self.optim_dict.items()}
+            return on_device | {p: {"host": [*optimizer.state.values()]} for p, optimizer in self.optim_dict.items()}
 
     Offloaded.__name__ = made.__name__
     return Offloaded(parameters, lr=lr)

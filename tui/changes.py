@@ -6,7 +6,7 @@ from ..engine import techniques
 from ..engine.config import Option, RunConfig, UserError, Value
 from ..engine.events import Environment
 from ..engine.feed import Source, ViewerRole
-from ..engine.technique import Group, Technique
+from ..engine.technique import Technique
 from .state import ViewState
 
 WORKLOAD = (
@@ -141,6 +141,5 @@ def offered() -> list[tuple[str, str, Option, Technique | None]]:
     rows: list[tuple[str, str, Option, Technique | None]] = [
         (key, title, named[name], None) for key, title, name in WORKLOAD
     ]
-    known = techniques.registry().values()
-    rows += [(t.key, t.title, t.switch, t) for group in Group for t in known if t.group is group]
+    rows += [(t.key, t.title, t.switch, t) for t in techniques.by_group()]
     return rows

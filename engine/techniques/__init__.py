@@ -17,7 +17,7 @@ from typing import Any
 
 from ..config import TRACES, WORKLOAD_OPTIONS, Architecture, Option, RunConfig, UserError, Value, excerpt, show
 from ..events import Environment
-from ..technique import Effect, Technique
+from ..technique import Effect, Group, Technique
 
 
 @cache
@@ -26,6 +26,11 @@ def registry() -> Mapping[str, Technique]:
     modules = [importlib.import_module(f"{__name__}.{m.name}") for m in pkgutil.iter_modules(__path__)]
     found: list[Technique] = sorted((module.TECHNIQUE for module in modules), key=lambda t: (t.order, t.name))
     return MappingProxyType({technique.name: technique for technique in found})
+
+
+def by_group() -> Iterable[Technique]:
+    """Every technique, those of one group together: as they are listed for people."""
+    return (technique for group in Group for technique in registry().values() if technique.group is group)
 
 
 @cache

@@ -6,7 +6,7 @@ import argparse
 import sys
 
 from ...engine.config import show
-from ...engine.techniques import registry
+from ...engine.techniques import by_group
 from ...profiles import model_profiles, presets
 
 
@@ -35,8 +35,12 @@ def list_profiles(_flags: argparse.Namespace) -> int:
 
 def list_techniques(_flags: argparse.Namespace) -> int:
     """Print every technique with its settings."""
-    lines = []
-    for technique in registry().values():
+    lines: list[str] = []
+    group = None
+    for technique in by_group():
+        if technique.group is not group:
+            group = technique.group
+            lines += [group.upper(), ""]
         lines += [f"{technique.name}: {technique.summary}", f"    {technique.formula}", f"    {technique.source}"]
         lines += [
             f"    --set {option.name}={show(option.default):<12} {option.summary} ({option.allowed})"
