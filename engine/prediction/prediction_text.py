@@ -64,7 +64,7 @@ def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
     if first.ranks == 1:
         return []
     same = "all hold the same"
-    if len(kinds) > 1:
+    if first.peak_bytes > lowest.peak_bytes:
         same = f"it is the highest; the lowest is rank {lowest.rank} with {_gib(lowest.peak_bytes)}"
     low, high = first.reserved_band_bytes
     return [
