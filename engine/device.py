@@ -97,6 +97,7 @@ def environment(device: torch.device) -> Environment:
         driver=driver,
         packages=installed_packages(),
         python=platform.python_version(),
+        gpus=torch.cuda.device_count() if device.type == "cuda" else 1,
     )
 
 

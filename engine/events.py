@@ -369,6 +369,7 @@ class Environment:
         driver: NVIDIA driver version, if any.
         packages: Installed version by distribution name; absent if missing.
         python: Version.
+        gpus: GPUs of the machine that a job of several ranks would be on.
     """
 
     device: str
@@ -378,6 +379,7 @@ class Environment:
     driver: str | None = None
     packages: dict[str, str] = field(default_factory=dict)
     python: str = ""
+    gpus: Whole = 1
 
     @property
     def on_gpu(self) -> bool:

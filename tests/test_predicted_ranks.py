@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 from typing import Any
@@ -10,14 +11,15 @@ import pytest
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Category, Environment, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction import job
 from gpumem_tui.engine.prediction.fake_ddp import Piece, buckets
 from gpumem_tui.engine.prediction.fewest_gpus import fewest_gpus
-from gpumem_tui.engine.prediction.gpus import gpu, understand
+from gpumem_tui.engine.prediction.gpus import gpu, gpu_of, understand
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.prediction_store import key_of
 from gpumem_tui.engine.prediction.rehearsal import rehearse
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run import Run
@@ -249,6 +251,16 @@ def test_a_gpu_is_named_with_how_many_there_are() -> None:
     several = understand("2 x RTX 4090").gpu
     assert (several.name, several.count) == (gpu("RTX 4090").name, 2)
     assert understand("8xH100 80GB").gpu.count == 8
+
+
+def test_in_a_machine_of_several_gpus_ranks_are_as_many() -> None:
+    machine = Environment("cuda:0", "NVIDIA H100 80GB HBM3", 80 << 30, "9.0", gpus=4)
+    assert gpu_of(machine).count == 4
+    config = techniques.configure(run_fields("tiny"), {"parallel": "fsdp2", "batch_size": 1, "seq_len": 16})
+    assert predict(config, gpu_of(machine)).ranks == 4
+    keys = {key_of(config.with_({"parallel": kind}), dataclasses.replace(H100, count=count))
+            for kind in ("none", "fsdp2") for count in (1, 4)}  # fmt: skip
+    assert len(keys) == 3, "how many GPUs there are decides nothing of a run on one"
 
 
 def test_estimate_tells_of_each_rank(

@@ -237,8 +237,9 @@ def gpu_of(environment: Environment) -> Gpu:
         return gpu(WITHOUT_A_GPU)
     name, memory = environment.device_name, environment.device_total_bytes
     try:
-        return replace(gpu(name.removeprefix("NVIDIA ")), name=name, memory_bytes=memory)
+        found = gpu(name.removeprefix("NVIDIA "))
     except UserError:
         major, _, minor = (environment.capability or "8.0").partition(".")
         akin = gpu("A100 80GB" if major == "8" else WITHOUT_A_GPU)
-        return replace(akin, name=name, memory_bytes=memory, capability=(int(major), int(minor or 0)))
+        found = replace(akin, capability=(int(major), int(minor or 0)))
+    return replace(found, name=name, memory_bytes=memory, count=environment.gpus)

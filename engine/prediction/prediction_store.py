@@ -17,6 +17,7 @@ from pathlib import Path
 
 from ..config import RunConfig, UserError
 from ..techniques import memory_key
+from ..techniques.parallel import ranks
 from ..user_folders import user_folder
 from ..wire import MalformedError
 from .disk_cache import DiskCache
@@ -77,8 +78,8 @@ def key_of(config: RunConfig, gpu: Gpu, rank: int | None = None) -> str | None:
         {
             "config": json.loads(memory_key(config)),
             "pretrained": pretrained,
-            "gpu": dataclasses.asdict(gpu),
-            "rank": rank,
+            "gpu": dataclasses.asdict(dataclasses.replace(gpu, count=1)),
+            "rank": [rank, ranks(config, gpu.count)],
             "libraries": {name: _version(name) for name in LIBRARIES},
             "allocator": [os.environ.get(name, "") for name in ALLOCATOR_SETTINGS],
             "code": _code(),
