@@ -108,6 +108,9 @@ LEAK = Rise(GIB, 6)
         (Verdict.GROWN, refused(2 * GIB), CARD._replace(rise=LEAK, grows="held by script", came=STATE)),
         (Verdict.MOVED, refused(2 * GIB), CARD._replace(rise=Rise(KIB, 6), came=STATE)),
         (Verdict.FULL, refused(9 * GIB), CARD._replace(rise=LEAK, came=STATE)),
+        (Verdict.GROWN, refused(2 * GIB, GIB, (pool(4 * GIB, GIB),)), CARD._replace(rise=LEAK)),
+        (Verdict.MOVED, refused(2 * GIB, GIB, (pool(4 * GIB, GIB),)), CARD._replace(came=STATE)),
+        (Verdict.FULL, refused(2 * MIB), CARD._replace(others_bytes=489 * MIB)),
     ],
 )
 def test_the_verdict_follows_from_what_is_free_where(verdict: Verdict, of: Refused, around: Circumstances) -> None:

@@ -172,11 +172,12 @@ def _described(refused: Refused, refusal: Refusal, ledger: Ledger) -> Refused:
 
 def _outside(refused: Refused, gauge: Gauge) -> tuple[int | None, int | None]:
     """Bytes outside torch: this process's, and others'; None: NVML does not tell."""
-    others = gauge.others_bytes
-    if others is None or not refused.outside_bytes:
+    own = gauge.beyond_torch_bytes
+    if own is None or not refused.outside_bytes:
         return None, None
-    others = min(others, refused.outside_bytes)
-    return max(0, refused.outside_bytes - others - gauge.managed_bytes), others
+    # What NVML calls used holds the driver's own reserve as well, which CUDA counts to nobody.
+    own = max(0, min(own, refused.outside_bytes))
+    return own, max(0, refused.outside_bytes - own - gauge.managed_bytes)
 
 
 def _largest(pools: tuple[Pool, ...]) -> int:

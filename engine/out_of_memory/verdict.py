@@ -13,6 +13,8 @@ from .report import Pool, Verdict, size_text
 
 LARGEST_CONTEXT_BYTES = 2 << 30
 """CUDA's context and libraries are smaller: where NVML tells processes not apart, what is beyond is somebody else's."""
+SMALLEST_OTHERS_BYTES = 1 << 30
+"""What others hold beneath this, a desktop or what a context has grown by, is not the reason to name."""
 
 
 class Circumstances(NamedTuple):
@@ -38,57 +40,59 @@ class Circumstances(NamedTuple):
 
     @property
     def somebody_elses_bytes(self) -> int:
-        """Bytes that are surely other processes'."""
-        if self.others_bytes is not None:
-            return self.others_bytes
-        return max(0, self.outside_bytes - LARGEST_CONTEXT_BYTES)
+        """Bytes that are surely other processes', if they are worth naming."""
+        others = self.others_bytes
+        if others is None:
+            others = max(0, self.outside_bytes - LARGEST_CONTEXT_BYTES)
+        return others if others >= SMALLEST_OTHERS_BYTES else 0
 
 
 def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
-    """The verdict, and one sentence of reason."""
+    """The verdict, and one sentence of reason.
+
+    What has come since a step that fitted is a better reason than the gaps in which it might have found room.
+    """
     asked, needed, free = refused.asked_bytes, refused.needed_bytes, refused.free_bytes
     usable, elsewhere = _by_usability(refused)
     cached = sum(pool.cached_bytes for pool in usable)
-    stranded = sum(pool.cached_bytes for pool in elsewhere)
     largest = max((pool.largest_free_block_bytes for pool in usable), default=0)
-    said = f"{size_text(cached)} are cached and {size_text(free)} of the device are free"
-    little = f"{said}, less than the {size_text(asked)} asked for"
-    if cached + free >= asked:
-        little = f"{said}, in pieces too small, and for {size_text(asked)} torch takes {size_text(needed)} at once"
     room = around.total_bytes - around.outside_bytes
     room = room if refused.limit_bytes is None else min(room, refused.limit_bytes)
     if asked > room + around.somebody_elses_bytes:
         text = f"{size_text(asked)} at once are more than the {size_text(room)} that torch could have were it empty"
         return Verdict.TOO_BIG, text
+    said = f"{size_text(cached)} are cached and {size_text(free)} of the device are free"
+    little = f"{said}, less than the {size_text(asked)} asked for"
+    if cached + free >= asked:
+        little = f"{said}, in pieces too small, and for {size_text(asked)} torch takes {size_text(needed)} at once"
+    lacking, elses = needed - max(free, largest), around.somebody_elses_bytes
+    if around.rise is not None and around.rise.bytes * around.rise.steps >= lacking:
+        what = f" ({around.grows})" if around.grows else ""
+        return Verdict.GROWN, f"with every step {size_text(around.rise.bytes)} more stay alive{what}; {little}"
+    stranded = sum(pool.cached_bytes for pool in elsewhere)
     whole = next((pool for pool in elsewhere if pool.largest_free_block_bytes >= asked), None)
     if whole is not None or cached + free < needed <= cached + free + stranded:
-        pool = whole or elsewhere[0]
-        where = f"stream {pool.stream:#x}" if pool.stream != refused.stream else f"the pool {pool.pool}"
-        text = (
-            f"{size_text(stranded)} are cached for another, {size_text(pool.largest_free_block_bytes)} of them "
-            f"in one piece for {where}; for this one {said}"
-        )
-        return Verdict.STRANDED, text
+        return Verdict.STRANDED, f"{_elsewhere(refused, whole or elsewhere[0], stranded)}; for this one {said}"
+    if sum(around.came.values()) >= lacking:
+        return Verdict.MOVED, f"step {around.step - 1} fitted; since then {_come(around)} have come and stay; {little}"
     if cached + free >= needed and not _is_small(refused):  # of less than a segment there are always pieces
         text = f"{said}, together enough for the {size_text(asked)}, but the largest piece is {size_text(largest)}"
         return Verdict.FRAGMENTED, text
-    return _full(needed - free, little, around)
-
-
-def _full(lacking: int, said: str, around: Circumstances) -> tuple[Verdict, str]:
-    """The verdict where all is taken: by whom, or since when."""
-    rise, elses, came = around.rise, around.somebody_elses_bytes, sum(around.came.values())
-    if rise is not None and rise.bytes * rise.steps >= lacking:
-        what = f" ({around.grows})" if around.grows else ""
-        return Verdict.GROWN, f"with every step {size_text(rise.bytes)} more stay alive{what}; {said}"
     if elses >= lacking:
-        text = f"other processes hold {size_text(elses)}, without which it would have fitted; {said}"
+        text = f"other processes hold {size_text(elses)}, without which it would have fitted; {little}"
         return Verdict.SOMEBODY_ELSES, text
-    if came >= lacking:
-        largest = sorted(around.came.items(), key=lambda item: -item[1])
-        what = " and ".join(f"{category.info.title} ({size_text(size)})" for category, size in largest[:2])
-        return Verdict.MOVED, f"step {around.step - 1} fitted; since then {what} have come and stay; {said}"
-    return Verdict.FULL, said
+    return Verdict.FULL, little
+
+
+def _elsewhere(refused: Refused, pool: Pool, stranded: int) -> str:
+    where = f"stream {pool.stream:#x}" if pool.stream != refused.stream else f"the pool {pool.pool}"
+    largest = size_text(pool.largest_free_block_bytes)
+    return f"{size_text(stranded)} are cached for another, {largest} of them in one piece for {where}"
+
+
+def _come(around: Circumstances) -> str:
+    largest = sorted(around.came.items(), key=lambda item: -item[1])[:2]
+    return " and ".join(f"{category.info.title} ({size_text(size)})" for category, size in largest)
 
 
 def _is_small(refused: Refused) -> bool:

@@ -147,7 +147,7 @@ def script_died(watched: scripts.Watched, device: torch.device, row: Row) -> Non
     with noting(row):
         watching = scripts.run(watched, device)
         run = watching.source.run
-        row.take(report_of(run) if run is not None else None)
+        row.take(report_of(run, 0) if run is not None else None)
         if watched.body is scripts.smaller_batches and (run is None or run.ended is None or run.ended.reason != "done"):
             row.problem = "it was not watched on"
         del watching, run
@@ -172,7 +172,7 @@ def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[
     on_gpu = device.type == "cuda"
     bench = runs.Bench(str(device))
     rows: list[Row] = []
-    cases = [case for case in runs.CASES if (on_gpu or not case.gpu_only) and only in case.name]
+    cases = [case for case in runs.CASES if not (case.cpu_only if on_gpu else case.gpu_only) and only in case.name]
     watched = [one for one in scripts.SCRIPTS if (on_gpu or not one.gpu_only) and only in one.name]
     context = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as name, ProcessPoolExecutor(WORKERS if on_gpu else 1, context) as pool:

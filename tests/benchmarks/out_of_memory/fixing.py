@@ -31,10 +31,10 @@ class Found(NamedTuple):
     seconds: float
 
 
-def report_of(run: Run) -> OutOfMemoryReport | None:
-    """The last report of a run."""
+def report_of(run: Run, which: int = -1) -> OutOfMemoryReport | None:
+    """A report of a run: the last, or another that it got over."""
     told = [event.report for event in run.events() if isinstance(event, OutOfMemory)]
-    return told[-1] if told else None
+    return told[which] if told else None
 
 
 def find(path: Path) -> Found:

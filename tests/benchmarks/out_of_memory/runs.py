@@ -69,6 +69,7 @@ class Case:
     aim: Aim
     expected: Verdict = Verdict.FULL
     gpu_only: bool = False
+    cpu_only: bool = False
     model: str = ""
 
 
@@ -83,7 +84,7 @@ CASES = [
     Case("full, half way", FULL, share(0.6)),
     Case("full, late", FULL, share(0.8)),
     Case("full, second step", FULL, second_step, Verdict.MOVED),
-    Case("full, optimizer step", FULL | ONE_ROW, optimizer_step),
+    Case("full, optimizer step", FULL | ONE_ROW, optimizer_step, cpu_only=True),
     Case("bfloat16", {"dtype": "bfloat16"}, share(0.6)),
     Case("bfloat16, second step", {"dtype": "bfloat16"}, second_step, Verdict.MOVED, gpu_only=True),
     Case("mixed", {"dtype": "mixed"}, share(0.6)),
@@ -91,20 +92,20 @@ CASES = [
     Case("checkpointing", FULL | {"checkpointing": "layers"}, share(0.6)),
     Case("accumulation", FULL | {"accumulation": 2}, share(0.7)),
     Case("accumulation, second step", FULL | {"accumulation": 2}, second_step, Verdict.MOVED, gpu_only=True),
-    Case("eager attention", FULL | {"attention": "eager"}, share(0.6)),
+    Case("eager attention", FULL | {"attention": "eager"}, share(0.9)),
     Case("chunked loss", FULL | {"loss": "chunked"}, share(0.6), gpu_only=True),
     Case("SGD", FULL | {"optimizer": "sgd"}, share(0.6)),
     Case("AdamW 8-bit", FULL | {"optimizer": "adamw-8bit"}, share(0.6), gpu_only=True),
     Case("AdamW fused, second step", FULL | {"optimizer": "adamw-fused"}, second_step, Verdict.MOVED),
     Case("long rows", FULL | {"batch_size": 8, "seq_len": 1024}, share(0.6), gpu_only=True),
-    Case("LoRA, early", LORA, share(0.3)),
+    Case("LoRA, before the loss", LORA, share(0.55)),
     Case("LoRA, half way", LORA, share(0.6)),
     Case("LoRA, late", LORA, share(0.8)),
     Case("LoRA, checkpointing", LORA | {"checkpointing": "layers"}, share(0.6)),
     Case("QLoRA, early", QLORA, share(0.3), gpu_only=True, model="qwen2.5-0.5b"),
     Case("QLoRA, half way", QLORA, share(0.6), gpu_only=True, model="qwen2.5-0.5b"),
     Case("QLoRA, late", QLORA, share(0.8), gpu_only=True, model="qwen2.5-0.5b"),
-    Case("int8", LORA | {"quantization": "int8"}, share(0.6), gpu_only=True, model="qwen2.5-0.5b"),
+    Case("int8", LORA | {"quantization": "int8"}, share(0.8), gpu_only=True, model="qwen2.5-0.5b"),
 ]
 
 
