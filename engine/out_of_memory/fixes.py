@@ -30,8 +30,11 @@ from .report import Fix, OutOfMemoryReport, Verdict
 Predict = Callable[[RunConfig, Gpu], Prediction]
 Settings = Mapping[str, Value]
 
-MEASURED_SHARE = 0.003
-"""Share of the peak: how far a prediction may be off that is corrected by what was measured."""
+MEASURED_SHARE = 0.015
+"""Share of the peak that is left free: peaks corrected by what was measured come out within 0.3 %, but gaps do not.
+
+With 0.3 %, 4 of 22 first fixes ended in gaps on an H100, where the model's layout had just gone through.
+"""
 
 EXPANDABLE: Settings = {"allocator": "expandable-segments"}
 """Segments that grow, which leave next to no gaps."""
