@@ -100,6 +100,7 @@ def test_an_engine_is_recognised_in_a_script(settings: dict[str, Any]) -> None:
     ("settings", "reason"),
     [
         ({"parallel": "fsdp2", "lora": "on", "quantization": "nf4"}, "cannot shard bitsandbytes' packed weights"),
+        ({"parallel": "fsdp2", "checkpointing": "input"}, "set checkpointing=layers"),
         ({"parallel": "fsdp2", "workload": "generate"}, "set parallel=none to generate"),
         ({"parallel": "ddp", "optimizer_in_backward": "on"}, "set optimizer_in_backward=off"),
         ({"parallel": "zero2", "optimizer": "adamw-8bit"}, "steps shards, which optimizer=adamw-8bit cannot"),

@@ -65,9 +65,8 @@ def runs_here(settings: dict[str, Any]) -> bool:
     return runs_on(settings, CPU)
 
 
-ON_ONE_GPU = [variants for name, variants in VARIANTS.items() if name != "parallel"]  # tests/test_ranks.py
-SINGLES = [{}, *filter(runs_here, itertools.chain(*ON_ONE_GPU))]
-PAIRS = covering(ON_ONE_GPU, runs_here)
+SINGLES = [{}, *filter(runs_here, itertools.chain(*VARIANTS.values()))]
+PAIRS = covering(list(VARIANTS.values()), runs_here)
 GPU_SINGLES = [variant for variant in itertools.chain(*VARIANTS.values()) if not runs_here(variant)]
 GPU_PAIRS = covering(list(VARIANTS.values()), possible, lambda pair: not runs_here(pair))
 
@@ -193,7 +192,9 @@ def test_quantized_layers_compute_in_the_dtype_of_the_arithmetic(dtype: str, ari
     assert found == {arithmetic}
 
 
-@pytest.mark.parametrize("settings", [s for s in SINGLES if s.get("checkpointing", "off") == "off"], ids=_label)
+@pytest.mark.parametrize(
+    "settings", [s for s in SINGLES if s.get("checkpointing", "off") == "off" and "parallel" not in s], ids=_label
+)
 def test_a_technique_is_recognised_by_what_it_leaves(settings: dict[str, Any]) -> None:
     config = configured(settings)
     made = build(prepare(config, torch.device("cpu")))

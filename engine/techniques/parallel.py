@@ -112,6 +112,8 @@ def conflict(config: RunConfig) -> str | None:
         return f"parallel={kind}: GradScaler looks for overflows in one rank's shards only: set loss_scaling=off"
     if config.text("quantization") != "none":
         return f"parallel={kind} cannot shard bitsandbytes' packed weights: set parallel=ddp, or quantization=none"
+    if kind == "fsdp2" and config.text("checkpointing") in ("segments", "input"):
+        return "parallel=fsdp2 gathers the weights of one layer at a time, not of a segment: set checkpointing=layers"
     return _mesh_problem(config) if kind == "fsdp2" else None
 
 
