@@ -17,7 +17,7 @@ from unittest.mock import patch
 import msgspec
 import pytest
 
-from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.prediction import known, prediction_store
 from gpumem_tui.engine.prediction import predict as predict_module
 from gpumem_tui.engine.prediction.disk_cache import DiskCache
@@ -25,6 +25,7 @@ from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_of
 from gpumem_tui.engine.prediction.predictor import PredictingProcess, Predictor
+from gpumem_tui.engine.prediction.several import Several
 
 from .conftest import small_run
 from .terminal import until
@@ -208,3 +209,23 @@ def test_a_changed_model_folder_is_predicted_anew(tmp_path: Path) -> None:
 def test_a_model_of_the_hub_that_was_never_loaded_is_not_kept() -> None:
     config = dataclasses.replace(small_run(), model="nobody/has-this", pretrained=True, architecture=None)
     assert key_of(config, H100) is None
+
+
+def test_where_there_is_much_to_predict_another_process_predicts_beside(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The answers are in the order of the questions, whoever had them; what cannot run is an error."""
+    monkeypatch.setattr("gpumem_tui.engine.prediction.several.WORTH_S", 0.0)
+    here: list[RunConfig] = []
+
+    def predict_here(config: RunConfig) -> Prediction:
+        here.append(config)
+        return predict_module.predict(config, H100)
+
+    configs = [small_run(batch_size=n) for n in (1, 2, 3)] + [small_run(**{"lora": True, "lora.targets": "none_such"})]
+    with closing(Several(H100, predict_here, processes=2)) as both:
+        first = both.all_of(configs[:1])
+        answers = both.all_of(configs)
+    assert isinstance(answers[3], UserError)
+    assert [one.config.batch_size for one in answers[:3] if isinstance(one, Prediction)] == [1, 2, 3]
+    assert isinstance(first[0], Prediction) and isinstance(answers[0], Prediction)
+    assert first[0].peak_bytes == answers[0].peak_bytes
+    assert len(here) < 1 + len(configs)

@@ -15,9 +15,10 @@ from ...engine.prediction.advice import Advice, Advised, advise
 from ...engine.prediction.fewest_gpus import COUNTS, Fewest, fewest_gpus
 from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
+from ...engine.prediction.several import several
 from ...engine.techniques import describe
 from ..units import GIB, Unit
-from .common import add_run_flags, config_from, each, end_progress, refuse_unwritable, telling, write_document
+from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, chosen_gpu
 
 GIB_3 = Unit("GiB", GIB, 3)
@@ -38,7 +39,8 @@ def main(flags: argparse.Namespace) -> int:
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     refuse_unwritable("json", flags.json)
     predict = telling(predicted, card)
-    advised = advise(config, each(predict))
+    with several(card, predict) as predictions:
+        advised = advise(config, predictions.all_of)
     fewest = fewest_gpus(config, predict)
     end_progress()
     with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed

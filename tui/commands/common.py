@@ -232,18 +232,6 @@ def telling(predict: Callable[[RunConfig, Gpu], Prediction], gpu: Gpu) -> Callab
     return predicted
 
 
-def each(predict: Callable[[RunConfig], Prediction]) -> Callable[[Sequence[RunConfig]], list[Prediction | UserError]]:
-    """Predictions one after the other; an error for what cannot run."""
-
-    def answer(config: RunConfig) -> Prediction | UserError:
-        try:
-            return predict(config)
-        except UserError as error:
-            return error
-
-    return lambda configs: [answer(config) for config in configs]
-
-
 @contextmanager
 def telling_how_far(what: str, work: Work) -> Iterator[None]:
     """A line that says how far work on another thread, or on this one, is; for as long as the block lasts."""

@@ -1,0 +1,97 @@
+"""Predictions by this process and, where there are cores, by others beside it. Loads no torch."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from ..config import RunConfig, UserError
+from .gpus import Gpu
+from .outcome import Prediction
+from .predictor import Answer, PredictingProcess
+
+MOST_PROCESSES = 4
+"""Each loads the libraries for itself, and half a gigabyte with them."""
+
+WORTH_S = 20.0
+"""Work that others are started for, which takes each of them some seconds."""
+
+
+class Several:
+    """Predicts several configurations at once.
+
+    Args:
+        gpu: For which GPU.
+        predict: Predicts one in this process.
+        processes: This one included; None: one for each core.
+    """
+
+    def __init__(self, gpu: Gpu, predict: Callable[[RunConfig], Prediction], processes: int | None = None) -> None:
+        cores = min(MOST_PROCESSES, len(os.sched_getaffinity(0))) if processes is None else processes
+        self._gpu, self._predict, self._others = gpu, predict, cores - 1
+        self._processes: list[PredictingProcess] = []
+        self._longest_s = 0.0
+
+    def all_of(self, configs: Sequence[RunConfig]) -> list[Answer]:
+        """Their predictions in order, an error for what cannot run."""
+        waiting = deque(enumerate(configs))
+        answers: dict[int, Answer] = {}
+        if self._longest_s * len(configs) > WORTH_S and not self._processes:
+            self._processes = [PredictingProcess(niceness=0) for _ in range(self._others)]
+        threads = [
+            threading.Thread(target=_work, args=(waiting, answers, self._there(process)), daemon=True)
+            for process in self._processes[: len(configs) - 1]
+        ]
+        for thread in threads:
+            thread.start()
+        _work(waiting, answers, self._here)
+        for thread in threads:
+            thread.join()
+        return [answers[nth] for nth in range(len(configs))]
+
+    def close(self) -> None:
+        """End the other processes."""
+        for process in self._processes:
+            process.close()
+
+    def _here(self, config: RunConfig) -> Answer:
+        try:
+            found = self._predict(config)
+        except UserError as error:
+            return error
+        self._longest_s = max(self._longest_s, found.seconds)
+        return found
+
+    def _there(self, process: PredictingProcess) -> Callable[[RunConfig], Answer]:
+        def ask(config: RunConfig) -> Answer:
+            try:
+                return process.known_or_predicted(config, self._gpu)
+            except UserError as error:
+                return error
+
+        return ask
+
+
+@contextmanager
+def several(gpu: Gpu, predict: Callable[[RunConfig], Prediction]) -> Iterator[Several]:
+    """See `Several`; the others end with the block."""
+    made = Several(gpu, predict)
+    try:
+        yield made
+    finally:
+        made.close()
+
+
+def _work(
+    waiting: deque[tuple[int, RunConfig]], answers: dict[int, Answer], ask: Callable[[RunConfig], Answer]
+) -> None:
+    """Take what waits until nothing does."""
+    while True:
+        try:
+            nth, config = waiting.popleft()
+        except IndexError:
+            return
+        answers[nth] = ask(config)

@@ -1,0 +1,130 @@
+"""How soon answers come, side by side with another commit: `python -m tests.benchmarks.answers [COMMIT] [--json FILE]`.
+
+Every command runs in a process of its own with an empty cache, once with this
+checkout's code and once with the commit's, one after the other, as often as
+`--rounds` says; the least counts. CPU seconds are those of the process and of
+the processes it has waited for: a machine that is busy with something else
+lengthens the wall's seconds alone. Needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import NamedTuple
+
+ROOT = Path(__file__).parents[2]
+FOLDERS = {
+    "engine": "engine",
+    "tui": "tui",
+    "profiles": "profiles",
+    "watch": "engine/watch/public",
+    "predict": "engine/prediction/public",
+}
+"""Where the packaging finds the packages of gpumem_tui."""
+
+GPU = ["--gpu", "H100 80GB"]
+QLORA = ["--profile", "llama-3.1-8b", "--preset", "qlora", *GPU]
+COMMANDS = {
+    "estimate 1.3B": ["estimate", "--profile", "polyglot-ko-1.3b", *GPU],
+    "estimate 8B QLoRA": ["estimate", *QLORA],
+    "estimate 8B QLoRA, known": ["estimate", *QLORA],
+    "advise 8B QLoRA": ["advise", *QLORA],
+}
+"""One that is known has been asked for before, by the command before it."""
+
+
+class Took(NamedTuple):
+    """Seconds until the first line and until the end, of processors and of the wall."""
+
+    first_cpu_s: float
+    first_s: float
+    cpu_s: float
+    wall_s: float
+
+
+@contextmanager
+def checked_out(commit: str | None) -> Iterator[Path]:
+    """A folder with the packages of a commit's code; None: of this checkout's."""
+    with tempfile.TemporaryDirectory() as folder:
+        source = ROOT
+        if commit is not None:
+            source = Path(folder) / "source"
+            subprocess.run(["git", "worktree", "add", "-q", "--detach", source, commit], cwd=ROOT, check=True)
+        try:
+            packages = Path(folder) / "packages"
+            (packages / "gpumem_tui").mkdir(parents=True)
+            for name, where in FOLDERS.items():
+                if (source / where).is_dir():
+                    (packages / "gpumem_tui" / name).symlink_to(source / where)
+            yield packages
+        finally:
+            if commit is not None:
+                subprocess.run(["git", "worktree", "remove", "--force", source], cwd=ROOT, check=True)
+
+
+def took(packages: Path, arguments: list[str], cache: str) -> Took:
+    """Run a command and read its output as it comes."""
+    environment = os.environ | {"PYTHONPATH": str(packages), "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
+    began = time.perf_counter()
+    command = [sys.executable, "-m", "gpumem_tui.tui", *arguments]
+    process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+    assert process.stdout is not None
+    process.stdout.readline()
+    first_s, first_cpu_s = time.perf_counter() - began, _cpu_s(process.pid)
+    process.stdout.read()
+    _, status, usage = os.wait4(process.pid, 0)
+    process.returncode = os.waitstatus_to_exitcode(status)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(arguments)} ended with {process.returncode}")
+    return Took(first_cpu_s, first_s, usage.ru_utime + usage.ru_stime, time.perf_counter() - began)
+
+
+def _cpu_s(pid: int) -> float:
+    """Of a process that runs, and of its children that have been waited for."""
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    return sum(map(int, fields[11:15])) / os.sysconf("SC_CLK_TCK")
+
+
+def measured(sides: dict[str, Path], rounds: int) -> Iterator[tuple[str, str, Took]]:
+    """Every command on every side: the least of some rounds, the sides in turn."""
+    best: dict[tuple[str, str], Took] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory() as folder:
+            for name, arguments in COMMANDS.items():
+                for side, packages in sides.items():
+                    cache = Path(folder) / side / (name.removesuffix(", known"))
+                    now = took(packages, arguments, str(cache))
+                    best[name, side] = min(best.get((name, side), now), now, key=lambda one: one.cpu_s)
+    for (name, side), least in best.items():
+        yield name, side, least
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("commit", nargs="?", help="to compare with; none: this checkout alone")
+    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--json", metavar="FILE")
+    flags = parser.parse_args()
+    rows = []
+    with checked_out(None) as here, checked_out(flags.commit) as there:
+        sides = {"here": here} | ({flags.commit: there} if flags.commit else {})
+        print(f"{'CPU s (wall s)':<26}{'code':<12}{'first figures':>18}{'whole':>18}")
+        for name, side, one in measured(sides, flags.rounds):
+            first, whole = f"{one.first_cpu_s:.1f} ({one.first_s:.1f})", f"{one.cpu_s:.1f} ({one.wall_s:.1f})"
+            print(f"{name:<26}{side[:10]:<12}{first:>18}{whole:>18}", flush=True)
+            rows.append({"command": name, "code": side, **one._asdict()})
+    if flags.json:
+        Path(flags.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
