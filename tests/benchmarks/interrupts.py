@@ -58,6 +58,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "check": ["check", "--profile", "gpt2", "--budget", "24GiB"],
     "weights": ["weights", "--profile", "tiny"],
     "open": ["open", RECORDING],
+    "why": ["why"],
     "export": ["export", RECORDING, "--format", "csv", "--output", "/dev/stdout"],
     "profiles": ["profiles"],
     "techniques": ["techniques"],
@@ -119,7 +120,7 @@ def machine() -> Iterator[tuple[Path, dict[str, str]]]:
 
 @contextmanager
 def _company(command: str, environment: dict[str, str]) -> Iterator[set[int]]:
-    """What a command needs beside it: an engine to attach to, or one that will not be stopped; their processes."""
+    """What a command needs: an engine, one that will not be stopped, a run that ran out of memory; their processes."""
     before = dict(os.environ)
     os.environ |= environment
     try:
@@ -137,6 +138,10 @@ def _company(command: str, environment: dict[str, str]) -> Iterator[set[int]]:
                 until(lambda: list((Path(environment["XDG_RUNTIME_DIR"])).rglob("card.json")))
                 yield {sleeper.pid}
                 sleeper.kill()
+        elif command == "why":
+            runs_out = [sys.executable, "-m", "gpumem_tui.tui", "run", "--memory-limit", "8MiB", *SMALL]
+            subprocess.run(runs_out, capture_output=True, check=False)
+            yield set()
         else:
             yield set()
     finally:
