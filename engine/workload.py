@@ -382,7 +382,7 @@ def _refuse_too_large(
     if recipe.trains_all:
         needed += count * (recipe.dtype.itemsize * recipe.keeps_gradients + recipe.state_bytes)
         what = f"weights{', gradients' * recipe.keeps_gradients} and optimizer state alone take"
-    there = memory_for_a_run_bytes(device)
+    needed, there = recipe.parallelism.least_bytes(needed), memory_for_a_run_bytes(device)
     if needed > there:
         raise UserError(
             f"{config.model} does not fit: {what} {needed / 2**30:.1f} GiB, {device} has {there / 2**30:.1f} GiB"

@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 import torch
 
-from gpumem_tui.engine import engine_registry, techniques
+from gpumem_tui.engine import device, engine_registry, techniques
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import find
 from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.job_source import JobSource
+from gpumem_tui.engine.parallelism import group
 from gpumem_tui.engine.parallelism.group import grouped
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import EngineEnded, Resumed, RunEnded, Saved, StepEnded
@@ -101,7 +102,6 @@ def test_an_engine_is_recognised_in_a_script(settings: dict[str, Any]) -> None:
     [
         ({"parallel": "fsdp2", "lora": "on", "quantization": "nf4"}, "cannot shard bitsandbytes' packed weights"),
         ({"parallel": "fsdp2", "checkpointing": "input"}, "set checkpointing=layers"),
-        ({"parallel": "fsdp2", "workload": "generate"}, "set parallel=none to generate"),
         ({"parallel": "ddp", "optimizer_in_backward": "on"}, "set optimizer_in_backward=off"),
         ({"parallel": "zero2", "optimizer": "adamw-8bit"}, "steps shards, which optimizer=adamw-8bit cannot"),
         ({"parallel": "fsdp2", "loss_scaling": "on", "dtype": "mixed-float16"}, "set loss_scaling=off"),
@@ -124,6 +124,18 @@ def test_ranks_are_as_many_as_there_are_gpus_and_two_on_a_cpu() -> None:
     assert shard_ranks(config, 8) == 8
     hybrid = config.with_({"parallel.shard": "hybrid"})
     assert (shard_ranks(hybrid, 8), shard_ranks(hybrid.with_({"parallel.shard_ranks": 2}), 8)) == (4, 2)
+
+
+def test_a_model_is_refused_that_not_even_shards_of_it_fit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The float32 weights, gradients and AdamW's two moments of `tiny` are 27.4 MB."""
+    monkeypatch.setattr(device, "memory_for_a_run_bytes", lambda _: 20_000_000)
+    monkeypatch.setattr(group, "world_size", lambda: 2)
+    cpu, config = torch.device("cpu"), small_run(rows=1, batch_size=1).with_({"parallel.ranks": 2})
+    for parallel in ("none", "ddp"):
+        with pytest.raises(UserError, match="weights, gradients and optimizer state alone take"):
+            prepare(config.with_({"parallel": parallel}), cpu)
+    prepare(config.with_({"parallel": "fsdp2"}), cpu)
+    prepare(config.with_({"parallel": "zero3"}), cpu)
 
 
 def test_an_engine_of_one_process_refuses_a_run_of_two(engine: Engine) -> None:

@@ -34,6 +34,14 @@ class Parallelism:
         """The device that weights are read to, before the model is wrapped."""
         return device
 
+    def least_bytes(self, whole: int) -> int:
+        """Bytes that a rank holds at the least of weights, gradients and optimizer state.
+
+        Args:
+            whole: Of the whole model.
+        """
+        return whole
+
     def prepare(self, device: torch.device) -> None:
         """Make what stays from run to run, and is not a run's memory: groups of ranks."""
 

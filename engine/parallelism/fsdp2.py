@@ -33,6 +33,12 @@ class FSDP2(Parallelism):
     reduce_dtype: torch.dtype | None
     offload: bool
 
+    def least_bytes(self, whole: int) -> int:
+        """A shard's, which may be on the host."""
+        from .group import world_size
+
+        return 0 if self.offload else whole // self.shard_ranks(world_size())
+
     def load_device(self, device: torch.device) -> torch.device:
         """The host: a layer goes to the GPU when it is sharded, so that no GPU ever holds the whole model."""
         import torch

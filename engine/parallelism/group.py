@@ -45,6 +45,11 @@ def join(device: torch.device) -> None:
     dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
 
 
+def world_size() -> int:
+    """Ranks of the job; 1 for a process that has not joined one."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
 def backend(device: torch.device) -> str:
     """NCCL between GPUs, gloo between processes on a CPU."""
     return "nccl" if device.type == "cuda" else "gloo"

@@ -27,6 +27,12 @@ class ZeRO(Parallelism):
         self.settings = dict(settings)
         self._last = True
 
+    def least_bytes(self, whole: int) -> int:
+        """A partition's: of stage 3 of everything, and no stage holds less."""
+        from .group import world_size
+
+        return 0 if "offload_optimizer" in self.settings["zero_optimization"] else whole // world_size()
+
     def wrap(self, model: Model, device: torch.device, make: Callable[[], torch.optim.Optimizer]) -> Wrapped:
         """Stage 3 partitions the model that is there; a loaded one is whole on every GPU until then."""
         import deepspeed

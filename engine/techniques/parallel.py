@@ -99,8 +99,6 @@ def conflict(config: RunConfig) -> str | None:
     kind = config.text("parallel")
     if kind == "none":
         return None
-    if config.generates:
-        return f"parallel={kind} trains: set parallel=none to generate"
     if config.flag("optimizer_in_backward"):
         return f"parallel={kind} reduces gradients before a step: set optimizer_in_backward=off"
     if kind == "ddp":

@@ -115,7 +115,7 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[d
             results.callback(save_runs, source.runs(), Path(flags.save))
         environment = source.environment()
         if flags.predict is not None and environment is not None and not document["failure"]:
-            document |= predicted_vs_measured.predicted(document, config, environment, flags.predict)
+            document |= predicted_vs_measured.predicted(document, source.runs()[-1].config, environment, flags.predict)
         if flags.json:
             results.callback(write_document, document, flags.json)
         if flags.json != "-" and not document["failure"]:
