@@ -126,8 +126,9 @@ class Nvml:
     def used_bytes(self) -> int:
         """Bytes used on the device by everybody; without NVML the CUDA runtime's figure."""
         if self._handle is not None:
-            with suppress(self._nvml.NVMLError):
-                return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle).used)
+            for version in (self._nvml.nvmlMemory_v2, None):  # the first counts the driver's own reserve apart
+                with suppress(self._nvml.NVMLError):
+                    return int(self._nvml.nvmlDeviceGetMemoryInfo(self._handle, version).used)
         free, total = torch.cuda.mem_get_info(self.device)
         return int(total - free)
 
