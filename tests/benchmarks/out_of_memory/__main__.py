@@ -14,7 +14,7 @@ import sys
 import tempfile
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor
 from pathlib import Path
 
@@ -157,10 +157,12 @@ def script_died(watched: scripts.Watched, device: torch.device, row: Row) -> Non
         row.leaked_bytes = torch.cuda.memory_allocated(device) - before
 
 
+Save = Callable[[list[Row]], None]
+
 # --- the whole ------------------------------------------------------------------------
 
 
-def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[Row]:
+def all_rows(device: torch.device, quick: bool, fixes: bool, only: str, save: Save) -> list[Row]:
     """Every case, one after the other.
 
     Args:
@@ -168,6 +170,7 @@ def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[
         quick: Every fourth only.
         fixes: Whether those of the runs are looked for and tried.
         only: Cases with this in their names.
+        save: Called with all rows so far after every case: a run that is cut off loses nothing.
     """
     on_gpu = device.type == "cuda"
     bench = runs.Bench(str(device))
@@ -185,6 +188,7 @@ def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[
             if path is not None and fixes:
                 jobs.append((bench.limited(case), row, pool.submit(find, path)))
             show_row(row)
+            save(rows)
         if on_gpu and not only:
             beside_somebody(bench, rows)
         for script in watched[:: 4 if quick else 1]:
@@ -192,15 +196,18 @@ def all_rows(device: torch.device, quick: bool, fixes: bool, only: str) -> list[
             rows.append(row)
             script_died(script, device, row)
             show_row(row)
+            save(rows)
         if not only and (not on_gpu or torch.cuda.device_count() > 1):
             row = Row("two ranks, of which one dies", Verdict.FULL.value)
             rows.append(row)
             with noting(row):
                 row.take(*ranks.run(folder))
             show_row(row)
+            save(rows)
         for config, row, job in jobs:
             with noting(row):
                 try_fix(bench, config, row, job.result(180))
+            save(rows)
     bench.close()
     return rows
 
@@ -240,7 +247,13 @@ def main(arguments: list[str] | None = None) -> int:
     device = torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     timing.measure()
     began = time.monotonic()
-    rows = all_rows(device, given.quick, not given.without_fixes, given.only)
+
+    def save(rows: list[Row]) -> None:
+        if given.json:
+            document = json.dumps([dataclasses.asdict(row) for row in rows], indent=1)
+            Path(given.json).write_text(document, encoding="utf-8")
+
+    rows = all_rows(device, given.quick, not given.without_fixes, given.only, save)
     print()
     for row in (row for row in rows if row.fix is not None):
         change = " ".join(f"{name}={show(value)}" for name, value in (row.fix or {}).items())
@@ -252,8 +265,6 @@ def main(arguments: list[str] | None = None) -> int:
     for name, part, least in goals(rows):
         missed += part < least
         print(f"{name:<30}{100 * part:6.1f} %  (at least {100 * least:.0f} %)")
-    if given.json:
-        Path(given.json).write_text(json.dumps([dataclasses.asdict(row) for row in rows], indent=1), encoding="utf-8")
     return min(missed, 1)
 
 
