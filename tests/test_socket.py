@@ -180,7 +180,7 @@ def test_a_fault_in_answering_one_viewer_is_that_viewers_alone(
 def test_who_commands_never_reads_read_only(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
     """Before the engine has said who commands nothing is said of it."""
     viewer = Remote(served)
-    monkeypatch.setattr(viewer, "_follow", lambda config: None)  # its answer is on the way
+    monkeypatch.setattr(viewer, "_main", lambda: None)  # its answer is on the way
     assert viewer.role is ViewerRole.ATTACHED
     viewer.attach()
     assert viewer.role is ViewerRole.ATTACHED
