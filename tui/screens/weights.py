@@ -261,7 +261,8 @@ class WeightsPage(Page):
         row.add(f"{shorten(scheme.title, TITLE):<{TITLE}}", style)
         if it is None:
             head = self.measurement.head if self.measurement is not None else None
-            reason = head.unavailable.get(scheme.key, "" if not head else "suits no tensor") if head else ""
+            known = self.tensor or (self.measurement is not None and self.measurement.end is not None)
+            reason = head.unavailable.get(scheme.key, "suits no tensor" if known else "") if head else ""
             row.add(shorten(f" {UNKNOWN} {reason}", width - row.width - 1), palette.cursor if selected else palette.off)
         else:
             texts = (
