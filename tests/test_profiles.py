@@ -334,6 +334,7 @@ def test_the_preset_of_the_trainer_is_what_transformers_does_by_default(tmp_path
     assert arguments.use_cache == config["kv_cache"]
 
 
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # TRL uses a name that transformers calls deprecated
 def test_the_presets_of_trl_are_what_the_installed_trl_does_by_default(tmp_path: Path) -> None:
     trl = pytest.importorskip("trl")
     config, adapters = runs_of(preset("trl-sft"))[""], runs_of(preset("trl-sft-qlora"))[""]
