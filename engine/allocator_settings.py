@@ -34,7 +34,8 @@ class AllocatorSettings:
 
     def __str__(self) -> str:
         """The settings as `PYTORCH_ALLOC_CONF` takes them."""
-        return f"expandable_segments:{self.expandable},roundup_power2_divisions:{self.divisions}"
+        # PyTorch takes powers of two only: one division is as none.
+        return f"expandable_segments:{self.expandable},roundup_power2_divisions:{self.divisions or 1}"
 
     def rounded_bytes(self, size: int) -> int:
         """Bytes that the allocator's counter moves by for a request, at the least (`round_size`)."""

@@ -67,7 +67,7 @@ def test_a_run_s_own_hold_while_it_goes_on_and_no_process_is_started_again(monke
         raise KeyError
     assert in_force() == AllocatorSettings() and os.getpid() == process
     assert told == [
-        "expandable_segments:True,roundup_power2_divisions:4", "expandable_segments:False,roundup_power2_divisions:0"
+        "expandable_segments:True,roundup_power2_divisions:4", "expandable_segments:False,roundup_power2_divisions:1"
     ]  # fmt: skip
     with applied(wanted, torch.device("cpu")):
         assert not allocator_settings._in_force

@@ -183,9 +183,14 @@ class FakeCuda(OpTracker):
         self._clock_us += 1
         self._rows.extend((block, size, said, self._mark, self._clock_us))
 
-    def scratch(self, *sizes: int) -> None:
-        """Memory that a kernel takes and gives back before it returns."""
-        for address in [self.allocate(size) for size in sizes if size][::-1]:
+    def scratch(self, *sizes: int, source: InputBlocks = 0) -> None:
+        """Memory that a kernel takes and gives back before it returns.
+
+        Args:
+            sizes: In bytes.
+            source: The block that it works on, where that tells the layer.
+        """
+        for address in [self.allocate(size, source) for size in sizes if size][::-1]:
             self.release(address)
 
     def may_take(self, size: int, block: int = 0) -> None:

@@ -56,8 +56,21 @@ class _LowBitAdamW(torch.optim.Optimizer):
                     state["step"] = torch.tensor(0.0)
                     state["exp_avg"], state["exp_avg_sq"] = self._moment(parameter), self._moment(parameter)
                 if isinstance(state["exp_avg"], dict):
-                    # Each moment before it is rounded, unless the compiler keeps that in registers.
-                    self.tracker.may_take(2 * 4 * parameter.numel(), self.tracker.address(parameter))
+                    self._compiled_step(parameter)
+
+    def _compiled_step(self, parameter: Tensor) -> None:
+        """The compiler's buffers.
+
+        4-bit codes are packed by twos, so that the whole codes, 8 bytes each, and what they
+        are made of are there at once: measured on an H100 at 24 bytes a number. In 8 bit
+        it keeps all of that in registers, as far as has been seen.
+        """
+        count, block = parameter.numel(), self.tracker.address(parameter)
+        if self.bits == 4:
+            self.tracker.scratch(4 * count, 4 * count, 8 * count, 8 * count, source=block)
+            self.tracker.may_take(28 * count, block)
+        else:
+            self.tracker.may_take(8 * count, block)
 
     def _moment(self, parameter: Tensor) -> Tensor | dict[str, Tensor]:
         count, device = parameter.numel(), parameter.device
