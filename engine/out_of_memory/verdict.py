@@ -14,7 +14,7 @@ from .report import Pool, Verdict, size_text
 LARGEST_CONTEXT_BYTES = 2 << 30
 """CUDA's context and libraries are smaller: where NVML tells processes not apart, what is beyond is somebody else's."""
 SMALLEST_OTHERS_BYTES = 1 << 30
-"""What others hold beneath this, a desktop or what a context has grown by, is not the reason to name."""
+"""The least of others' bytes that is a reason to name: less is a desktop, or what a context has grown by."""
 
 
 class Circumstances(NamedTuple):
