@@ -323,3 +323,21 @@ async def test_the_edge_is_the_largest_usable_block_and_gaps_are_shown_where_the
         show = app.app.state.unit.show
         assert f"in gaps {show(total // 60)} of {show(small.reserved_bytes)} reserved" in line
         assert f"expandable segments: ~{show(100 * MIB - small.reserved_bytes)}" in line
+
+
+async def test_a_row_that_was_there_once_stays() -> None:
+    """Buckets come and go with every layer: a row that did so too would move all rows beneath it."""
+    source = trained(2)
+    async with shown(source, (120, 40)) as driver:
+        assert "C communication" not in driver.text
+        assert source.model is not None
+        bucket = source.model.sim.alloc(MIB)
+        source.model.held["bucket"] = (bucket, Category.COMMUNICATION)
+        source.advance()
+        await driver.tick()
+        assert driver.line("C communication").split()[2] == "1.0"
+        source.model.held.pop("bucket")
+        source.model.sim.drop(bucket)
+        source.advance()
+        await driver.tick()
+        assert driver.line("C communication").split()[2] == "0.0"

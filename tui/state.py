@@ -112,7 +112,7 @@ class ViewState:
         self._clock_s = 0.0
         self._role: ViewerRole | None = None
         self._next_index = self._next_logged = 0
-        self._ever: tuple[object, set[Category]] | None = None
+        self._ever: tuple[object, set[Category]] = (None, set())
         self._measured: tuple[int, dict[str, int]] | None = None
         self._environment: Environment | None = None
         self.run = RunState()
@@ -401,13 +401,11 @@ class ViewState:
 
     @property
     def ever(self) -> set[Category]:
-        """Categories that hold anything, now or at the peak."""
-        key = (self.now, self.peak)
-        if self._ever is None or self._ever[0] != key:
-            found: set[Category] = set()
-            for sizes in (self.now.end if self.now else {}, self.peak.peak.by_category if self.peak else {}):
-                found |= {category for category, size in sizes.items() if size}
-            self._ever = (key, found)
+        """Categories of which the run shown has been seen to hold anything, so that a row once there stays."""
+        if self._ever[0] is not self.shown:
+            self._ever = (self.shown, set())
+        for sizes in (self.now.end if self.now else {}, self.peak.peak.by_category if self.peak else {}):
+            self._ever[1].update(category for category, size in sizes.items() if size)
         return self._ever[1]
 
     # --- messages -------------------------------------------------------------
