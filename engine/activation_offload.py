@@ -88,7 +88,7 @@ class ActivationsOnHost(saved_tensors_hooks):
 
     def __init__(self, model: torch.nn.Module) -> None:
         self._model = weakref.ref(model)
-        self._staying: set[int] = set()
+        self._staying: dict[int, weakref.ref[Any]] = {}
         self._moved: dict[int, tuple[weakref.ref[Any], int, weakref.ref[_OnHost]]] = {}
         super().__init__(self._pack, self._unpack)
 
@@ -96,13 +96,16 @@ class ActivationsOnHost(saved_tensors_hooks):
         model = self._model()
         if model is not None:
             named = [*model.parameters(), *model.buffers()]
-            self._staying = {tensor.untyped_storage()._cdata for tensor in named}
+            # By reference: a layer may give a bias other data while it runs, and an address is used again.
+            storages = [tensor.untyped_storage() for tensor in named]
+            self._staying = {storage._cdata: weakref.ref(storage) for storage in storages}
         self._moved.clear()
         super().__enter__()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
         storage = tensor.untyped_storage()
-        if tensor.device == HOST or storage.nbytes() < LEAST_BYTES or storage._cdata in self._staying:
+        staying = self._staying.get(storage._cdata)
+        if tensor.device == HOST or storage.nbytes() < LEAST_BYTES or (staying is not None and staying() is storage):
             return tensor
         if storage.nbytes() % tensor.element_size():
             return tensor

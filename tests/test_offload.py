@@ -129,3 +129,16 @@ def test_hooks_of_others_are_recognised() -> None:
         assert recognised()["offload"] == "activations"
     made.model.activation_checkpointing_enable(offload=True)
     assert recognised()["offload"] == "checkpoints"
+
+
+def test_an_address_that_was_a_bias_s_is_no_reason_to_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes gives a bias other data in the first forward pass."""
+    host = Elsewhere(monkeypatch)
+    layer = torch.nn.Linear(512, 512)
+    hooks = ActivationsOnHost(layer)
+    with hooks:
+        for parameter in layer.parameters():
+            parameter.data = parameter.data.clone()
+        inputs = [torch.randn(512, requires_grad=True) for _ in range(8)]
+        kept = [x * x for x in inputs]
+    assert kept and len(host.sizes) == len(inputs), "whatever addresses they have got"
