@@ -37,6 +37,12 @@ def one_line(error: BaseException) -> str:
     return printable(said) or type(error).__name__
 
 
+def kind_and_line(error: BaseException) -> str:
+    """An exception of somebody's code as one line that begins with its class, which is said once."""
+    kind, said = type(error).__name__, one_line(error)
+    return kind if said == kind else f"{kind}: {said}"
+
+
 def printable(text: str, longest: int = 300) -> str:
     """Text from elsewhere as one line that moves no cursor and is not too long."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))

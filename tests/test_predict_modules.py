@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -150,6 +151,39 @@ def test_what_cannot_be_faked_is_refused_with_its_place(why: str, compute: Calla
     with pytest.raises(UserError, match=why) as refused:
         predict(linear, sgd, rows, impossible)
     assert str(refused.value).startswith("tests/test_predict_modules.py:")
+
+
+def asserting(*_: Any) -> Any:
+    raise AssertionError
+
+
+def test_an_error_that_says_nothing_is_called_by_its_class_once() -> None:
+    with pytest.raises(UserError) as refused:
+        predict(linear, sgd, rows, asserting)
+    place = f"tests/test_predict_modules.py:{asserting.__code__.co_firstlineno + 1}"
+    assert str(refused.value) == f"{place}: AssertionError"
+
+
+def test_an_error_in_no_line_of_the_script_is_the_trainings() -> None:
+    with pytest.raises(UserError, match=r"^the training: TypeError: "):
+        predict(partial(nn.Linear, WIDTH), sgd, rows, step)
+
+
+def test_a_loss_is_scaled() -> None:
+    scalers: list[torch.amp.GradScaler] = []
+
+    def with_scaler(model: nn.Module) -> torch.optim.Optimizer:
+        scalers.append(torch.amp.GradScaler("cuda"))
+        return sgd(model)
+
+    def scaled(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+        (scaler,) = scalers
+        scaler.scale(model(x).square().mean()).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+
+    assert predict(linear, with_scaler, rows, scaled).config["loss_scaling"]
 
 
 def test_a_step_that_trains_nothing_is_refused() -> None:

@@ -61,6 +61,16 @@ def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:
     assert names["GradScaler.scale"] == names["GradScaler.growth_tracker"] == 4
 
 
+def test_a_loss_scaler_from_before_the_loop_is_known_with_the_first_pass(seen: Seen) -> None:
+    model, optimizer = small_model()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    with watch(model, optimizer):
+        model(input_ids=torch.randint(0, 64, (2, 16)))
+        run = seen.sources[-1].run
+    assert run is not None and run.config is not None and "loss_scaling" in summary(run.config)
+
+
 @pytest.mark.parametrize("kind", ["off", "padded", "packed"])
 def test_rows_that_are_padded_or_packed(seen: Seen, kind: str) -> None:
     model, optimizer = small_model()

@@ -6,6 +6,7 @@ import logging
 from pathlib import Path
 from typing import cast
 
+from ..engine.config import kind_and_line
 from ..engine.feed import Source, ViewerRole
 from ..engine.run import RunId
 from .actions import Action, check_keys, everywhere, hint, offered_here, remapped, shown_keys
@@ -204,7 +205,7 @@ class Board:
             return self.page.rows(width, height)
         except Exception as error:
             logging.getLogger(__name__).exception("drawing %s", self.page.title)
-            return [Row().add(f" This screen cannot be drawn: {type(error).__name__}: {error}", self.palette.bad)]
+            return [Row().add(f" This screen cannot be drawn: {kind_and_line(error)}", self.palette.bad)]
 
     def _plain(self, row: Row) -> Row:
         """Without the few typographic characters, where only ASCII is wanted."""

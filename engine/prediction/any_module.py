@@ -30,7 +30,7 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
-from ..config import RunConfig, UserError, Value, one_line
+from ..config import RunConfig, UserError, Value, kind_and_line, one_line
 from ..events import Category, Phase, Recompute, StepTrace
 from ..tracing import owners
 from ..tracing.hooks import unguarded
@@ -112,7 +112,7 @@ def predict(
     except UserError:
         raise
     except Exception as error:  # whatever the functions raise
-        raise UserError(f"{place_of_error(error) or name}: {_why(error)}") from error
+        raise UserError(f"{place_of_error(error) or name or 'the training'}: {_why(error)}") from error
     finally:
         gc.collect()
         gc.unfreeze()
@@ -147,7 +147,7 @@ def training_of(script: str) -> Training:
     except UserError:
         raise
     except Exception as error:
-        raise UserError(f"{place_of_error(error) or path}: {type(error).__name__}: {one_line(error)}") from error
+        raise UserError(f"{place_of_error(error) or path}: {kind_and_line(error)}") from error
     if not (isinstance(parts, tuple) and len(parts) == len(Training._fields) and all(map(callable, parts))):
         raise UserError(f"--script {script}: it returns no gpumem_tui.predict.Training(model, optimizer, batch, step)")
     return Training(*parts)
@@ -166,7 +166,7 @@ def _why(error: Exception) -> str:
         return f"an operator of its own has no fake kernel ({said})"
     if any(words in said for words in ("data pointer", "Cannot access data", ".numpy()", "FakeTensor")):
         return f"code of its own reads a tensor's memory, of which there is none here ({said})"
-    return f"{type(error).__name__}: {said}"
+    return kind_and_line(error)
 
 
 class _Enough(BaseException):

@@ -26,7 +26,7 @@ from typing import IO, Any, TypeVar
 import msgspec
 
 from .. import techniques
-from ..config import RunConfig, UserError
+from ..config import RunConfig, UserError, kind_and_line
 from ..techniques import memory_key
 from .gpus import Gpu
 from .libraries_loading import libraries_loading
@@ -308,7 +308,7 @@ def _answer(question: Question, predict: Callable[[RunConfig, Gpu], Prediction])
     except UserError as error:
         return Told(error=str(error))
     except Exception as error:  # one configuration that breaks must not end the others
-        return Told(error=f"this cannot be predicted: {type(error).__name__}: {error}")
+        return Told(error=f"this cannot be predicted: {kind_and_line(error)}")
     return Told(prediction=prediction.packed())
 
 

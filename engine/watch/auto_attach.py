@@ -17,6 +17,7 @@ from types import ModuleType
 from typing import Any
 
 from .. import nccl
+from ..config import kind_and_line
 
 OPTIMIZERS = "torch.optim.optimizer"
 PARALLEL = "torch.nn.parallel.distributed"
@@ -115,7 +116,7 @@ class Finder:
     def _give_up(self, error: Exception) -> None:
         """The script is left alone, with one line that says so."""
         with contextlib.suppress(Exception):
-            sys.stderr.write(f"gpumem-tui: not watched, the run goes on: {type(error).__name__}: {error}\n")
+            sys.stderr.write(f"gpumem-tui: not watched, the run goes on: {kind_and_line(error)}\n")
         self._stop()
 
     def _optimizers_of(self, module: Any) -> list[Any]:

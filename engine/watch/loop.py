@@ -66,7 +66,7 @@ class Listener(Protocol):
         ...
 
     def learn(self, **found: Value | None) -> None:
-        """More is known of the run's configuration."""
+        """More is known of the run's configuration; told only of a run that has begun."""
         ...
 
     def say_compiled(self, modules: int, only_returned: bool) -> None:
@@ -127,6 +127,7 @@ class WatchedLoop:
         self._awaited = set(map(id, optimizers))
         self._stepped: set[int] = set()
         self._losses = Losses()
+        self._found_early: dict[str, Value | None] = {}
 
     # --- from the first step to the last ------------------------------------------
 
@@ -184,9 +185,9 @@ class WatchedLoop:
             self._tokens = batch.tokens if self._tokens is None else self._tokens + (batch.tokens or 0)
         if self._source.run is None:
             self._begin_run(batch)
-            self._source.learn(packing=packing_of(named))
+            self._learn(packing=packing_of(named))
         elif not self._has_batch:
-            self._source.learn(batch_size=batch.rows, seq_len=batch.seq_len)
+            self._learn(batch_size=batch.rows, seq_len=batch.seq_len)
         self._has_batch = True
         self._forwards += 1
         self._switch(Phase.FORWARD)
@@ -266,6 +267,14 @@ class WatchedLoop:
 
     def _begin_run(self, batch: Batch) -> None:
         self._source.begin_run(config_of(self._model, self._optimizers, batch, self._accumulation), self._model)
+        self._learn(**self._found_early)
+
+    def _learn(self, **found: Value | None) -> None:
+        """More is known of the run's configuration: the source is told, once there is a run."""
+        if self._source.run is None:
+            self._found_early |= found
+        else:
+            self._source.learn(**found)
 
     def _end_step(self, last: Phase) -> None:
         """A step has ended.
@@ -286,7 +295,7 @@ class WatchedLoop:
         self._leave_step(None)
         self.steps += 1
         if self.steps == 1:
-            self._learn()
+            self._learn_of_step()
         # A counter that is the script's own is not reset: it tells of a step that exceeds all before.
         counts = recorder.always_on or peak > self._peak_before
         self._source.stepped(
@@ -303,18 +312,18 @@ class WatchedLoop:
         )
         self._begin_step()
 
-    def _learn(self) -> None:
+    def _learn_of_step(self) -> None:
         """Learn what only a whole step shows: paged optimizer state, micro-batches a step."""
         states = chain.from_iterable(optimizer.state.values() for optimizer in self._optimizers)
         self._source.publisher.managed_bytes = owners.paged_bytes(states)
         if self._accumulation is None and self._optimizers:
-            self._source.learn(accumulation=self._micro_batch + 1)
+            self._learn(accumulation=self._micro_batch + 1)
 
     def look_for_others(self) -> None:
         """Models and optimizers beside these, whose tensors are not the script's own."""
         others = find_others(self._model, self._optimizers)
         self._tracer.beside(others.models, others.optimizers, others.scalers)
-        self._source.learn(loss_scaling=bool(others.scalers))
+        self._learn(loss_scaling=bool(others.scalers))
         for wrapper in others.compiled:
             self._hook_too(wrapper)
         self._source.say_compiled(len(others.compiled) + compiled_modules(self._model), self._recorder.always_on)
