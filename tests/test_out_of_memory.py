@@ -127,6 +127,24 @@ def test_the_reason_names_bytes_and_culprits() -> None:
     assert "3.00 GiB of them in one piece for stream 0x7" in stranded
 
 
+def test_what_is_free_on_the_device_is_held_against_the_segment_that_torch_takes() -> None:
+    """12 MiB are more than the 8 MiB asked for, and no segment of 20 MiB fits in them."""
+
+    def reason(cached: int) -> tuple[Verdict, str]:
+        refused = Refused(8 * MIB, 20 * MIB, 108 * MIB, 12 * MIB, limit_bytes=120 * MIB, pools=(pool(cached, 6 * MIB),))
+        return judge(refused, CARD)
+
+    assert reason(10 * MIB) == (
+        Verdict.FRAGMENTED,
+        "10.0 MiB are cached and 12.0 MiB of the device are free, together enough for the segment of 20.0 MiB that "
+        "torch takes for 8.0 MiB, but the largest cached piece is 6.0 MiB",
+    )
+    verdict, full = reason(7 * MIB)
+    assert verdict is Verdict.FULL and full.endswith(
+        "free, less than the segment of 20.0 MiB that torch takes for 8.0 MiB"
+    )
+
+
 def test_free_blocks_are_told_apart_by_stream_and_pool() -> None:
     def segment(*sizes: tuple[int, str], **more: Any) -> dict[str, Any]:
         return snapshot_segment(*(snapshot_block(0, size, state) for size, state in sizes), **more)
@@ -342,6 +360,19 @@ def test_a_loop_that_catches_it_and_goes_on_with_fewer_rows_is_watched_on() -> N
     assert run is not None
     assert run.ended is not None and run.ended.steps == 3 and run.ended.reason == "done"
     assert [trace.step for trace in run.traces()] == [1, 2, 3] and run.traces()[-1].is_complete
+
+
+def test_the_run_is_shown_with_the_batch_that_it_died_of_and_not_the_first() -> None:
+    model, optimizer = net()
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit="40MiB") as watching:
+        for rows in (64, 128, 4096):
+            run = watching.source.run
+            assert run is None or run.config.batch_size == 64
+            train(model, optimizer, rows)
+    run = watching.source.run
+    assert run is not None
+    assert run.refused is not None and run.refused.phase == "forward"
+    assert run.config.batch_size == 4096
 
 
 class Thrifty(torch.nn.Module):

@@ -62,9 +62,10 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
         text = f"{size_text(asked)} at once are more than the {size_text(room)} that torch could have were it empty"
         return Verdict.TOO_BIG, text
     said = f"{size_text(cached)} are cached and {size_text(free)} of the device are free"
-    little = f"{said}, less than the {size_text(asked)} asked for"
-    if cached + free >= asked:
-        little = f"{said}, in pieces too small, and for {size_text(asked)} torch takes {size_text(needed)} at once"
+    taken = _taken(refused)
+    little = f"{said}, less than {taken}"
+    if cached + free >= needed:
+        little = f"{said}, but neither the largest cached piece, {size_text(largest)}, nor what is free holds {taken}"
     lacking, elses = needed - max(free, largest), around.somebody_elses_bytes
     if around.rise is not None and around.rise.bytes * around.rise.steps >= lacking:
         what = f" ({around.grows})" if around.grows else ""
@@ -76,12 +77,18 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
     if sum(around.came.values()) >= lacking:
         return Verdict.MOVED, f"step {around.step - 1} fitted; since then {_come(around)} have come and stay; {little}"
     if cached + free >= needed and not _is_small(refused):  # of less than a segment there are always pieces
-        text = f"{said}, together enough for the {size_text(asked)}, but the largest piece is {size_text(largest)}"
+        text = f"{said}, together enough for {taken}, but the largest cached piece is {size_text(largest)}"
         return Verdict.FRAGMENTED, text
     if elses >= lacking:
         text = f"other processes hold {size_text(elses)}, without which it would have fitted; {little}"
         return Verdict.SOMEBODY_ELSES, text
     return Verdict.FULL, little
+
+
+def _taken(refused: Refused) -> str:
+    """The bytes that have to be free on the device, in words: a whole segment, which may be more than was asked for."""
+    asked, needed = size_text(refused.asked_bytes), size_text(refused.needed_bytes)
+    return f"the {asked} asked for" if needed == asked else f"the segment of {needed} that torch takes for {asked}"
 
 
 def _elsewhere(refused: Refused, pool: Pool, stranded: int) -> str:
