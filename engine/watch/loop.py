@@ -121,6 +121,7 @@ class WatchedLoop:
         self._tokens: int | None = None
         self._step_began_s = 0.0
         self._peak_before = self._highest = self._most_held_bytes = 0
+        self._shape = Batch()
         self._batch: list[Weak] = []
         self._outputs: list[Weak] = []
         self._cache: int | None = None
@@ -158,6 +159,8 @@ class WatchedLoop:
         self._leave_step(StepLeft(tracer.aborted(error)))
         tracer.settle()
         if self._source.run is not None:
+            # It died of this batch and not of the first one, whose shape is the run's until now.
+            self._source.learn(batch_size=self._shape.rows, seq_len=self._shape.seq_len)
             self._source.out_of_memory(error, step, phase)
 
     def _go_on(self) -> None:
@@ -178,7 +181,7 @@ class WatchedLoop:
         self._next_pass(kwargs)
         self._loss_is_share = kwargs.get("num_items_in_batch") is not None
         named = tensors_of(args, kwargs)
-        batch = batch_of(named)
+        self._shape = batch = batch_of(named)
         self._batch = [(Category.INPUTS, name, weakref.ref(tensor)) for name, tensor in named]
         if torch.is_grad_enabled() or not self._optimizers:
             self._rows += batch.rows
