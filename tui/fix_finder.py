@@ -25,13 +25,13 @@ class FixFinder:
     """
 
     def __init__(self, run: Run, report: OutOfMemoryReport) -> None:
-        self.run, self.found = run, FoundFixes()
-        self._report, self._process = report, PredictingProcess(niceness=0)  # somebody waits for it
+        self.run, self.report, self.found = run, report, FoundFixes()
+        self._process = PredictingProcess(niceness=0)  # somebody waits for it
         self._thread = threading.Thread(target=self._find, name="fixes", daemon=True)
         self._thread.start()
 
     def _find(self) -> None:
-        search = FixSearch(self.run, self._report, self._process.known_or_predicted)
+        search = FixSearch(self.run, self.report, self._process.known_or_predicted)
         try:
             for fix in search:
                 self.found = replace(self.found, fixes=(*self.found.fixes, fix))

@@ -121,8 +121,8 @@ class Background:
         return f"No prediction of this run: {answer}" if isinstance(answer, UserError) else WORKING
 
     def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
-        """Fixes found so far; another run than before ends the search for that one's."""
-        if self._finder is None or self._finder.run is not run:
+        """Fixes found so far; another run than before, or its next refusal, ends the search for that one's."""
+        if self._finder is None or self._finder.run is not run or self._finder.report != report:
             self._end_search()
             self._finder = FixFinder(run, report)
         return self._finder.found
