@@ -1,4 +1,4 @@
-"""The rows of the techniques screen's list: every setting under its group, or one group open and the others folded."""
+"""The rows of the techniques screen's list: settings under their group, and groups folded that there is no room for."""
 
 from __future__ import annotations
 
@@ -42,22 +42,26 @@ class ListRow(NamedTuple):
 
 
 def arranged(groups: Sequence[str], selected: int, room: int) -> list[ListRow]:
-    """The rows of a list, as much of it as there is room for at a glance.
+    """The rows of a list: as many groups open as there is room for, the selected line's before all others.
 
     Args:
         groups: Of each line, lines of one group together.
-        selected: The line whose group is open where not all can be.
+        selected: The line whose group is open in any case.
         room: Rows there are; only the last, shortest arrangement may have more.
     """
-    names, opened = list(dict.fromkeys(groups)), groups[selected]
+    names, opened = list(dict.fromkeys(groups)), {groups[selected]}
     settings = {name: [ListRow(Kind.SETTING, name, i) for i, of in enumerate(groups) if of == name] for name in names}
-    whole = [row for name in names for row in (ListRow(Kind.HEADING, name), *settings[name])]
-    if len(whole) <= room:
-        return whole
-    folded: list[ListRow] = []
+    room_left = room - len(names) - len(settings[groups[selected]])
+    if room_left < 0:
+        return [ListRow(Kind.TABS, groups[selected]), *settings[groups[selected]]]
+    for name in names:  # from the top, as many as there is room for
+        if name not in opened and len(settings[name]) <= room_left:
+            opened.add(name)
+            room_left -= len(settings[name])
+    rows: list[ListRow] = []
     for name in names:
-        folded += [ListRow(Kind.HEADING, name), *settings[name]] if name == opened else [ListRow(Kind.FOLDED, name)]
-    return folded if len(folded) <= room else [ListRow(Kind.TABS, opened), *settings[opened]]
+        rows += [ListRow(Kind.HEADING, name), *settings[name]] if name in opened else [ListRow(Kind.FOLDED, name)]
+    return rows
 
 
 class Told(NamedTuple):
