@@ -271,7 +271,9 @@ def test_estimate_tells_of_each_rank(
     code = main(["estimate", "--set", "parallel=fsdp2", "--gpu", "3 x H100", "--batch-size", "1", "--seq-len", "16",
                  "--json", str(target), "--save", str(file)])  # fmt: skip
     assert code == 0
-    assert "This is rank 0 of 3; it is the highest; the lowest is rank 2" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "This is rank 0 of 3; it is the highest; the lowest is rank 2" in said
+    assert "for CUDA and NCCL, estimated)" in " ".join(said.split())
     document = json.loads(target.read_text())
     assert [one["rank"] for one in document["ranks"]] == [0, 1, 2]
     peaks = [one["peak"]["allocated_bytes"] for one in document["ranks"]]

@@ -200,6 +200,15 @@ class Prediction:
         spread = RESERVED_SPREAD_BYTES if self.ranks > 1 else 0
         return max(self.peak_bytes, self.reserved_bytes - spread), self.reserved_bytes + spread
 
+    def bound_bytes(self, reserved_bytes: int) -> int:
+        """Above what will be measured, of what the allocator would hold: as far as the safe bound is above the peak."""
+        return reserved_bytes + self.safe_bound_bytes - self.peak_bytes
+
+    @property
+    def reserved_bound_bytes(self) -> int:
+        """What has to be there for the run to fit without giving blocks back."""
+        return self.bound_bytes(self.reserved_bytes)
+
     @property
     def fits(self) -> bool:
         """True if the run goes through."""

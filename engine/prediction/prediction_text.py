@@ -11,7 +11,7 @@ from ..config import RunConfig
 from ..events import CATEGORIES, Category
 from ..ledger import Ledger
 from ..techniques import describe
-from .outcome import EXPANDABLE, Prediction, Verdict
+from .outcome import EXPANDABLE, RESERVED_SPREAD_BYTES, Prediction, Verdict
 
 MIB, GIB = 1 << 20, 1 << 30
 
@@ -66,34 +66,48 @@ def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
     same = "all hold the same"
     if first.peak_bytes > lowest.peak_bytes:
         same = f"it is the highest; the lowest is rank {lowest.rank} with {_gib(lowest.peak_bytes)}"
-    low, high = first.reserved_band_bytes
-    return [
-        f"This is rank {first.rank} of {first.ranks}; {same}.",
-        f"Outside torch besides, on each GPU: {_gib(first.outside_torch_bytes)}, estimated: CUDA, NCCL.",
-        f"What is reserved differs between ranks that do the same: from {_gib(low)} to {_gib(high)}.",
-    ]
+    lines = [f"This is rank {first.rank} of {first.ranks}; {same}."]
+    if first.fits:  # else what would be reserved cannot be
+        lines.append(
+            f"Ranks that do the same have differed in what they reserve by up to {_gib(RESERVED_SPREAD_BYTES)}."
+        )
+    return lines
 
 
 def verdict(prediction: Prediction) -> str:
-    """The verdict, fits or not, and why, in a line."""
-    there = f"the {_gib(prediction.available_bytes)} of {prediction.gpu}"
-    bound, reserved = _gib(prediction.safe_bound_bytes), _gib(prediction.reserved_bytes)
-    margin = _gib(abs(prediction.margin_bytes))
+    """The verdict, fits or not, by which figure, and what is left or missing of what torch can have."""
+    room = _room(prediction)
+    allocated, reserved = _gib(prediction.safe_bound_bytes), _gib(prediction.reserved_bound_bytes)
     if prediction.verdict is Verdict.TOO_LARGE:
-        return f"It does not fit in {there}: at most {bound}, {margin} too little."
+        missing = _gib(-prediction.margin_bytes)
+        return f"It does not fit: up to {allocated} are allocated at once, {missing} more than {room}."
     if prediction.verdict is Verdict.FITS:
-        return f"It fits in {there}: at most {bound}, {margin} to spare; the allocator reserves {reserved} for it."
-    gaps = f"gaps between blocks would have the allocator reserve {reserved}"
+        spare = _gib(prediction.available_bytes - prediction.reserved_bound_bytes)
+        return (
+            f"It fits with {spare} to spare: up to {reserved} are reserved, {allocated} of them allocated, of {room}."
+        )
     hint, expandable = "", prediction.expandable_bytes
     if expandable is not None:
-        fits = expandable + prediction.safe_bound_bytes - prediction.peak_bytes <= prediction.available_bytes
-        hint = f"; with {EXPANDABLE} it would be {_gib(expandable)}, " + ("which fits" if fits else "still too much")
+        needed = prediction.bound_bytes(expandable)
+        fits = "which fits" if needed <= prediction.available_bytes else "still too much"
+        hint = f"; with {EXPANDABLE} it would be {_gib(needed)}, {fits}"
+    gaps = f"with the gaps between blocks {reserved} would be reserved"
     if prediction.verdict is Verdict.TIGHT:
         return (
-            f"It fits in {there}, tightly: at most {bound} are allocated; {gaps}, "
-            f"so that it gives cached blocks back and asks again, which takes time{hint}."
+            f"It fits tightly, with nothing to spare: up to {allocated} are allocated at once, of {room}; {gaps}, "
+            f"so that the allocator gives cached blocks back and asks again, which takes time{hint}."
         )
-    return f"It does not fit in {there}: at most {bound} are allocated, but {gaps}{hint}."
+    return f"It does not fit: up to {allocated} are allocated at once, of {room}, but {gaps}{hint}."
+
+
+def _room(prediction: Prediction) -> str:
+    """The bytes that torch can have on the GPU, and what has been taken off."""
+    whole = prediction.available_bytes + prediction.outside_torch_bytes
+    outside = "CUDA and NCCL, estimated" if prediction.ranks > 1 else "CUDA's context"
+    return (
+        f"the {_gib(prediction.available_bytes)} that torch can have on {prediction.gpu} "
+        f"({_gib(whole)} less {_gib(prediction.outside_torch_bytes)} for {outside})"
+    )
 
 
 def _growth(prediction: Prediction) -> list[str]:
