@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.tui.changes import choices, offered
 
@@ -108,6 +111,22 @@ async def test_what_is_predicted_of_a_gpu_and_measured_on_a_cpu_say_so(size: tup
             await driver.press("4")
             assert driver.line("now").rstrip().endswith(f"fits {head}" if size[0] == 60 else head)
             assert ("GPU" in driver.line("now")) == (environment is CPU)
+
+
+@pytest.mark.parametrize(
+    ("environment", "limit", "fits"), [(CPU, 120 * MIB, "–"), (CPU, 0, "no"), (GPU, 120 * MIB, "no")]
+)
+async def test_a_prediction_of_a_gpu_is_not_held_against_the_memory_limit_of_a_cpu(
+    environment: Environment, limit: int, fits: str
+) -> None:
+    source = trained(1)
+    source.feed.environment = source.run.environment = environment
+    source.run.config = dataclasses.replace(source.run.config, memory_limit_bytes=limit)
+    async with shown(source, predictions=Oracle(lambda config: 170 * MIB)) as driver:
+        await driver.press("4")
+        heads, *cells = driver.app.page.table()
+        (rate,) = (row for row in cells if row[0] == "learning_rate")
+        assert rate[heads.index("fits")] == fits and rate[heads.index("peak")] == "~170.0"
 
 
 async def test_undo_says_before_it_restarts_when_nothing_is_collected_any_more() -> None:

@@ -167,8 +167,13 @@ class TechniquesPage(Page):
         found, now = (asked.of(c) if asked is not None else None for c in (config, base))
         peak = UNKNOWN if found is None else f"~{show.show(found.peak_bytes)}"
         change = UNKNOWN if found is None or now is None else difference(found.peak_bytes, now.peak_bytes, show)
-        fits = UNKNOWN if found is None or found.fits is None else "yes" if found.fits else "no"
+        fits = UNKNOWN if found is None or self._limits_a_cpu(config) else "yes" if found.fits else "no"
         return peak, change if change == UNKNOWN else f"~{change}", fits, self.measured_change(config, base)
+
+    def _limits_a_cpu(self, config: RunConfig) -> bool:
+        """True if the memory limit is a CPU run's: what a GPU needs, with its libraries, is not held against it."""
+        here = self.state.environment
+        return bool(config.memory_limit_bytes) and here is not None and not here.on_gpu
 
     def measured_change(self, config: RunConfig, base: RunConfig) -> str:
         """Between two configurations that have both run in this session."""
