@@ -82,7 +82,9 @@ def test_retry_goes_on_with_the_first_change_that_fits(capsys: pytest.CaptureFix
     reason, kept, fits, goes_on = lines
     assert reason.startswith("out of memory: asked for ")
     assert kept == f"kept in {latest()}; gpumem-tui why shows it"
-    assert fits.startswith("accumulation=4 batch_size=2 would fit, with about ") and fits.endswith(" of 46.0 MiB")
+    assert fits.startswith("accumulation=4 batch_size=2 would fit, with about ") and fits.endswith(
+        " of 46.0 MiB, predicted with a GPU's kernels"
+    )
     assert goes_on == "goes on with accumulation=4 batch_size=2 (retry 1 of 3)"
     document = json.loads(out)
     assert document["failure"] is None and document["peak"]["allocated_bytes"] <= 46 * MIB

@@ -39,6 +39,9 @@ With 0.3 %, 4 of 22 first fixes ended in gaps on an H100, where the model's layo
 EXPANDABLE: Settings = {"allocator": "expandable-segments"}
 """Segments that grow, which leave next to no gaps."""
 
+OF_A_GPU = "predicted with a GPU's kernels"
+"""What has to be said of each figure where the run itself was on a CPU, whose kernels take other buffers."""
+
 COST_OF_WORKLOAD = {"batch_size": "more steps for as many rows", "seq_len": "longer rows are cut"}
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 from ..config import UserError
 from ..prediction.predictor import PredictingProcess
 from ..run import Run, RunKind
-from .fixes import FixSearch, settings_text
+from .fixes import OF_A_GPU, FixSearch, settings_text
 from .report import Fix, OutOfMemoryReport, Verdict, size_text
 
 LONGEST_S = 90
@@ -57,4 +57,5 @@ def described(run: Run, report: OutOfMemoryReport, fix: Fix) -> str:
     """A fix in a line: `checkpointing=layers would fit, with about 61.03 GiB of 79.20 GiB`."""
     room = report.allocated_bytes + report.cached_bytes + report.free_bytes
     what = fix.text if run.kind is RunKind.WATCHED else settings_text(fix.set)
-    return f"{what} would fit, with about {size_text(fix.peak_bytes)} of {size_text(room)}"
+    whose = "" if run.environment.on_gpu else f", {OF_A_GPU}"
+    return f"{what} would fit, with about {size_text(fix.peak_bytes)} of {size_text(room)}{whose}"
