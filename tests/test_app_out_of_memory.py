@@ -157,6 +157,22 @@ async def test_a_script_is_told_what_to_write_and_nothing_is_restarted() -> None
         assert not source.commands and "for your script to set: a third more" in app.text
 
 
+HOW = (
+    "accumulation=2 (smaller micro-batches: optimizer.step() after every other), batch_size=4 (the loader's batch size)"
+)
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])
+async def test_the_line_that_a_script_is_to_write_is_seen_whole(size: tuple[int, int]) -> None:
+    source = refused(replace(REPORT, device="cpu"))
+    source.run.kind = RunKind.WATCHED
+    found = FoundFixes((replace(FIXES[0], text=HOW), *FIXES[1:]), over=True)
+    async with shown(source, size, predictions=oracle(found)) as app:
+        assert HOW in " ".join(app.text.split())
+        assert "~ is predicted with a GPU's kernels; this run was on a CPU" in app.text
+        assert "A activations" in app.text and app.line("allocated").split()[1] == "77.00"
+
+
 async def test_it_leads_to_the_step_and_the_layers_and_back() -> None:
     async with shown(refused(), predictions=oracle(ALL)) as app:
         await app.press("enter")

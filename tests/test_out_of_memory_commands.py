@@ -139,6 +139,8 @@ def test_a_run_that_died_is_kept_and_why_shows_it(capsys: pytest.CaptureFixture[
     assert json.loads(target.read_text()) == document
     assert "OUT OF MEMORY  step 1, forward" in out and "full: " in out
     assert "accumulation=4 batch_size=2" in out and "the largest tensors" in out and f"gpumem-tui open {path}" in out
+    fixes = out[out.index(" what would fit") : out.index(" the largest tensors")]
+    assert "…" not in fixes and fixes.rstrip().endswith("~ is predicted with a GPU's kernels; this run was on a CPU")
 
 
 def test_what_did_not_run_out_of_memory_is_refused_in_a_line(capsys: pytest.CaptureFixture[str]) -> None:

@@ -7,7 +7,7 @@ from functools import cached_property
 from ..engine import techniques
 from ..engine.config import RunConfig
 from ..engine.events import CATEGORIES, Category, CategoryInfo
-from ..engine.out_of_memory.fixes import settings_text
+from ..engine.out_of_memory.fixes import OF_A_GPU, settings_text
 from ..engine.out_of_memory.report import Fix, OutOfMemoryReport, Verdict
 from .draw import Row, wrap
 from .palette import Palette
@@ -22,6 +22,9 @@ NAME_WIDTH, FIGURE_WIDTH = 17, 9
 SET_WIDTH, PEAK_WIDTH = 34, 9
 COSTS_FROM = 76
 """Columns from which it is said what a fix costs."""
+
+BENEATH = "     "
+"""Before what goes on beneath a fix."""
 
 OF_KEY = {category.key: category for category in Category}
 
@@ -169,13 +172,16 @@ class ReportRows:
 
     # --- what would fit -----------------------------------------------------------------
 
-    def fixes(self, found: FoundFixes | None, most: int = SHOWN_FIXES, numbered: bool = True) -> list[Row]:
+    def fixes(
+        self, found: FoundFixes | None, most: int = SHOWN_FIXES, numbered: bool = True, whole: bool = False
+    ) -> list[Row]:
         """A heading, and a row for each fix.
 
         Args:
             found: As far as they are known; None: nobody predicts.
             most: Rows of fixes.
             numbered: Each begins with its number.
+            whole: What a fix costs, or the line to write for it, goes on beneath it where it is too long.
         """
         palette = self.palette
         said = self._said(found)
@@ -188,7 +194,12 @@ class ReportRows:
         row.right("peak", 3 + self._set_width + PEAK_WIDTH, palette.dim)
         row.add("  costs" * (self.width >= COSTS_FROM and not said), palette.dim)
         row.add(f"  {said}" if row.width + len(said) + 2 < self.width else "", palette.busy)
-        return [row, *(self._fix(number, fix, numbered) for number, fix in enumerate(fixes, 1))]
+        rows = [row]
+        for number, fix in enumerate(fixes, 1):
+            rows += self._fix(number, fix, numbered, whole)
+        if self.report.device == "cpu":
+            rows.append(Row().add(f" ~ is {OF_A_GPU}; this run was on a CPU", palette.dim))
+        return rows
 
     @property
     def _room(self) -> int:
@@ -209,21 +220,26 @@ class ReportRows:
             return f"{self._size(found.unfit_by_bytes)} too much"
         return "" if found.over else "more is looked for" if found.fixes else "is being predicted"
 
-    def _fix(self, number: int, fix: Fix, numbered: bool) -> Row:
+    def _fix(self, number: int, fix: Fix, numbered: bool, whole: bool) -> list[Row]:
         palette = self.palette
         row = Row().add(f" {number if numbered and fix.fits else '-'} ", palette.accent)
         row.add(
             shorten(settings_text(fix.set), self._set_width), palette.plain if fix.keeps_mathematics else palette.busy
         )
         row.right(f"~{self.unit.show(fix.peak_bytes)}", 3 + self._set_width + PEAK_WIDTH)
-        if self.width < COSTS_FROM:
-            return row
-        effect = techniques.effect(self.config, self.config.with_(fix.set)).title
-        costs = "; ".join(filter(None, ("" if fix.keeps_mathematics else effect, fix.text))) or "nothing measurable"
-        return row.add(f"  {_clauses(costs, self.width - row.width - 3)}", palette.dim)
+        effect = "" if fix.keeps_mathematics else techniques.effect(self.config, self.config.with_(fix.set)).title
+        costs = "; ".join(filter(None, (effect, fix.text))) or "nothing measurable"
+        room = self.width - row.width - 3 if self.width >= COSTS_FROM else 0
+        if len(costs) <= room:
+            return [row.add(f"  {costs}", palette.dim)]
+        if not whole:
+            return [row.add(f"  {_clauses(costs, room)}" if room else "", palette.dim)]
+        row.add(f"  {effect}" if room else "", palette.dim)
+        lines = wrap(fix.text if room else costs, self.width - len(BENEATH) - 1)
+        return [row, *(Row().add(f"{BENEATH}{line}", palette.dim) for line in lines)]
 
 
 def _clauses(text: str, room: int) -> str:
     """The part of a text that there is room for, up to the end of a clause."""
-    ends = [at for at, mark in enumerate(text) if mark in ";,:" and at <= room]
-    return text if len(text) <= room else text[: ends[-1]] if ends else shorten(text, room)
+    ends = [at for at, mark in enumerate(text) if mark in ";,:" and at < room - 1]
+    return f"{text[: ends[-1]]} …" if ends else shorten(text, room)

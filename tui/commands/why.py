@@ -114,7 +114,7 @@ def text(path: Path, run: Run, report: OutOfMemoryReport, found: FoundFixes) -> 
         Row(),
         *drawn.reason(),
         Row(),
-        *drawn.fixes(found, most=len(found.fixes), numbered=False),
+        *drawn.fixes(found, most=len(found.fixes), numbered=False, whole=True),
         Row(),
         *drawn.largest(),
         *([Row(), *drawn.pools()] if report.pools else []),

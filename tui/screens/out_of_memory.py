@@ -5,7 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 from ...engine.out_of_memory.report import Fix, OutOfMemoryReport
-from ...engine.run import Run
+from ...engine.run import Run, RunKind
 from ...engine.run_events import Saved
 from ..actions import Action, calling
 from ..draw import Row
@@ -18,6 +18,10 @@ ROOMY = 34
 
 BARRED = 20
 """Rows from which there is room for the device's bar."""
+
+
+LEAST_HELD = 5
+"""Rows of what was held that stay, however long the lines are that a script is told to write."""
 
 
 class OutOfMemoryPage(Page):
@@ -94,11 +98,19 @@ class OutOfMemoryPage(Page):
         top = [drawn.title(), drawn.asked()]
         if height >= BARRED:
             top.append(drawn.device())
-        reason, fixes = drawn.reason(most=3 if height >= BARRED else 2), drawn.fixes(self.found)
-        below = [*reason, Row(), *fixes, *self._kept_in(run, width)]
+        reason, kept = drawn.reason(most=3 if height >= BARRED else 2), self._kept_in(run, width)
+        fixes = self._fixes(drawn, run, height - len(top) - len(reason) - 1 - len(kept) - LEAST_HELD)
+        below = [*reason, Row(), *fixes, *kept]
         room = height - len(top) - len(below)
         middle = self._middle(drawn, room, height)
         return [*top, *middle, *[Row()] * (room - len(middle)), *below][:height]
+
+    def _fixes(self, drawn: ReportRows, run: Run, room: int) -> list[Row]:
+        """As many fixes as there is room for; for a script each with the whole line to write."""
+        if run.kind is not RunKind.WATCHED:
+            return drawn.fixes(self.found)
+        fewer = (drawn.fixes(self.found, most, whole=True) for most in range(SHOWN_FIXES, 1, -1))
+        return next((rows for rows in fewer if len(rows) <= room), drawn.fixes(self.found, 1, whole=True))
 
     def _middle(self, drawn: ReportRows, room: int, height: int) -> list[Row]:
         """Categories and totals; on a tall screen, or where they are wanted instead, the largest tensors and pools."""
