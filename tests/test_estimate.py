@@ -146,7 +146,7 @@ def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
     target = tmp_path / "estimate.json"
     with pytest.raises(SystemExit, match="130"):
         main(["estimate", "--batch-size", "2", "--seq-len", "16", "--gpu", "H200", "--json", str(target)])
-    assert "It fits in the" in said[0] and "Largest" not in said[0] + capsys.readouterr().out
+    assert "It fits with" in said[0] and "Largest" not in said[0] + capsys.readouterr().out
     document = json.loads(target.read_text())
     assert document["peak"]["allocated_bytes"] > 0 and "max_batch_size" not in document
 
