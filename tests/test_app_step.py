@@ -6,9 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.ledger import Ledger, LiveBlock
 from gpumem_tui.engine.recording import Recording, read, write
 from gpumem_tui.engine.run_events import OutOfMemory
+from gpumem_tui.tui.screens.blocks import shape_of
 
 from .app_driver import SIZES, shown, trained
 from .fake_source import MIB
@@ -147,3 +149,12 @@ async def test_the_largest_tensors_follow_the_cursor() -> None:
             for block, line in zip(ledger.largest(event), driver.lines[at + 1 : at + 11], strict=False):
                 assert line.split()[0] == f"{block.bytes / MIB:.1f}"
                 assert block.name in line
+
+
+async def test_a_shape_that_is_not_known_is_not_that_of_a_scalar() -> None:
+    async with shown(trained(2)) as driver:
+        await driver.press("2")
+        listed = driver.lines[[line.startswith(" largest now") for line in driver.lines].index(True) + 1 : -2]
+        assert any("embed_in" in line for line in listed)
+        assert "[]" not in "".join(listed)
+    assert shape_of(LiveBlock(4, Category.LOGITS_LOSS, "loss", Phase.FORWARD, 0, dtype="float32")) == "[] float32"

@@ -127,3 +127,8 @@ def wrap(text: str, width: int) -> list[str]:
         else:
             line = f"{line} {word}".strip()
     return [*lines, line] if line else lines
+
+
+def paragraph(text: str, width: int, style: Style = PLAIN) -> list[Row]:
+    """Rows of a text as long as it takes, one cell in from the left and from the right."""
+    return [Row().add(f" {line}", style) for line in wrap(text, width - 2)]

@@ -15,9 +15,8 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 
 
 def shape_of(block: LiveBlock) -> str:
-    """`[8, 256, 2048] float16`, as far as it is known."""
-    shape, dtype = getattr(block, "shape", None), getattr(block, "dtype", "")
-    return f"{list(shape) if shape is not None else ''} {dtype}".strip()
+    """`[8, 256, 2048] float16`; empty for a block that no operator was seen to return, whose shape is not known."""
+    return f"{list(block.shape)} {block.dtype}" if block.dtype else ""
 
 
 def _fitting(shape: str, cells: int) -> str:

@@ -6,7 +6,7 @@ from ...engine.difference import Part
 from ...engine.difference import difference as difference_of
 from ...engine.events import Category, Phase
 from ..actions import Action, moves
-from ..draw import Row
+from ..draw import Row, paragraph
 from ..layer_table import NO_LAYER, shared_prefix
 from ..run_summary import TABLE_HEADS, RunSummary, table_row
 from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
@@ -177,8 +177,8 @@ class ComparePage(Page):
         """The runs, and the comparison."""
         runs, palette = self.runs(), self.palette
         if not runs:
-            text = " No run has ended a step yet. Change something on screen 4; every run stays here to compare."
-            return [Row(), Row().add(text, palette.dim)]
+            text = "No run has ended a step yet. Change something on screen 4; every run stays here to compare."
+            return [Row(), *paragraph(text, width, palette.dim)]
         self.selected = max(0, min(self.selected, len(runs) - 1))
         self.base = max(0, min(self.base, len(runs) - 1))
         unit = unit_for(max(run.peak_bytes for run in runs), self.state.units)

@@ -12,7 +12,7 @@ from ...engine.weights.scheme import Scheme
 from ...engine.weights.schemes import registry
 from ...engine.weights.totals import Proposal, Total, propose, total
 from ..actions import Action, moves
-from ..draw import Row, wrap
+from ..draw import Row, paragraph
 from ..units import UNKNOWN, Unit, count, difference, shorten, unit_for
 from . import weights_pictures as pictures
 from .page import Page, Table, Topic, scrolled
@@ -194,11 +194,11 @@ class WeightsPage(Page):
         if config is None:
             return [Row(), Row().add(" No run has started yet.", self.palette.dim)]
         model = shorten(config.model, width - 40)
-        rows = [Row(), *(Row().add(f" {line}") for line in wrap(WHAT, width - 2)), Row()]
+        rows = [Row(), *paragraph(WHAT, width), Row()]
         ways = (("enter", f"measures a sample of {model}, seconds"), ("e", "measures every weight, minutes for 8B"))
         rows += [Row().add(f" {key:<6}", self.palette.accent).add(text) for key, text in ways]
         said = "On the CPU, in a process that gives way to the training; a tensor at a time, never the whole model."
-        return [*rows, Row(), *(Row().add(f" {line}", self.palette.dim) for line in wrap(said, width - 2))]
+        return [*rows, Row(), *paragraph(said, width, self.palette.dim)]
 
     def _measured(self, measurement: Measurement | None, width: int, height: int) -> list[Row]:
         assert measurement is not None
@@ -317,7 +317,7 @@ class WeightsPage(Page):
         """The failure, or the tensors to keep and the peak that follows."""
         palette = self.palette
         if measurement.failure:
-            return [Row().add(f" {line}", palette.bad) for line in wrap(measurement.failure, width - 2)[:3]]
+            return paragraph(measurement.failure, width, palette.bad)[:3]
         if measurement.end is None:
             return []
         proposal = self.proposal()
@@ -327,11 +327,11 @@ class WeightsPage(Page):
             none = "No tensor stands out: keeping a few in 16 bit would gain little."
             said = none if self.scheme.setting else "No run stores its weights like this: it is here to compare with."
             style = palette.dim
-        rows = [Row().add(f" {line}", style) for line in wrap(said, width - 2)]
+        rows = paragraph(said, width, style)
         notes = [RANDOM] if measurement.head is not None and measurement.head.random else []
         if not measurement.end.architecture_known:
             notes.append("The architecture is not known: every matrix counts as quantized.")
-        return rows + [Row().add(f" {line}", palette.dim) for text in notes for line in wrap(text, width - 2)]
+        return rows + [row for text in notes for row in paragraph(text, width, palette.dim)]
 
     def _kept_text(self, proposal: Proposal) -> str:
         """`k keeps the 3 worst in 16 bit: +0.02 GiB, worst 14.1 → 20.2 dB; peak ~12.31, +0.02`."""
