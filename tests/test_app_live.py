@@ -12,12 +12,13 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import CATEGORIES, CacheState, Category, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
-from gpumem_tui.tui.explain import explain
+from gpumem_tui.tui.draw import wrap
+from gpumem_tui.tui.explain import explain, explanations
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.units import IN_GIB, IN_MIB, percent
 
 from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, shown, trained
-from .fake_source import GPU, MIB, FakeSource
+from .fake_source import GPU, MIB, FakeSource, Sim
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -341,3 +342,64 @@ async def test_a_row_that_was_there_once_stays() -> None:
         source.advance()
         await driver.tick()
         assert driver.line("C communication").split()[2] == "0.0"
+
+
+GREW = {
+    "one is left over": ({Category.ACTIVATIONS: 40, Category.LOGITS_LOSS: 48, Category.KV_CACHE: 6}, "KV cache 6.0"),
+    "two are left over": (
+        {Category.ACTIVATIONS: 80, Category.LOGITS_LOSS: 48, Category.KV_CACHE: 6, Category.GATHERED: 5},
+        "others 11.0",
+    ),
+}
+
+
+def grown(by_category: dict[Category, int], module: str = "lm_head") -> Ledger:
+    """The fold of a step in which so many MiB of some categories come on top of 100 of parameters."""
+    sim = Sim()
+    sim.begin(0, 1)
+    sim.own(sim.alloc(100 * MIB), Category.PARAMETERS, "weight")
+    sim.begin(1, 1)
+    sim.own(next(iter(sim.live)), Category.PARAMETERS, "weight")
+    sim.enter(Phase.FORWARD, module=module)
+    for category, size in by_category.items():
+        sim.own(sim.alloc(size * MIB), category, category.key)
+    sim.leave()
+    return Ledger(sim.trace(open_=False))
+
+
+@pytest.mark.parametrize("case", GREW)
+def test_what_is_left_over_has_its_name_where_it_is_one(case: str) -> None:
+    sizes, last = GREW[case]
+    text = explain(grown(sizes), IN_MIB)
+    assert text.endswith(f" + {last}.")
+    assert ("others" in text) == last.startswith("others")
+
+
+def test_the_sentence_about_the_peak_loses_whole_parts() -> None:
+    sizes, _ = GREW["two are left over"]
+    texts = explanations(grown(sizes, "model." * 9 + "mlp"), IN_MIB)
+    assert [text.count(" + ") for text in texts] == [3, 3, 2, 2]
+    for text in texts:
+        figures = re.findall(r"[\d.]*\d(?= from| \+|\.$)", text)
+        assert sum(map(float, figures)) == pytest.approx(239.0), text
+    assert "mlp" not in texts[-1]
+    assert len(wrap(texts[-1], 58)) <= 2
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_no_sentence_of_the_live_screen_ends_in_mid_word(size: tuple[int, int]) -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start(batch_size=4, checkpointing="layers")
+    for _ in range(3):
+        source.finish_step()
+
+    def rule(config: RunConfig) -> int:
+        saved = {"sgd": 9, "adamw-8bit": 5}.get(str(config["optimizer"]), 0)
+        return (12 - saved - 3 * (config["accumulation"] == 4 and config.batch_size == 1)) << 30
+
+    async with shown(source, size, predictions=Oracle(rule)) as driver:
+        advice = [line.strip() for line in driver.lines if "~-" in line]
+        assert len(advice) == 2
+        for line in advice:
+            assert re.search(r"GiB( \(\w+ \w+\))?$", line), line
+        assert "…" not in "".join(driver.lines[1:-2])

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import replace
+from functools import partial
+
 from ..engine.events import Category, Phase
 from ..engine.ledger import Bytes, Ledger, Peak
 from .units import Unit
@@ -20,22 +24,41 @@ def explain(ledger: Ledger, unit: Unit) -> str:
         ledger: The step.
         unit: For the figures.
     """
+    return explanations(ledger, unit)[0]
+
+
+def explanations(ledger: Ledger, unit: Unit) -> list[str]:
+    """The sentence of `explain`, then ever shorter ones: no brackets, fewer categories with a name, no module."""
     peak = ledger.peak
     before = ledger.at(-1)
-    steady = sum(min(peak.by_category[c], max(before[c], 0)) for c in Category)
     added = {c: peak.by_category[c] - before[c] for c in Category if peak.by_category[c] > before[c]}
-    total_added = sum(added.values())
-    if not total_added:
-        return f"The step never holds more than the {unit.full(peak.bytes)} it began with."
-    large = [c for c in sorted(added, key=added.__getitem__, reverse=True) if added[c] >= LARGE_SHARE * total_added]
-    figures = [f"{c.info.title.replace(',', ' and')} {unit.show(added[c])}{_comparison(c, peak, before, unit)}"
-               for c in large]  # fmt: skip
+    if not added:
+        return [f"The step never holds more than the {unit.full(peak.bytes)} it began with."]
+    by_size = [c for c in sorted(added, key=added.__getitem__, reverse=True) if float(unit.show(added[c]))]
+    named = sum(added[c] >= LARGE_SHARE * sum(added.values()) for c in by_size)
+    if named == len(by_size) - 1:  # what is left over is one category, which has a name
+        named += 1
+    place = where(peak, ledger)
+    sentence = partial(_sentence, ledger, unit, before, added)
+    shorter = [sentence(place, by_size[:n], False) for n in range(named, 0, -1) if n != len(by_size) - 1]
+    last = sentence(where(replace(peak, module=""), ledger), by_size[:1] if len(by_size) != 2 else by_size, False)
+    return [sentence(place, by_size[:named], True), *shorter, last]
+
+
+def _sentence(
+    ledger: Ledger, unit: Unit, before: Bytes, added: Bytes, place: str, named: Sequence[Category], operands: bool
+) -> str:
+    """The sum of some categories by name and of the others together."""
+    peak = ledger.peak
+    figures = [f"{c.info.title.replace(',', ' and')} {unit.show(added[c])}"
+               + _comparison(c, peak, before, unit) * operands for c in named]  # fmt: skip
     if peak.phase is Phase.LOAD:
-        return f"The peak is {where(peak, ledger)}: {_listed(figures or ['many small things'])} {unit.name}."
-    rest = unit.show(total_added - sum(added[c] for c in large))
+        return f"The peak is {place}: {_listed(figures or ['many small things'])} {unit.name}."
+    rest = unit.show(sum(added.values()) - sum(added[c] for c in named))
     figures += [f"others {rest}"] if float(rest) else []
+    steady = sum(min(peak.by_category[c], max(before[c], 0)) for c in Category)
     terms = " + ".join([f"{unit.show(steady)} from before the step", *figures])
-    return f"The peak is {where(peak, ledger)}: {unit.full(peak.bytes)} = {terms}."
+    return f"The peak is {place}: {unit.full(peak.bytes)} = {terms}."
 
 
 def where(peak: Peak, ledger: Ledger) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 from ...engine.config import show
 from ...engine.technique import Effect
 from ..changes import offered
@@ -28,28 +30,35 @@ def best_change(forecasts: Forecasts, cells: int) -> list[str]:
     if not best.found:
         return ["no single change is predicted to lower the peak"]
     first, *more = best.found
-    head = "saves most" + f" on {predictions.gpu_name}" * (not (state.environment and state.environment.on_gpu))
-    head += "" if done else f" so far ({best.tried} of {best.of})"
-    head += ", as another training" * (first.effect is Effect.TRAINING)
-    line = f"{head}: {_named(forecasts, first, first.effect is Effect.NUMERICS)}"
+    on = f" on {predictions.gpu_name}" * (not (state.environment and state.environment.on_gpu))
+    so_far = "" if done else f" so far ({best.tried} of {best.of})"
+    training = ", as another training" * (first.effect is Effect.TRAINING)
+    heads = [f"saves most{on}{so_far}{training}", f"saves most{so_far}{training}", f"saves most{training}"]
+    names = _names(forecasts, first, first.effect is Effect.NUMERICS)
+    line = _fitting([*(f"{head}: {names[0]}" for head in heads), *(f"{heads[-1]}: {name}" for name in names)], cells)
     if not more:
-        return [shorten(line, cells)]
+        return [line]
     # Of several, the one that saves most is the last.
-    rest = next(
-        text for n in range(len(more)) if len(text := _listed(forecasts, more[n:])) <= cells or n + 1 == len(more)
-    )
-    whole = f"{line}; {rest}"
-    return [whole] if len(whole) <= cells else [shorten(line, cells), shorten(rest, cells)]
+    several = ["; ".join(_names(forecasts, one, one.effect is not Effect.NONE)[0] for one in more[n:])
+               for n in range(len(more))]  # fmt: skip
+    whole = f"{heads[0]}: {names[0]}; more: {several[0]}"
+    if len(whole) <= cells:
+        return [whole]
+    last = _names(forecasts, more[-1], more[-1].effect is not Effect.NONE)
+    return [line, _fitting([f"more: {text}" for text in (*several, *last)], cells)]
 
 
-def _listed(forecasts: Forecasts, savings: list[Saving]) -> str:
-    return "more: " + "; ".join(_named(forecasts, saving, saving.effect is not Effect.NONE) for saving in savings)
+def _fitting(texts: Sequence[str], cells: int) -> str:
+    """The first of some texts, each with fewer parts than that before, that has room whole."""
+    return next((text for text in texts if len(text) <= cells), shorten(texts[-1], cells))
 
 
-def _named(forecasts: Forecasts, saving: Saving, with_effect: bool) -> str:
-    """`a accumulation 4 with b batch size 1, ~-6.00 GiB`, and what it does to the training."""
+def _names(forecasts: Forecasts, saving: Saving, with_effect: bool) -> list[str]:
+    """`a accumulation 4 with b batch size 1, ~-6.00 GiB (other rounding)`, then with keys alone, then no effect."""
     live, unit = forecasts.state.live, forecasts.state.unit
     known = {option.name: (key if live else "", title) for key, title, option, _ in offered()}
-    parts = [" ".join(filter(None, (*known[name], show(value)))) for name, value in saving.changes.items()]
+    whole = [" ".join(filter(None, (*known[name], show(value)))) for name, value in saving.changes.items()]
+    brief = [f"{known[name][0] or known[name][1]} {show(value)}" for name, value in saving.changes.items()]
     effect = f" ({saving.effect.title})" * with_effect
-    return f"{' with '.join(parts)}, ~-{unit.full(saving.saved_bytes)}{effect}"
+    forms = ((whole, effect), (brief, effect), (brief, ""))
+    return [f"{' with '.join(parts)}, ~-{unit.full(saving.saved_bytes)}{said}" for parts, said in forms]

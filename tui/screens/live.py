@@ -14,7 +14,7 @@ from ...engine.run_events import RunEvent
 from ..actions import Action, changes, moves
 from ..changes import offered
 from ..draw import Row, wrap
-from ..explain import explain
+from ..explain import explanations
 from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, percent, rate, shorten
 from ..widgets.area import area, columns
@@ -178,8 +178,10 @@ class LivePage(Page):
         known = {rank: size for rank, size in peaks.items() if size is not None}
         if known:
             highest, lowest = (pick(known, key=known.__getitem__) for pick in (max, min))
-            figures = f"highest rank {highest} {state.unit.show(known[highest])}"
-            figures += f", lowest rank {lowest} {state.unit.full(known[lowest])}"
+            figures = f"all ranks {state.unit.full(known[highest])}"
+            if known[highest] != known[lowest]:
+                figures = f"highest rank {highest} {state.unit.show(known[highest])}"
+                figures += f", lowest rank {lowest} {state.unit.full(known[lowest])}"
             row.to(26).add(shorten(figures, width - 27))
         return [row]
 
@@ -312,8 +314,8 @@ class LivePage(Page):
         state, palette = self.state, self.palette
         if state.peak is None:
             return [Row().add(" The first allocations will show here.", palette.dim), Row()]
-        lines = wrap(explain(state.peak, state.unit), width - 2)
-        lines[most - 1 :] = [shorten(" ".join(lines[most - 1 :]), width - 2)] if len(lines) >= most else []
+        texts = [wrap(text, width - 2) for text in explanations(state.peak, state.unit)]
+        lines = next((lines for lines in texts if len(lines) <= most), texts[-1][:most])
         return [Row().add(f" {line}") for line in [*lines, ""][: max(2, len(lines))]]
 
     def _recomputes(self, width: int) -> list[Row]:
