@@ -7,7 +7,7 @@ from .config import RunConfig, show
 from .events import Category
 from .feed import Command, Start
 from .ledger import Bytes, Ledger
-from .run import Run, peak_bytes
+from .run import Run, highest_of
 
 OF_A_BATCH = (Category.ACTIVATIONS, Category.LOGITS_LOSS, Category.KV_CACHE)
 
@@ -41,5 +41,5 @@ def _changed(old: RunConfig, new: RunConfig) -> str | None:
 
 
 def _at_the_peak(run: Run) -> Bytes | None:
-    traces = run.traces()
-    return Ledger(max(traces, key=peak_bytes)).peak.by_category if traces else None
+    highest = highest_of(run.traces())
+    return Ledger(highest).peak.by_category if highest is not None else None

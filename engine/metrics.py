@@ -14,7 +14,7 @@ from .events import StepTrace
 from .exports.openmetrics import CONTENT_TYPE, Reading, exposition
 from .feed import Source
 from .ledger import Ledger
-from .run import Run, peak_bytes
+from .run import Run, highest_of
 from .run_events import StepEnded
 
 EVERY_S = 1.0
@@ -63,7 +63,8 @@ class LatestRun:
         steps = [event.step for event in run.events() if isinstance(event, StepEnded)]
         traces = [trace for trace in run.traces() if trace.is_complete]
         last = self._fold(traces[-1]) if traces else None
-        highest = self._fold(max(traces, key=peak_bytes)) if traces else None
+        highest_trace = highest_of(traces)
+        highest = self._fold(highest_trace) if highest_trace is not None else None
         self._folded = [ledger for ledger in (last, highest) if ledger is not None]
         return Reading(
             labels, max(steps, default=0), last.end if last else None, highest.peak.by_category if highest else None,

@@ -11,7 +11,7 @@ import msgspec
 from .difference import owned
 from .events import Category, Environment, Phase, StepTrace
 from .ledger import Bytes, Ledger
-from .run import Run
+from .run import Run, outweighs
 from .run_events import Loaded, OutOfMemory, Recomputed, RunEnded, RunFailed, StepEnded
 
 SCHEMA = "gpumem-run/1"
@@ -186,7 +186,8 @@ class Report:
         for phase, sizes in ledger.fullest_by_phase.items():
             if phase not in self._by_phase or sum(sizes.values()) > sum(self._by_phase[phase].values()):
                 self._by_phase[phase] = sizes
-        if self._highest is None or ledger.peak.bytes > self._highest.peak.bytes:
+        highest = self._highest
+        if highest is None or outweighs((ledger.peak.bytes, trace), (highest.peak.bytes, highest.trace)):
             self._highest = ledger
 
     def by_phase(self) -> dict[str, dict[str, int]]:

@@ -12,7 +12,7 @@ import bisect
 import enum
 import threading
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 from .config import RunConfig
@@ -124,7 +124,7 @@ class Run:
             if trace.step <= 1:
                 self._first.append(trace)
             self._recent.append(trace)
-            if self._highest is None or peak > self._highest[0]:
+            if self._highest is None or outweighs((peak, trace), self._highest):
                 self._highest = (peak, trace)
 
     def keep(self, traces: Sequence[StepTrace]) -> None:
@@ -171,3 +171,23 @@ def peak_bytes(trace: StepTrace) -> int:
     if not len(trace.events):
         return began
     return began + max(0, int((trace.events["bytes"] + trace.events["slack"]).cumsum().max()))
+
+
+def outweighs(one: tuple[int, StepTrace], highest: tuple[int, StepTrace]) -> bool:
+    """True if the peak that is told of a run is that of another step than so far, from the bytes at their peaks.
+
+    Of two equal ones the first stays, unless it is that of the first step, in which
+    the optimizer's state was new, and the other step has ended.
+    """
+    (size, trace), (highest_bytes, before) = one, highest
+    return size > highest_bytes or (size == highest_bytes and before.step <= 1 and not trace.is_open)
+
+
+def highest_of(traces: Iterable[StepTrace]) -> StepTrace | None:
+    """The trace whose peak is told of a run, from those kept of it in order; None if there is none."""
+    highest: tuple[int, StepTrace] | None = None
+    for trace in traces:
+        weighed = peak_bytes(trace), trace
+        if highest is None or outweighs(weighed, highest):
+            highest = weighed
+    return highest[1] if highest is not None else None

@@ -9,6 +9,7 @@ import pytest
 
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.recording import Recording, write
+from gpumem_tui.engine.run import Run
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.job_ranks import RankPeaks, of_job
 
@@ -147,3 +148,48 @@ def test_a_trace_is_folded_once_and_only_the_highest() -> None:
     assert [one.rank for one in found.values()] == [3, 2, 1, 0]
     assert peaks.known == 4
     assert peaks.of(runs, within_s=-1.0) == found
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_a_screen_with_nothing_to_show_says_so_in_whole_sentences(size: tuple[int, int]) -> None:
+    source = FakeSource(GPU)
+    source.start()
+    async with shown(source, size) as driver:
+        await driver.press("8")
+        assert "or open the recordings of a job." in words(driver)
+        await driver.press("5")
+        assert "every run stays here to compare." in words(driver)
+
+
+async def test_every_screen_tells_of_the_same_peak_as_steps_pass() -> None:
+    source = FakeSource(GPU)
+    source.start(parallel="fsdp2")
+    for _ in range(12):
+        source.finish_step()
+    run = source.run
+    assert run is not None
+    other = ran({"parallel": "fsdp2"}, rank=1)
+    source.runs = lambda: [other, run]  # type: ignore[method-assign]
+    async with shown(source, (120, 40)) as driver:
+        for _ in range(2):
+            assert "peak step 2, optimizer" in driver.text
+            await driver.press("8")
+            assert "The peak of rank 0 is in step 2, optimizer" in words(driver)
+            await driver.press("1")
+            source.finish_step()
+        summary = driver.app.state.summary()
+        assert summary is not None and summary.peak_where == "step 2, optimizer step"
+
+
+async def test_ranks_that_are_equal_have_one_figure() -> None:
+    source = FakeSource(GPU)
+    source.start(parallel="fsdp2")
+    source.finish_step()
+    run = source.run
+    assert run is not None
+    twin = Run(run.id._replace(rank=1), run.config, run.environment)
+    for event in run.events():
+        twin.tell(event)
+    source.runs = lambda: [twin, run]  # type: ignore[method-assign]
+    async with shown(source) as driver:
+        assert "rank 0 of 2 all ranks 265.0 MiB" in words(driver)

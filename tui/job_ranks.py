@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ..engine.difference import Owned, owned
 from ..engine.ledger import Ledger, Peak
-from ..engine.run import Run, peak_bytes
+from ..engine.run import Run, highest_of
 from ..engine.techniques import memory_key
 
 FOLDING_S = 0.05
@@ -75,10 +75,9 @@ class RankPeaks:
         until_s = time.monotonic() + within_s
         found: dict[int, RankPeak] = {}
         for run in runs:
-            traces = [trace for trace in run.traces() if len(trace.events)]
-            if not traces:
+            highest = highest_of(trace for trace in run.traces() if len(trace.events))
+            if highest is None:
                 continue
-            highest = max(traces, key=lambda trace: (peak_bytes(trace), trace.step))
             before = self._peaks.get(run)
             if before is None or before[0] is not highest:
                 if time.monotonic() > until_s:

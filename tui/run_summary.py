@@ -13,7 +13,7 @@ from ..engine.config import RunConfig, show
 from ..engine.difference import Owned, owned
 from ..engine.events import Category, Phase, StepTrace
 from ..engine.ledger import Bytes, Ledger
-from ..engine.run import Run, RunKind
+from ..engine.run import Run, RunKind, highest_of
 from .run_state import RunState, state_of
 
 ROUTINE = ("rows", "steps", "seed")
@@ -97,8 +97,9 @@ def summarize(
         fold: Folds a trace, or knows its fold.
     """
     told = state or state_of(run)
-    ledgers = [fold(trace) for trace in run.traces()]
-    highest = max(ledgers, key=lambda ledger: ledger.peak.bytes, default=None)
+    traces = run.traces()
+    ledgers, highest_trace = [fold(trace) for trace in traces], highest_of(traces)
+    highest = next((ledger for ledger in ledgers if ledger.trace is highest_trace), None)
     complete = {ledger.trace.step: ledger for ledger in ledgers if ledger.trace.is_complete}
     by_phase: dict[Phase, int] = {}
     for ledger in ledgers:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from ..engine.events import StepTrace
 from ..engine.ledger import Ledger
-from ..engine.run import Run, peak_bytes
+from ..engine.run import Run, outweighs, peak_bytes
 
 
 class ShownTraces:
@@ -65,16 +65,13 @@ class ShownTraces:
         """Keep the trace's fold if its peak is the highest so far.
 
         A complete trace replaces the open one of its own step: it knows
-        better what the blocks were for. Of two equal ones the first stays,
-        unless it is the first step's, in which the optimizer's state was new.
+        better what the blocks were for.
         """
         peak = self.peak
         if peak is not None:
-            if highest_bytes < peak.peak.bytes or peak.trace is trace:
-                return
-            same_step = peak.trace.step == trace.step and peak.trace.is_open
-            settled = peak.trace.step > 1 or trace.is_open
-            if highest_bytes == peak.peak.bytes and settled and not same_step:
+            same_step = peak.trace.step == trace.step and peak.trace.is_open and highest_bytes == peak.peak.bytes
+            weighs_more = outweighs((highest_bytes, trace), (peak.peak.bytes, peak.trace))
+            if peak.trace is trace or not (same_step or weighs_more):
                 return
         self.peak = self.fold(trace)
 

@@ -12,7 +12,7 @@ from ..events import StepTrace
 from ..feed import Work
 from ..ledger import Ledger
 from ..report import Report, RunDocument
-from ..run import Run, peak_bytes
+from ..run import Run, highest_of
 
 
 @dataclass(frozen=True)
@@ -49,7 +49,9 @@ class ExportedRun:
             UserError: It was not traced.
         """
         if self.step is None:
-            return max(self.traces, key=peak_bytes)
+            highest = highest_of(self.traces)
+            assert highest is not None
+            return highest
         for trace in self.traces:
             if trace.step == self.step:
                 return trace

@@ -9,7 +9,7 @@ from ...engine.events import Category
 from ...engine.ledger import Bytes
 from ...engine.run import Run
 from ..actions import Action, moves
-from ..draw import Row, wrap
+from ..draw import Row, paragraph, wrap
 from ..job_ranks import RankPeak, RankPeaks
 from ..units import UNKNOWN, Unit, shorten, tail, unit_for
 from ..widgets.bars import Part, stacked
@@ -111,7 +111,7 @@ class RanksPage(Page):
         """The screen, from the peaks that are known."""
         runs = self.runs()
         if len(runs) < 2 or not peaks:
-            return self._alone(len(runs))
+            return self._alone(len(runs), width)
         highest, lowest = (pick(peaks.values(), key=lambda one: one.peak.bytes) for pick in (max, min))
         ranks = [run.id.rank for run in runs]
         here = peaks.get(self._at(ranks), highest)
@@ -123,11 +123,11 @@ class RanksPage(Page):
         rows += self._categories(here, highest, lowest, peaks, height - len(rows) - NOTES, unit, width)
         return [*rows, *self._notes(here, highest, lowest, unit, width)]
 
-    def _alone(self, count: int) -> list[Row]:
+    def _alone(self, count: int, width: int) -> list[Row]:
         text = "The peaks of the ranks will show here."
         if count < 2:
             text = "This run is of one rank. Set parallel to train on several GPUs, or open the recordings of a job."
-        return [Row().add(" ranks", self.palette.bold), Row().add(f" {text}", self.palette.dim)]
+        return [Row().add(" ranks", self.palette.bold), *paragraph(text, width, self.palette.dim)]
 
     def _title(
         self,
