@@ -326,11 +326,14 @@ class Gauge:
 
     @property
     def usable_bytes(self) -> int | None:
-        """The most that one request can be given now: the device's free bytes, and of the cache what is no gap."""
+        """The most that one request can be given now: the device's free bytes, and of the cache what is no gap.
+
+        The gaps are those that the last traced step had at its peak; where nothing is allocated there are none.
+        """
         if self.device_used_bytes is None:
             return None
         cached, gaps, largest = self.cached_bytes or 0, 0, 0
-        if self.cache is not None:
+        if self.cache is not None and self.allocated_bytes:
             gaps, largest = self.cache.gaps_bytes, min(self.cache.largest_free_block_bytes, cached)
         free = max(0, self.device_total_bytes - self.device_used_bytes)
         return max(free + max(0, cached - gaps), largest)

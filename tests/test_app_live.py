@@ -322,8 +322,40 @@ async def test_the_edge_is_the_largest_usable_block_and_gaps_are_shown_where_the
         await app.tick()
         line = app.line("in gaps")
         show = app.app.state.unit.show
-        assert f"in gaps {show(total // 60)} of {show(small.reserved_bytes)} reserved" in line
+        assert f"in gaps at the peak {show(total // 60)} of {show(small.reserved_bytes)} reserved" in line
         assert f"expandable segments: ~{show(100 * MIB - small.reserved_bytes)}" in line
+
+
+async def test_the_figures_of_the_device_are_of_one_instant() -> None:
+    """A reading from the middle of a step, beside a trace that has gone on to its end."""
+    source = trained()
+    gauge = source.gauge()
+    assert gauge is not None and gauge.reserved_bytes is None
+    ended, total = gauge.allocated_bytes, gauge.device_total_bytes
+    reserved = ended + 30 * MIB
+    cache = CacheState(reserved, ended + 20 * MIB, MIB, total // 50)
+    read = replace(
+        gauge, allocated_bytes=ended + 20 * MIB, reserved_bytes=reserved, device_used_bytes=reserved, cache=cache
+    )
+    source.feed.publish_gauge(read)
+    async with shown(source, (100, 30)) as app:
+        show = app.app.state.unit.show
+        words = app.line("tensors").split()
+        assert (words[1], words[words.index("cached") + 1]) == (show(ended), show(30 * MIB))
+        assert words[3] == show(replace(read, allocated_bytes=ended).usable_bytes)
+        assert "in gaps at the peak" in app.text
+    over = replace(read, allocated_bytes=0)
+    assert over.usable_bytes == total, "where nothing is allocated there are no gaps, whatever the peak had"
+
+
+async def test_a_reading_of_another_step_than_is_shown_says_of_which() -> None:
+    source = trained(2)
+    source.live = False
+    gauge = source.gauge()
+    assert gauge is not None
+    source.run.publish_gauge(replace(gauge, step=7, phase=Phase.FORWARD))
+    async with shown(source) as app:
+        assert "used in step 7, forward" in app.lines[2] and "latest step 2, its end" in app.text
 
 
 async def test_a_row_that_was_there_once_stays() -> None:

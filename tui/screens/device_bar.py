@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import NamedTuple
 
 from ...engine.events import CacheState, Category, Gauge, StepTrace
@@ -88,9 +89,13 @@ def device_rows(
     unit = state.unit
     sizes = state.latest if state.current else None
     allocated = sum(sizes.values()) if sizes is not None else gauge.allocated_bytes
+    # The reading may be of another instant of the step than the trace's end: all figures are to be of one.
+    gauge = replace(gauge, allocated_bytes=allocated)
     rest = shares(gauge, allocated, environment.on_gpu)
     used = unit.show(gauge.device_used_bytes)
     figures = f"{used} of {unit.full(gauge.device_total_bytes)} used"
+    if not (state.live or state.current) and gauge.step:  # what is listed below is of a step before
+        figures += f" in step {gauge.step}, {gauge.phase.title}"
     title = Row().add(f" {environment.device} ", palette.bold)
     title.add(shorten(environment.device_name, width - title.width - len(figures) - 3), palette.dim)
     title.right(figures, width - 1)
@@ -114,7 +119,7 @@ def _gaps(
 ) -> Row:
     """Fragmentation at the peak of the latest traced step, and what expandable segments would give back of it."""
     unit, complete = state.unit, state.complete
-    row = Row().add(" in gaps ", palette.dim).add(unit.show(cache.gaps_bytes), palette.busy)
+    row = Row().add(" in gaps at the peak ", palette.dim).add(unit.show(cache.gaps_bytes), palette.busy)
     row.add(f" of {unit.show(cache.reserved_bytes)} reserved, largest piece ", palette.dim)
     row.add(unit.show(cache.largest_free_block_bytes))
     known = state.config is not None and state.config.options.get("allocator") == "expandable-segments"
