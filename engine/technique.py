@@ -110,8 +110,8 @@ class Technique:
         summary: One line: what it does to memory.
         formula: What it saves or costs, in bytes.
         source: Where it is described: paper or library documentation.
-        cost: What it costs in time, in half a sentence; where it depends on the
-            switch's value, by value.
+        cost: What it costs, time above all, in half a sentence; empty: nothing to speak of. Where it
+            depends on the switch's value, by value.
         slowdown: Of a step's time about what it adds: of changes that would help alike, the quickest comes first.
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
@@ -157,7 +157,7 @@ class Technique:
     variants: tuple[Mapping[str, Value], ...]
     packages: tuple[str, ...] = ()
     key: str = ""
-    cost: str | Mapping[Value, str] = "nothing measurable"
+    cost: str | Mapping[Value, str] = ""
     slowdown: float = 0.0
     apply: Callable[[RunConfig, Recipe], None] = _nothing
     overruled: Callable[[RunConfig], tuple[Value, str] | None] = _as_set
@@ -187,5 +187,5 @@ class Technique:
         return f"{show(overruled[0])} ({overruled[1]})" if overruled else show(config[self.name])
 
     def cost_of(self, value: Value) -> str:
-        """The cost in time of one of the switch's values."""
+        """The cost of one of the switch's values; empty: nothing to speak of."""
         return self.cost if isinstance(self.cost, str) else self.cost[value]

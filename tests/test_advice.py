@@ -20,6 +20,7 @@ from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.technique import Effect
 from gpumem_tui.profiles import preset, run_fields
+from gpumem_tui.tui.commands.advise import _table
 
 from .app_driver import foretold
 from .benchmarks.combinations import CASES, DATA, Case
@@ -149,6 +150,23 @@ def test_what_keeps_the_mathematics_comes_first_and_another_optimizer_last() -> 
     assert ("optimizer=sgd", Effect.TRAINING, 40) in alone
     assert all(one.costs for one in advised.alone)
     assert [one.effect for one in advised.combined] == sorted(one.effect for one in advised.combined)
+
+
+def test_costs_that_are_nothing_are_not_among_others() -> None:
+    free, dear = {"kv_cache": False, "optimizer": "adamw-fused"}, {"loss": "chunked"}
+    now = advise(small_run(), pretend).now
+    assert advice._costs(free, now) == "nothing to speak of"
+    assert advice._costs(free | dear, now) == techniques.registry()["loss"].cost_of("chunked")
+
+
+@pytest.mark.parametrize("columns", [30, 40, 60, 80])
+def test_a_setting_is_never_broken_between_lines(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(columns))
+    now = advise(small_run(), pretend).now
+    changes: dict[str, Value] = {"optimizer": "cpu-offload", "loss": "linear-cross-entropy", "trainable": "last-layers"}
+    one = advice.Advice(changes, now, 1 << 30, Effect.NONE, advice._costs(changes, now))
+    words = " ".join(_table("together", [one])).split()
+    assert {"optimizer=cpu-offload", "loss=linear-cross-entropy", "trainable=last-layers"} <= {*words}
 
 
 def test_what_needs_another_change_to_be_possible_is_tried_beside_it() -> None:

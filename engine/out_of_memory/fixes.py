@@ -378,9 +378,7 @@ def settings_text(settings: Settings) -> str:
 
 def costs(settings: Settings) -> str:
     """Costs of changes, in words; empty: they cost nothing to speak of."""
-    known = techniques.registry()
-    words = [known[name].cost_of(value) for name, value in settings.items() if name in known]
-    words = [word for word in words if not word.startswith(("none", "nothing", "next to none"))]
+    words = techniques.costs(settings)
     if not {"accumulation", "batch_size"} <= settings.keys():
         words += [cost for name, cost in COST_OF_WORKLOAD.items() if name in settings]
     return "; ".join(words)

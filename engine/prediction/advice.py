@@ -43,7 +43,7 @@ class Advice:
         prediction: Of the changed run.
         saved_bytes: At the peak, against the run as it is.
         effect: On what is computed.
-        costs: In time, in words.
+        costs: In time, traffic and the host's memory, in words.
     """
 
     changes: dict[str, Value]
@@ -251,8 +251,7 @@ class _Search:
 
 
 def _costs(changes: Mapping[str, Value], predicted: Prediction) -> str:
-    known = techniques.registry()
-    words = [known[name].cost_of(value) for name, value in changes.items() if name in known]
+    words = techniques.costs(changes)
     if any(name.startswith("checkpointing") for name in changes):
         document = predicted.document
         layers = {layer for recompute in document.recomputes for layer in recompute.layers}
@@ -264,4 +263,4 @@ def _costs(changes: Mapping[str, Value], predicted: Prediction) -> str:
         words.append(f"{predicted.pinned_bytes / 2**30:.2f} GiB of pinned host memory")
     if predicted.managed_bytes:
         words.append(f"up to {2 * predicted.managed_bytes / 2**30:.2f} GiB over PCIe a step, there and back")
-    return "; ".join(words)
+    return "; ".join(words) or "nothing to speak of"

@@ -141,7 +141,11 @@ def cautions(config: RunConfig) -> list[str]:
 def filled(sentences: list[str]) -> list[str]:
     """Within the terminal's width."""
     columns = shutil.get_terminal_size().columns - 1
-    return [line for sentence in sentences for line in textwrap.wrap(sentence, columns)]
+    return [
+        line
+        for sentence in sentences
+        for line in textwrap.wrap(sentence, columns, break_on_hyphens=False, break_long_words=False)
+    ]
 
 
 def _gib(size: int) -> str:

@@ -189,6 +189,13 @@ def cautions(config: RunConfig) -> list[str]:
     return [line for technique in registry().values() if (line := technique.caution(config))]
 
 
+def costs(settings: Mapping[str, Value]) -> list[str]:
+    """The costs of changes in half a sentence each; without those that are nothing to speak of."""
+    known = registry()
+    words = (known[name].cost_of(value) for name, value in settings.items() if name in known)
+    return [word for word in words if word]
+
+
 def recognise(model: Any, optimizer: Any) -> dict[str, Value]:
     """The settings that a model and its optimizer show, by name, as found: no option need take them."""
     found: dict[str, Value] = {}

@@ -43,7 +43,6 @@ TECHNIQUE = Technique(
     summary="expandable segments grow instead of leaving gaps: what is reserved comes close to what is allocated",
     formula="reserved bytes; what is allocated stays. Rounding to 1/n of a power of two: fewer sizes, more slack",
     source="https://docs.pytorch.org/docs/stable/notes/cuda.html#optimizing-memory-usage-with-pytorch-alloc-conf",
-    cost="next to none: a segment is mapped page by page as it grows",
     order=5,
     options=(
         Option(

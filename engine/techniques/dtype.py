@@ -20,7 +20,7 @@ AUTOCAST = {"mixed": "bfloat16", "mixed-float16": "float16"}
 
 UNSCALED = "float16 without loss scaling; bfloat16 and mixed need none, float16 trains with loss_scaling=on"
 
-_BFLOAT16 = "none, and faster, from compute capability 8.0 on; older GPUs have no bfloat16 tensor cores"
+_BFLOAT16 = "slower on GPUs below compute capability 8.0, which have no bfloat16 tensor cores"
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
@@ -78,12 +78,12 @@ TECHNIQUE = Technique(
     formula="float32 4 B, float16 and bfloat16 2 B; mixed: float32 weights, 16-bit arithmetic under autocast",
     source="https://arxiv.org/abs/1710.03740",
     cost={
-        "profile": "none",
+        "profile": "",
         "float32": "slower: tensor cores multiply 16-bit numbers several times as fast",
-        "float16": "none in time, but without loss scaling gradients vanish and the loss can become nan",
+        "float16": "without loss scaling gradients vanish and the loss can become nan",
         "bfloat16": _BFLOAT16,
         "mixed": f"{_BFLOAT16}; weights are converted in every pass",
-        "mixed-float16": "none in time with tensor cores, but without loss scaling gradients vanish",
+        "mixed-float16": "without loss scaling gradients vanish",
     },
     order=10,
     options=(

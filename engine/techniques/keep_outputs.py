@@ -24,7 +24,6 @@ TECHNIQUE = Technique(
     summary="a loop that does not delete its outputs holds logits and KV cache while the next forward runs",
     formula="batch·seq·vocab·bytes of logits and the KV cache, a second time, from the second step on",
     source="https://docs.pytorch.org/docs/stable/notes/faq.html#my-model-reports-cuda-runtime-error-2-out-of-memory",
-    cost="none",
     order=90,
     options=(Option("keep_outputs", True, "keep the outputs until the next forward has returned", (True, False)),),
     in_script="del outputs after backward",

@@ -41,7 +41,6 @@ TECHNIQUE = Technique(
     summary="transformers keeps keys and values for generation by default, also in training, where nobody reads them",
     formula="2·layers·batch·seq·kv_heads·head_dim·bytes, alive as long as the outputs are",
     source="https://huggingface.co/docs/transformers/kv_cache",
-    cost="none: nobody reads it while training",
     order=30,
     options=(
         Option("kv_cache", True, "use_cache of the model's configuration", (True, False)),

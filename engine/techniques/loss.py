@@ -106,10 +106,10 @@ TECHNIQUE = Technique(
     formula="full: about 12·batch·seq·vocab bytes; chunked: 4096·32768 numbers; float32 gradients of head and hidden",
     source="https://huggingface.co/docs/trl/sft_trainer",
     cost={
-        "full": "none",
+        "full": "",
         "chunked": "the head is multiplied twice: a few per cent where the model is large",
-        "linear-cross-entropy": "next to none",
-        "liger": "none: its kernels are faster",
+        "linear-cross-entropy": "",
+        "liger": "",
     },
     slowdown=0.03,
     order=45,

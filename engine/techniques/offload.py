@@ -85,7 +85,7 @@ TECHNIQUE = Technique(
     source="https://docs.pytorch.org/docs/stable/generated/torch.autograd.graph.save_on_cpu.html",
     slowdown=0.5,
     cost={
-        "off": "nothing",
+        "off": "",
         "activations": "every activation over PCIe and back: several times slower than checkpointing",
         "checkpoints": "a layer's input over PCIe and back, little beside computing the layer again",
     },

@@ -54,9 +54,9 @@ TECHNIQUE = Technique(
     formula="padded: a mask, and tokens for nothing; packed: no padding, and a mask of seq² bytes a row without flash",
     source="https://huggingface.co/docs/trl/reducing_memory_usage#packing",
     cost={
-        "off": "none: rows are full, cut wherever a text happens to be",
+        "off": "",
         "padded": "padding is computed as well, and attention with a mask is slower",
-        "packed": "none: every token counts; without flash attention the mask makes attention slower",
+        "packed": "without flash attention the mask makes attention slower",
     },
     order=22,
     options=(

@@ -173,7 +173,7 @@ TECHNIQUE = Technique(
     formula="zero1: optimizer state / ranks; zero2: gradients too; fsdp2, zero3: weights too; ddp: gradients twice",
     source="https://arxiv.org/abs/1910.02054",
     cost={
-        "none": "none",
+        "none": "",
         "ddp": "one all-reduce of all gradients a step, while backward goes on",
         "fsdp2": "weights travel twice a micro-batch and gradients once, layer by layer",
         "zero1": "gradients are reduced and updated weights gathered once a step",

@@ -93,9 +93,9 @@ TECHNIQUE = Technique(
     formula="gradients, state and activations from the first trained layer on; with checkpointing all are passed",
     source="https://arxiv.org/abs/2106.10199",
     cost={
-        "all": "nothing",
-        "last-layers": "none, it is faster: backward ends at the first trained layer; it learns less",
-        "norms-biases": "none, it is faster: no weight has a gradient; it learns less",
+        "all": "",
+        "last-layers": "it learns less; backward, which ends at the first trained layer, is faster",
+        "norms-biases": "it learns less; backward, in which no weight has a gradient, is faster",
     },
     order=35,
     options=(

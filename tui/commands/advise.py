@@ -120,7 +120,18 @@ def _table(title: str, listed: list[Advice]) -> list[str]:
         for a in some:
             fits = "yes" if a.prediction.fits else "no"
             figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
-            lines += textwrap.wrap(a.text, columns, initial_indent=figures, subsequent_indent=" " * len(figures))
-            indent = " " * 4
-            lines += textwrap.wrap(f"costs {a.costs}", columns, initial_indent=indent, subsequent_indent=indent)
+            lines += _within(columns, figures, " " * len(figures), a.text)
+            lines += _within(columns, " " * 4, " " * 4, f"costs {a.costs}")
     return lines
+
+
+def _within(columns: int, first: str, others: str, text: str) -> list[str]:
+    """Lines of a text, broken between words alone: a setting stays as it can be pasted."""
+    return textwrap.wrap(
+        text,
+        columns,
+        initial_indent=first,
+        subsequent_indent=others,
+        break_on_hyphens=False,
+        break_long_words=False,
+    )
