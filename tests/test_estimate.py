@@ -15,7 +15,7 @@ from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.neighbours import Neighbours
 from gpumem_tui.engine.prediction.outcome import Prediction, Verdict
 from gpumem_tui.engine.prediction.predict import predict
-from gpumem_tui.engine.prediction.prediction_text import verdict
+from gpumem_tui.engine.prediction.prediction_text import cautions, verdict
 from gpumem_tui.engine.prediction.search import largest
 from gpumem_tui.tui import interrupt
 from gpumem_tui.tui.cli import main
@@ -108,10 +108,18 @@ def test_estimate_writes_the_document_of_a_run(tmp_path: Path, capsys: pytest.Ca
 
 
 def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--profile", "tiny", "--preset", "qlora", "--gpu", "L4 24GB"]) == 0
+    line = ["estimate", "--profile", "tiny", "--preset", "qlora", "--gpu", "L4 24GB"]
+    assert main([*line, "--set", "checkpointing=off"]) == 0
     said = " ".join(capsys.readouterr().out.split())
     assert said.startswith("tiny batch_size=8 seq_len=256 dtype=mixed")
     assert "K-bit preparation makes embeddings, head and norms float32" in said
+
+
+def test_layers_without_checkpoints_are_cautioned_of_where_there_are_none() -> None:
+    qlora = {"lora": True, "quantization": "nf4", "dtype": "mixed"}
+    said = {each: cautions(small_run(**qlora, checkpointing=each)) for each in ("off", "layers", "selective")}
+    assert "with no layer checkpointed" in "".join(said.pop("off")) and not any(said.values())
+    assert not cautions(small_run(**qlora, workload="generate"))
 
 
 def test_rows_longer_than_a_model_was_made_for_are_said(capsys: pytest.CaptureFixture[str]) -> None:

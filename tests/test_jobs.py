@@ -100,7 +100,8 @@ def test_an_engine_is_recognised_in_a_script(settings: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("settings", "reason"),
     [
-        ({"parallel": "fsdp2", "lora": "on", "quantization": "nf4"}, "cannot shard bitsandbytes' packed weights"),
+        ({"parallel": "fsdp2", "lora": "on", "quantization": "nf4"}, "not supported here .*bnb_4bit_quant_storage"),
+        ({"parallel": "zero2", "lora": "on", "quantization": "int8"}, "not supported here with quantization: set"),
         ({"parallel": "fsdp2", "checkpointing": "input"}, "set checkpointing=layers"),
         ({"parallel": "ddp", "optimizer_in_backward": "on"}, "set optimizer_in_backward=off"),
         ({"parallel": "zero2", "optimizer": "adamw-8bit"}, "steps shards, which optimizer=adamw-8bit cannot"),

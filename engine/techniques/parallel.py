@@ -109,7 +109,11 @@ def conflict(config: RunConfig) -> str | None:
     if config.flag("loss_scaling"):
         return f"parallel={kind}: GradScaler looks for overflows in one rank's shards only: set loss_scaling=off"
     if config.text("quantization") != "none":
-        return f"parallel={kind} cannot shard bitsandbytes' packed weights: set parallel=ddp, or quantization=none"
+        elsewhere = ""
+        if kind == "fsdp2" and config.text("quantization") in ("nf4", "fp4"):
+            elsewhere = " (elsewhere FSDP shards 4-bit weights whose bnb_4bit_quant_storage is a float dtype)"
+        remedy = "set parallel=ddp, or quantization=none"
+        return f"parallel={kind} is not supported here with quantization{elsewhere}: {remedy}"
     if kind == "fsdp2" and config.text("checkpointing") in ("segments", "input"):
         return "parallel=fsdp2 gathers the weights of one layer at a time, not of a segment: set checkpointing=layers"
     return _mesh_problem(config) if kind == "fsdp2" else None

@@ -107,6 +107,8 @@ def caution(config: RunConfig) -> str | None:
     if config["quantization"] == "none":
         return None
     if config.text("dtype").startswith("mixed"):
+        if config.generates or config.text("checkpointing") != "off":
+            return None  # what passes from layer to layer is little beside what the layers keep
         return (
             "k-bit preparation makes embeddings, head and norms float32, and so what passes from layer to layer: "
             "with no layer checkpointed this can need more than LoRA on 16-bit weights"

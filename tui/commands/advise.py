@@ -121,7 +121,7 @@ def _table(title: str, listed: list[Advice]) -> list[str]:
             fits = "yes" if a.prediction.fits else "no"
             figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
             lines += _within(columns, figures, " " * len(figures), a.text)
-            lines += _within(columns, " " * 4, " " * 4, f"costs {a.costs}")
+            lines += _within(columns, " " * 4, " " * 4, f"costs: {a.costs}")
     return lines
 
 
