@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+import venv
 from collections.abc import Callable
 from pathlib import Path
 
@@ -122,6 +123,17 @@ def test_a_script_that_was_not_edited() -> None:
     remote.close()
     engine_registry.clean()
     assert [path.name for path in engine_dir.folder.parent.iterdir()] == [".lock"]
+
+
+def test_a_python_of_another_environment_is_told_which_one_to_use(tmp_path: Path) -> None:
+    venv.create(tmp_path, with_pip=False)
+    other = tmp_path / "bin" / "python"
+    script = run_under_exec(str(other), "-c", "print('it runs all the same')")
+    out, said = script.communicate(timeout=60)
+    assert script.returncode == 0 and "it runs all the same" in out
+    (line,) = said.splitlines()
+    assert line.startswith(f"gpumem-tui: not installed for {other}, which is not watched: activate the environment")
+    assert line.endswith(f"give that python: {sys.executable}")
 
 
 def test_a_script_under_exec_ends_as_it_would_without() -> None:

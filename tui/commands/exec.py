@@ -4,10 +4,17 @@ from __future__ import annotations
 
 import argparse
 import os
+import sys
 from importlib import util
 from pathlib import Path
 
 from ...engine.config import MEMORY_LIMIT_VARIABLE, UserError, parse_bytes
+
+PYTHON_VARIABLE = "GPUMEM_PYTHON"
+"""The environment variable with the interpreter to name to another that this program is not installed for.
+
+What reads it, `autoload/sitecustomize.py`, cannot import it from here.
+"""
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +42,7 @@ def main(flags: argparse.Namespace) -> int:
     if flags.memory_limit:
         parse_bytes(flags.memory_limit, "--memory-limit")
         os.environ[MEMORY_LIMIT_VARIABLE] = flags.memory_limit
+    os.environ[PYTHON_VARIABLE] = sys.executable
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(autoload), *([path] if path else [])])
     try:

@@ -2,6 +2,7 @@
 
 import importlib.machinery
 import importlib.util
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +14,10 @@ if _spec is not None and _spec.loader is not None:
 try:
     from gpumem_tui.engine.watch.auto_attach import wait_for_torch
 except ImportError:  # another environment than the one that gpumem-tui is installed in
-    sys.stderr.write(f"gpumem-tui: not installed for {sys.executable}, which is not watched\n")
+    sys.stderr.write(
+        f"gpumem-tui: not installed for {sys.executable}, which is not watched: activate the environment it is "
+        f"installed in, or give that python: {os.environ.get('GPUMEM_PYTHON', 'bin/python of that environment')}\n"
+    )
 except Exception as error:  # no descriptor left to read it with
     sys.stderr.write(f"gpumem-tui: {sys.executable} is not watched: {error}\n")
 else:
