@@ -375,6 +375,18 @@ def test_the_run_is_shown_with_the_batch_that_it_died_of_and_not_the_first() -> 
     assert run.config.batch_size == 4096
 
 
+def test_weights_that_a_script_has_made_before_are_there_when_its_first_step_begins() -> None:
+    model, optimizer = net()
+    with pytest.raises(torch.OutOfMemoryError), watch(model, optimizer, memory_limit="40MiB") as watching:
+        for rows in (64, 4096):
+            train(model, optimizer, rows)
+    run, (report,) = watching.source.run, reports_of(watching)
+    assert run is not None
+    began = Ledger(run.traces()[0]).at(-1)
+    assert began[Category.PARAMETERS] == sum(parameter.nbytes for parameter in model.parameters())
+    assert "parameters" not in report.reason
+
+
 class Thrifty(torch.nn.Module):
     """It asks for room to work in, and makes do with less."""
 

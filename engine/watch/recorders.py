@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..tracing.allocator_trace import AllocatorTrace
 from ..tracing.op_tracker import OpTracker
-from ..tracing.storages import is_fake
+from ..tracing.storages import is_fake, parts_of
 from .fault_barrier import FaultBarrier
 
 
@@ -70,8 +71,15 @@ class GuardedOpTracker(OpTracker):
         if not is_fake(tensor):
             super()._see(tensor, forced)
 
-    def begin(self) -> None:
-        """See this thread's operators from now on."""
+    def begin(self, there: Iterable[torch.Tensor]) -> None:
+        """See this thread's operators from now on.
+
+        Args:
+            there: Made before, so that no operator returns them: counted now, and not when they are first named.
+        """
+        for tensor in there:
+            for part in parts_of(tensor):
+                self.address(part)
         self.__enter__()  # type: ignore[no-untyped-call]
         self._entered = True
 

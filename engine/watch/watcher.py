@@ -9,7 +9,7 @@ from __future__ import annotations
 import atexit
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
@@ -23,7 +23,7 @@ from ..events import Recompute
 from ..forks import in_child
 from ..out_of_memory.memory_limit import limited
 from ..publisher import GAUGE_EVERY_S
-from ..tracing import zero
+from ..tracing import owners, zero
 from ..tracing.module_hooks import module_hooks
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
@@ -140,7 +140,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             recorder: Recorder = LateAllocatorTrace(device)
         else:
             recorder = tracker = GuardedOpTracker(self.barrier, self._memory_limit_bytes)
-            tracker.begin()
+            tracker.begin(_there_already(self._model, self._optimizers))
         self._recorder = recorder
         every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
         # A dispatch mode in somebody's loop could end up between two of the loop's own: no step is described.
@@ -227,3 +227,12 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
     def _recomputed(self, event: Recompute) -> None:
         self.source.recomputed(event)
+
+
+def _there_already(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
+    """What was there before the first step: weights, and the state of optimizers that go on."""
+    yield from model.parameters()
+    yield from model.buffers()
+    for optimizer in optimizers:
+        for state in optimizer.state.values():
+            yield from (tensor for _, tensor in owners.tensors_in(state))
