@@ -115,6 +115,11 @@ def presets() -> Mapping[str, Preset]:
     return MappingProxyType({path.stem: read_preset(path) for path in _files(PRESETS)})
 
 
+def preset_names() -> list[str]:
+    """The names of the presets; none is read."""
+    return [path.stem for path in _files(PRESETS)]
+
+
 def model_profile(name: str) -> ModelProfile:
     """One model profile. Raises UserError if there is none of this name, or as `read_model` does."""
     return read_model(_find("model profile", name, MODELS))

@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 
+from gpumem_tui.engine.config import WORKLOAD_OPTIONS
 from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.cli import main, parser
 from gpumem_tui.tui.commands.app import goes_on
@@ -243,6 +244,16 @@ def test_options_before_a_command_that_it_does_not_have_are_refused(
 ) -> None:
     assert main(words) == 2
     assert f"unrecognized arguments: {words[0]}" in capsys.readouterr().err
+
+
+def test_help_lists_the_values_that_a_flag_takes(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main(["estimate", "--help"])
+    said = " ".join(capsys.readouterr().out.split())
+    assert "--preset PRESET a named combination of settings: checkpointing, full, lora," in said
+    assert "--workload WORKLOAD what is done with the model; one of train, generate" in said
+    task = next(option for option in WORKLOAD_OPTIONS if option.name == "task")
+    assert f"--task TASK what the model is for; auto: what its architectures say; one of {task.allowed}" in said
 
 
 def test_help_comes_without_torch() -> None:

@@ -381,6 +381,7 @@ def test_completion_knows_every_command_and_flag(shell: str, capsys: pytest.Capt
         ("gpumem-tui sw", {"sweep"}), ("gpumem-tui --preset low", {"low-memory"}),
         ("gpumem-tui config s", {"show", "set"}),
         ("gpumem-tui run --profile tin", {"tiny"}), ("gpumem-tui sweep --format j", {"json"}),
+        ("gpumem-tui run --workload g", {"generate"}),
         ("gpumem-tui config set prof", {"profile="}), ("gpumem-tui completion z", {"zsh"}),
         ("gpumem-tui config set theme = d", {"dark"}),
         ("gpumem-tui estimate --gpu H1", {"H100-80GB", "H100-PCIe-80GB"}),

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 import msgspec
 
 from ...engine.atomic_file import replacing
-from ...engine.config import WORKLOAD_OPTIONS, RunConfig, UserError, Value, parse_bytes
+from ...engine.config import WORKLOAD_OPTIONS, Option, RunConfig, UserError, Value, parse_bytes
 from .. import interrupt
 
 if TYPE_CHECKING:
@@ -37,15 +37,20 @@ FAILED = 3
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that describe a run."""
+    from ...profiles import preset_names
+
     what = parser.add_mutually_exclusive_group()
-    what.add_argument("--profile", metavar="P", help="a model profile with random weights (see: gpumem-tui profiles)")
-    what.add_argument("--model", metavar="M", help="a hub id or a local folder, loaded with from_pretrained")
-    parser.add_argument("--preset", metavar="N", help="a named combination of settings (see: gpumem-tui profiles)")
+    what.add_argument("--profile", help="a model profile with random weights (see: gpumem-tui profiles)")
+    what.add_argument("--model", help="a hub id or a local folder, loaded with from_pretrained")
+    parser.add_argument("--preset", help=f"a named combination of settings: {', '.join(preset_names())}")
     parser.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], dest="settings",
                         help="a technique's setting, repeatable (see: gpumem-tui techniques)")  # fmt: skip
     for option in WORKLOAD_OPTIONS:
-        parser.add_argument(_flag(option.name), metavar="N", help=option.summary)
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:<i> (default: auto)")
+        of_words = isinstance(option.default, str)
+        values = f"; one of {option.allowed}" if of_words else ""
+        metavar = option.name.upper() if of_words else "N"
+        parser.add_argument(flag_of(option), metavar=metavar, help=f"{option.summary}{values}")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i> (default: auto)")
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="have the device behave as one with so much memory: 24GiB"
     )
@@ -114,7 +119,7 @@ def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:
     for option in WORKLOAD_OPTIONS:
         value = getattr(flags, option.name)
         if value is not None:
-            settings[option.name] = option.parse(value, _flag(option.name))
+            settings[option.name] = option.parse(value, flag_of(option))
     return settings
 
 
@@ -146,8 +151,9 @@ def parse_percent(typed: str, where: str) -> float:
     return float(match[1]) / 100
 
 
-def _flag(name: str) -> str:
-    return f"--{name.replace('_', '-')}"
+def flag_of(option: Option) -> str:
+    """The flag of one of the workload's options."""
+    return f"--{option.name.replace('_', '-')}"
 
 
 def run_to_end(session: Session, config: RunConfig, say: Callable[[RunEvent], None] = lambda _: None) -> Run:

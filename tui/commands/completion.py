@@ -10,11 +10,12 @@ import sys
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
-from ...engine.config import Option, show
+from ...engine.config import WORKLOAD_OPTIONS, Option, show
 from ...engine.prediction.gpus import gpus
 from ...engine.techniques import all_options
 from ...profiles import model_profiles, presets
 from ..settings import OPTIONS
+from .common import flag_of
 
 PROGRAM = "gpumem-tui"
 
@@ -52,7 +53,7 @@ def commands(parser: argparse.ArgumentParser, path: tuple[str, ...] = ()) -> Ite
     known = {
         "--profile": tuple(model_profiles()), "--preset": tuple(presets()), "--gpu": gpu_names, "--predict": gpu_names,
         "--set": _pairs(all_options().values()), "KEY=VALUE": _pairs(OPTIONS),
-    }  # fmt: skip
+    } | {flag_of(option): tuple(map(show, option.choices)) for option in WORKLOAD_OPTIONS}  # fmt: skip
     words: list[tuple[str, str]] = []
     values: dict[str, tuple[str, ...]] = {}
     positional: tuple[str, ...] = ()

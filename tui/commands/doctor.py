@@ -11,7 +11,7 @@ from ...engine.techniques import registry
 
 def add(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
-    parser.add_argument("--device", default="auto", metavar="D", help="auto, cpu, cuda or cuda:<i> (default: auto)")
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i> (default: auto)")
     parser.set_defaults(command=main)
 
 

@@ -25,7 +25,7 @@ def add(parser: argparse.ArgumentParser) -> None:
         nargs="*",
         help="a .gpumem recording, or a snapshot of PyTorch's; several go into one file",
     )
-    parser.add_argument("-f", "--format", metavar="F", help="see below")
+    parser.add_argument("-f", "--format", help="see below")
     parser.add_argument("-o", "--output", metavar="FILE", help="where; - for standard output (default: beside you)")
     parser.add_argument("--step", metavar="N", type=int, help="of which step (default: the one with the highest peak)")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of --format json, and end")

@@ -35,8 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     """Flags of this command."""
     what = parser.add_mutually_exclusive_group()
     what.add_argument("file", nargs="?", metavar="FILE", help="a .safetensors file")
-    what.add_argument("--model", metavar="M", help="a folder of .safetensors files, or a hub id")
-    what.add_argument("--profile", metavar="P", help="a model profile with random weights (see: gpumem-tui profiles)")
+    what.add_argument("--model", help="a folder of .safetensors files, or a hub id")
+    what.add_argument("--profile", help="a model profile with random weights (see: gpumem-tui profiles)")
     parser.add_argument("--schemes", metavar="KEYS", help=f"some of, or all: {', '.join(registry())}")
     parser.add_argument("--exact", action="store_true", help="measure every weight, and not a sample of each tensor")
     parser.add_argument("--json", metavar="FILE", help="write everything as one JSON document; - for standard output")
