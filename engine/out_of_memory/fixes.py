@@ -40,7 +40,7 @@ EXPANDABLE: Settings = {"allocator": "expandable-segments"}
 """Segments that grow, which leave next to no gaps."""
 
 OF_A_GPU = "predicted with a GPU's kernels"
-"""What has to be said of each figure where the run itself was on a CPU, whose kernels take other buffers."""
+"""Said of each figure where the run itself was on a CPU, whose kernels take other buffers."""
 
 COST_OF_WORKLOAD = {"batch_size": "more steps for as many rows", "seq_len": "longer rows are cut"}
 

@@ -206,7 +206,7 @@ class Prediction:
 
     @property
     def reserved_bound_bytes(self) -> int:
-        """What has to be there for the run to fit without giving blocks back."""
+        """The bytes that have to be there for the run to fit without giving blocks back."""
         return self.bound_bytes(self.reserved_bytes)
 
     @property

@@ -230,7 +230,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
 
 
 def _there_already(model: torch.nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[torch.Tensor]:
-    """What was there before the first step: weights, and the state of optimizers that go on."""
+    """Tensors from before the first step: weights, and the state of optimizers that go on."""
     yield from model.parameters()
     yield from model.buffers()
     for optimizer in optimizers:

@@ -106,7 +106,7 @@ def _gpus(fewest: Fewest | None) -> str:
     if fewest is None:
         return f"\nOn {COUNTS[-1]} GPUs it does not fit either, at this batch size a GPU.\n"
     peak = GIB_3.full(fewest.prediction.peak_bytes)
-    return f"\nFewest GPUs on which it fits: {fewest.words}; at most {peak} on each.\n"
+    return f"\nFewest GPUs on which it fits: {fewest.words}; peak {peak} on the one that holds most.\n"
 
 
 def _table(title: str, listed: list[Advice]) -> list[str]:
