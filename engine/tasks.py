@@ -58,6 +58,7 @@ class Task:
         scored: The tensor each of whose tokens has scores over the vocabulary; "": none has.
         tokens: The tensor whose elements count as tokens; "": rows are no tokens.
         packages: Modules that transformers' loss needs besides.
+        extra: Of this project, that brings them.
     """
 
     name: str
@@ -67,6 +68,7 @@ class Task:
     scored: str = ""
     tokens: str = ""
     packages: tuple[str, ...] = ()
+    extra: str = ""
 
 
 def task_of(name: str, architectures: Iterable[str], has_model: Callable[[Task], bool]) -> Task | None:
@@ -171,7 +173,7 @@ _ALL = (
         "AutoModelForImageClassification",
         lambda c, a: {"pixel_values": _image(c, a), "labels": _classes(a)},
     ),
-    Task("object-detection", "AutoModelForObjectDetection", _detected, packages=("scipy", "PIL")),
+    Task("object-detection", "AutoModelForObjectDetection", _detected, packages=("scipy", "PIL"), extra="detection"),
     Task(
         "semantic-segmentation",
         "AutoModelForSemanticSegmentation",

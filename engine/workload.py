@@ -17,6 +17,7 @@ import torch
 from .allocator_settings import AllocatorSettings
 from .batches import Batches, bytes_of, file_rows, random_rows, shapes_of
 from .config import RunConfig, UserError, excerpt, one_line
+from .missing_package import install
 from .parallelism import Parallelism
 from .tasks import AUTO, TASKS, Rows, Task, task_of
 from .techniques import registry
@@ -186,7 +187,8 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
         rows, lengths = shapes_of(config, wanted, recipe)
     else:
         if missing := [name for name in task.packages if importlib.util.find_spec(name) is None]:
-            raise UserError(f"{task.name} needs what is not installed: {', '.join(missing)}")
+            hint = install(f"gpumem-tui[{task.extra}]")
+            raise UserError(f"{task.name} needs what is not installed, {' and '.join(missing)}: {hint}")
         _refuse_too_large(config, shell, recipe, device, task, wanted)
         rows, lengths = file_rows(config, task) if config.data else random_rows(config, wanted, recipe)
     tokens = wanted[task.tokens].elements if task.tokens else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -199,3 +200,18 @@ async def test_a_scripts_own_model_says_what_to_do(tmp_path: Path) -> None:
     async with shown(made, settings=Settings(tmp_path / "config.toml")) as driver:
         await driver.press("7", "enter")
         assert "gpumem-tui weights FILE measures a file" in " ".join(driver.text.split())
+
+
+async def test_a_scheme_whose_package_is_missing_says_so(folder: Path, measured: Measurement) -> None:
+    key, hint = "gguf-q4_0", "the package gguf is not installed: pip install 'gpumem-tui[weights]'"
+    assert measured.head is not None
+    reports = [
+        msgspec.structs.replace(one, schemes={name: it for name, it in one.schemes.items() if name != key})
+        for one in measured.reports
+    ]
+    head = msgspec.structs.replace(measured.head, unavailable={key: hint})
+    async with shown(source(folder), (80, 24)) as driver:
+        await opened(driver, replace(measured, head=head, reports=reports), key)
+        assert re.search(r"GGUF Q4_0 +– not installed +$", driver.text, re.M)
+        assert hint in driver.text
+        assert "suits no tensor" not in driver.text

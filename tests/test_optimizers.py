@@ -130,7 +130,7 @@ def test_without_torchao_its_optimizers_are_refused_and_still_predicted(monkeypa
     here = environment(torch.device("cpu"))
     without = replace(here, packages={k: v for k, v in here.packages.items() if k != "torchao"})
     config = small_run(optimizer="ao-adamw-4bit")
-    with pytest.raises(UserError, match=r"pip install gpumem-tui\[torchao\]"):
+    with pytest.raises(UserError, match=r"pip install 'gpumem-tui\[torchao\]'"):
         techniques.check(config, without)
     monkeypatch.setitem(sys.modules, "torchao", None)  # as if it could not be imported
     assert predict(config, gpu("H100 80GB")).peak_bytes > 0

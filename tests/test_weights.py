@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import math
+import re
 import struct
 from collections.abc import Callable
 from pathlib import Path
@@ -387,9 +389,19 @@ def test_the_table_says_what_is_kept_and_why(capsys: pytest.CaptureFixture[str])
     assert "Random weights are normal" in text
     assert "nf4, double quant" in text
     assert "none stands out" in text
-    for scheme in registry().values():
-        if scheme.unavailable:
-            assert f"{scheme.title}: the package {scheme.package} is not installed" in text
+
+
+def test_a_scheme_whose_package_is_missing_says_so_in_its_row(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    found = importlib.util.find_spec
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name, *of: None if name == "gguf" else found(name, *of))
+    assert main(["weights", "--schemes", "gguf-q4_0,nf4"]) == 0
+    text = capsys.readouterr().out
+    missing = registry()["gguf-q4_0"]
+    assert re.search(rf"^{re.escape(missing.title)} +–  not installed$", text, re.M)
+    assert text.count("the package gguf is not installed: pip install 'gpumem-tui[weights]'") == 1
+    assert "suits no tensor" not in text
 
 
 def _damaged(folder: Path, how: str) -> Path:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
@@ -27,7 +28,7 @@ def unavailable(value: Value, environment: Environment) -> str | None:
         return None
     if not environment.on_gpu:
         return "it needs a CUDA GPU"
-    return None if "flash-attn" in environment.packages else "the package flash-attn is not installed"
+    return None if "flash-attn" in environment.packages else not_installed("flash-attn")
 
 
 def conflict(config: RunConfig) -> str | None:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, UserError, Value, one_line
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -115,7 +116,7 @@ def conflict(config: RunConfig) -> str | None:
 
 def unavailable(value: Value, environment: Environment) -> str | None:
     """It needs PEFT."""
-    return None if not value or "peft" in environment.packages else "the package peft is not installed"
+    return None if not value or "peft" in environment.packages else not_installed("peft")
 
 
 def mathematics(config: RunConfig) -> Mathematics:

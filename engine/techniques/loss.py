@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def unavailable(value: Value, environment: Environment) -> str | None:
     if value == "liger":
         if not environment.on_gpu:
             return "its kernels need a GPU"
-        return None if "liger-kernel" in environment.packages else "the package liger-kernel is not installed"
+        return None if "liger-kernel" in environment.packages else not_installed("liger-kernel", "liger")
     return None
 
 

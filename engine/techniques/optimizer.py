@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -110,9 +111,9 @@ def conflict(config: RunConfig) -> str | None:
 def unavailable(value: Value, environment: Environment) -> str | None:
     """Libraries' optimizers need them; paging and offloading need a GPU to move from."""
     if value in TORCHAO and "torchao" not in environment.packages:
-        return "the package torchao is not installed: pip install gpumem-tui[torchao]"
+        return not_installed("torchao", "torchao")
     if value in BITSANDBYTES and "bitsandbytes" not in environment.packages:
-        return "the package bitsandbytes is not installed"
+        return not_installed("bitsandbytes")
     if value in (*PAGED, "cpu-offload") and not environment.on_gpu:
         return "it moves state between a GPU and the host, and there is no GPU"
     return None

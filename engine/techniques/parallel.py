@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -132,7 +133,7 @@ def _mesh_problem(config: RunConfig) -> str | None:
 def unavailable(value: Value, environment: Environment) -> str | None:
     """ZeRO is DeepSpeed's."""
     if value in ZERO and "deepspeed" not in environment.packages:
-        return "the package deepspeed is not installed: pip install gpumem-tui[deepspeed]"
+        return not_installed("deepspeed", "deepspeed")
     return None
 
 

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..missing_package import not_installed
 from ..quantized_modules import convertible_modules, keep_in, left_as_they_are
 from ..technique import Group, Mathematics, Technique
 
@@ -92,7 +93,7 @@ def unavailable(value: Value, environment: Environment) -> str | None:
     """It needs bitsandbytes; its 4-bit and 8-bit paths run on a CPU too."""
     if value == "none" or "bitsandbytes" in environment.packages:
         return None
-    return "the package bitsandbytes is not installed"
+    return not_installed("bitsandbytes")
 
 
 def conflict(config: RunConfig) -> str | None:

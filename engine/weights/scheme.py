@@ -7,6 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
+from ..missing_package import not_installed
+
 if TYPE_CHECKING:
     import torch
 
@@ -76,4 +78,4 @@ class Scheme:
         """The reason why it cannot be measured here (one line), or None."""
         if importlib.util.find_spec(self.package) is not None:
             return None
-        return f"the package {self.package} is not installed: pip install 'gpumem-tui[weights]'"
+        return not_installed(self.package, "weights")

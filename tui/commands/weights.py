@@ -110,10 +110,9 @@ def _text(document: Mapping[str, Any], schemes: Sequence[Scheme]) -> str:
         f"{len(document['kept'])} kept; measured on {ways}",
         *_notes(document),
         "",
-        *_schemes(total, schemes),
-        *(f"{scheme.title}: {document['unavailable'][key]}" for key, scheme in registry().items()
-          if key in document["unavailable"]),
-    ]  # fmt: skip
+        *_schemes(document, schemes),
+        *dict.fromkeys(document["unavailable"].values()),
+    ]
     shown = KEPT_FOR if KEPT_FOR in total["schemes"] else next(iter(total["schemes"]), None)
     if shown is not None:
         lines += ["", *_worst(document, registry()[shown])]
@@ -127,15 +126,16 @@ def _notes(document: Mapping[str, Any]) -> Iterator[str]:
         yield "The architecture is not known (no config.json beside the file): every matrix counts as quantized."
 
 
-def _schemes(total: Mapping[str, Any], schemes: Sequence[Scheme]) -> Iterator[str]:
+def _schemes(document: Mapping[str, Any], schemes: Sequence[Scheme]) -> Iterator[str]:
     """One line a scheme."""
-    entries = total["schemes"]
+    entries = document["total"]["schemes"]
     unit = unit_for(max((entry["bytes"] for entry in entries.values()), default=0))
     yield f"{'':<24}{'bits':>6}{unit.name:>8}{'SQNR dB':>9}{'worst':>7}{'levels used':>14}{'entropy':>9}{'wasted':>8}"
     for scheme in schemes:
         entry = entries.get(scheme.key)
         if entry is None:
-            yield f"{scheme.title:<24}{UNKNOWN:>6}  suits no tensor"
+            reason = "not installed" if scheme.key in document["unavailable"] else "suits no tensor"
+            yield f"{scheme.title:<24}{UNKNOWN:>6}  {reason}"
             continue
         used = f"{entry['levels_used']:.0f} of {entry['levels']}"
         yield (

@@ -262,7 +262,8 @@ class WeightsPage(Page):
         if it is None:
             head = self.measurement.head if self.measurement is not None else None
             known = self.tensor or (self.measurement is not None and self.measurement.end is not None)
-            reason = head.unavailable.get(scheme.key, "suits no tensor" if known else "") if head else ""
+            missing = head is not None and scheme.key in head.unavailable
+            reason = "not installed" if missing else "suits no tensor" if known else ""
             row.add(shorten(f" {UNKNOWN} {reason}", width - row.width - 1), palette.cursor if selected else palette.off)
         else:
             texts = (
@@ -299,8 +300,10 @@ class WeightsPage(Page):
             chosen = string.ascii_lowercase[self.selected]
             return [row, *pictures.bits_against_sqnr(points, chosen, width, height - 1, palette)]
         if fidelity is None:
-            reason = one.unsuited.get(scheme.key, "not measured")
-            return [row, Row().to(pictures.LEFT).add(reason, palette.off)]
+            head = self.measurement.head if self.measurement is not None else None
+            missing = head.unavailable if head is not None else {}
+            reason = missing.get(scheme.key) or one.unsuited.get(scheme.key, "not measured")
+            return [row, *paragraph(reason, width, palette.off)]
         if PICTURES[self.picture] == "codes":
             return [row, *pictures.codes(scheme, fidelity, width, height - 1, palette)]
         return [row, *pictures.density(one, fidelity, width, height - 1, palette)]
