@@ -115,6 +115,11 @@ class Source(Protocol):
         """The viewer's rights on the engine."""
         ...
 
+    @property
+    def gone(self) -> bool:
+        """True if the engine has gone and no other can be started in its place: nothing can be run any more."""
+        ...
+
     def environment(self) -> Environment | None:
         """The machine and device that a run would have; None until the engine has looked."""
         ...
@@ -237,6 +242,7 @@ class Feed:
 class Published:
     """The reading half of a `Source` over a feed."""
 
+    gone = False
     _feed: Feed
 
     def environment(self) -> Environment | None:

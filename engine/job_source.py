@@ -68,6 +68,11 @@ class JobSource:
         role = self.members[0].role if self.members else ViewerRole.ATTACHED
         return ViewerRole.ATTACHED if role is ViewerRole.GONE else role  # which is told once all have ended
 
+    @property
+    def gone(self) -> bool:
+        """True if the engines have ended and others cannot be started."""
+        return self._gone and self._launch is None
+
     def environment(self) -> Environment | None:
         """That of rank 0."""
         return self.members[0].environment() if self.members else None

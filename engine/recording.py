@@ -217,6 +217,7 @@ class Recording:
 
     live = False
     role = ViewerRole.OWNER
+    gone = False
 
     def __init__(self, *paths: Path, work: Work | None = None) -> None:
         stems = [path.stem for path in paths]

@@ -108,6 +108,11 @@ class Remote(Published):
         only_looks = self._commanding is False and not self._taking
         return ViewerRole.READ_ONLY if only_looks else ViewerRole.ATTACHED
 
+    @property
+    def gone(self) -> bool:
+        """True if the engine has ended."""
+        return self.lost is not None
+
     def command(self, command: Command) -> None:
         """Pass a command on; saving happens on this side, whoever commands.
 

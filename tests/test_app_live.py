@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
@@ -262,6 +263,20 @@ async def test_what_keeps_the_mathematics_comes_first_and_the_larger_saving_is_s
     async with shown(source, size, predictions=Oracle(rule)) as driver:
         assert "saves most: k checkpointing segments, ~-2.00 GiB" in driver.text
         assert "o optimizer sgd, ~-9.00 GiB (another training)" in driver.text
+
+
+@pytest.mark.parametrize("live", [True, False])
+async def test_where_nothing_can_be_predicted_nothing_is_waited_for(live: bool) -> None:
+    class Refusing(Oracle):
+        def unanswered(self, configs: Sequence[RunConfig]) -> int:
+            return 0
+
+    source = trained(2)
+    source.live = live
+    async with shown(source, predictions=Refusing(lambda _: None)) as driver:
+        assert "working out" not in driver.text
+        await driver.press("4")
+        assert "working out" not in driver.text
 
 
 async def test_a_saving_under_a_mebibyte_is_none() -> None:

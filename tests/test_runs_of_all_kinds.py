@@ -31,6 +31,7 @@ class Some:
 
     live = False
     role = ViewerRole.OWNER
+    gone = False
 
     def __init__(self, runs: Sequence[Run]) -> None:
         self._runs = runs

@@ -157,6 +157,25 @@ async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
         assert app.state.status == "done"
 
 
+@pytest.mark.parametrize(
+    ("role", "gone", "said"),
+    [
+        (ViewerRole.OWNER, False, "enter applies 1 change as one restart"),
+        (ViewerRole.READ_ONLY, False, "1 change predicted; another viewer commands"),
+        (ViewerRole.WATCHING, False, "1 change predicted; enter says where the script sets it"),
+        (ViewerRole.GONE, False, "enter applies 1 change as one restart"),
+        (ViewerRole.GONE, True, "1 change predicted; the engine has gone"),
+    ],
+)
+async def test_a_change_collected_says_what_can_be_done_with_it(role: ViewerRole, gone: bool, said: str) -> None:
+    engine = source(role)
+    engine.gone = gone
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("4", "k")
+        assert said in shown(app)
+
+
 async def test_an_engine_that_has_gone_is_said_and_r_starts_the_run_again() -> None:
     engine = source(ViewerRole.ATTACHED)
     app = GpumemApp(engine, refresh_hz=0)

@@ -193,7 +193,7 @@ class GpumemApp(App[None], inherit_bindings=False):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here, and the run in every format."""
         for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
-            for action in offered_here(actions, self.state.live, self.state.several):
+            for action in offered_here(actions, self.state.acts, self.state.several):
                 text = f"{' '.join(action.keys)}  {action.text}"
                 yield SystemCommand(action.title, text, partial(self.perform, action, target))
         for name, made in registry().items():

@@ -103,7 +103,7 @@ class Board:
         """The answer to a character that does nothing here: the screens where it does something."""
         found: dict[str, list[str]] = {}
         for page in self.pages:
-            for action in offered_here(page.actions, self.state.live, self.state.several):
+            for action in offered_here(page.actions, self.state.acts, self.state.several):
                 if key in action.keys:
                     found.setdefault(action.title, []).append(page.title)
         where = "; ".join(f"{title} ({', '.join(pages)})" for title, pages in found.items())

@@ -70,8 +70,24 @@ class Changes:
     @property
     def _environment(self) -> Environment | None:
         """The machine that would run a change; None: there is none, and a prediction needs no package."""
-        runs = self._state.live and self._source.role is not ViewerRole.WATCHING
-        return self._state.environment if runs else None
+        return self._state.environment if self._state.acts and not self.of_script else None
+
+    @property
+    def of_script(self) -> bool:
+        """True if the run is somebody's own script, which alone can change it."""
+        return self._source.role is ViewerRole.WATCHING
+
+    @property
+    def applied(self) -> str:
+        """The effect of applying changes here, as a clause of a sentence; empty: they restart the run."""
+        if not self._state.live:
+            return "a recording runs nothing"
+        if not self._state.acts:
+            return "the engine has gone"
+        return {
+            ViewerRole.READ_ONLY: "another viewer commands",
+            ViewerRole.WATCHING: "enter says where the script sets it",
+        }.get(self._source.role, "")
 
     # --- one more, one less -----------------------------------------------------------
 

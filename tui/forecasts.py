@@ -95,14 +95,16 @@ class Forecasts:
         return self.predictions.expandable_bytes(trace) if self.predictions is not None else None
 
     def strongest(self) -> Strongest | None:
-        """The changes of a single technique that save most, as far as they are known; None if nobody predicts."""
+        """The changes of a single technique that save most, as far as they are known; None if nobody can say."""
         base, predictions = self.state.run.config or self._changes.base(), self.predictions
         if base is None or predictions is None:
             return None
-        hurry = not self.state.live  # beside a recording there is no training to give way to
+        hurry = not self.state.acts  # beside a recording there is no training to give way to
         now = predictions.of(base, hurry)
         changes = [one for one in single_changes(base) if self._changes.problem(base.with_(one)) is None]
         configs = [base.with_(one) for one in changes]
+        if now is None and not predictions.unanswered([base]):
+            return None  # there can be none of this model: nothing will come to subtract from
         then = [predictions.of(config, hurry) for config in configs]
         tried = len(configs) - predictions.unanswered(configs) if now else 0
         savings = [

@@ -111,6 +111,7 @@ class ViewState:
         self._following = True
         self._clock_s = 0.0
         self._role: ViewerRole | None = None
+        self._gone = False
         self._next_index = self._next_logged = 0
         self._ever: tuple[object, set[Category]] = (None, set())
         self._measured: tuple[int, dict[str, int]] | None = None
@@ -136,7 +137,7 @@ class ViewState:
         self.run_list.update(source)
         if source.role is ViewerRole.READ_ONLY and self._role is ViewerRole.ATTACHED:
             self.say("another viewer commands this engine now, this one looks on; ! takes over")
-        self._role = source.role
+        self._role, self._gone = source.role, source.gone
         if not self.live:
             self._follow()
         self._read_events(source)
@@ -360,6 +361,11 @@ class ViewState:
         if self.stopping:
             return "restarting" if self.requested is not None else "stopping"
         return self.run.status
+
+    @property
+    def acts(self) -> bool:
+        """True if there is an engine for commands to have an effect on, or one to start, whoever may send them."""
+        return self.live and not self._gone
 
     @property
     def over(self) -> bool:

@@ -39,6 +39,7 @@ class Animated(Published):
 
     live = True
     role = ViewerRole.OWNER
+    gone = False
 
     def __init__(self, frames: int) -> None:
         made = FakeSource(GPU, layers=24, unit=12 * MIB)

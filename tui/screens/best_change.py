@@ -55,8 +55,8 @@ def _fitting(texts: Sequence[str], cells: int) -> str:
 
 def _names(forecasts: Forecasts, saving: Saving, with_effect: bool) -> list[str]:
     """`a accumulation 4 with b batch size 1, ~-6.00 GiB (other rounding)`, then with keys alone, then no effect."""
-    live, unit = forecasts.state.live, forecasts.state.unit
-    known = {option.name: (key if live else "", title) for key, title, option, _ in offered()}
+    acts, unit = forecasts.state.acts, forecasts.state.unit
+    known = {option.name: (key if acts else "", title) for key, title, option, _ in offered()}
     whole = [" ".join(filter(None, (*known[name], show(value)))) for name, value in saving.changes.items()]
     brief = [f"{known[name][0] or known[name][1]} {show(value)}" for name, value in saving.changes.items()]
     effect = f" ({saving.effect.title})" * with_effect

@@ -88,7 +88,7 @@ class HelpPage(Page):
     def _keys(self, width: int) -> list[Row]:
         """The selected part, then the keys: the screen's own, those of every screen, a letter for each setting."""
         palette, page = self.palette, self._page()
-        live, several = self.state.live, self.state.several
+        live, several = self.state.acts, self.state.several
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]

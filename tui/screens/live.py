@@ -77,7 +77,7 @@ class LivePage(Page):
             "What fills the GPU now, what filled it at the peak, and how far the edge is. Up and down select a part of "
             "the screen; ? then explains that part."
             + " Letters change a technique and restart the run."
-            * self.state.live,
+            * self.state.acts,
         )
 
     def move(self, by: int) -> None:
@@ -321,7 +321,7 @@ class LivePage(Page):
     def _recomputes(self, width: int) -> list[Row]:
         state, answers = self.state, self.forecasts.answers
         config = state.run.config or self.changes.base()
-        keys = (state.peak, state.live, state.over, state.environment, config, answers)
+        keys = (state.peak, state.acts, state.over, state.environment, config, answers)
         shows = (*keys, state.run.last_recompute, len(state.run.lit), state.now and state.now.trace.names, state.unit)
         return self.kept("recompute", (*shows, width), lambda: self._recompute(width))
 

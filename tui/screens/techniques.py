@@ -341,7 +341,7 @@ class TechniquesPage(Page):
             self.forecasts.answers,
             state.run.config or self.changes.base(),
             state.environment,
-            state.live,
+            state.acts,
             state.unit,
             width,
         )
@@ -414,8 +414,8 @@ class TechniquesPage(Page):
         if problem:
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)]
         changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
-        text = f" enter applies {changed} as one restart"
-        text = text if self.state.live else f" {changed} predicted; a recording runs nothing"
+        applied = self.changes.applied
+        text = f" {changed} predicted; {applied}" if applied else f" enter applies {changed} as one restart"
         wanted = self.changes.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
