@@ -237,8 +237,9 @@ class Ledger:
 
     @cached_property
     def saved_by_layer(self) -> dict[str, int] | None:
-        """Activations that each layer keeps for backward as the last forward ends; None: there was no forward."""
-        ends = [span.end for span in self.trace.phases if span.phase is Phase.FORWARD]
+        """Activations that each layer keeps for backward as the last forward ends; None: no forward has ended."""
+        phases = self.trace.phases if self.trace.is_complete else self.trace.phases[:-1]  # in the last one it broke off
+        ends = [span.end for span in phases if span.phase is Phase.FORWARD]
         if not ends:
             return None
         kept = {layer: sizes.get(Category.ACTIVATIONS, 0) for layer, sizes in self.by_layer(ends[-1] - 1).items()}

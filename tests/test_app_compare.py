@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, write
@@ -228,3 +228,37 @@ def test_a_recording_is_summed_up_as_the_run_was(tmp_path: Path) -> None:
     live, (run,) = state.summary(), Recording(tmp_path / "x.gpumem").runs()
     assert live is not None
     assert live._replace(origin="x", run=run) == summarize(run, "x")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_of_a_run_that_died_in_forward_no_layer_has_saved_anything(size: tuple[int, int]) -> None:
+    source = trained(2)
+    source.end("stopped")
+    source.start(batch_size=64)
+    source.advance(4)
+    source.abort_step()
+    source.end("failed")
+    async with shown(source, size) as driver:
+        await driver.compare_by(SAVED)
+        full, died = driver.app.state.runs
+        assert full.saved_by_layer and died.saved_by_layer is None
+        assert "no forward ended in B: nothing to compare there" in driver.text
+        assert "saved most" not in driver.text
+        assert driver.line("layers.0").split()[2:] == ["–", "–"]
+
+
+def test_a_forward_that_broke_off_is_not_the_one_before_it() -> None:
+    source = trained(1, accumulation=2)
+    kept = Ledger(source.run.traces()[-1]).saved_by_layer
+
+    def place() -> tuple[Phase, int]:
+        assert source.run.latest is not None
+        ledger = Ledger(source.run.latest)
+        return ledger.where(len(ledger.trace.events) - 1)[:2]
+
+    while place() != (Phase.FORWARD, 1):
+        source.advance()
+    source.advance(2)
+    assert place() == (Phase.FORWARD, 1)
+    source.abort_step()
+    assert Ledger(source.run.traces()[-1]).saved_by_layer == kept

@@ -221,15 +221,18 @@ class ComparePage(Page):
         self, layers: list[Line], runs: list[RunSummary], shown: list[int], unit: Unit, width: int
     ) -> list[Row]:
         """The layers that keep the fewest activations against the base, for each run with a column."""
+        known = [i for i in shown if runs[i].saved_by_layer is not None]
         texts = []
-        for i in (i for i in shown if i != self.base and not runs[i].predicted):
+        for i in (i for i in known if self.base in known and i != self.base and not runs[i].predicted):
             by_name = {name: (sizes[i] or 0) - (sizes[self.base] or 0) for name, sizes, _ in layers}
             least = min(by_name.values(), default=0)
             if (text := difference(least, 0, unit)).startswith("-"):
                 names = [name for name, by in by_name.items() if difference(by, 0, unit) == text]
                 texts.append(f"{_letter(i)} in {_together(names)}, {text}{' each' * (len(names) > 1)}")
         row = Row().add(shorten(f" saved most activations: {'; '.join(texts)}", width - 1), self.palette.good)
-        return [row] * bool(texts)
+        without = ", ".join(_letter(i) for i in shown if i not in known)
+        none = Row().add(f" no forward ended in {without}: nothing to compare there", self.palette.busy)
+        return [row] * bool(texts) + [none] * bool(without)
 
     def _instants(self, runs: list[RunSummary], shown: list[int], width: int) -> Row:
         """The phase of each column's peak: a difference between two phases is not what a change saves."""
