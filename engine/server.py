@@ -26,7 +26,7 @@ from .feed import Command, End, Source
 from .forks import in_child
 from .run import Run
 from .run_events import Loaded, Paused, Refused, Resumed, RunEnded, RunStarted, StepEnded
-from .techniques import changed
+from .techniques import notable
 
 log = logging.getLogger("gpumem_tui.server")
 
@@ -302,7 +302,7 @@ class Server:
             info.kind,
             info.pid,
             model=config.model if config else "",
-            techniques=" ".join(f"{name}={show(value)}" for name, value in changed(config)) if config else "",
+            techniques=" ".join(f"{name}={show(value)}" for name, value in notable(config)) if config else "",
             device=environment.device if environment else "",
             step=gauge.step if gauge else 0,
             allocated_bytes=gauge.allocated_bytes if gauge else 0,

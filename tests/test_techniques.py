@@ -442,3 +442,11 @@ def test_selective_checkpointing_is_recognised_and_wants_the_newer_implementatio
     assert techniques.recognise(made.model, made.optimizer)["checkpointing"] == "selective"
     with pytest.raises(UserError, match=r"needs checkpointing\.reentrant=off"):
         configured({"checkpointing": "selective", "checkpointing.reentrant": "on"})
+
+
+def test_rows_steps_and_the_seed_are_no_techniques() -> None:
+    config = small_run(rows=7, steps=3, seed=5, lora=True)
+    assert dict(techniques.notable(config)) == {
+        name: value for name, value in techniques.changed(config) if name not in ("rows", "steps", "seed")
+    }
+    assert "lora" in dict(techniques.notable(config))

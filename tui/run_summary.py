@@ -16,9 +16,6 @@ from ..engine.ledger import Bytes, Ledger
 from ..engine.run import Run, RunKind, highest_of
 from .run_state import RunState, state_of
 
-ROUTINE = ("rows", "steps", "seed")
-"""Without influence on memory: in no label."""
-
 
 class RunSummary(NamedTuple):
     """A run in small.
@@ -79,8 +76,8 @@ class RunSummary(NamedTuple):
 def label(config: RunConfig) -> str:
     """A run's name in a narrow column: the batch, then each setting that is not the default."""
     words = [f"B{config.batch_size}"]
-    for name, value in techniques.changed(config):
-        if name not in (*ROUTINE, "batch_size"):
+    for name, value in techniques.notable(config):
+        if name != "batch_size":
             words.append(name if value is True else f"{name}={show(value)}")
     return " ".join(words)
 

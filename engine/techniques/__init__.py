@@ -19,6 +19,9 @@ from ..config import TRACES, WORKLOAD_OPTIONS, Architecture, Option, RunConfig, 
 from ..events import Environment
 from ..technique import Effect, Group, Technique
 
+ROUTINE = ("rows", "steps", "seed")
+"""Settings that decide neither memory nor which training it is: in no label."""
+
 
 @cache
 def registry() -> Mapping[str, Technique]:
@@ -209,6 +212,11 @@ def changed(config: RunConfig) -> Iterable[tuple[str, Value]]:
     for name, option in all_options().items():
         if config[name] != option.default:
             yield name, config[name]
+
+
+def notable(config: RunConfig) -> Iterable[tuple[str, Value]]:
+    """Those of `changed` that say what is trained and how: not how many rows and steps there are, nor the seed."""
+    return ((name, value) for name, value in changed(config) if name not in ROUTINE)
 
 
 def describe(config: RunConfig) -> str:

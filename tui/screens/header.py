@@ -12,8 +12,8 @@ from ..palette import Palette
 from ..state import ViewState
 from ..units import shorten, tail
 
-ROUTINE = ("batch_size", "seq_len", "rows", "steps", "seed")
-"""Shown in another way, or without influence on memory."""
+ELSEWHERE = ("batch_size", "seq_len", *techniques.ROUTINE)
+"""Shown in another way, or in no label."""
 
 
 def summary(config: RunConfig, before: RunConfig | None = None) -> str:
@@ -30,7 +30,7 @@ def summary(config: RunConfig, before: RunConfig | None = None) -> str:
         differ = [name for name in techniques.all_options() if name in before.options and config[name] != before[name]]
         names = [*differ, *(name for name in names if name not in differ)]
     for name in names:
-        if name in ROUTINE:
+        if name in ELSEWHERE:
             continue
         value = config[name]
         words.append(name if value is True else f"{name}={show(value)}")

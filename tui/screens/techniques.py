@@ -429,7 +429,10 @@ class TechniquesPage(Page):
         predictions, here = self.forecasts.predictions, self.state.environment
         if predictions is None or not predictions.gpu_name:
             return ""
-        waiting = f", {count} being worked out" if (count := predictions.waiting()) else ""
+        best = self.forecasts.strongest()
+        counted = best is not None and best.tried < best.of  # above, as the changes that are tried
+        count = 0 if counted else predictions.waiting()
+        waiting = f", {count} being worked out" if count else ""
         whose = f" · ~ is predicted for {predictions.gpu_name}"
         if here is None or here.on_gpu:
             return f"{whose}{waiting}"
