@@ -242,8 +242,12 @@ class Feed:
 class Published:
     """The reading half of a `Source` over a feed."""
 
-    gone = False
     _feed: Feed
+
+    @property
+    def gone(self) -> bool:
+        """False: the engine is in this process."""
+        return False
 
     def environment(self) -> Environment | None:
         """The machine and device of runs; None until they are known."""

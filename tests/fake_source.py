@@ -260,6 +260,7 @@ class FakeSource(Published):
     """
 
     role = ViewerRole.OWNER
+    gone = False
 
     def __init__(self, environment: Environment = CPU, live: bool = True, unit: int = MIB, layers: int = 6) -> None:
         self.live = live
