@@ -249,3 +249,15 @@ def _keeps_everything(config: RunConfig, changes: Mapping[str, Value]) -> bool:
     other = config.with_(changes)
     same = (config.batch_size, config.seq_len) == (other.batch_size, other.seq_len)
     return same and techniques.effect(config, other) is Effect.NONE
+
+
+def test_a_value_of_each_technique_is_predicted_before_another_of_any_what_acts_on_most_first() -> None:
+    config = techniques.configure(run_fields("tiny"), {})
+    now, changes = predict(config, gpu("H100 80GB")), list(advice.single_changes(config))
+    order = advice.most_promising_first(now, changes)
+    assert sorted(order) == list(range(len(changes)))
+    switches = [next(iter(changes[i])) for i in order]
+    first = switches[: len(set(switches))]
+    assert set(first) == set(switches)
+    held = [advice.acts_on_bytes(now, techniques.registry()[switch]) for switch in first]
+    assert held == sorted(held, reverse=True)

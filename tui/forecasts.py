@@ -9,7 +9,7 @@ from ..engine import techniques
 from ..engine.config import Value
 from ..engine.events import StepTrace
 from ..engine.out_of_memory.report import OutOfMemoryReport
-from ..engine.prediction.advice import LEAST_SAVING_BYTES, single_changes
+from ..engine.prediction.advice import LEAST_SAVING_BYTES, most_promising_first, single_changes
 from ..engine.run import Run
 from ..engine.technique import Effect
 from .changes import Changes
@@ -105,7 +105,10 @@ class Forecasts:
         configs = [base.with_(one) for one in changes]
         if now is None and not predictions.unanswered([base]):
             return None  # there can be none of this model: nothing will come to subtract from
-        then = [predictions.of(config, hurry) for config in configs]
+        # Asked for before the run itself is known, they would be worked out in any order.
+        for i in most_promising_first(now, changes) if now is not None else ():
+            predictions.of(configs[i], hurry)
+        then = [predictions.of(config, hurry) for config in configs] if now is not None else [None] * len(configs)
         tried = len(configs) - predictions.unanswered(configs) if now else 0
         savings = [
             Saving(one, now.peak_bytes - found.peak_bytes, techniques.effect(base, config))

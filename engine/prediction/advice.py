@@ -111,9 +111,29 @@ def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
 
 def could_help(now: Prediction, technique: Technique) -> bool:
     """True if what a technique acts on is a part of any phase's highest moment to speak of."""
+    return acts_on_bytes(now, technique) >= LEAST_EFFECT * now.peak_bytes
+
+
+def acts_on_bytes(now: Prediction, technique: Technique) -> int:
+    """The most that the categories a technique acts on hold together, at the highest moment of any phase."""
     acts_on = [category.key for category in technique.acts_on]
-    held = (sum(moment.get(key, 0) for key in acts_on) for moment in now.by_phase.values())
-    return max(held, default=0) >= LEAST_EFFECT * now.peak_bytes
+    return max((sum(moment.get(key, 0) for key in acts_on) for moment in now.by_phase.values()), default=0)
+
+
+def most_promising_first(now: Prediction, changes: Sequence[dict[str, Value]]) -> list[int]:
+    """The order in which changes are worth being predicted: a value of each technique before another of any.
+
+    Args:
+        now: The run as it is; techniques that act on more of it come before others.
+        changes: As `single_changes` gives them, a technique's switch first.
+
+    Returns:
+        Indices of all of them.
+    """
+    switches = [next(iter(change)) for change in changes]
+    turn = [switches[:i].count(switch) for i, switch in enumerate(switches)]
+    held = {switch: acts_on_bytes(now, techniques.registry()[switch]) for switch in set(switches)}
+    return sorted(range(len(changes)), key=lambda i: (turn[i], -held[switches[i]]))
 
 
 def _made_sound(config: RunConfig, changes: dict[str, Value]) -> dict[str, Value] | None:
