@@ -44,6 +44,12 @@ from .conftest import Engine, small_run
 KIB, MIB, GIB = 1 << 10, 1 << 20, 1 << 30
 
 
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests() -> None:
+    """Their models and optimizers, not collected yet, would be others that a watched script holds beside its own."""
+    gc.collect()
+
+
 # --- the report travels --------------------------------------------------------------------
 
 

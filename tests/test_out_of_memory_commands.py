@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from dataclasses import replace
@@ -37,6 +38,12 @@ KEYS = [
     "asked_bytes", "step", "phase", "module", "rank", "allocated_bytes", "by_category", "cached_bytes",
     "largest_free_block_bytes", "outside_torch_bytes", "verdict", "reason", "fixes",
 ]  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def nothing_of_other_tests() -> None:
+    """Their models and optimizers, not collected yet, would be others that a watched script holds beside its own."""
+    gc.collect()
 
 
 def rule(config: RunConfig, card: Gpu) -> Prediction:

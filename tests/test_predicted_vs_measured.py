@@ -164,7 +164,7 @@ async def test_the_difference_in_named_terms_adds_up_on_the_screen(size: tuple[i
         await driver.compare_by(OWNERS)
         places = [line for line in driver.lines if "peak in" in line]
         assert [re.sub(r"\s+", " ", line).strip() for line in places] == [
-            "A peak in step 1, optimizer step of AdamW", "B peak in step 1, optimizer step of AdamW",
+            "A peak in step 2, optimizer step of AdamW", "B peak in step 2, optimizer step of AdamW",
         ]  # fmt: skip
         figures = [re.sub(r"\s{2,}| (?=~)", "|", line.strip()).split("|") for line in driver.lines[driver.lines.index(
             next(line for line in driver.lines if line.strip().startswith("P "))):]]  # fmt: skip
