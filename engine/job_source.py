@@ -162,7 +162,7 @@ class JobSource:
         """Detach."""
         self._closing = True
         for thread in (self._starting, self._ending):
-            if thread is not None:
+            if thread is not None and thread.is_alive():  # Ctrl-C may have come before it was started
                 thread.join(10.0)
         for member in self.members:
             member.close()

@@ -153,7 +153,7 @@ class Remote(Published):
         if connection is not None:
             with contextlib.suppress(OSError):
                 connection.shutdown(socket.SHUT_RDWR)
-        if self._thread is not None:
+        if self._thread is not None and self._thread.is_alive():  # Ctrl-C may have come before it was started
             self._thread.join(10.0)
         self._wake_read.close()
         self._wake_write.close()

@@ -7,17 +7,21 @@ import random
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import psutil
 import pytest
 
 from gpumem_tui.engine import engine_registry
+from gpumem_tui.engine.job_source import JobSource
+from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.tui.cli import COMMANDS
 from gpumem_tui.tui.hang_up import HUNG_UP
 
 from .app_driver import RECORDINGS
 from .benchmarks.interrupts import ARGUMENTS, FIRST_S, SMALL, interrupt, machine
+from .conftest import small_run
 from .terminal import Terminal, until
 
 LASTING = ["", "--once", "attach", "exec", "run", "sweep", "estimate", "advise", "open"]
@@ -86,3 +90,16 @@ def test_a_terminal_that_vanishes_is_the_end_though_sighup_is_ignored(tmp_path: 
     os.close(terminal.master)
     assert terminal.wait() == HUNG_UP
     terminal.close()
+
+
+def test_a_source_whose_start_was_interrupted_can_be_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C as the thread that launches the engine is being started: it never runs, and is not to be waited for."""
+
+    def interrupted(_thread: threading.Thread) -> None:
+        raise KeyboardInterrupt
+
+    source = JobSource(Launcher())
+    monkeypatch.setattr(threading.Thread, "start", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        source.start(small_run())
+    source.close()
