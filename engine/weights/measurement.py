@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import subprocess
 import sys
 import threading
@@ -100,7 +101,8 @@ class Measurement:
         except (OSError, msgspec.DecodeError):
             pass  # it was killed in the middle of a line
         process.wait()
-        process.stdin.close()
+        with contextlib.suppress(OSError):  # closing writes what the process was killed too early to take
+            process.stdin.close()
         process.stdout.close()
         if self.running:
             self.failure = ENDED
