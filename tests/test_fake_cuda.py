@@ -92,6 +92,14 @@ def test_what_a_hook_adds_is_new() -> None:
     assert of(lambda grad: grad + grad) == of(lambda grad: grad * 2)
 
 
+# --- what kernels take for a while -------------------------------------------------------------
+
+
+def test_the_backward_of_softmax_makes_a_product_first_that_of_its_logarithm_does_not() -> None:
+    """Three scores at once instead of two, where a math attention kernel computes the gradient of its own."""
+    assert allocations(lambda h: h.softmax(0)) - allocations(lambda h: h.log_softmax(0)) == 1
+
+
 # --- the same in every process -------------------------------------------------------------------
 
 

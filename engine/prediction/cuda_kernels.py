@@ -41,6 +41,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten._to_copy.default: _to_copy,
         aten.add.Tensor: _add,
         aten.native_layer_norm.default: _layer_norm,
+        aten._softmax_backward_data.default: _softmax_backward,
         aten.cumsum.default: _cumsum,
         aten._grouped_mm.default: _grouped_mm,
         aten.any.default: _any,
@@ -127,6 +128,15 @@ def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Mean and deviation are in float32; a CPU's have the input's dtype."""
     out, mean, deviation = func(*args, **kwargs)
     return out, mean.float(), deviation.float()
+
+
+def _softmax_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """The product of gradient and output is made first (`softmax_backward_cuda_out` of `SoftMax.cu`)."""
+    grad, output = args[:2]
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    tracker.scratch(out.numel() * torch.result_type(grad, output).itemsize)
+    return out
 
 
 def _embedding_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
