@@ -4,8 +4,9 @@
         outputs = model(...)
 
 What autograd saves is copied into pinned memory on the compute stream and brought back when
-its node runs, as `torch.autograd.graph.save_on_cpu` does. As in TRL's `OffloadActivations`
-parameters, buffers and what is small stay. A storage that several nodes save travels once.
+its node runs, as `torch.autograd.graph.save_on_cpu` does, or on a second stream
+(`offload_stream`), as TRL's `OffloadActivations` does. As there parameters, buffers and what is
+small stay. A storage that several nodes save travels once.
 """
 
 from __future__ import annotations
@@ -19,20 +20,23 @@ from typing import Any
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from .offload_stream import ComputeStream, Copies, SecondStream
+
 LEAST_BYTES = 1024
 """A storage of fewer stays where it is (TRL's `min_offload_size`)."""
 
 HOST = torch.device("cpu")
 
-BroughtBack = Callable[[torch.Tensor], None]
+Told = Callable[[torch.Tensor, bool], None]
+"""Called with what is on the device for offloading's sake, and whether it is there until it has been copied away."""
 
 # A plain global: CUDA's backward runs on a thread of autograd's own.
-_observers: tuple[BroughtBack, ...] = ()
+_observers: tuple[Told, ...] = ()
 
 
 @contextmanager
-def observer(callback: BroughtBack) -> Iterator[None]:
-    """Have `callback(tensor)` called with every storage that comes back to the device."""
+def observer(callback: Told) -> Iterator[None]:
+    """Have `callback(tensor, stashed)` called with every storage that is stashed in forward or comes back."""
     global _observers  # noqa: PLW0603
     _observers = (*_observers, callback)
     try:
@@ -41,26 +45,33 @@ def observer(callback: BroughtBack) -> Iterator[None]:
         _observers = tuple(other for other in _observers if other is not callback)
 
 
+def _tell(tensor: torch.Tensor, stashed: bool) -> None:
+    for each in _observers:
+        each(tensor, stashed)
+
+
 class _OnHost:
     """The content of a storage, on the host until it is first asked for.
 
     Args:
         flat: All of the storage, one-dimensional and on the device.
+        copies: Makes the copies, there and back.
     """
 
-    def __init__(self, flat: torch.Tensor) -> None:
-        self._device = flat.device
-        self._host: torch.Tensor | None = _page_locked(flat)
-        self._host.copy_(flat, non_blocking=True)
+    def __init__(self, flat: torch.Tensor, copies: Copies) -> None:
+        self._device, self._copies = flat.device, copies
+        self._host: torch.Tensor | None = copies.away(self, flat, _page_locked)
         self._back: torch.Tensor | None = None
+        if copies.stashes:
+            _tell(flat, True)
 
     def back(self) -> torch.Tensor:
         """The storage's content on the device, where it stays for as long as a node wants it."""
         if self._back is None:
             assert self._host is not None
-            self._back, self._host = self._host.to(self._device, non_blocking=True), None
-            for each in _observers:
-                each(self._back)
+            self._back, self._host = self._copies.back(self, self._host, self._device), None
+            _tell(self._back, False)
+        self._copies.used(self)
         return self._back
 
 
@@ -84,10 +95,12 @@ class ActivationsOnHost(saved_tensors_hooks):
 
     Args:
         model: Its parameters and buffers stay on the device.
+        second_stream: Copy beside the computation and not within it.
     """
 
-    def __init__(self, model: torch.nn.Module) -> None:
+    def __init__(self, model: torch.nn.Module, second_stream: bool = False) -> None:
         self._model = weakref.ref(model)
+        self._copies: Copies = SecondStream() if second_stream else ComputeStream()
         self._staying: dict[int, weakref.ref[Any]] = {}
         self._moved: dict[int, tuple[weakref.ref[Any], int, weakref.ref[_OnHost]]] = {}
         super().__init__(self._pack, self._unpack)
@@ -100,6 +113,7 @@ class ActivationsOnHost(saved_tensors_hooks):
             storages = [tensor.untyped_storage() for tensor in named]
             self._staying = {storage._cdata: weakref.ref(storage) for storage in storages}
         self._moved.clear()
+        self._copies.forward_begins()
         super().__enter__()
 
     def _pack(self, tensor: torch.Tensor) -> torch.Tensor | _Saved:
@@ -119,7 +133,7 @@ class ActivationsOnHost(saved_tensors_hooks):
         if known is not None and reference is not None and reference() is storage and version == tensor._version:
             return known
         with torch.no_grad():
-            made = _OnHost(tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0))
+            made = _OnHost(tensor.as_strided((storage.nbytes() // tensor.element_size(),), (1,), 0), self._copies)
         self._moved[storage._cdata] = weakref.ref(storage), tensor._version, weakref.ref(made)
         return made
 

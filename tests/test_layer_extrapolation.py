@@ -71,6 +71,7 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
         ("gpt2", {"trainable": "last-layers", "trainable.layers": 3, "checkpointing": "layers"}),
         ("gpt2", {"trainable": "norms-biases", "loss": "chunked"}),
         ("gpt2", {"optimizer_in_backward": True, "offload": "activations"}),
+        ("gpt2", {"offload": "activations", "offload.stream": True}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "nf4"}),
         ("qwen2.5-0.5b", {"lora": True, "quantization": "int8", "dtype": "float16"}),
     ],

@@ -16,7 +16,6 @@ from .fake_cuda import DEVICE, FakeCuda
 from .fake_ddp import FakeDDP, Note, Repeated
 from .fake_fsdp import fsdp_paths
 from .fake_process_group import fake_process_group
-from .fake_streams import fake_streams
 from .fake_zero import FakeZeRO
 
 
@@ -49,7 +48,6 @@ def rank_paths(recipe: Recipe, tracker: FakeCuda, repeated: Repeated, note: Note
         return FakeDDP(module, repeated, note, gradient_as_bucket_view)
 
     with ExitStack() as undo:
-        undo.enter_context(fake_streams(tracker))
         undo.enter_context(fsdp_paths(tracker))
         replace(undo, torch.nn.parallel, "DistributedDataParallel", ddp)
         if isinstance(recipe.parallelism, ZeRO):

@@ -35,6 +35,7 @@ from .caching_allocator import CachingAllocator, OutOfMemoryError
 from .cuda_kernels import kernels, take_workspaces
 from .cuda_patches import cuda_paths, sets_in_order
 from .fake_cuda import DEVICE, FakeCuda
+from .fake_streams import fake_streams
 from .gpus import Gpu
 from .layer_extrapolation import extrapolate
 from .layer_passes import UnlikeError
@@ -240,6 +241,7 @@ class _Rehearsing:
         try:
             with (
                 cuda_paths(self.gpu, recorder, self.plan.recipe.libraries, self._times),
+                fake_streams(recorder),
                 self._rank_paths(recorder, tracer),
                 sets_in_order(self.plan.shell),
                 op_cache().mode,

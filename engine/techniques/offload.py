@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
@@ -19,21 +20,21 @@ LIBRARIES = ("OffloadActivations.", "save_on_cpu.")
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
     """Enter the hooks around the model without its head, or around each checkpointed segment."""
-    match config.text("offload"):
-        case "activations":
-            recipe.transforms.append(_around_body)
-        case "checkpoints":
-            from ..activation_offload import ActivationsOnHost
-
-            recipe.checkpoint_context = ActivationsOnHost
-
-
-def _around_body(model: Any) -> Any:
-    """Logits and loss stay, as with TRL: backward wants them at once."""
+    if (where := config.text("offload")) == "off":
+        return
     from ..activation_offload import ActivationsOnHost
 
+    hooks_of = partial(ActivationsOnHost, second_stream=config.flag("offload.stream"))
+    if where == "checkpoints":
+        recipe.checkpoint_context = hooks_of
+    else:
+        recipe.transforms.append(partial(_around_body, hooks_of))
+
+
+def _around_body(hooks_of: Any, model: Any) -> Any:
+    """Logits and loss stay, as with TRL: backward wants them at once."""
     whole = model.get_base_model() if hasattr(model, "get_base_model") else model
-    hooks = ActivationsOnHost(whole)
+    hooks = hooks_of(whole)
     body = whole.base_model
     body.register_forward_pre_hook(partial(_enter, hooks))
     body.register_forward_hook(partial(_leave, hooks), always_call=True)
@@ -72,8 +73,11 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
         ):
             return {"offload": "checkpoints"}
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
-    pack = str(getattr(hooks[0], "__qualname__", "")) if hooks else ""
-    return {"offload": "activations" if pack.startswith(LIBRARIES) else "off"}
+    pack: Any = hooks[0] if hooks else None
+    if not str(getattr(pack, "__qualname__", "")).startswith(LIBRARIES):
+        return {"offload": "off"}
+    its = inspect.getclosurevars(pack).nonlocals.get("self")
+    return {"offload": "activations", "offload.stream": bool(getattr(its, "use_streams", False))}
 
 
 TECHNIQUE = Technique(
@@ -97,10 +101,21 @@ TECHNIQUE = Technique(
             "activations: all that the layers save; checkpoints: the inputs of checkpointed segments",
             ("off", "activations", "checkpoints"),
         ),
+        Option(
+            "offload.stream",
+            False,
+            "copy on a second stream beside computing, as TRL does; up to five tensors wait for it on the GPU",
+            (False, True),
+        ),
     ),
     in_script="SFTConfig(activation_offloading=True); activation_checkpointing_kwargs={'offload': True}",
     acts_on=(Category.ACTIVATIONS,),
-    variants=({"offload": "activations"}, {"offload": "checkpoints", "checkpointing": "layers"}),
+    variants=(
+        {"offload": "activations"},
+        {"offload": "activations", "offload.stream": True},
+        {"offload": "checkpoints", "checkpointing": "layers"},
+        {"offload": "checkpoints", "checkpointing": "layers", "offload.stream": True},
+    ),
     apply=apply,
     conflict=conflict,
     unavailable=unavailable,

@@ -38,6 +38,9 @@ from .storages import parts_of
 SETTLED_AFTER = 2
 """Step after which model and optimizer make no new tensors that stay."""
 
+STASH = "stash"
+"""Behind the name of the module that made it: an activation that is being copied to the host."""
+
 DESCRIBED = 2
 """The step whose operators are watched: the first that is like those after it."""
 
@@ -195,7 +198,7 @@ class Tracer:
         try:
             with (
                 recompute.observer(observer or self.recomputing),
-                activation_offload.observer(self.brought_back),
+                activation_offload.observer(self.offloaded),
                 sharding.observed(self._model, guard(self.own_held)),
                 zero.observed(self._model, guard(self.own_held)),
                 reducers.heard_by(guard(self._making_buckets)),
@@ -374,10 +377,11 @@ class Tracer:
         self.tag(Phase.OPTIMIZER, self.name(type(optimizer).__name__))
         return lambda: self.tag(Phase.BACKWARD, module)
 
-    def brought_back(self, tensor: torch.Tensor) -> None:
-        """An activation has come back from the host, for the module at work."""
+    def offloaded(self, tensor: torch.Tensor, stashed: bool) -> None:
+        """An activation is on the device until it is on the host, or has come back for the module at work."""
         if self._step is not None:
-            self._own_all([(Category.ACTIVATIONS, self.module_now, tensor)])
+            name = f"{self.module_now}.{STASH}" if stashed else self.module_now
+            self._own_all([(Category.ACTIVATIONS, name, tensor)])
 
     def _making_buckets(self, ddp: Any, begins: bool) -> None:
         """DDP is about to make its buckets anew, if ever, or is past that."""
