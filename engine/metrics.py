@@ -19,6 +19,7 @@ from .run_events import StepEnded
 
 EVERY_S = 1.0
 """Between two writings of a file; whoever reads it does so less often."""
+LAST_PORT = 65535
 HOSTS = ("127.0.0.1", "localhost")
 
 
@@ -35,7 +36,7 @@ def published(source: Source, target: str, name: str) -> Iterator[None]:
         UserError: The file cannot be written, or the port cannot be had.
     """
     text = LatestRun(source, name).text
-    with _over_http(int(target), text) if target.isdecimal() else _in_file(Path(target), text):
+    with _over_http(_port(target), text) if target.isdecimal() else _in_file(Path(target), text):
         yield
 
 
@@ -106,6 +107,13 @@ def _replace(path: Path, text: bytes) -> None:
         raise UserError(f"--metrics {path}: not written: {error.strerror or one_line(error)}") from None
 
 
+def _port(target: str) -> int:
+    """A port that a scraper can be told of: 0 would be another one every time."""
+    if not (len(target) <= 5 and 0 < int(target) <= LAST_PORT):
+        raise UserError(f"--metrics {target:.20}: a port is a number from 1 to {LAST_PORT}")
+    return int(target)
+
+
 @contextmanager
 def _over_http(port: int, text: Callable[[], bytes]) -> Iterator[None]:
     """`GET /metrics` on loopback only; a page of another origin that has this machine's name gets nothing."""
@@ -129,7 +137,7 @@ def _over_http(port: int, text: Callable[[], bytes]) -> Iterator[None]:
 
     try:
         server = ThreadingHTTPServer((HOSTS[0], port), Handler)
-    except (OSError, OverflowError) as error:
+    except OSError as error:
         raise UserError(f"--metrics {port}: cannot be had: {one_line(error)}") from None
     server.daemon_threads = True
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)

@@ -101,8 +101,8 @@ def test_nothing_is_published_before_the_first_run(tmp_path: Path) -> None:
 
 
 def test_what_cannot_be_published_is_one_line(source: FakeSource, tmp_path: Path) -> None:
-    for target in (str(tmp_path), str(tmp_path / "none" / "x"), "99999", "/dev/full"):
-        with pytest.raises(UserError, match=f"^--metrics {target}: ") as refused, published(source, target, "tiny"):
+    for target in (str(tmp_path), str(tmp_path / "none" / "x"), "99999", "0", "9" * 5000, "/dev/full"):
+        with pytest.raises(UserError, match=f"^--metrics {target:.20}") as refused, published(source, target, "tiny"):
             pass
         assert "\n" not in str(refused.value)
 
