@@ -142,6 +142,24 @@ def test_documents_of_other_commands_are_a_base(report: dict[str, Any], base: Pa
         assert main(["check", *TINY, "--against", str(path)]) == 0
 
 
+def test_unlike_runs_are_not_compared_in_silence(
+    report: dict[str, Any], base: Path, tmp_path: Path, capsys: Any
+) -> None:
+    other = copy.deepcopy(report)
+    other["environment"]["device_name"] = "a laptop"
+    one = Checked("run", report, other, Limits(None, 0.0))
+    for text in (check_report.as_text([one]), check_report.as_markdown([one])):
+        assert "the figures before are of a laptop, these of A100 40GB" in text
+    runs = tmp_path / "runs.toml"
+    runs.write_text('gpu = "A100 40GB"\n' + "".join(f'[[runs]]\nname = "{n}"\nprofile = "tiny"\n' for n in "ab"))
+    assert main(["check", str(runs), "--against", str(base), "--format", "markdown"]) == 0
+    assert capsys.readouterr().out.count("| new, not in the base |") == 2
+    nothing = tmp_path / "nothing.json"
+    nothing.write_text('{"runs": []}')
+    assert main(["check", str(runs), "--against", str(nothing)]) == 2
+    assert capsys.readouterr().err == f"gpumem-tui: {nothing}: there are no runs in it to check against\n"
+
+
 def test_what_cannot_be_checked_is_one_line(base: Path, tmp_path: Path, capsys: Any) -> None:
     def file(text: str) -> str:
         path = tmp_path / f"{len(list(tmp_path.iterdir()))}.toml"
@@ -150,6 +168,8 @@ def test_what_cannot_be_checked_is_one_line(base: Path, tmp_path: Path, capsys: 
 
     bad = tmp_path / "bad.json"
     bad.write_text('{"peak": {"by_category": []}}')
+    huge = tmp_path / "huge.json"
+    huge.write_text(base.read_text().replace('"allocated_bytes": ', '"allocated_bytes": 1' + "0" * 400))
     named = '[[runs]]\nname = "a"\n'
     for arguments, complaint in (
         (TINY, "nothing to check against; give it --budget, --against or both"),
@@ -157,6 +177,7 @@ def test_what_cannot_be_checked_is_one_line(base: Path, tmp_path: Path, capsys: 
         ([*TINY, "--budget", "1GiB", "--max-growth", "1"], "--max-growth 1: takes a share such as 1%"),
         ([*TINY, "--against", str(tmp_path / "none")], "No such file or directory"),
         ([*TINY, "--against", str(bad)], "not the JSON of a check, an estimate, a run or an export"),
+        ([*TINY, "--against", str(huge)], "not the JSON of a check, an estimate, a run or an export"),
         ([file("runs = 3")], "runs = 3 is not allowed; runs takes tables: [[runs]]"),
         ([file("")], "there are no runs in it"),
         ([file(named + 'presett = "lora"')], "there is no key 'presett'; did you mean preset?"),

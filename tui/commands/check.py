@@ -19,6 +19,8 @@ from .estimate import add_gpu_flag, chosen_gpu
 VIOLATED = 1
 """Exit code where a limit is exceeded."""
 
+LARGEST = (1 << 63) - 1
+"""Bytes: beyond it nothing is a size."""
 RUN_KEYS = ("profile", "model", "preset", "set", "budget", "max_growth")
 
 
@@ -63,7 +65,7 @@ def main(flags: argparse.Namespace) -> int:
     for run in asked:
         document = predict(run.config).as_document()
         before = None if base is None else _of(base, run.name, alone=len(asked) == 1)
-        checked.append(Checked(run.name, document, before, run.limits))
+        checked.append(Checked(run.name, document, before, run.limits, is_new=base is not None and before is None))
     end_progress()
     write_output(check_report.FORMATS[flags.format](checked), flags.output)
     violations = [violation for one in checked for violation in one.violations]
@@ -150,20 +152,25 @@ def _base(path: Path) -> dict[str, dict[str, Any]]:
     """
     try:
         read = json.loads(path.read_text(encoding="utf-8"))
-        runs = read.get("runs", [read]) if isinstance(read, dict) else []
-        return {str(run.get("name", "")): _checked_document(run.get("report", run)) for run in runs}
+        runs = read.get("runs", [read])
+        found = {str(run.get("name", "")): _checked_document(run.get("report", run)) for run in runs}
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise UserError(f"{path}: not the JSON of a check, an estimate, a run or an export") from None
+    if not found:
+        raise UserError(f"{path}: there are no runs in it to check against")
+    return found
 
 
 def _checked_document(run: dict[str, Any]) -> dict[str, Any]:
     """A run's document, if it has what a comparison asks for."""
     peak = run["peak"]
+    if not isinstance(run.get("environment", {}), dict):
+        raise TypeError
     sizes = [*peak["by_category"].values(), *(n for kinds in peak["by_owner"].values() for n in kinds.values())]
     sizes += [n for sizes in peak["by_layer"].values() for n in sizes.values()]
-    if not all(isinstance(size, int) for size in (peak["allocated_bytes"], *sizes)):
+    if not all(isinstance(size, int) and 0 <= size <= LARGEST for size in (peak["allocated_bytes"], *sizes)):
         raise TypeError
     return run
 

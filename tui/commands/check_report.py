@@ -40,12 +40,14 @@ class Checked:
         document: Of the prediction.
         base: Of the run before; None: there is none.
         limits: Of the run.
+        is_new: There are runs before, and this is none of them.
     """
 
     name: str
     document: Mapping[str, Any]
     base: Mapping[str, Any] | None
     limits: Limits
+    is_new: bool = False
 
     @property
     def peak_bytes(self) -> int:
@@ -105,6 +107,21 @@ class Checked:
             )
         return found
 
+    @property
+    def verdict(self) -> str:
+        """The limits kept or not, in a word or two."""
+        if self.violations:
+            return "over"
+        return "new, not in the base" if self.is_new else "ok"
+
+    @property
+    def notes(self) -> list[str]:
+        """What makes the comparison one of unlike things."""
+        devices = [(run or {}).get("environment", {}).get("device_name") for run in (self.base, self.document)]
+        if None in devices or devices[0] == devices[1]:
+            return []
+        return [f"the figures before are of {devices[0]}, these of {devices[1]}"]
+
     def as_dict(self) -> dict[str, Any]:
         """The run's document, and what the check adds to it."""
         return {
@@ -143,22 +160,21 @@ def as_text(checked: Sequence[Checked]) -> str:
         growth = UNKNOWN if one.base is None else signed(one.peak_bytes, one.base_bytes, unit)
         cells = (unit.show(one.peak_bytes), unit.show(one.bound_bytes), unit.show(one.base_bytes), growth,
                  unit.show(one.limits.budget_bytes))  # fmt: skip
-        lines.append(
-            f"{one.name:<{width}}  " + "".join(f"{cell:>12}" for cell in cells) + ("   OVER" if one.violations else "")
-        )
+        verdict = {"ok": "", "over": "   OVER"}.get(one.verdict, f"   {one.verdict}")
+        lines.append(f"{one.name:<{width}}  " + "".join(f"{cell:>12}" for cell in cells) + verdict)
     for one in checked:
-        lines += [f"  {violation}" for violation in one.violations]
+        lines += [f"  {line}" for line in (*one.violations, *one.notes)]
         if one.base is not None and one.growth_bytes:
             lines += [f"    {line}" for line in _terms(one, unit)]
     return "\n".join([*lines, _verdict(checked)]) + "\n"
 
 
 def _terms(one: Checked, unit: Unit) -> list[str]:
-    """The owners that differ, by category."""
+    """The categories that differ by more than the unit's last digit."""
     return [
         f"{part.category.info.title:<14}{signed(part.bytes, part.base_bytes, unit):>10} {unit.name}"
         for part in one.parts
-        if part.difference_bytes
+        if unit.show(abs(part.difference_bytes)) != unit.show(0)
     ]
 
 
@@ -199,13 +215,14 @@ def as_markdown(checked: Sequence[Checked]) -> str:
                 UNKNOWN if one.base_bytes is None else f"{signed(one.peak_bytes, one.base_bytes, unit)} "
                 f"({_share(one.growth_bytes, one.base_bytes)})",
                 unit.show(one.limits.budget_bytes),
-                "**over**" if one.violations else "ok",
+                "**over**" if one.violations else one.verdict,
             )
             for one in checked
         ],
     )  # fmt: skip
     for one in checked:
-        lines += ["", *(f"- {_escaped(violation)}" for violation in one.violations)] if one.violations else []
+        said = [*one.violations, *(f"{one.name}: {note}" for note in one.notes)]
+        lines += ["", *(f"- {_escaped(line)}" for line in said)] if said else []
         lines += ["", "<details>", f"<summary>{_escaped(one.name)}: by category and layer</summary>", ""]
         lines += [*_categories(one, unit), *_layers(one, unit), "", "</details>"]
     return "\n".join(lines) + "\n"
