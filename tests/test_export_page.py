@@ -12,6 +12,7 @@ import pytest
 
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.exports.exported_run import ExportedRun
+from gpumem_tui.engine.run import RunKind
 from gpumem_tui.engine.run_events import StepEnded
 
 from .benchmarks.fold import synthetic
@@ -125,6 +126,20 @@ def test_runs_are_compared_and_each_can_be_looked_at(opened: Browser, tmp_path: 
     opened.click("#compare-bars tbody tr:nth-child(2) button")
     assert opened.run("return document.querySelector('h1').textContent") == "lora"
     assert table(opened, "held")["allocated"][1] == second["allocated_bytes"]
+
+
+@needs_browser
+def test_a_prediction_shows_no_times_and_no_reading_of_a_device(opened: Browser, tmp_path: Path) -> None:
+    run = recorded("h100-tiny")
+    run.run.kind, run.run.gauge, run.run.training_gauge = RunKind.PREDICTED, None, None
+    show(opened, tmp_path, run)
+    text = opened.run("return document.getElementById('slider').getAttribute('aria-valuetext')")
+    assert text.startswith("event ") and " ms" not in text, text
+    assert opened.run("return [...document.querySelectorAll('#scope button')].map((b) => b.textContent)") == [
+        "to the peak"
+    ]
+    told = opened.run("return [...document.querySelectorAll('.legend li')].map((li) => li.firstChild.textContent)")
+    assert told == ["at the peak ", "the rest "]
 
 
 @needs_browser

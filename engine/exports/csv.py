@@ -3,7 +3,7 @@
 The first rows are what was alive when the step began (`event` is -1). Bytes are
 signed: negative where they were freed. Summed down to any row they are what was
 held there, of a category or in all; `allocated_bytes` is that sum, and the
-allocator's own count.
+allocator's own count. A prediction times nothing: its `time_us` counts events.
 """
 
 from __future__ import annotations

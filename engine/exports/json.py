@@ -77,7 +77,7 @@ class TimelineFigures(msgspec.Struct, frozen=True):
 
     Attributes:
         event: After which event; -1: before the first.
-        time_us: Since the step began.
+        time_us: Since the step began; of a prediction: 1 for every event so far, since nothing was timed.
         phase: What the loop was doing.
         module: At work; empty: the model itself.
         allocated_bytes: In all.

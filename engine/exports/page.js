@@ -118,15 +118,18 @@
   function deviceBar(peak, now) {
     const whole = now.device_total_bytes;
     if (!whole) return "";
-    const cached = Math.max(0, (now.reserved_bytes ?? 0) - peak.allocated_bytes);
-    const outside = (now.context_bytes ?? 0) + (now.nccl_bytes ?? 0) + (now.others_bytes ?? 0);
+    // A prediction has no device that was read, a CPU no caching allocator: what nobody measured is not free.
+    const told = [now.context_bytes, now.nccl_bytes, now.others_bytes].filter((bytes) => bytes !== null);
+    const cached = now.reserved_bytes === null ? null : Math.max(0, now.reserved_bytes - peak.allocated_bytes);
+    const outside = told.length ? sum(told) : null;
+    const rest = whole - peak.allocated_bytes - (cached ?? 0) - (outside ?? 0);
     const bar = track(peak.by_category, whole, "device");
-    bar.append(el("i", { class: "cached", title: `cached ${fullText(cached)}`, style: { width: share(cached, whole) } }),
-      el("i", { class: "outside", title: `outside torch ${fullText(outside)}`, style: { width: share(outside, whole) } }));
-    const free = whole - peak.allocated_bytes - cached - outside;
-    const item = (name, bytes) => el("li", {}, `${name} `, el("b", {}, size(bytes, true)));
+    bar.append(el("i", { class: "cached", title: "cached", style: { width: share(cached ?? 0, whole) } }),
+      el("i", { class: "outside", title: "outside torch", style: { width: share(outside ?? 0, whole) } }));
+    const item = (name, bytes) => bytes === null ? "" : el("li", {}, `${name} `, el("b", {}, size(bytes, true)));
     return el("div", {}, bar, el("ul", { class: "legend", "aria-label": "The device at the peak" },
-      item("at the peak", peak.allocated_bytes), item("cached", cached), item("context and others", outside), item("free", free)));
+      item("at the peak", peak.allocated_bytes), item("cached", cached), item("context and others", outside),
+      item(cached === null || outside === null ? "the rest" : "free", rest)));
   }
 
   function held() {
@@ -217,7 +220,7 @@
       cellNumber(s.allocated_bytes), cellNumber(s.peak_bytes), cellNumber(s.reserved_bytes),
       el("td", { class: "cell" }, el("div", { class: "track", "aria-hidden": "true" },
         el("i", { style: { width: share(s.peak_bytes ?? 0, whole), background: "var(--accent)" } })))));
-    section("steps", "Steps", "Bars show the peak of each.", el("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "steps-title" },
+    section("steps", "Steps", "Bars show the peak of each. After it: before the gradients are zeroed.", el("div", { class: "scroll", tabindex: 0, role: "region", "aria-labelledby": "steps-title" },
       el("table", { id: "steps-table" }, el("caption", {}, "Steps"), el("thead", {}, el("tr", {}, header("step", "number"), header("loss", "number"),
         header("time", "number"), header("after it", "number"), header("peak", "number"), header("reserved", "number"), header(""))),
         el("tbody", {}, ...rows))));
@@ -235,9 +238,13 @@
 
   // --- the oscilloscope ------------------------------------------------------------
 
+  /** A prediction's clock counts allocations, and a snapshot may have none: neither tells how long anything took. */
+  const timed = () => run().kind !== "predicted" && run().step.timeline.time_us.at(-1) > 0;
+  const alongTime = () => state.byTime && timed();
+
   /** Where a point of the timeline is, 0 to 1. */
   function places(step) {
-    const line = step.timeline, along = state.byTime ? line.time_us : line.event.map((event) => event + 1);
+    const line = step.timeline, along = alongTime() ? line.time_us : line.event.map((event) => event + 1);
     const whole = Math.max(along[along.length - 1], 1);
     return along.map((at) => Math.min(1, Math.max(0, at / whole)));
   }
@@ -274,7 +281,7 @@
     section("scope", `Step ${step.step}, allocation by allocation`, "",
       el("div", { class: "head" },
         el("p", { class: "about" }, `${step.ending === "aborted" ? "An error ended it. " : ""}${count(step.events)} allocations and frees. Move over it, or use the slider: arrow keys step, Home and End go to its ends.`),
-        el("div", { class: "group" }, mode("by event", false), mode("by time", true),
+        el("div", { class: "group" }, ...(timed() ? [mode("by event", false), mode("by time", true)] : []),
           el("button", { type: "button", id: "to-peak", onclick: () => setPoint(peakPoint) }, "to the peak"))),
       plot, ...phases(step),
       el("div", { class: "slide" }, el("input", { type: "range", id: "slider", min: 0, max: xs.length - 1, step: 1, value: state.point,
@@ -320,8 +327,8 @@
   }
 
   function phases(step) {
-    const whole = state.byTime ? Math.max(step.timeline.time_us.at(-1), 1) : Math.max(step.events, 1);
-    const place = (p) => state.byTime ? [p.begin_us, p.end_us] : [p.begin_event, p.end_event];
+    const whole = alongTime() ? Math.max(step.timeline.time_us.at(-1), 1) : Math.max(step.events, 1);
+    const place = (p) => alongTime() ? [p.begin_us, p.end_us] : [p.begin_event, p.end_event];
     const bar = (p) => {
       const [begin, end] = place(p);
       const wide = Math.min(end, whole) - begin;
@@ -339,7 +346,8 @@
     byId("cursor").style.left = share(places(step)[point], 1);
     const slider = byId("slider");
     slider.value = point;
-    const when = event < 0 ? "before the first event" : `event ${count(event)} of ${count(step.events)}, ${(line.time_us[point] / 1000).toFixed(2)} ms`;
+    const time = timed() ? `, ${(line.time_us[point] / 1000).toFixed(2)} ms` : "";
+    const when = event < 0 ? "before the first event" : `event ${count(event)} of ${count(step.events)}${time}`;
     const doing = [line.phase[point], line.module[point]].filter(Boolean).join(" · ");
     slider.setAttribute("aria-valuetext", `${when}, ${doing}, ${fullText(line.allocated_bytes[point])} allocated`);
     byId("where").replaceChildren(el("b", {}, size(line.allocated_bytes[point], true)), ` allocated   ${when}`, el("br"), doing);
