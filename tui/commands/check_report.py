@@ -116,7 +116,7 @@ class Checked:
 
     @property
     def notes(self) -> list[str]:
-        """What makes the comparison one of unlike things."""
+        """Reasons why the figures compared are of unlike things."""
         devices = [(run or {}).get("environment", {}).get("device_name") for run in (self.base, self.document)]
         if None in devices or devices[0] == devices[1]:
             return []
