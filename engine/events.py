@@ -373,6 +373,7 @@ class Environment:
         packages: Installed version by distribution name; absent if missing.
         python: Version.
         gpus: GPUs of the machine that a job of several ranks would be on.
+        host_bytes: The machine's own memory; 0: not known.
     """
 
     device: str
@@ -383,6 +384,7 @@ class Environment:
     packages: dict[str, str] = field(default_factory=dict)
     python: str = ""
     gpus: Whole = 1
+    host_bytes: Whole = 0
 
     @property
     def on_gpu(self) -> bool:

@@ -64,7 +64,7 @@ class Meter:
             context_bytes=self._context_bytes,
             nccl_bytes=self._nccl_bytes,
             cache=recorder.cache if recorder else None,
-            pinned_bytes=_pinned_bytes() if self._nvml is not None else 0,
+            pinned_bytes=self.pinned_bytes(),
         )
 
     def measure_context(self, recorder: Recorder) -> bool:
@@ -79,6 +79,13 @@ class Meter:
             self._context_bytes = None if beyond is None else max(0, beyond - (self._nccl_bytes or 0))
         return self._nvml is None or self._context_bytes is not None
 
+    def pinned_bytes(self) -> int:
+        """Bytes that torch's host allocator has page-locked, cached blocks included; 0 on a CPU."""
+        import torch
+
+        statistics: Callable[[], dict[str, Any]] = getattr(torch.cuda, "host_memory_stats", dict)
+        return int(statistics().get("allocated_bytes.current", 0)) if self._nvml is not None else 0
+
     def _process_and_used(self) -> tuple[int | None, int]:
         if self._nvml is not None:
             return self._nvml.process_bytes(), self._nvml.used_bytes()
@@ -86,11 +93,3 @@ class Meter:
             memory = psutil.virtual_memory()
             self._host = psutil.Process().memory_info().rss, memory.total - memory.available
         return self._host
-
-
-def _pinned_bytes() -> int:
-    """Bytes that torch's host allocator has page-locked, cached blocks included."""
-    import torch
-
-    statistics: Callable[[], dict[str, Any]] = getattr(torch.cuda, "host_memory_stats", dict)
-    return int(statistics().get("allocated_bytes.current", 0))

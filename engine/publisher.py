@@ -265,6 +265,10 @@ class RunPublisher:
         assert self._meter is not None
         return self._meter.read(self.feed.clock_s(), self.recorder, self._tracer, self.managed_bytes)
 
+    def pinned_bytes(self) -> int:
+        """Bytes of the host's memory that torch has page-locked."""
+        return self._meter.pinned_bytes() if self._meter is not None else 0
+
     def gauge_forever(self, closing: Event, read: Callable[[], Gauge | None] | None = None) -> None:
         """Publish readings, until it is over or none can be had.
 

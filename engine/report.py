@@ -121,6 +121,7 @@ class RunDocument(msgspec.Struct, frozen=True):
         steps: Those that ended.
         recomputes: In order.
         managed_bytes: In CUDA managed memory.
+        pinned_bytes: Of the host's memory, page-locked: what was offloaded, and cached for it.
         workspace_bytes: Kept by libraries from run to run.
         unknown_bytes_max: The most that no rule could name, at any event.
         mismatch_bytes_max: The most that the categories' sum was off the allocator's counter.
@@ -142,6 +143,7 @@ class RunDocument(msgspec.Struct, frozen=True):
     steps: list[StepFigures]
     recomputes: list[RecomputeFigures]
     managed_bytes: int | None
+    pinned_bytes: int | None
     workspace_bytes: int | None
     unknown_bytes_max: int
     mismatch_bytes_max: int
@@ -216,6 +218,7 @@ class Report:
             steps=[_figures(StepFigures, event) for event in events if isinstance(event, StepEnded)],
             recomputes=[_figures(RecomputeFigures, event) for event in events if isinstance(event, Recomputed)],
             managed_bytes=ended.managed_bytes if ended else None,
+            pinned_bytes=ended.pinned_bytes if ended else None,
             workspace_bytes=ended.workspace_bytes if ended else None,
             unknown_bytes_max=self._unknown_bytes_max,
             mismatch_bytes_max=self._mismatch_bytes_max,

@@ -260,6 +260,7 @@ class RunEnded(RunEvent, frozen=True):
         leaked_bytes: Allocated beyond what was allocated before the run; None: not counted.
         workspace_bytes: Kept by libraries such as cuBLAS from run to run.
         managed_bytes: In CUDA managed memory, given back.
+        pinned_bytes: Of the host's memory, page-locked by torch as the run ended; None: not counted.
     """
 
     reason: str
@@ -267,6 +268,7 @@ class RunEnded(RunEvent, frozen=True):
     leaked_bytes: Whole | None = None
     workspace_bytes: Whole | None = None
     managed_bytes: Whole | None = None
+    pinned_bytes: Whole | None = None
 
     @property
     def is_problem(self) -> bool:

@@ -105,8 +105,9 @@ class TrainedRun:
         self._tracer.release()
         if self._peers is not None and problem is None:
             self._peers.let_go(self._device)
-        self._free_all()
         publisher, baseline = self._publisher, self._baseline_bytes
+        pinned = publisher.pinned_bytes()
+        self._free_all()
         managed, publisher.managed_bytes = publisher.managed_bytes, self._free_paged()
         leaked = self._recorder.allocated_bytes() - baseline + publisher.managed_bytes
         steps, wanted = publisher.steps, self._config.steps
@@ -120,6 +121,7 @@ class TrainedRun:
                 leaked_bytes=leaked,
                 workspace_bytes=baseline,
                 managed_bytes=managed,
+                pinned_bytes=pinned,
             )
         )
 

@@ -48,7 +48,8 @@ from gpumem_tui.engine.run_events import (
 from gpumem_tui.profiles import run_fields
 
 MIB = 1 << 20
-GPU = Environment("cuda:0", "NVIDIA H100 80GB HBM3", 80 << 30, "9.0", "570.1", {"peft": "0.18", "bitsandbytes": "0.49"})
+GPU = Environment("cuda:0", "NVIDIA H100 80GB HBM3", 80 << 30, "9.0", "570.1", {"peft": "0.18", "bitsandbytes": "0.49"},
+                  host_bytes=32 << 30)  # fmt: skip
 CPU = Environment("cpu", "CPU x86_64, 8 cores", 16 << 30, packages={"peft": "0.18"})
 
 

@@ -450,3 +450,22 @@ async def test_no_sentence_of_the_live_screen_ends_in_mid_word(size: tuple[int, 
         for line in advice:
             assert re.search(r"GiB( \(\w+ \w+\))?$", line), line
         assert "…" not in "".join(driver.lines[1:-2])
+
+
+async def test_what_waits_on_the_host_has_a_bar_of_its_own_beneath_the_gpu_s() -> None:
+    source = FakeSource(GPU, unit=GPU_UNIT)
+    source.start()
+    source.finish_step()
+    gauge, held = source.gauge(), 8 << 30
+    assert gauge is not None
+    offloaded = replace(gauge, pinned_bytes=held)
+    source.feed.publish_gauge(offloaded)
+    async with shown(source, (80, 24)) as app:
+        unit = app.app.state.unit
+        assert f"{unit.show(held)} of {unit.full(4 * held)} page-locked" in app.line("host")
+        axis = app.line("host").rpartition(" page-locked ")[2].strip()
+        assert axis.startswith("h") and axis.count("·") == pytest.approx(0.75 * len(axis), abs=1)
+        assert "host" not in app.line("allocated"), "it is no part of the device"
+        source.feed.publish_gauge(replace(offloaded, pinned_bytes=1000))
+        await app.tick()
+        assert not [line for line in app.lines if line.startswith(" host ")]

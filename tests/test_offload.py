@@ -20,6 +20,7 @@ from gpumem_tui.engine.ledger import Ledger, layer_of
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.prediction_text import text
 from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import LAYERS, TINY, small_run
@@ -185,6 +186,7 @@ def test_activations_are_on_the_host_as_the_forward_ends(settings: dict[str, Any
 def test_of_checkpoints_the_inputs_are(mode: str) -> None:
     after = predicted(checkpointing=mode, offload="checkpoints")
     assert after.pinned_bytes == INPUT * (LAYERS if mode == "layers" else 1)
+    assert after.document.pinned_bytes == after.pinned_bytes and "On the host, page-locked" in text(after)
     assert predicted(checkpointing=mode).pinned_bytes == 0
     names = {block.name for trace in after.run.traces() for block in _activations(trace) if block.bytes == INPUT}
     assert any("layers." in name for name in names), "what comes back is the layer's that wants it"

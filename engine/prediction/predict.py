@@ -147,6 +147,7 @@ def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str], ran
             leaked_bytes=0,
             workspace_bytes=done.workspace_bytes,
             managed_bytes=done.managed_bytes,
+            pinned_bytes=done.pinned_bytes,
         )
     )
     for index, event in enumerate(told):

@@ -47,7 +47,7 @@ def text(prediction: Prediction) -> str:
     if prediction.managed_bytes:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
     if prediction.pinned_bytes:
-        lines.append(f"Pinned memory of the host besides: {show(prediction.pinned_bytes)}.")
+        lines.append(f"On the host, page-locked and in no figure above: {show(prediction.pinned_bytes)}.")
     lines += filled([verdict(prediction), *_unsure(prediction), *cautions(prediction.config)])
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")

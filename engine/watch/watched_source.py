@@ -225,7 +225,8 @@ class WatchedSource(Published):
         if self._closing.is_set():
             return
         reason = "failed" if error is not None else "done"
-        self._feed.tell(RunEnded(text=f"the loop has ended after {steps} steps", reason=reason, steps=steps))
+        text, pinned = f"the loop has ended after {steps} steps", self.publisher.pinned_bytes()
+        self._feed.tell(RunEnded(text=text, reason=reason, steps=steps, pinned_bytes=pinned))
         if self._dies_of_it:
             self._keep(goes_on=False, ends=ends)
         self._closing.set()

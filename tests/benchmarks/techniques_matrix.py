@@ -165,6 +165,8 @@ class Bench:
             "unknown_bytes": self.check.unknown,
             "mismatch_bytes": self.check.mismatch,
             "leaked_bytes": sum(event.leaked_bytes or 0 for event in ended),
+            "pinned_bytes": max((event.pinned_bytes or 0 for event in ended), default=0),
+            "predicted_pinned_bytes": getattr(predicted(), "pinned_bytes", None),
             "run_seconds": time.perf_counter() - began,
             "where": self.check.where,
         }

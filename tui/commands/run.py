@@ -178,6 +178,8 @@ def table(document: dict[str, Any]) -> str:
     if document["managed_bytes"]:
         managed = show(document["managed_bytes"])
         lines.append(f"Paged optimizer state, in CUDA managed memory and in no figure above: {managed} {unit.name}.")
+    if document["pinned_bytes"]:
+        lines.append(f"On the host, page-locked and in no figure above: {show(document['pinned_bytes'])} {unit.name}.")
     if document["ranks"]:
         lines += ["", *_ranks(document["ranks"], show)]
     if document["recomputes"]:

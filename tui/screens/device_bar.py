@@ -22,12 +22,11 @@ SHOWN_FROM_BYTES = 1 << 20
 
 
 class Share(NamedTuple):
-    """One figure under the device bar; None: not known. Not in the bar: what is elsewhere."""
+    """One figure under the device bar; None: not known."""
 
     letter: str
     title: str
     bytes: int | None
-    in_bar: bool = True
 
 
 def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
@@ -52,8 +51,6 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
             found.append(Share("u", "unaccounted", gauge.unaccounted_bytes))
         if gauge.managed_bytes:
             found.append(Share("m", "managed", gauge.managed_bytes))
-        if gauge.pinned_bytes >= SHOWN_FROM_BYTES:
-            found.append(Share("h", "on host", gauge.pinned_bytes, in_bar=False))
     elif reserved is None:
         found.append(Share("x", "rest of process", None if process is None else max(0, process - allocated)))
     others = gauge.others_bytes
@@ -74,7 +71,7 @@ def shares(gauge: Gauge, allocated: int, on_gpu: bool) -> list[Share]:
 def device_rows(
     state: ViewState, palette: Palette, width: int, expandable: Callable[[StepTrace], int | None] = lambda _: None
 ) -> list[Row]:
-    """Name and totals; the bar; its figures; the gaps in it, where they cost something.
+    """Name and totals; the bar; its figures; the gaps in it, where they cost something; a bar of the host's.
 
     Args:
         state: What is shown.
@@ -100,14 +97,24 @@ def device_rows(
     title.add(shorten(environment.device_name, width - title.width - len(figures) - 3), palette.dim)
     title.right(figures, width - 1)
     inside = _inside(state, sizes, allocated, palette)
-    parts = inside + [
-        Part(s.letter, s.bytes, palette.device[s.letter]) for s in rest if s.letter and s.bytes and s.in_bar
-    ]
+    parts = inside + [Part(s.letter, s.bytes, palette.device[s.letter]) for s in rest if s.letter and s.bytes]
     bar_row = Row().add(" ").extend(stacked(parts, gauge.device_total_bytes, width - 2, palette))
     rows = [title, bar_row, _figures(state, palette, allocated, rest, width)]
     if gauge.cache is not None and gauge.cache.gaps_bytes > LEAST_GAPS * gauge.device_total_bytes:
         rows.append(_gaps(state, gauge.cache, palette, width, expandable))
+    if gauge.pinned_bytes >= SHOWN_FROM_BYTES:
+        rows.append(_on_host(state, gauge.pinned_bytes, environment.host_bytes, palette, width))
     return rows
+
+
+def _on_host(state: ViewState, pinned: int, total: int, palette: Palette, width: int) -> Row:
+    """The host's page-locked memory, on an axis of its own from 0 to all that the machine has."""
+    row = Row().add(" host ", palette.dim).add(f"{state.unit.show(pinned):>12}")
+    if not total:
+        return row.add(" page-locked", palette.dim)
+    row.add(f" of {state.unit.full(total)} page-locked ", palette.dim)
+    part = Part("h", pinned, palette.device["h"])
+    return row.extend(stacked([part], total, width - row.width - 1, palette))
 
 
 def _gaps(

@@ -19,7 +19,7 @@ OUTSIDE = (
     ("x", "context", "GPU: CUDA context and libraries. CPU: the process without its counted tensors."),
     ("n", "NCCL", "Communicators and buffers between ranks."),
     ("m", "managed", "CUDA managed memory of paged optimizers."),
-    ("h", "on host", "Pinned memory of the host: what was offloaded. Not in the bar."),
+    ("h", "host", "Page-locked memory of the host, in a bar of its own: what was offloaded."),
     ("u", "unaccounted", "This process beyond torch, NCCL and the context as measured."),
     ("o", "others", "Other processes on the device."),
 )
