@@ -10,8 +10,8 @@ import numpy.typing as npt
 
 from ..ledger import Ledger, LiveBlock
 
-CHUNK = 1 << 16
-"""Actions written at once: what a format holds does not grow with the step."""
+CHUNK = 1 << 13
+"""Actions written at once: a few megabytes of text, whatever the step; more of it costs page faults anew."""
 
 
 class Actions(NamedTuple):

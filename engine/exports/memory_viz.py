@@ -44,8 +44,9 @@ LEGEND = {
 OTHERS = "workspace and others"
 
 _PLACE = b'"addr":%,"size":%,"stream":0,"time_us":%'
-_ALLOC = b'{"action":"alloc",'
-_ASKED, _FREED = b'{"action":"free_requested",', b'},{"action":"free_completed",'
+_ALLOC = b',{"action":"alloc",' + _PLACE + b","
+_FREE = b',{"action":"free_requested",' + _PLACE + b'},{"action":"free_completed",' + _PLACE + b"}"
+"""A free is requested and completed at once."""
 _BLOCK = b'{"address":%d,"size":%d,"requested_size":%d,"state":"active_allocated",'
 _GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":[]}'
 
@@ -84,30 +85,27 @@ def _entries(ledger: Ledger, details: BlockTexts) -> Iterator[tuple[bytes, int]]
         time = np.full(len(part.event), began)
         in_step = part.event >= 0
         time[in_step] = times[part.event[in_step]]
-        yield b",\n" + b",\n".join(_part(ledger, details, part, time)), events
+        yield b"".join(_part(ledger, details, part, time)), events
 
 
 def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[np.int64]) -> list[bytes]:
-    """Entries in order: a block and, behind it, its slack."""
+    """The text of entries in order, in pieces: those of a block and, behind it, of its slack."""
     blocks = ledger.blocks[part.row]
     address, size, slack = blocks["address"], blocks["bytes"], blocks["slack"]
-    pieces: npt.NDArray[Any] = np.full((len(blocks), 2), b"", object)
+    pieces: npt.NDArray[Any] = np.full((len(blocks), 4), b"", object)
     rounded = np.flatnonzero(slack)
     behind = address[rounded] + size[rounded].astype("u8")
     slack_text = _text(Category.SLACK, {"category": Category.SLACK.key}, ())
-    pieces[:, 0] = _texts(part.is_alloc, text_rows(_PLACE, address, size, time), details.of(part.row))
-    pieces[rounded, 1] = _texts(
-        part.is_alloc[rounded], text_rows(_PLACE, behind, slack[rounded], time[rounded]), [slack_text] * len(rounded)
-    )
-    return list(filter(None, pieces.ravel().tolist()))
-
-
-def _texts(is_alloc: npt.NDArray[np.bool_], places: list[bytes], details: list[bytes]) -> list[bytes]:
-    """An allocation has its details behind it; a free is requested and completed at once."""
-    return [
-        b"%b%b,%b" % (_ALLOC, place, detail) if alloc else b"%b%b%b%b}" % (_ASKED, place, _FREED, place)
-        for alloc, place, detail in zip(is_alloc.tolist(), places, details, strict=True)
-    ]
+    allocs, frees = np.flatnonzero(part.is_alloc), np.flatnonzero(~part.is_alloc)
+    pieces[allocs, 0] = text_rows(_ALLOC, address[allocs], size[allocs], time[allocs])
+    pieces[allocs, 1] = details.of(part.row[allocs])
+    pieces[frees, 0] = text_rows(_FREE, *[address[frees], size[frees], time[frees]] * 2)
+    alloc = part.is_alloc[rounded]
+    places = behind, slack[rounded], time[rounded]
+    pieces[rounded[alloc], 2] = text_rows(_ALLOC, *(column[alloc] for column in places))
+    pieces[rounded[alloc], 3] = slack_text
+    pieces[rounded[~alloc], 2] = text_rows(_FREE, *[column[~alloc] for column in places] * 2)
+    return list(pieces.ravel())
 
 
 def _details(block: LiveBlock, layer: str) -> bytes:
@@ -132,7 +130,7 @@ def _text(category: Category, known: dict[str, str], frames: tuple[tuple[str, st
     """The rest of an entry; frames are innermost first."""
     listed = [{"filename": where, "line": 0, "name": what} for where, what in (*frames, (legend(category), "bytes"))]
     rest = {"category": legend(category), "user_metadata": known, "frames": listed}
-    return json.dumps(rest, separators=(",", ":")).encode()[1:]
+    return json.dumps(rest, separators=(",", ":")).encode()[1:] + b"\n"
 
 
 def _segments(ledger: Ledger, details: BlockTexts, device: int) -> list[bytes]:

@@ -2,9 +2,10 @@
 
     python -m tests.benchmarks.exports [--events N] [FORMAT ...]
 
-The step is synthetic, like the 1.3B model's repeated. Each format is written to
-a file in a process of its own: seconds of the fold and of the writing, the
-file's size, and what the process held at most beyond the folded step.
+The step is synthetic, like the 1.3B model's repeated, and every block is rounded
+up as CUDA's allocator does. Each format is written to a file in a process of
+its own: seconds of the fold and of the writing, the file's size, and what the
+process held at most beyond the folded step.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
+
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.exports import export, registry
 from gpumem_tui.engine.exports.exported_run import ExportedRun
@@ -27,6 +30,8 @@ from .fold import synthetic
 from .snapshot import most_kib
 
 MIB = 1 << 20
+ROUNDING = 512
+"""Bytes that CUDA's allocator hands out at least, and in multiples of."""
 
 
 def measured(name: str, events: int) -> str:
@@ -35,6 +40,8 @@ def measured(name: str, events: int) -> str:
     trace = synthetic(events)
     columns = trace.events.copy()
     columns["time_us"] = range(1_700_000_000_000_000, 1_700_000_000_000_000 + 40 * len(columns), 40)
+    rounded = -np.abs(columns["bytes"]) % ROUNDING
+    columns["slack"] = np.where(columns["bytes"] < 0, -rounded, rounded)
     run.keep([dataclasses.replace(trace, events=columns)])
     exported = ExportedRun(run, "synthetic")
     began = time.perf_counter()
