@@ -100,6 +100,20 @@ def test_the_backward_of_softmax_makes_a_product_first_that_of_its_logarithm_doe
     assert allocations(lambda h: h.softmax(0)) - allocations(lambda h: h.log_softmax(0)) == 1
 
 
+@pytest.mark.parametrize(("contiguous", "scores"), [(True, False), (False, True)])
+def test_a_bias_whose_rows_are_not_contiguous_is_left_to_the_math_kernel(contiguous: bool, scores: bool) -> None:
+    """T5's comes from a table with the heads last: no fused kernel takes it, and all scores are made."""
+    tokens, heads = 64, 4
+    with modelled() as recorder:
+        query = torch.empty(2, heads, tokens, 16, device=DEVICE, requires_grad=True)
+        bias = torch.empty(1, tokens, tokens, heads, device=DEVICE).permute(0, 3, 1, 2)
+        before = len(recorder.rows())
+        bias = bias.contiguous() if contiguous else bias
+        torch.nn.functional.scaled_dot_product_attention(query, query, query, attn_mask=bias)
+        made = recorder.rows()[before:]["bytes"]
+    assert bool((made == 2 * heads * tokens * tokens * 4).any()) is scores
+
+
 # --- the same in every process -------------------------------------------------------------------
 
 

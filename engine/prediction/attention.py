@@ -70,6 +70,14 @@ def use_efficient(gpu: Gpu, q: Tensor, k: Tensor, v: Tensor) -> bool:
     )
 
 
+def fusable(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> bool:
+    """True where a fused kernel takes these strides (`check_last_dim_stride_equals_1_dense`).
+
+    T5's bias is a permuted view of a table, heads last, and so not fusable.
+    """
+    return all(t.stride(-1) == 1 for t in (q, k, v, mask) if t is not None)
+
+
 def sdpa(
     gpu: Gpu,
     query: Tensor,
@@ -84,8 +92,8 @@ def sdpa(
 ) -> Tensor:
     """`scaled_dot_product_attention` as it dispatches on a GPU."""
     grad = _wants_grad(query, key, value)
-    if query.dim() == 4 and key.dim() == 4:
-        # A bias that is trained, as T5's, is the memory-efficient kernel's alone.
+    if query.dim() == 4 and key.dim() == 4 and fusable(query, key, value, attn_mask):
+        # A bias that is trained is the memory-efficient kernel's alone.
         trained = attn_mask is not None and _wants_grad(attn_mask)
         if not trained and use_cudnn(gpu, query, key, value):
             out: Tensor = aten._scaled_dot_product_cudnn_attention(
