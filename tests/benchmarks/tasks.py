@@ -13,7 +13,8 @@ import gc
 import json
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -99,13 +100,13 @@ GENERATIONS: list[tuple[str, dict[str, Any]]] = [
     ("gemma-2-2b", {"batch_size": 4, "seq_len": 256, "new_tokens": 100}),
 ]
 
-MODULES: dict[str, Training] = {
-    "plain_loop": examples.plain_loop(),
-    "resnet50": examples.resnet50(),
-    "resnet50, mixed": examples.resnet50(mixed=True),
-    "unet": examples.unet(),
-    "own_module": examples.own_module(),
-    "own_module, not checkpointed": examples.own_module(rows=8, checkpointed=False),
+MODULES: dict[str, Callable[[], Training]] = {
+    "plain_loop": examples.plain_loop,
+    "resnet50": examples.resnet50,
+    "resnet50, mixed": partial(examples.resnet50, mixed=True),
+    "unet": examples.unet,
+    "own_module": examples.own_module,
+    "own_module, not checkpointed": partial(examples.own_module, rows=8, checkpointed=False),
 }
 
 
@@ -152,8 +153,8 @@ def of_module(name: str, training: Training, card: Gpu) -> dict[str, Any]:
 
 def of_modules(card: Gpu) -> Iterator[dict[str, Any]]:
     """All modules, on this thread and before any engine: cuBLAS keeps a workspace for each thread."""
-    for name, training in MODULES.items():
-        yield of_module(name, training, card)
+    for name, make in MODULES.items():
+        yield of_module(name, make(), card)  # what a training holds on to, as an average of weights, goes with it
         gc.collect()
         torch.cuda.empty_cache()
     torch._C._cuda_clearCublasWorkspaces()
