@@ -17,6 +17,7 @@ from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.run_events import OutOfMemory, Refused
 from gpumem_tui.engine.tracing import hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.step_writer import StepWriter
 from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.watch import loop, watched_source, watcher
 from gpumem_tui.engine.watch import loss as loss_module
@@ -44,8 +45,8 @@ ONCE: list[tuple[Any, str]] = [
 """What is called once for all that is watched."""
 
 OFTEN: list[tuple[Any, str]] = [
-    *[(Tracer, name) for name in ("tag", "own", "own_batch", "own_held", "name", "leaf", "phase", "step")],
-    (Tracer, "recomputing"),
+    *[(Tracer, name) for name in ("own_batch", "own_held", "phase", "step", "recomputing")],
+    *[(StepWriter, name) for name in ("tag", "own", "name", "leaf", "own_model", "taken")],
     *[(OpTracker, name) for name in ("see", "start", "drain", "stamp", "address", "allocated_bytes", "peak_bytes")],
     *[(hooks, name) for name in ("_enter", "_leave", "_before_backward", "_tensor_in")],
     *[(WatchedLoop, name) for name in ("forward_begins", "forward_ends", "_backward_begins", "optimizer_begins")],

@@ -19,12 +19,13 @@ import torch
 
 from ..config import RunConfig, Value
 from ..events import OPEN, Category, Phase
-from ..ledger import LOGITS, LOSS, OUTPUT_LOSS
+from ..ledger import LOGITS, OUTPUT_LOSS
 from ..recompute import in_backward
 from ..tracing import owners
 from ..tracing.module_hooks import keyword_arguments
 from ..tracing.recorder import Recorder
-from ..tracing.tracer import SETTLED_AFTER, StepLeft, Tracer
+from ..tracing.step_ending import StepLeft
+from ..tracing.tracer import SETTLED_AFTER, Tracer
 from ..train import StepResult
 from .batch import Batch, batch_of, packing_of, tensors_of
 from .describe import config_of
@@ -204,7 +205,7 @@ class WatchedLoop:
         self._inside = None
         if outputs is None:
             return
-        self._tracer.refusal = None  # if there was one, what asked has found another way
+        self._tracer.forget_refusal()
         owned = list(_of_outputs(outputs))
         self._outputs = [(category, name, weakref.ref(tensor)) for category, name, tensor in owned]
         self._tracer.own_held(owned)
@@ -214,7 +215,7 @@ class WatchedLoop:
                 if name == OUTPUT_LOSS:
                     self._losses.note(tensor, self._loss_is_share)
         # What follows the model's forward in the script is its loss, if anything.
-        self._tracer.tag(Phase.FORWARD, self._tracer.name(LOSS))
+        self._tracer.tag_loss(Phase.FORWARD)
         if not self._optimizers:
             cache = owners.cache_in(outputs)
             self._cache = id(cache) if cache is not None else None
@@ -245,7 +246,7 @@ class WatchedLoop:
     def _backward_begins(self, _gradients: Any) -> None:
         if self._phase is not Phase.BACKWARD:
             self._switch(Phase.BACKWARD)
-            self._tracer.tag(Phase.BACKWARD, self._tracer.name(LOSS))
+            self._tracer.tag_loss(Phase.BACKWARD)
 
     def _is_inside(self, module: torch.nn.Module) -> bool:
         """True if another module that stands for the model is running: one that compiles or wraps it."""

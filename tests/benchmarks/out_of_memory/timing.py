@@ -8,16 +8,16 @@ from unittest import mock
 
 from gpumem_tui.engine.out_of_memory.refusal import Refused
 from gpumem_tui.engine.publisher import RunPublisher
-from gpumem_tui.engine.tracing.tracer import Tracer
+from gpumem_tui.engine.tracing.refusal_log import RefusalLog
 
 _clock = {"refused": 0.0, "told": 0.0}
 
 
 def measure() -> None:
     """Have every refusal and every report note its time from now on."""
-    refused, told = Tracer._refused, RunPublisher.out_of_memory
+    refused, told = RefusalLog._refused, RunPublisher.out_of_memory
 
-    def note_refused(self: Tracer, of: Refused) -> None:
+    def note_refused(self: RefusalLog, of: Refused) -> None:
         _clock["refused"] = time.monotonic()
         refused(self, of)
 
@@ -25,7 +25,7 @@ def measure() -> None:
         told(self, *arguments)
         _clock["told"] = time.monotonic()
 
-    mock.patch.object(Tracer, "_refused", note_refused).start()
+    mock.patch.object(RefusalLog, "_refused", note_refused).start()
     mock.patch.object(RunPublisher, "out_of_memory", note_told).start()
 
 
