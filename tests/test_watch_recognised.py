@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import dataclasses
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -38,6 +41,40 @@ def test_an_sft_trainer_with_its_defaults(seen: Seen) -> None:
     ):
         assert setting in said
     assert seen.ledgers[-1].peak.by_category[Category.LOGITS_LOSS] > 0
+
+
+@pytest.mark.parametrize("keeps", [True, False])
+def test_whether_a_loop_keeps_its_outputs(seen: Seen, keeps: bool) -> None:
+    """Until the next forward has returned them anew, or only their loss, as a Trainer does."""
+    model, optimizer = small_model()
+    with watch(model, optimizer):
+        for _ in range(3):
+            outputs = model(input_ids=torch.randint(0, 64, (2, 16)), labels=torch.randint(0, 64, (2, 16)))
+            loss = outputs.loss
+            if not keeps:
+                del outputs
+            loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    config = seen.sources[-1].run.config
+    assert config is not None and config["keep_outputs"] is keeps
+    assert ("keep outputs" in summary(config) or "keep_outputs" in summary(config)) is not keeps
+
+
+@pytest.mark.filterwarnings("ignore")  # of TRL's and of datasets' own there are many
+@pytest.mark.parametrize("kind", ["full", "lora", "qlora"])
+def test_an_sft_trainer_is_what_its_preset_says(seen: Seen, tmp_path: Path, kind: str) -> None:
+    pytest.importorskip("trl")
+    from .benchmarks.trl_sft import expected, otherwise
+    from .examples import sft_trainer
+
+    small_model()[0].save_pretrained(tmp_path)
+    sft_trainer.from_folder(str(tmp_path), kind, 2, 16)
+    check_exact(seen, script_bytes_max=16_384)
+    config = expected("tiny", kind)
+    told = otherwise(dataclasses.replace(config, seq_len=16), seen.sources[-1].run.config)
+    same = {"attention": "sdpa for auto", "lora.targets": "query_key_value for profile"}  # by another name
+    assert not {name: how for name, how in told.items() if same.get(name) != how and name != "quantization.compute"}
 
 
 def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:

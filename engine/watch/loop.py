@@ -192,6 +192,8 @@ class WatchedLoop:
             self._learn(packing=packing_of(named))
         elif not self._has_batch:
             self._learn(batch_size=batch.rows, seq_len=batch.seq_len)
+        if self.steps == 1 and not self._forwards and self._optimizers:
+            self._learn(keep_outputs=self._keeps_outputs())
         self._has_batch = True
         self._forwards += 1
         self._switch(Phase.FORWARD)
@@ -252,6 +254,10 @@ class WatchedLoop:
         """True if another module that stands for the model is running: one that compiles or wraps it."""
         outer = self._inside() if self._inside is not None else None
         return outer is not None and outer is not module
+
+    def _keeps_outputs(self) -> bool:
+        """True if the script still has more of the last outputs than their loss."""
+        return any(name != OUTPUT_LOSS and tensor() is not None for _, name, tensor in self._outputs)
 
     # --- steps and micro-batches ----------------------------------------------------
 

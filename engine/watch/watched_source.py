@@ -141,7 +141,7 @@ class WatchedSource(Published):
         """More is known now of the run's configuration."""
         run = self._feed.run
         if run is not None:
-            known = {name: value for name, value in found.items() if value}
+            known = {name: value for name, value in found.items() if value or value is False}
             run.config = run.config.with_(dict(admitted(known)))
 
     def say_compiled(self, modules: int, only_returned: bool) -> None:

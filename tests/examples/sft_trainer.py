@@ -5,8 +5,9 @@ import tempfile
 
 import torch
 from datasets import Dataset
+from peft import LoraConfig
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
+from transformers import BitsAndBytesConfig, GPTNeoXConfig, GPTNeoXForCausalLM, PreTrainedTokenizerFast
 from trl import SFTConfig, SFTTrainer
 
 from gpumem_tui.watch import MemoryCallback
@@ -21,6 +22,23 @@ def tokenizer() -> PreTrainedTokenizerFast:
     return PreTrainedTokenizerFast(
         tokenizer_object=words, unk_token="<unk>", pad_token="<pad>", eos_token="<eos>", bos_token="<eos>"
     )
+
+
+def from_folder(folder: str, kind: str, steps: int, length: int = 1024) -> None:
+    """As most people call it: a model by its name, all else by default; `lora` and `qlora` as TRL's `ModelConfig`."""
+    on_gpu = torch.cuda.is_available()
+    adapters = LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, lora_dropout=0.05)
+    in_4_bit = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=torch.bfloat16)
+    with tempfile.TemporaryDirectory() as out:
+        SFTTrainer(
+            folder,
+            SFTConfig(out, max_steps=steps, report_to=[], use_cpu=not on_gpu, disable_tqdm=True, save_strategy="no"),
+            train_dataset=Dataset.from_dict({"input_ids": [[index % 8 for index in range(length)]] * 64}),
+            processing_class=tokenizer(),
+            peft_config=None if kind == "full" else adapters,
+            quantization_config=in_4_bit if kind == "qlora" else None,
+            callbacks=[MemoryCallback()],
+        ).train()
 
 
 def main(steps: int) -> torch.nn.Module:
