@@ -272,15 +272,19 @@ def test_extremes_of_bits_are_those_of_the_numbers(values: list[float], columns:
     raw = tensor.view(torch.int32 if name == "F32" else torch.int16).numpy().view(form.unsigned)
     numbers = tensor.float().numpy()
     assert np.array_equal(bits.as_float32(raw, name), numbers)
-    by_run = bits.run_extremes(raw, form)
-    runs = [numbers[i : i + bits.RUN] for i in range(0, len(numbers), bits.RUN)]
-    assert bits.as_float32(by_run.high, name).tolist() == [max(run.max(), 0) for run in runs]
-    assert bits.as_float32(by_run.low, name).tolist() == [max(-run.min(), 0) for run in runs]
-    where, by_row = bits.row_extremes(raw, columns, start, form)
+    assert bits.as_float32(np.array(bits.range_of(raw, form), form.unsigned), name).tolist() == [
+        max(numbers.max(), 0),
+        max(-numbers.min(), 0),
+    ]
+    sizes = bits.magnitudes(raw, form)
+    assert np.array_equal(bits.as_float32(sizes, name), np.abs(numbers))
+    runs = [np.abs(numbers[i : i + bits.RUN]).max() for i in range(0, len(numbers), bits.RUN)]
+    assert bits.as_float32(bits.run_maxima(sizes), name).tolist() == runs
+    where, by_row = bits.row_maxima(sizes, columns, start)
     rows = (start + np.arange(len(numbers))) // columns
     assert (where.start, where.stop) == (rows[0], rows[-1] + 1)
-    for row, high, low in zip(range(where.start, where.stop), *(bits.as_float32(e, name) for e in by_row), strict=True):
-        assert (high, low) == (max(numbers[rows == row].max(), 0), max(-numbers[rows == row].min(), 0))
+    for row, largest in zip(range(where.start, where.stop), bits.as_float32(by_row, name), strict=True):
+        assert largest == np.abs(numbers[rows == row]).max()
 
 
 @pytest.mark.parametrize("shape", [(3, 5), (1, 1), (7, 300), (300, 7), (2, 3, 64), (512, 513)])
@@ -289,7 +293,7 @@ def test_any_shape_and_float_is_measured(tmp_path: Path, shape: tuple[int, ...],
     drawn = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) / 8).to(dtype)
     found = measured(tmp_path, drawn, exact=False)
     assert found.shape == shape
-    assert found.mean == pytest.approx(float(drawn.double().mean()), abs=1e-4)
+    assert found.mean == pytest.approx(float(drawn.double().mean()), abs=1e-3)  # a sample of std 1/8
     for key in HERE:
         assert (key in found.schemes) != (key in found.unsuited)
         if key in found.schemes:

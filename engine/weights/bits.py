@@ -52,59 +52,40 @@ FORMATS = {
 def as_float32(bits: Bits, name: str) -> NDArray[np.float32]:
     """The numbers that the bits stand for."""
     if name == "BF16":
-        return (bits.astype("<u4") << 16).view("<f4")
+        wide = bits.astype("<u4")
+        wide <<= 16
+        return wide.view("<f4")
     return bits.view("<f2").astype("<f4") if name == "F16" else bits.view("<f4")
 
 
-class Extremes(NamedTuple):
-    """The bits of the largest number, and of the magnitude of the most negative, from 0: one of each a group."""
-
-    high: Bits
-    low: Bits
-
-    def merge(self, at: slice, other: Extremes) -> None:
-        """Widen some of these groups by what else was found of them."""
-        np.maximum(self.high[at], other.high, out=self.high[at])
-        np.maximum(self.low[at], other.low, out=self.low[at])
-
-    def over(self, groups: int) -> Extremes:
-        """Extremes of `groups` larger groups, each of as many neighbouring ones."""
-        return Extremes(self.high.reshape(groups, -1).max(1), self.low.reshape(groups, -1).max(1))
+def magnitudes(bits: Bits, form: Format) -> Bits:
+    """The bits of the numbers' magnitudes."""
+    mask: Bits = bits & form.unsigned.type(form.sign - 1)
+    return mask
 
 
-def no_extremes(groups: int, form: Format) -> Extremes:
-    """Extremes of groups of which nothing has been seen."""
-    return Extremes(np.zeros(groups, form.unsigned), np.zeros(groups, form.unsigned))
-
-
-def _from_maxima(positive: Bits, negative: Bits, form: Format) -> Extremes:
+def range_of(bits: Bits, form: Format) -> tuple[int, int]:
+    """The bits of the largest number, and of the magnitude of the most negative one; both at least those of 0."""
     # As signed integers every negative number is below 0; as unsigned ones every one is above the sign's bit.
-    sign = form.unsigned.type(form.sign)
-    high = np.maximum(positive, 0).view(form.unsigned)
-    return Extremes(high, np.where(negative >= sign, negative & ~sign, 0).astype(form.unsigned))
+    return max(int(bits.view(form.signed).max()), 0), max(int(bits.max()) - form.sign, 0)
 
 
-def run_extremes(bits: Bits, form: Format) -> Extremes:
-    """Extremes of every RUN numbers of a flat array; the last ones may be fewer."""
-    if len(bits) % RUN:
-        bits = np.concatenate([bits, np.zeros(-len(bits) % RUN, bits.dtype)])
-    runs = bits.reshape(-1, RUN)
-    return _from_maxima(runs.view(form.signed).max(1), runs.max(1), form)
+def run_maxima(found: Bits) -> Bits:
+    """The largest of every RUN magnitudes of a flat array; the last ones may be fewer."""
+    return np.maximum.reduceat(found, np.arange(0, len(found), RUN))
 
 
-def row_extremes(bits: Bits, columns: int, start: int, form: Format) -> tuple[slice, Extremes]:
-    """Extremes of the rows of `columns` numbers that a part of a matrix touches.
+def row_maxima(found: Bits, columns: int, start: int) -> tuple[slice, Bits]:
+    """The largest magnitudes of the rows of `columns` numbers that a part of a matrix touches.
 
     Args:
-        bits: The part, flat.
+        found: The part's magnitudes, flat.
         columns: Of the matrix.
         start: Where in the matrix the part begins.
-        form: Its format.
 
     Returns:
-        Which rows, and what this part says of each.
+        Which rows, and the largest of each within this part.
     """
-    first, last = start // columns, (start + len(bits) - 1) // columns
+    first, last = start // columns, (start + len(found) - 1) // columns
     edges = np.maximum(np.arange(first, last + 1) * columns - start, 0)
-    positive = np.maximum.reduceat(bits.view(form.signed), edges)
-    return slice(first, last + 1), _from_maxima(positive, np.maximum.reduceat(bits, edges), form)
+    return slice(first, last + 1), np.maximum.reduceat(found, edges)

@@ -7,6 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,28 +60,37 @@ class FileTensor:
     def runs(self, indices: NDArray[np.int64]) -> Bits:
         """Each read where it lies."""
         size = FLOAT_BYTES[self.dtype] * RUN
-        buffer = np.empty((len(indices), size), np.uint8)
-        with self._open() as file:
-            for row, index in zip(buffer, indices.tolist(), strict=True):
-                self._read(file.fileno(), row, index * size)
-        return self._bits(buffer.reshape(-1)).reshape(-1, RUN)
+        with self._open() as file, self._reading():
+            descriptor = file.fileno()
+            raw = bytearray().join(
+                [os.pread(descriptor, size, self.offset + index * size) for index in indices.tolist()]
+            )
+        if len(raw) != size * len(indices):
+            raise self._ended()
+        return self._bits(np.frombuffer(raw, np.uint8)).reshape(-1, RUN)  # of a bytearray: can be written to
 
     def _open(self) -> Any:
-        try:
+        with self._reading():
             return self.path.open("rb", buffering=0)
-        except OSError as error:
-            raise UserError(f"{self.path}: {self.name} cannot be read: {error.strerror}") from None
 
     def _read(self, descriptor: int, into: NDArray[np.uint8], at: int) -> None:
         done = 0
         while done < len(into):
-            try:
+            with self._reading():
                 count = os.preadv(descriptor, [into[done:].data], self.offset + at + done)
-            except OSError as error:
-                raise UserError(f"{self.path}: {self.name} cannot be read: {error.strerror}") from None
             if not count:
-                raise UserError(f"{self.path}: damaged: the file ends within {self.name}")
+                raise self._ended()
             done += count
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(f"{self.path}: {self.name} cannot be read: {error.strerror}") from None
+
+    def _ended(self) -> UserError:
+        return UserError(f"{self.path}: damaged: the file ends within {self.name}")
 
     def _bits(self, raw: NDArray[np.uint8]) -> Bits:
         if self.dtype in FORMATS:

@@ -22,10 +22,12 @@ def entries(name: str, weights: ModelWeights, schemes: Sequence[Scheme], exact: 
     Raises:
         UserError: A tensor cannot be read, or holds NaN or an infinity.
     """
-    import torch
-
+    from ..prediction.libraries_loading import libraries_loading
     from .lens import reports
     from .quantizable import among, quantizable_modules
+
+    with libraries_loading():
+        import torch
 
     torch.set_num_threads(1)  # tensors are measured side by side
     unavailable = {scheme.key: why for scheme in schemes if (why := scheme.unavailable) is not None}

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .bits import RUN
 from .piece import Piece, piece_of
 from .report import Fidelity, TensorReport, known, short
 from .scheme import Scheme
@@ -24,6 +23,9 @@ DENSITY_BINS = 1024
 class _Sums:
     """Sums of one scheme, over the parts of a tensor."""
 
+    seen: float = 0.0
+    squares: float = 0.0
+    row_squares: float = 0.0
     noise: float = 0.0
     largest: float = 0.0
     scale_signal: float = 0.0
@@ -32,31 +34,40 @@ class _Sums:
     typical_counts: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
     typical_restored: NDArray[np.float64] = field(default_factory=lambda: np.zeros(256))
 
-    def add(self, piece: Piece, scheme: Scheme, weight: float) -> None:
-        """Quantize a piece that stands for `weight` times as many."""
+    def add(self, piece: Piece, scheme: Scheme) -> None:
+        """Quantize a piece."""
         found = scheme.quantize(piece)
-        error = (piece.values - found.restored).reshape(-1)
-        self.noise += weight * _squares(error)
-        self.largest = max(self.largest, float(error.abs().amax()))
-        codes = found.codes.reshape(-1)
-        self.counts += weight * torch.bincount(codes, minlength=256).numpy()
+        error = piece.values - found.restored
+        self.seen += piece.count
+        self.squares += piece.squares
+        if scheme.error_follows == "row":
+            self.row_squares += piece.row_squares
+        self.noise += piece.sum_of_squares(error)
+        self.largest = max(self.largest, float(error.abs_().amax()))
+        self.counts += piece.histogram(found.codes, 256)
         typical = slice(None) if scheme.error_follows == "nothing" else piece.typical
-        codes = codes.reshape(found.restored.shape)[typical].reshape(-1)
+        codes = found.codes.reshape(found.restored.shape)[typical].reshape(-1)
         restored = found.restored[typical].reshape(-1)
         self.typical_counts += torch.bincount(codes, minlength=256).numpy()
         self.typical_restored += torch.bincount(codes, restored, minlength=256).numpy()
         if found.scales is not None:
             ideal, stored = found.scales
-            self.scale_signal += weight * _squares(ideal)
-            self.scale_noise += weight * _squares(ideal - stored)
+            self.scale_signal += piece.sum_of_squares(ideal)
+            self.scale_noise += piece.sum_of_squares(ideal - stored)
 
+    def share(self, scheme: Scheme, survey: Survey) -> float:
+        """The ratio of all weights' error to that of those measured.
 
-def _squares(values: torch.Tensor) -> float:
-    """Their sum; in float32 over a run, in float64 over runs."""
-    flat = values.reshape(-1)
-    whole = len(flat) // RUN * RUN
-    rows = flat[:whole].reshape(-1, RUN)
-    return float((rows * rows).sum(1).sum(dtype=torch.float64) + flat[whole:].double().square().sum())
+        All rows' largest weights and the mean square of all weights are known.
+        What is measured of some is told of all in proportion, since a few rows
+        or runs can have most of the error.
+        """
+        if scheme.error_follows == "row" and self.row_squares:
+            squares = survey.row_absmax.astype(np.float64) ** 2
+            return float(squares.mean() * self.seen / self.row_squares)
+        if scheme.error_follows == "weights" and self.squares:
+            return survey.mean_square * self.seen / self.squares
+        return 1.0
 
 
 def measure(survey: Survey, schemes: Sequence[Scheme]) -> TensorReport:
@@ -70,16 +81,17 @@ def measure(survey: Survey, schemes: Sequence[Scheme]) -> TensorReport:
         piece = piece_of(survey, part, ordered)
         whole.add(part, piece)
         for scheme, its in sums.items():
-            its.add(piece, scheme, part.weight)
-    return whole.report(
-        {scheme.key: _fidelity(scheme, rows, columns, sums[scheme], whole) for scheme in sums}, unsuited
-    )
+            its.add(piece, scheme)
+    return whole.report({scheme.key: _fidelity(scheme, survey, its) for scheme, its in sums.items()}, unsuited)
 
 
 def _ordered(survey: Survey) -> NDArray[np.float32]:
-    """Sampled weights in ascending order; of the runs with the largest weights only as many as is their share."""
-    rarest = max(part.weight for part in survey.sample)
-    chosen = [part.values[:: max(1, round(rarest / part.weight))].reshape(-1) for part in survey.sample]
+    """Sampled weights in ascending order, of runs of which each stands for as many as any other."""
+    most = max(float(part.stands_for.max()) for part in survey.sample)
+    chosen = []
+    for part in survey.sample:
+        reached = np.cumsum(part.stands_for / most)
+        chosen.append(part.values[np.searchsorted(reached, np.arange(0.5, reached[-1]))].reshape(-1))
     return np.sort(np.concatenate(chosen))
 
 
@@ -90,38 +102,21 @@ class _Whole:
         self.survey = survey
         self.sums = np.zeros(5)
         self.density = np.zeros(DENSITY_BINS)
-        self.row_squares = 0.0
 
     def add(self, part: Part, piece: Piece) -> None:
-        """One more part, which stands for `part.weight` times as many weights."""
+        """One more part, and what it stands for."""
         values = part.values
         square = values * values
-        powers = (np.ones((1, 1)) * values.size, values, square, square * values, square * square)
-        self.sums += [part.weight * power.sum(1).sum(dtype=np.float64) for power in powers]
+        powers = (np.ones_like(values), values, square, square * values, square * square)
+        self.sums += [part.stands_for @ power.sum(1, dtype=np.float64) for power in powers]
         low, high = self.survey.low, self.survey.high
-        found = torch.histc(piece.values, DENSITY_BINS, low, high if high > low else low + 1)
-        self.density += part.weight * found.numpy()
-        cut, bounds = piece.by_row()
-        self.row_squares += part.weight * cut.shape[1] * _squares(bounds.abs().amax(1))
+        bins = ((piece.values - low) * (DENSITY_BINS / ((high - low) or 1.0))).to(torch.int16)
+        self.density += piece.histogram(bins.clamp_(max=DENSITY_BINS - 1), DENSITY_BINS)
 
     @property
     def seen(self) -> float:
         """Weights that have been added, or are stood for."""
         return float(self.sums[0])
-
-    def share(self, scheme: Scheme) -> float:
-        """The ratio of all weights' error to that of those measured.
-
-        All rows' largest weights and the mean square of all weights are known.
-        What is measured of some is told of all in proportion, since a few rows
-        or runs can have most of the error.
-        """
-        if scheme.error_follows == "row" and self.row_squares:
-            rows = np.maximum(-self.survey.row_low, self.survey.row_high).astype(np.float64)
-            return float((rows**2).mean() * self.seen / self.row_squares)
-        if scheme.error_follows == "weights" and self.sums[2]:
-            return self.survey.mean_square * self.seen / float(self.sums[2])
-        return 1.0
 
     def report(self, schemes: dict[str, Fidelity], unsuited: dict[str, str]) -> TensorReport:
         """The report of everything added."""
@@ -147,11 +142,12 @@ class _Whole:
         )
 
 
-def _fidelity(scheme: Scheme, rows: int, columns: int, sums: _Sums, whole: _Whole) -> Fidelity:
-    signal = whole.survey.mean_square
-    noise = sums.noise / whole.seen * whole.share(scheme)
+def _fidelity(scheme: Scheme, survey: Survey, sums: _Sums) -> Fidelity:
+    rows, columns = survey.geometry.rows, survey.geometry.columns
+    signal = survey.mean_square
+    noise = sums.noise / sums.seen * sums.share(scheme, survey)
     codes = list(scheme.codes)
-    shares = sums.counts[codes] / whole.seen
+    shares = sums.counts[codes] / sums.seen
     used = shares[shares > 0]
     entropy = abs(float((used * np.log2(used)).sum()))
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -17,19 +17,22 @@ def quantizable_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
     """
     if "model_type" not in config:
         return None
-    import transformers
-    from transformers import AutoConfig
+    from ..prediction.libraries_loading import libraries_loading
 
-    from ..quantized_modules import convertible_modules
-    from ..workload import quiet_libraries, shell_of
+    with libraries_loading():
+        import transformers
+        from transformers import AutoConfig
 
-    quiet_libraries()
-    try:
-        architecture = AutoConfig.for_model(**config)
-        named = getattr(transformers, (config.get("architectures") or [""])[0], None)
-        return convertible_modules(shell_of(architecture) if named is None else _shell(named, architecture))
-    except Exception:  # whatever a configuration that nobody here wrote makes a model's constructor raise
-        return None
+        from ..quantized_modules import convertible_modules
+        from ..workload import quiet_libraries, shell_of
+
+        quiet_libraries()
+        try:
+            architecture = AutoConfig.for_model(**config)
+            named = getattr(transformers, (config.get("architectures") or [""])[0], None)
+            return convertible_modules(shell_of(architecture) if named is None else _shell(named, architecture))
+        except Exception:  # whatever a configuration that nobody here wrote makes a model's constructor raise
+            return None
 
 
 def _shell(model_class: Any, architecture: Any) -> Any:

@@ -6,6 +6,8 @@ import math
 from typing import Any
 
 import msgspec
+import numpy as np
+from numpy.typing import NDArray
 
 PICTURES = ("density", "shares", "level_values")
 """Fields that are there to be drawn; documents do without."""
@@ -148,11 +150,18 @@ def figures(report: TensorReport) -> dict[str, Any]:
     return entry
 
 
-def short(values: Any) -> tuple[float, ...]:
+def short(values: NDArray[np.float64]) -> tuple[float, ...]:
     """Numbers to four digits, which is what a picture needs."""
-    return tuple(float(f"{value:.4g}") for value in values)
+    return tuple(_rounded(values).tolist())
 
 
-def known(values: Any) -> tuple[float | None, ...]:
+def known(values: NDArray[np.float64]) -> tuple[float | None, ...]:
     """The same of numbers some of which may be NaN: None."""
-    return tuple(None if math.isnan(value) else float(f"{value:.4g}") for value in values)
+    return tuple(None if math.isnan(value) else value for value in _rounded(values).tolist())
+
+
+def _rounded(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    with np.errstate(divide="ignore"):  # log of 0
+        unit = 10.0 ** np.clip(3 - np.floor(np.log10(np.abs(values))), -300, 300)
+    rounded: NDArray[np.float64] = np.round(values * unit) / unit
+    return rounded

@@ -2,8 +2,8 @@
 
 A scale that covers a tensor or a row depends on its largest weight, which no
 sample finds; so every weight is looked at once, as bits. Errors are averages,
-for which a sample is enough if it holds the runs with the largest weights, of
-which a few can make most of the error, and the rest in proportion.
+for which a sample is enough if runs with large weights, of which a few can make
+most of the error, are in it more often, and count the less for it.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import UserError
-from .bits import RUN, Bits, as_float32, no_extremes, row_extremes, run_extremes
+from .bits import RUN, Bits, as_float32, magnitudes, range_of, row_maxima, run_maxima
 from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 
 Floats = NDArray[np.float32]
 
-SAMPLED_RUNS = 1024
+SAMPLED_RUNS = 768
 """Runs of 256 weights sampled in each tensor."""
-ALWAYS = 4
-"""One in so many of them are those with the largest weights."""
+ALWAYS = 32
+"""So many of them are those with the largest weights."""
 BLOCK = 64
 """Weights to one scale of NF4 and FP4."""
 SQUARED_RUNS = 8192
@@ -34,17 +34,17 @@ ALIKE_BITS = 3
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """Runs of neighbouring weights that stand for `weight` times as many.
+    """Runs of neighbouring weights, each of which stands for some of the tensor's.
 
     Attributes:
         values: [n, RUN], or one row that is shorter.
-        starts: Place of each run's first weight in the flat tensor.
-        weight: Runs of the tensor to each of these.
+        starts: Place of each run's first weight in the flat tensor [n].
+        stands_for: Runs of the tensor that each of these stands for [n].
     """
 
     values: Floats
     starts: NDArray[np.int64]
-    weight: float = 1.0
+    stands_for: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,8 +56,7 @@ class Survey:
         geometry: Its rows and columns.
         low: Of all weights, at most 0.
         high: Of all weights, at least 0.
-        row_low: The same of each row [rows].
-        row_high: The same of each row [rows].
+        row_absmax: Largest magnitude of each row [rows].
         mean_square: Of its weights.
         typical: Median of its runs' largest magnitudes.
         absmax_mean: Mean over blocks of 64 weights of their largest magnitude.
@@ -69,8 +68,7 @@ class Survey:
     geometry: Geometry
     low: float
     high: float
-    row_low: Floats
-    row_high: Floats
+    row_absmax: Floats
     mean_square: float
     typical: float
     absmax_mean: float
@@ -93,37 +91,43 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
         UserError: It cannot be read, or holds NaN or an infinity.
     """
     shape, form = geometry(tensor), format_of(tensor)
-    by_run = no_extremes(-(-shape.numel // RUN), form)
+    largest = np.zeros(-(-shape.numel // RUN), form.unsigned)
     rows_are_runs = shape.columns % RUN == 0
-    by_row = no_extremes(0 if rows_are_runs else shape.rows, form)
+    by_row = np.zeros(0 if rows_are_runs else shape.rows, form.unsigned)
+    high = low = 0
     squares = _Squares(tensor, 1 if exact else max(1, shape.whole_runs // SQUARED_RUNS))
     block_sum = 0.0
     for number, bits in enumerate(tensor.chunks()):
         start = number * CHUNK
-        found = run_extremes(bits, form)
-        if max(found.high.max(), found.low.max()) >= form.infinity:
+        highest, lowest = range_of(bits, form)
+        if max(highest, lowest) >= form.infinity:
             raise _not_finite(tensor, bits, start)
-        by_run.merge(slice(start // RUN, start // RUN + len(found.high)), found)
+        high, low = max(high, highest), max(low, lowest)
+        found = magnitudes(bits, form)
+        runs = run_maxima(found)
+        largest[start // RUN : start // RUN + len(runs)] = runs
         if not rows_are_runs:
-            by_row.merge(*row_extremes(bits, shape.columns, start, form))
+            rows, maxima = row_maxima(found, shape.columns, start)
+            np.maximum(by_row[rows], maxima, out=by_row[rows])
         squares.add(bits, start // RUN)
         if exact:
-            block_sum += _block_absmax(as_float32(bits, tensor.read_as)).sum(dtype=np.float64)
+            block_sum += _block_absmax(as_float32(bits, tensor.read_as)[None]).sum(dtype=np.float64)
     if rows_are_runs:
-        by_row = by_run.over(shape.rows)
-    largest = np.maximum(by_run.high, by_run.low)[: shape.whole_runs]
-    sample = _sample(tensor, largest, bits)
+        by_row = largest.reshape(shape.rows, -1).max(1)
+    largest = largest[: shape.whole_runs]
+    order = np.argsort(largest, kind="stable")
+    row_absmax = as_float32(by_row, tensor.read_as)
+    sample = _sample(tensor, order, as_float32(largest, tensor.read_as), row_absmax, bits)
     blocks = -(-shape.numel // BLOCK)
-    row_low, row_high = -as_float32(by_row.low, tensor.read_as), as_float32(by_row.high, tensor.read_as)
+    bounds = as_float32(np.array([low, high], form.unsigned), tensor.read_as)
     return Survey(
         tensor,
         shape,
-        low=float(row_low.min()),
-        high=float(row_high.max()),
-        row_low=row_low,
-        row_high=row_high,
+        low=0.0 - float(bounds[0]),  # not -0.0
+        high=float(bounds[1]),
+        row_absmax=row_absmax,
         mean_square=squares.total(largest) / shape.numel,
-        typical=float(np.median(as_float32(largest, tensor.read_as))) if len(largest) else np.inf,
+        typical=float(as_float32(largest[order[len(order) // 2]][None], tensor.read_as)[0]) if len(order) else np.inf,
         absmax_mean=block_sum / blocks if exact else _mean_absmax(sample),
         sample=sample,
         exact=exact,
@@ -144,7 +148,7 @@ class _Squares:
         whole = len(bits) // RUN
         runs = bits[: whole * RUN].reshape(whole, RUN)[-first_run % self.stride :: self.stride]
         values = as_float32(runs, self.read_as)
-        self.of_runs.append((values * values).sum(1))
+        self.of_runs.append(np.einsum("rw,rw->r", values, values))
         self.rest += float(np.square(as_float32(bits[whole * RUN :], self.read_as), dtype=np.float64).sum())
 
     def total(self, largest: Bits) -> float:
@@ -164,42 +168,66 @@ class _Squares:
         return float((ratio * np.bincount(classes, bound, len(bounds))).sum()) + self.rest
 
 
-def _block_absmax(values: Floats) -> Floats:
-    flat = np.abs(values).reshape(-1)
-    return np.maximum.reduceat(flat, np.arange(0, flat.size, BLOCK))
+def _block_absmax(runs: Floats) -> Floats:
+    """The largest magnitude of each BLOCK weights of runs [n, w]: [n, ceil(w / BLOCK)]."""
+    return np.maximum.reduceat(np.abs(runs), np.arange(0, runs.shape[1], BLOCK), axis=1)
 
 
 def _mean_absmax(sample: tuple[Part, ...]) -> float:
-    blocks = [(part.weight, _block_absmax(part.values)) for part in sample]
-    total = sum(weight * found.sum(dtype=np.float64) for weight, found in blocks)
-    return float(total / sum(weight * len(found) for weight, found in blocks))
+    blocks = [(part.stands_for, _block_absmax(part.values)) for part in sample]
+    total = sum(float(stands_for @ found.sum(1, dtype=np.float64)) for stands_for, found in blocks)
+    return total / sum(float(stands_for.sum()) * int(found.shape[1]) for stands_for, found in blocks)
 
 
-def _sample(tensor: WeightTensor, largest: Bits, last: Bits) -> tuple[Part, ...]:
-    """The runs with the largest weights, and of all others, in the order of theirs, every so many-th.
+def _sample(
+    tensor: WeightTensor, order: NDArray[np.int64], largest: Floats, row_absmax: Floats, last: Bits
+) -> tuple[Part, ...]:
+    """Some runs, spread evenly over all of them in the order of their largest weights.
 
     Args:
         tensor: Which.
-        largest: Of each of its whole runs.
+        order: Its whole runs by their largest weights.
+        largest: Those weights' magnitudes, by run.
+        row_absmax: Of its rows.
         last: Its last chunk, which ends with what is too short to be a run.
     """
-    whole = len(largest)
-    if whole <= SAMPLED_RUNS:
+    if len(order) <= SAMPLED_RUNS:
         return tuple(_all_parts(tensor))
-    order = np.argsort(largest, kind="stable")
-    always = SAMPLED_RUNS // ALWAYS
-    others, some = whole - always, SAMPLED_RUNS - always
-    picked = order[((np.arange(some) + 0.5) * (others / some)).astype(np.int64)]
-    parts = [_part(tensor, picked, others / some), _part(tensor, order[others:], 1.0)]
+    rows = row_absmax[order * RUN // geometry(tensor).columns]
+    chance = _chances(largest[order], rows)
+    reached = np.cumsum(chance, dtype=np.float64)
+    picked = np.searchsorted(reached, np.arange(0.5, reached[-1]))
+    by_place = picked[np.argsort(order[picked])]
+    runs = order[by_place]
+    parts = [Part(as_float32(tensor.runs(runs), tensor.read_as), runs * RUN, 1 / chance[by_place].astype(np.float64))]
     if short := len(last) % RUN:
-        rest = as_float32(last[-short:].copy(), tensor.read_as)
-        parts.append(Part(rest[None], np.array([whole * RUN])))
+        parts.append(Part(as_float32(last[-short:], tensor.read_as)[None], np.array([len(order) * RUN]), np.ones(1)))
     return tuple(parts)
 
 
-def _part(tensor: WeightTensor, runs: NDArray[np.int64], weight: float) -> Part:
-    runs = np.sort(runs)
-    return Part(as_float32(tensor.runs(runs), tensor.read_as), runs * RUN, weight)
+def _chances(largest: Floats, rows: Floats) -> Floats:
+    """The probability of each run to be in the sample.
+
+    In equal shares: alike for all, as errors are where one step is the whole
+    tensor's; in proportion to the square of its largest weight, as where scales
+    are blocks'; of its row's, as where they are rows'; of what it has beyond most,
+    as where the outermost level ends.
+
+    Args:
+        largest: Magnitude of each run's largest weight, ascending.
+        rows: That of its row's.
+    """
+    scale = largest[-1] or 1.0  # the square of a float32 may be none
+    largest, rows = largest / scale, rows / scale
+    beyond = np.maximum(largest - largest[len(largest) // 2], 0)
+    errors = [(error, error.sum(dtype=np.float64)) for error in (largest * largest, rows * rows, beyond * beyond)]
+    known = [(error, total) for error, total in errors if total]
+    chance = np.full_like(largest, SAMPLED_RUNS / (len(known) + 1) / len(largest))
+    for error, total in known:
+        chance += error * np.float32(SAMPLED_RUNS / (len(known) + 1) / total)
+    chance[-ALWAYS:] = 1
+    found: Floats = np.minimum(chance, 1)
+    return found
 
 
 def _all_parts(tensor: WeightTensor) -> Iterator[Part]:
@@ -207,9 +235,9 @@ def _all_parts(tensor: WeightTensor) -> Iterator[Part]:
         values, start = as_float32(bits, tensor.read_as), number * CHUNK
         whole = len(values) // RUN * RUN
         if whole:
-            yield Part(values[:whole].reshape(-1, RUN), start + np.arange(0, whole, RUN))
+            yield Part(values[:whole].reshape(-1, RUN), start + np.arange(0, whole, RUN), np.ones(whole // RUN))
         if len(values) > whole:
-            yield Part(values[None, whole:], np.array([start + whole]))
+            yield Part(values[None, whole:], np.array([start + whole]), np.ones(1))
 
 
 def _not_finite(tensor: WeightTensor, bits: Bits, start: int) -> UserError:

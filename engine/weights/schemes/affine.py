@@ -50,8 +50,10 @@ def _tensor(piece: Piece, low: int, asymmetric: bool) -> Quantized:
 
 
 def _row(piece: Piece) -> Quantized:
-    values, bounds = piece.by_row()
-    found = _quantize(values, bounds, -127, 127, asymmetric=False)
+    import torch
+
+    values, absmax = piece.by_row()
+    found = _quantize(values, torch.cat([-absmax, absmax], 1), -127, 127, asymmetric=False)
     return Quantized(found.codes, found.restored.reshape(piece.values.shape))
 
 
@@ -59,7 +61,7 @@ def _block(piece: Piece, block: int, low: int, high: int, asymmetric: bool) -> Q
     import torch
 
     values = piece.values.reshape(-1, block)
-    bounds = torch.stack(torch.aminmax(values, dim=1), 1)
+    bounds = torch.stack([values.amin(1), values.amax(1)], 1)
     found = _quantize(values, bounds, low, high, asymmetric)
     return Quantized(found.codes, found.restored.reshape(piece.values.shape))
 

@@ -19,8 +19,8 @@ def _quantize(piece: Piece, by_row: bool) -> Quantized:
 
     kind = torch.float8_e4m3fn
     largest = torch.finfo(kind).max
-    values, bounds = piece.by_row() if by_row else (piece.values, piece.bounds)
-    scale = largest / bounds.abs().amax(1, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny * largest)
+    values, absmax = piece.by_row() if by_row else (piece.values, piece.bounds.abs().amax(1, keepdim=True))
+    scale = largest / absmax.clamp(min=torch.finfo(torch.float32).tiny * largest)
     stored = (values * scale).clamp(-largest, largest).to(kind)
     restored = (stored.float() / scale).reshape(piece.values.shape)
     return Quantized(stored.view(torch.uint8).reshape(-1), restored)

@@ -18,8 +18,7 @@ def _quantize(piece: Piece) -> Quantized:
     import torch
     from bitsandbytes import functional
 
-    values, bounds = piece.by_row()
-    largest = bounds.abs().amax(1, keepdim=True)
+    values, largest = piece.by_row()
     codes, scales, _ = functional.int8_vectorwise_quant(torch.cat([values, largest], 1).half())
     restored = functional.int8_vectorwise_dequant(codes, scales)[:, :-1]
     return Quantized((codes[:, :-1].to(torch.int16) + 127).to(torch.uint8), restored.reshape(piece.values.shape))
