@@ -224,9 +224,11 @@ class RunFailed(RunEvent, frozen=True):
 
     Attributes:
         detail: The traceback, for the log.
+        mistake: Nothing broke: the configuration cannot be run here, which the user can put right.
     """
 
     detail: str = ""
+    mistake: bool = False
 
     @property
     def is_problem(self) -> bool:

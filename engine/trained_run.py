@@ -84,7 +84,7 @@ class TrainedRun:
         except RunLeft:
             pass
         except UserError as error:
-            self._feed.tell(RunFailed(text=str(error)))
+            self._feed.tell(RunFailed(text=str(error), mistake=True))
             return str(error)
         except torch.OutOfMemoryError as error:
             self._tracer.settle()

@@ -16,7 +16,7 @@ import torch
 
 from .allocator_settings import AllocatorSettings
 from .batches import Batches, bytes_of, file_rows, random_rows, shapes_of
-from .config import RunConfig, UserError, excerpt, one_line
+from .config import RunConfig, UserError, excerpt, kind_and_line, one_line
 from .missing_package import install
 from .parallelism import Parallelism
 from .tasks import AUTO, TASKS, Rows, Task, task_of
@@ -314,8 +314,10 @@ def _of_the_model(config: RunConfig) -> Iterator[None]:
     """A model that is not there, or whose configuration makes no sense, is the user's to put right."""
     try:
         yield
-    except Exception as error:  # whatever transformers says to what is damaged
+    except (OSError, ValueError, UserError) as error:  # meant to be read
         raise UserError(f"{config.model}: {one_line(error)}") from None
+    except Exception as error:  # whatever breaks on what makes no sense
+        raise UserError(f"{config.model}: its configuration makes no model: {kind_and_line(error)}") from None
 
 
 def shell_of(hf_config: Any, task: Task = TASKS["causal-lm"]) -> Model:

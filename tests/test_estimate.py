@@ -186,16 +186,18 @@ def test_what_cannot_be_is_one_clear_line(
         ({"num_hidden_layers": 10**8}, "num_hidden_layers=100000000; there may be 10000"),
         ({"hidden_size": 2**20, "intermediate_size": 10**9}, "parameters; there may be 1e+14"),
         ({"vocab_size": 2**63 - 1}, "overflow"),
+        ({"num_attention_heads": 0}, "its configuration makes no model: ZeroDivisionError"),
     ],
-    ids=["layers", "parameters", "beyond 64 bits"],
+    ids=["layers", "parameters", "beyond 64 bits", "no heads"],
 )
+@pytest.mark.parametrize("command", [("estimate",), ("run", "--device", "cpu")], ids=["estimate", "run"])
 def test_a_model_beyond_all_measure_is_refused_in_one_line(
-    fields: dict[str, int], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    command: tuple[str, ...], fields: dict[str, int], says: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     plain: dict[str, object] = {"model_type": "llama", "hidden_size": 64, "num_hidden_layers": 2, "vocab_size": 128}
     plain |= {"num_attention_heads": 4, "intermediate_size": 128, "architectures": ["LlamaForCausalLM"]}
     (tmp_path / "config.json").write_text(json.dumps(plain | fields))
-    assert main(["estimate", "--model", str(tmp_path)]) == 2
+    assert main([*command, "--model", str(tmp_path)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"gpumem-tui: {tmp_path}: ") and error.count("\n") == 1 and len(error) < 300
     assert says in error

@@ -15,11 +15,11 @@ from typing import Any, NoReturn
 
 from ..engine.config import UserError
 from .commands import app
+from .commands.common import USER_MISTAKE
 from .interrupt import INTERRUPTED
 from .standard_streams import complain, standard_streams
 
 EXIT_CODES = "exit codes: 0 done, 2 something you can put right (one line says what), 3 the run failed, 130 interrupted"
-USAGE_ERROR = 2
 
 
 class _Help(argparse.HelpFormatter):
@@ -113,7 +113,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             return int(flags.command(flags))
     except UserError as error:
         complain(str(error))
-        return USAGE_ERROR
+        return USER_MISTAKE
     except KeyboardInterrupt:
         return INTERRUPTED
     except BrokenPipeError:  # the reader of our output has gone: gpumem-tui ... | head

@@ -10,7 +10,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,8 +31,18 @@ if TYPE_CHECKING:
     from ...engine.session import Session
 
 TELL_EVERY_S = 0.2
+USER_MISTAKE = 2
+"""Exit code of something that the user can put right."""
 FAILED = 3
 """Exit code of a run that was started and did not finish."""
+
+
+def failure_code(runs: Iterable[Run]) -> int:
+    """The exit code of runs that failed: their configuration is for the user to put right, or something broke."""
+    from ...engine.run_events import RunFailed
+
+    failed = (event for run in runs for event in run.events() if isinstance(event, RunFailed))
+    return USER_MISTAKE if any(event.mistake for event in failed) else FAILED
 
 
 def add_run_flags(parser: argparse.ArgumentParser) -> None:

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from ..units import clock
-from .common import FAILED, json_line, json_text
+from .common import failure_code, json_line, json_text
 
 if TYPE_CHECKING:
     from ...engine.feed import Source
@@ -44,7 +44,7 @@ def wanted(flags: argparse.Namespace) -> bool:
 
 
 def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: float) -> int:
-    """Print what was asked for; 0, or 3 if the run failed."""
+    """Print what was asked for; 0, or the exit code of the run's failure."""
     from ..board import Board
     from ..palette import Palette
 
@@ -54,7 +54,8 @@ def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: floa
     for line in lines:
         sys.stdout.write(line + "\n")
         sys.stdout.flush()
-    return FAILED if source.live and board.state.run.status == "failed" else 0
+    failed = source.live and board.state.run.status == "failed"
+    return failure_code(source.runs()) if failed else 0
 
 
 def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) -> Iterator[str]:

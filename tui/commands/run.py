@@ -25,10 +25,10 @@ from ..standard_streams import complain
 from ..units import GIB, MIB, UNKNOWN, Unit
 from . import predicted_vs_measured
 from .common import (
-    FAILED,
     add_run_flags,
     config_from,
     end_progress,
+    failure_code,
     progress,
     refuse_unwritable,
     reported_run,
@@ -69,15 +69,15 @@ def main(flags: argparse.Namespace) -> int:
         refuse_unwritable(name, getattr(flags, name))
     tries = MOST_RETRIES if flags.retry else 0
     for retry in range(tries + 1):
-        document, fix = _run(flags, config, retries=retry < tries)
+        code, fix = _run(flags, config, retries=retry < tries)
         if fix is None:
             break
         config = config.with_(fix.set)
         complain(f"goes on with {settings_text(fix.set)} (retry {retry + 1} of {tries})")
-    return FAILED if document["failure"] else 0
+    return code
 
 
-def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[dict[str, Any], Fix | None]:
+def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[int, Fix | None]:
     """Run once, and write what was asked for, unless it is to be retried.
 
     Args:
@@ -86,7 +86,7 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[d
         retries: Whether it is if it runs out of memory.
 
     Returns:
-        Its document, and the change that it is to be retried with.
+        The exit code, and the change that it is to be retried with.
     """
     with ExitStack() as results:  # each is tried, whatever becomes of the others
 
@@ -108,9 +108,10 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[d
         results.callback(source.close)
         if document["failure"]:
             complain(document["failure"])
+        code = failure_code(source.runs()) if document["failure"] else 0
         fix = _out_of_memory(source.runs(), retries)
         if fix is not None:
-            return document, fix
+            return code, fix
         if flags.save:
             results.callback(save_runs, source.runs(), Path(flags.save))
         environment = source.environment()
@@ -122,7 +123,7 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[d
             sys.stdout.write(f"{describe(config)}\n\n{table(document)}\n")
             if flags.predict is not None:
                 sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
-    return document, None
+    return code, None
 
 
 def _out_of_memory(runs: Sequence[Run], retries: bool) -> Fix | None:
