@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 
 from gpumem_tui.engine import techniques
@@ -49,12 +47,25 @@ def test_what_reads_the_weights_itself_takes_no_quantized_ones(kind: str, quanti
         small_run(lora="on", lora__kind=kind, quantization=quantization)
 
 
-@pytest.mark.parametrize("settings", [{"lora__dropout": 0.1}, {"lora__dropout": 0.0, "lora__kind": "dora"}])
-def test_experts_in_one_parameter_take_plain_lora_alone(engine: Engine, settings: dict[str, Any]) -> None:
-    document = engine.run(small_run(MIXTURE, lora="on", lora__targets="q_proj,gate_up_proj", **settings))
+@pytest.mark.parametrize("targets", ["q_proj,down_proj", "all-linear"])
+@pytest.mark.parametrize("kind", ["lora", "dora", "pissa"])
+def test_experts_in_one_parameter_take_plain_lora_alone(engine: Engine, kind: str, targets: str) -> None:
+    dropout = 0.1 if kind == "lora" else 0.0
+    settings = {"lora": "on", "lora__kind": kind, "lora__targets": targets, "lora__dropout": dropout}
+    document = engine.run(small_run(MIXTURE, **settings))
     assert document["failure"] == (
-        "lora.targets: gate_up_proj is all experts in one parameter: set lora.dropout=0 and lora.kind=lora"
+        "lora.targets: down_proj is all experts in one parameter: set lora.dropout=0 and lora.kind=lora"
     )
+
+
+@pytest.mark.parametrize(("kind", "quantization"), [("dora", "nf4"), ("vera", "int8")])
+def test_adapters_that_copy_or_move_quantized_layers_are_predicted(kind: str, quantization: str) -> None:
+    predicted = predict(small_run(lora="on", lora__kind=kind, quantization=quantization), gpu("H100 80GB"))
+    plain = predict(small_run(lora="on", quantization=quantization), gpu("H100 80GB"))
+    assert predicted.document.unknown_bytes_max == predicted.document.mismatch_bytes_max == 0
+    assert predicted.document.parameters != plain.document.parameters
+    loaded, expected = (p.document.loaded.by_category["parameters"] for p in (predicted, plain) if p.document.loaded)
+    assert loaded == pytest.approx(expected, rel=0.2)
 
 
 def test_experts_are_adapted_and_predicted(engine: Engine) -> None:

@@ -7,6 +7,7 @@ functions do nothing, and its functions stand in for the operators.
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
@@ -123,7 +124,22 @@ def _make_subclass(cls: Any, data: Any, requires_grad: bool = False, **kwargs: A
 def _fake_class(cls: Any) -> Any:
     from torch._subclasses.fake_tensor import FakeTensor
 
-    return type(cls)(cls.__name__, (FakeTensor, cls), {})
+    def detach(self: Any) -> Any:
+        """One of its class, as a Parameter has to have it."""
+        tensor = FakeTensor.detach(self)
+        tensor.__class__ = type(self)
+        return tensor
+
+    def deepcopy(self: Any, memo: dict[int, Any]) -> Any:
+        """A copy with what it was quantized with, as DoRA makes of a layer."""
+        made = _make_subclass(cls, FakeTensor.detach(self).clone(), self.requires_grad)
+        for name, value in vars(self).items():
+            if name not in vars(made):
+                setattr(made, name, copy.deepcopy(value, memo))
+        memo[id(self)] = made
+        return made
+
+    return type(cls)(cls.__name__, (FakeTensor, cls), {"detach": detach, "__deepcopy__": deepcopy})
 
 
 class _Mute:

@@ -46,7 +46,13 @@ def _wrapped(peft: Any, model: Model, config: RunConfig, targets: str | list[str
         settings.fan_in_fan_out = any(type(m).__name__ == "Conv1D" for m in model.modules())
     try:
         return peft.get_peft_model(model, settings)
-    except ValueError as error:
+    except (ValueError, AttributeError) as error:
+        # Of some architectures all-linear means the experts' parameters too: PEFT alone knows of which.
+        for name in sorted(_expert_parameters(model)) if targets == "all-linear" else ():
+            if problem := _of_experts(config, name):
+                raise UserError(problem) from error
+        if isinstance(error, AttributeError):
+            raise
         raise UserError(f"lora.kind={config['lora.kind']}: {one_line(error)}") from error
 
 
@@ -78,7 +84,8 @@ def _settings(
 
 def _expert_parameters(model: Model) -> set[str]:
     """Parameters that hold all experts of a mixture in one: no modules, so they are adapted as parameters."""
-    return {name.rsplit(".", 1)[-1] for name, parameter in model.named_parameters() if parameter.dim() == 3}
+    paths = (name.rpartition(".") for name, parameter in model.named_parameters() if parameter.dim() == 3)
+    return {leaf for module, _, leaf in paths if module.rpartition(".")[2] == "experts"}
 
 
 def _named(wanted: str) -> list[str]:
@@ -97,9 +104,15 @@ def unsuitable(config: RunConfig, model: Model) -> str | None:
     if missing or not named:
         return f"lora.targets: no module is called {(missing or [wanted])[0]!r}; there are {', '.join(sorted(leaves))}"
     whole = [name for name, leaf in named if leaf in experts]
-    if config.flag("lora") and whole and (config["lora.dropout"] or config["lora.kind"] not in ("lora", "rslora")):
-        return f"lora.targets: {whole[0]} is all experts in one parameter: set lora.dropout=0 and lora.kind=lora"
-    return None
+    return _of_experts(config, whole[0]) if whole else None
+
+
+def _of_experts(config: RunConfig, name: str) -> str | None:
+    """PEFT's `ParamWrapper` adapts a parameter by a product that is added to it whole."""
+    fits = not config["lora.dropout"] and config["lora.kind"] in ("lora", "rslora")
+    if not config.flag("lora") or config["lora.kind"] == "prompt" or fits:  # a prompt has no targets
+        return None
+    return f"lora.targets: {name} is all experts in one parameter: set lora.dropout=0 and lora.kind=lora"
 
 
 def conflict(config: RunConfig) -> str | None:

@@ -72,6 +72,7 @@ ROWS: list[Settings] = [
     {"lora.kind": "pissa", **LORA, "offload": "checkpoints", **CHECKPOINTED, **BF16},
     {"optimizer": "muon", "loss": "linear-cross-entropy", **CHECKPOINTED, **BF16},
     {"optimizer": "ao-adamw-fp8", "optimizer_in_backward": True, **BODY, **BF16},
+    {"lora.kind": "dora", **QLORA, **CHECKPOINTED, "dtype": "mixed"},
     {"offload": "activations", "offload.stream": True, **BODY, **BF16},
     {"offload": "checkpoints", "offload.stream": True, "loss": "chunked", **CHECKPOINTED, **BF16},
 ]
