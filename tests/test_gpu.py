@@ -92,6 +92,14 @@ def test_what_needs_a_gpu_runs_on_one(engine: Engine, settings: dict[str, Any]) 
     check(engine, settings)
 
 
+def test_the_step_whose_operators_are_watched_takes_no_more_than_the_next(engine: Engine) -> None:
+    """A tied embedding has two gradients, which are added up in place there too."""
+    settings = {"optimizer": "sgd", "loss": "chunked", "checkpointing": "layers", "kv_cache": "off", "steps": 4}
+    document = engine.run(small_run(run_fields("gpt2"), **settings))
+    _, watched, *others = [step["peak_bytes"] for step in document["steps"]]
+    assert others == [watched, watched]
+
+
 def test_paged_state_has_a_ledger_of_its_own(engine: Engine) -> None:
     """Managed memory is in no counter of torch's; small tensors are not paged, and that is said."""
     config = techniques.parse({"optimizer": "paged-adamw", "batch_size": 2, "steps": 2, "dtype": "float16"}, "test")

@@ -199,7 +199,7 @@ class Tracer:
             self._trace_step(number, micro_batches, held)
         watching = traced and number == self._described
         try:
-            with OperatorWatch(self._writer, self._writer.owners.parameter_names()) if watching else nullcontext():
+            with self._watch() if watching else nullcontext():
                 yield
         except BaseException as error:
             self._end_step(held, ending_by(error, self.refusal))
@@ -268,6 +268,9 @@ class Tracer:
     def aborted(self, error: BaseException | None) -> Ending:
         """See `step_ending.aborted`."""
         return aborted(error, self.refusal)
+
+    def _watch(self) -> OperatorWatch:
+        return OperatorWatch(self._writer, self._writer.owners.parameter_names(), alone=not self.recorder.always_on)
 
     # --- handing on ---------------------------------------------------------
 
