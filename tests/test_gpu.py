@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -12,12 +13,16 @@ import pytest
 import torch
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.allocator_settings import MIN_BLOCK_BYTES
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.device import environment
 from gpumem_tui.engine.events import Category, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunFailed, StepEnded
-from gpumem_tui.profiles import PresetRow, preset, run_fields
+from gpumem_tui.engine.weights.quantizable import quantizable_modules
+from gpumem_tui.engine.weights.random_weights import random_model
+from gpumem_tui.engine.weights.schemes import registry
+from gpumem_tui.profiles import PresetRow, model_profile, preset, run_fields
 
 from .conftest import Engine, small_run, wait_until
 from .test_techniques import GPU_PAIRS, GPU_SINGLES, check, runs_on
@@ -25,6 +30,7 @@ from .test_techniques import GPU_PAIRS, GPU_SINGLES, check, runs_on
 pytestmark = pytest.mark.gpu
 
 GIB = 2**30
+
 REFERENCE = preset("reference")
 
 
@@ -54,6 +60,20 @@ def test_after_the_step_within_5_mib_of_the_bare_run(reference: tuple[PresetRow,
 def test_the_peak_within_one_percent_of_the_bare_run(reference: tuple[PresetRow, dict[str, Any]]) -> None:
     row, document = reference
     assert document["peak"]["allocated_bytes"] / GIB == pytest.approx(row.bare_h100["peak_all_steps"], rel=0.01)
+
+
+@pytest.mark.parametrize(("kind", "double"), [("nf4", False), ("nf4-double", True)])
+def test_quantized_weights_take_what_the_lens_says(engine: Engine, kind: str, double: bool) -> None:
+    """To the allocator's rounding: codes, scales, tables and a mean are blocks of their own."""
+    profile = model_profile("tiny")
+    weights = random_model(profile.config, profile.dtype)
+    modules = quantizable_modules(profile.config) or ()
+    quantized = [tensor for tensor in weights.tensors if tensor.name.removesuffix(".weight") in modules]
+    run = engine.run(small_run(lora="on", quantization="nf4", quantization__double=double, lora__r=1))
+    said = sum(registry()[kind].storage_bytes(*tensor.shape) for tensor in quantized)
+    rest = 4 * (run["parameters"] - sum(math.prod(tensor.shape) for tensor in quantized))  # float32
+    blocks = (6 if double else 3) * len(quantized) + weights.vectors + len(weights.tensors) + 2 * len(quantized)
+    assert 0 <= run["loaded"]["by_category"]["parameters"] - said - rest < MIN_BLOCK_BYTES * blocks
 
 
 def test_gradients_and_optimizer_state_are_exact(reference: tuple[PresetRow, dict[str, Any]]) -> None:

@@ -18,6 +18,8 @@ from bitsandbytes import functional
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
+from transformers import BitsAndBytesConfig, GPT2Config, GPT2LMHeadModel
+from transformers.pytorch_utils import Conv1D
 
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.device import select
@@ -28,6 +30,7 @@ from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
 from gpumem_tui.engine.weights.report import TensorReport
 from gpumem_tui.engine.weights.schemes import registry
+from gpumem_tui.engine.weights.tensors import stored_transposed
 from gpumem_tui.engine.weights.totals import propose
 from gpumem_tui.engine.workload import build, prepare
 from gpumem_tui.profiles import run_fields
@@ -171,6 +174,73 @@ def test_a_run_allocates_what_the_document_says(
     float32 = 4 * (run["parameters"] - quantized)  # embeddings, norms, biases, adapters
     assert float32 > 4 * kept
     assert run["loaded"]["by_category"]["parameters"] == float32 + document["total"]["schemes"][kind]["bytes"]
+
+
+# --- GPT-2 stores its layers' weights transposed ----------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two layers of Conv1D; every output has weights of its own size."""
+    folder = tmp_path_factory.mktemp("gpt2")
+    torch.manual_seed(0)
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=99, n_positions=16, n_embd=128, n_layer=2, n_head=2))
+    for module in model.modules():
+        if isinstance(module, Conv1D):
+            module.weight.data *= torch.linspace(0.2, 5, module.nf)
+    model.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("key", ["int8-absmax-row", "llm-int8", "nf4"])
+def test_what_conv1d_stores_is_measured_as_it_is_quantized(gpt2: Path, key: str) -> None:
+    """transformers gives bitsandbytes its transpose: a row, or a block, is of one output."""
+    if key not in HERE:
+        pytest.skip("torchao is not installed")
+    model = GPT2LMHeadModel.from_pretrained(gpt2)
+    found = {report.name: report for report in reports(open_checkpoint(str(gpt2)).tensors, [HERE[key]], True)}
+    for name, module in model.named_modules():
+        if isinstance(module, Conv1D):
+            report = found[f"{name}.weight"]
+            weights = module.weight.data.T.contiguous()
+            error = (weights - AT_ONCE[key](weights)).double()
+            assert (report.transposed, report.shape) == (True, tuple(module.weight.shape))
+            assert report.schemes[key].rmse == pytest.approx(float(error.square().mean().sqrt()), rel=2e-4)
+    assert not found["transformer.wte.weight"].transposed
+
+
+@pytest.mark.parametrize("kind", ["int8", "nf4"])
+def test_conv1d_takes_what_transformers_stores(gpt2: Path, kind: str) -> None:
+    config = BitsAndBytesConfig(load_in_8bit=kind == "int8", load_in_4bit=kind == "nf4", bnb_4bit_quant_type="nf4")
+    model = GPT2LMHeadModel.from_pretrained(gpt2, quantization_config=config)
+    key = "llm-int8" if kind == "int8" else "nf4"
+    found = {report.name: report for report in reports(open_checkpoint(str(gpt2)).tensors, [HERE[key]])}
+    layers = {name: layer for name, layer in model.named_modules() if hasattr(layer, "source_cls")}
+    assert len(layers) == 8
+    for name, layer in layers.items():
+        state = layer.weight.quant_state if kind == "nf4" else None
+        scales = [layer.weight.SCB] if state is None else [state.absmax, state.code]
+        stored = sum(tensor.nbytes for tensor in (layer.weight, *scales))
+        assert found[f"{name}.weight"].schemes[key].storage_bytes == stored
+
+
+def test_a_bias_says_which_dimension_the_outputs_are() -> None:
+    shapes = {
+        "h.0.attn.weight": (8, 24), "h.0.attn.bias": (24,),
+        "h.0.proj.weight": (8, 8), "h.0.proj.bias": (8,),
+        "vision.fc.weight": (32, 8), "vision.fc.bias": (32,),
+        "vision.out.weight": (8, 8), "vision.out.bias": (8,),
+        "lm_head.weight": (99, 8),
+    }  # fmt: skip
+    assert stored_transposed(shapes) == {"h.0.attn.weight", "h.0.proj.weight"}
+
+
+def test_nan_in_a_transposed_matrix_is_where_the_file_has_it(tmp_path: Path) -> None:
+    weights = normal(8, 24)
+    weights[3, 5] = math.nan
+    save_file({"c_fc.weight": weights, "c_fc.bias": torch.zeros(24)}, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"c_fc.weight holds NaN at \[3, 5\]"):
+        list(reports(open_checkpoint(str(tmp_path)).tensors, [HERE["nf4"]]))
 
 
 # --- what is kept in 16 bit is more memory ------------------------------------------------

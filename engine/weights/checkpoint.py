@@ -8,7 +8,7 @@ import os
 import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 
 from ..config import UserError, one_line
 from .bits import FORMATS, RUN, Bits
-from .tensors import CHUNK, ModelWeights
+from .tensors import CHUNK, ModelWeights, stored_transposed
 
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000
@@ -34,6 +34,7 @@ class FileTensor:
     Attributes:
         path: The file.
         offset: Where in it they begin, in bytes.
+        transposed: Whether they are stored as inputs by outputs.
     """
 
     name: str
@@ -41,6 +42,7 @@ class FileTensor:
     dtype: str
     path: Path
     offset: int
+    transposed: bool = False
 
     @property
     def read_as(self) -> str:
@@ -48,7 +50,11 @@ class FileTensor:
         return self.dtype if self.dtype in FORMATS else "F32"
 
     def chunks(self) -> Iterator[Bits]:
-        """Through one buffer that every chunk is read into."""
+        """Through one buffer that every chunk is read into; one that is transposed is read whole."""
+        if self.transposed:
+            flat = self._transpose()
+            yield from (flat[start : start + CHUNK] for start in range(0, len(flat), CHUNK))
+            return
         size, numel = FLOAT_BYTES[self.dtype], math.prod(self.shape)
         buffer = np.empty(min(CHUNK, numel) * size, np.uint8)
         with self._open() as file:
@@ -59,6 +65,9 @@ class FileTensor:
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:
         """Each read where it lies."""
+        if self.transposed:
+            flat = self._transpose()
+            return flat[: len(flat) // RUN * RUN].reshape(-1, RUN)[indices]
         size = FLOAT_BYTES[self.dtype] * RUN
         with self._open() as file, self._reading():
             descriptor = file.fileno()
@@ -68,6 +77,12 @@ class FileTensor:
         if len(raw) != size * len(indices):
             raise self._ended()
         return self._bits(np.frombuffer(raw, np.uint8)).reshape(-1, RUN)  # of a bytearray: can be written to
+
+    def _transpose(self) -> Bits:
+        raw = np.empty(math.prod(self.shape) * FLOAT_BYTES[self.dtype], np.uint8)
+        with self._open() as file:
+            self._read(file.fileno(), raw, 0)
+        return np.ascontiguousarray(self._bits(raw).reshape(self.shape).T).reshape(-1)
 
     def _open(self) -> Any:
         with self._reading():
@@ -129,7 +144,12 @@ def open_checkpoint(where: str) -> ModelWeights:
             left_out[tensor.name] = f"holds integers ({tensor.dtype}): indices, no weights"
         else:
             raise UserError(f"{tensor.path}: {_not_weights(tensor)}")
-    matrices = [tensor for tensor in tensors if len(tensor.shape) >= 2 and min(tensor.shape) > 0]
+    transposed = stored_transposed({tensor.name: tensor.shape for tensor in tensors})
+    matrices = [
+        replace(tensor, transposed=tensor.name in transposed)
+        for tensor in tensors
+        if len(tensor.shape) >= 2 and min(tensor.shape) > 0
+    ]
     if not matrices:
         reason = "; ".join(f"{name} {why}" for name, why in left_out.items()) or "no tensor has two dimensions"
         raise UserError(f"{where}: there are no weights to quantize: {reason}")

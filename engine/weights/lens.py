@@ -131,6 +131,10 @@ class _Leavable:
     def read_as(self) -> str:
         return self.tensor.read_as
 
+    @property
+    def transposed(self) -> bool:
+        return self.tensor.transposed
+
     def chunks(self) -> Iterator[Bits]:
         for bits in self.tensor.chunks():
             if self.left.is_set():

@@ -130,6 +130,7 @@ class _Whole:
             shape=tensor.shape,
             dtype=tensor.dtype,
             parameters=survey.geometry.numel,
+            transposed=tensor.transposed,
             mean=first,
             std=std,
             kurtosis=central / variance**2 if variance else 0.0,

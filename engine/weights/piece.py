@@ -80,7 +80,7 @@ class Piece:
         return self.once("row squares", found)
 
     def histogram(self, places: torch.Tensor, bins: int) -> NDArray[np.float64]:
-        """How many weights fall into each bin.
+        """Weights of the tensor in each bin.
 
         Args:
             places: Integers [n, w] or flat: the bin of each weight.

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bits import FORMATS, RUN, Bits
-from .tensors import CHUNK, ModelWeights
+from .tensors import CHUNK, ModelWeights, stored_transposed
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -23,6 +23,7 @@ class RandomTensor:
     Attributes:
         std: Their standard deviation.
         seed: Of the generator.
+        transposed: Whether a run would store them as inputs by outputs.
     """
 
     name: str
@@ -30,6 +31,7 @@ class RandomTensor:
     dtype: str
     std: float
     seed: int = 0
+    transposed: bool = False
 
     @property
     def read_as(self) -> str:
@@ -39,7 +41,7 @@ class RandomTensor:
     @property
     def alike(self) -> tuple[object, ...]:
         """Tensors that agree in this differ by nothing but the draw."""
-        return self.shape, self.dtype, self.std
+        return self.shape, self.dtype, self.std, self.transposed
 
     def chunks(self) -> Iterator[Bits]:
         """Drawn in float32 and rounded."""
@@ -81,7 +83,10 @@ def random_model(config: Mapping[str, Any], dtype: str) -> ModelWeights:
     from transformers import AutoConfig
 
     shapes = {name: tuple(p.shape) for name, p in shell_of(AutoConfig.for_model(**config)).named_parameters()}
+    transposed = stored_transposed(shapes)
     tensors = tuple(
-        RandomTensor(name, shape, DTYPES[dtype], RANDOM_STD) for name, shape in shapes.items() if len(shape) >= 2
+        RandomTensor(name, shape, DTYPES[dtype], RANDOM_STD, transposed=name in transposed)
+        for name, shape in shapes.items()
+        if len(shape) >= 2
     )
     return ModelWeights(tensors, config, len(shapes) - len(tensors), {}, random=True)

@@ -56,6 +56,7 @@ class TensorReport(msgspec.Struct, frozen=True, kw_only=True, rename={"low": "mi
         shape: Its own.
         dtype: How it is stored, by safetensors' name.
         parameters: Weights in it.
+        transposed: Whether it is stored as inputs by outputs (Conv1D): schemes get its transpose.
         mean: Of the weights.
         std: Their standard deviation.
         kurtosis: Fourth moment over the square of the second: 3 where they are normal.
@@ -71,6 +72,7 @@ class TensorReport(msgspec.Struct, frozen=True, kw_only=True, rename={"low": "mi
     shape: tuple[int, ...]
     dtype: str
     parameters: int
+    transposed: bool
     mean: float
     std: float
     kurtosis: float

@@ -243,6 +243,9 @@ def _all_parts(tensor: WeightTensor) -> Iterator[Part]:
 def _not_finite(tensor: WeightTensor, bits: Bits, start: int) -> UserError:
     values = as_float32(bits, tensor.read_as)
     first = int(np.flatnonzero(~np.isfinite(values))[0])
-    place = [int(i) for i in np.unravel_index(start + first, tensor.shape)]
+    shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
+    place = [int(i) for i in np.unravel_index(start + first, shape)]
+    if tensor.transposed:
+        place.reverse()
     what = "NaN" if np.isnan(values[first]) else "an infinity"
     return UserError(f"{tensor.name} holds {what} at {place}: its weights cannot be quantized")

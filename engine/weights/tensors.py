@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import takewhile
 from typing import Any, Protocol
 
 import numpy as np
@@ -39,8 +40,13 @@ class WeightTensor(Protocol):
         """The format its bits come in: one of bits.FORMATS."""
         ...
 
+    @property
+    def transposed(self) -> bool:
+        """True if it is stored as inputs by outputs: quantizers get its transpose."""
+        ...
+
     def chunks(self) -> Iterator[Bits]:
-        """The weights from the beginning, flat, CHUNK at a time; a chunk is valid until the next is asked for."""
+        """The weights as quantizers get them, flat, CHUNK at a time; a chunk is valid until the next is asked for."""
         ...
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:
@@ -50,11 +56,11 @@ class WeightTensor(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Geometry:
-    """A tensor as quantizers see it: rows of the last dimension.
+    """A tensor as quantizers see it: a row for each output.
 
     Attributes:
-        rows: All dimensions but the last, multiplied.
-        columns: The last dimension.
+        rows: All dimensions but the last, multiplied; if it is stored transposed, the last.
+        columns: The other.
     """
 
     rows: int
@@ -73,7 +79,39 @@ class Geometry:
 
 def geometry(tensor: WeightTensor) -> Geometry:
     """Rows and columns of a tensor."""
-    return Geometry(math.prod(tensor.shape[:-1]), tensor.shape[-1])
+    rows, columns = math.prod(tensor.shape[:-1]), tensor.shape[-1]
+    return Geometry(columns, rows) if tensor.transposed else Geometry(rows, columns)
+
+
+def stored_transposed(shapes: Mapping[str, tuple[int, ...]]) -> frozenset[str]:
+    """The matrices stored as inputs by outputs, as transformers' Conv1D has them (GPT-2).
+
+    A bias is as long as there are outputs, so it says which dimension they are.
+    Of a square matrix it does not: that is stored as the one is whose path is most alike.
+
+    Args:
+        shapes: Of all parameters, by name; a layer's are called `….weight` and `….bias`.
+    """
+    said: dict[str, bool] = {}
+    square: list[str] = []
+    for name, shape in shapes.items():
+        bias = shapes.get(f"{name.removesuffix('.weight')}.bias")
+        if len(shape) != 2 or bias is None or len(bias) != 1 or bias[0] not in shape:
+            continue
+        if shape[0] == shape[1]:
+            square.append(name)
+        else:
+            said[name] = bias[0] == shape[1]
+    if any(said.values()):
+        for name in square:
+            said[name] = said[max(said, key=lambda other: _in_common(name, other))]
+    return frozenset(name for name, transposed in said.items() if transposed)
+
+
+def _in_common(one: str, other: str) -> int:
+    """Number of modules that the paths of two parameters go through together."""
+    pairs = zip(one.split("."), other.split("."), strict=False)
+    return sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
 
 
 def format_of(tensor: WeightTensor) -> Format:

@@ -285,7 +285,8 @@ class WeightsPage(Page):
         if not found or height < 4:
             return []
         one = found[max(self.tensor - 1, 0)]
-        which = "" if self.tensor else " (the worst)"
+        said = [*([] if self.tensor else ["the worst"]), *(["transposed"] if one.transposed else [])]
+        which = f" ({', '.join(said)})" if said else ""
         largest = f"largest {one.largest_sigma:.1f} sigma" if width >= ROOMY else f"{one.largest_sigma:.0f} sigma"
         shape = f"  kurtosis {one.kurtosis:.1f}, {largest}"
         whose = pictures.brief(one.name, width - len(which) - len(shape) - 2)
