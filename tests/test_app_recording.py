@@ -10,12 +10,15 @@ from pathlib import Path
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.prediction import gpus
+from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.recording import Recording, write
 from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.tui.prediction_client import Background
 from gpumem_tui.tui.state import ViewState
 
 from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, opened, restarted, shown, trained
+from .conftest import small_run
 from .fake_source import GPU, FakeSource
 
 GIB = 1 << 30
@@ -196,3 +199,14 @@ def test_predictions_are_of_the_gpu_of_the_recording_that_is_shown(tmp_path: Pat
         predictions.of(config)
         assert predictions.gpu_name == "NVIDIA L4"
         assert first is not None and first._closed
+
+
+async def test_a_prediction_says_what_would_wait_on_the_host(tmp_path: Path) -> None:
+    config = small_run(checkpointing="layers", offload="checkpoints", kv_cache="off", batch_size=8, seq_len=256)
+    predicted = predict(config, gpus.gpu("H100 80GB"))
+    path = tmp_path / "predicted.gpumem"
+    write(path, [predicted.run])
+    async with shown(Recording(path)) as driver:
+        assert driver.line("host").split()[1:] == [
+            driver.app.state.unit.show(predicted.pinned_bytes), driver.app.state.unit.name, "page-locked",
+        ]  # fmt: skip

@@ -79,6 +79,7 @@ class RunState:
         peak_bytes: Highest of all steps by the allocator's own counter.
         peak_step: Where that was.
         loaded_bytes: Allocated after loading.
+        pinned_bytes: Of the host's memory, page-locked as it ended.
         parameters: Of the model.
         trainable: Of these, trained.
         recomputes: By layer.
@@ -103,6 +104,7 @@ class RunState:
     peak_bytes: int | None = None
     peak_step: int = 0
     loaded_bytes: int | None = None
+    pinned_bytes: int = 0
     parameters: int | None = None
     trainable: int | None = None
     recomputes: dict[str, LayerRecomputes] = field(default_factory=dict)
@@ -187,7 +189,7 @@ class RunState:
             case EngineEnded() if self.running or self.status == "starting":
                 self.status = "failed"
             case RunEnded():
-                self.status = event.reason
+                self.status, self.pinned_bytes = event.reason, event.pinned_bytes or 0
             case _:
                 pass
 

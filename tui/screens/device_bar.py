@@ -82,7 +82,8 @@ def device_rows(
     environment, gauge = state.environment, state.gauge
     if environment is None or gauge is None:
         text = "The engine is starting." if environment is None else f"{environment.device}  {environment.device_name}"
-        return [Row().add(f" {text}", palette.dim), Row(), Row()]
+        rows = [Row().add(f" {text}", palette.dim), Row(), Row()]
+        return rows + _on_host(state, state.run.pinned_bytes, palette, width)  # of a prediction nothing is read
     unit = state.unit
     sizes = state.latest if state.current else None
     allocated = sum(sizes.values()) if sizes is not None else gauge.allocated_bytes
@@ -102,19 +103,23 @@ def device_rows(
     rows = [title, bar_row, _figures(state, palette, allocated, rest, width)]
     if gauge.cache is not None and gauge.cache.gaps_bytes > LEAST_GAPS * gauge.device_total_bytes:
         rows.append(_gaps(state, gauge.cache, palette, width, expandable))
-    if gauge.pinned_bytes >= SHOWN_FROM_BYTES:
-        rows.append(_on_host(state, gauge.pinned_bytes, environment.host_bytes, palette, width))
-    return rows
+    return rows + _on_host(state, gauge.pinned_bytes, palette, width)
 
 
-def _on_host(state: ViewState, pinned: int, total: int, palette: Palette, width: int) -> Row:
-    """The host's page-locked memory, on an axis of its own from 0 to all that the machine has."""
+def _on_host(state: ViewState, pinned: int, palette: Palette, width: int) -> list[Row]:
+    """The host's page-locked memory, on an axis of its own from 0 to all that the machine has; no row for next to none.
+
+    Whose machine a prediction speaks of is not known: it has no axis.
+    """
+    if pinned < SHOWN_FROM_BYTES:
+        return []
     row = Row().add(" host ", palette.dim).add(f"{state.unit.show(pinned):>12}")
+    total = state.environment.host_bytes if state.environment is not None else 0
     if not total:
-        return row.add(" page-locked", palette.dim)
+        return [row.add(f" {state.unit.name} page-locked", palette.dim)]
     row.add(f" of {state.unit.full(total)} page-locked ", palette.dim)
     part = Part("h", pinned, palette.device["h"])
-    return row.extend(stacked([part], total, width - row.width - 1, palette))
+    return [row.extend(stacked([part], total, width - row.width - 1, palette))]
 
 
 def _gaps(
