@@ -15,11 +15,11 @@ from typing import Any, NamedTuple
 import torch
 
 NONE = 0
-"""Of internal overlap, for certain."""
+"""No internal overlap, for certain."""
 
 
 class _Holders(NamedTuple):
-    """Who has a tensor: C++ and Python references to it, references to its storage."""
+    """The holders of a tensor: C++ and Python references to it, references to its storage."""
 
     tensor: int
     python: int

@@ -262,7 +262,7 @@ class Tracer:
         return self._refusals.latest
 
     def forget_refusal(self) -> None:
-        """What asked has found another way."""
+        """The asker has found another way."""
         self._refusals.latest = None
 
     def aborted(self, error: BaseException | None) -> Ending:
