@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from torch.nn import functional
 
 from gpumem_tui.engine import device, engine_registry, techniques
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import find
+from gpumem_tui.engine.events import Category, StepTrace
 from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.parallelism import group
@@ -23,6 +25,9 @@ from gpumem_tui.engine.parallelism.group import grouped
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import EngineEnded, Resumed, RunEnded, Saved, StepEnded
 from gpumem_tui.engine.techniques.parallel import ranks, shard_ranks
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.tracer import Tracer
+from gpumem_tui.engine.train import loaded, train
 from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import Engine, small_run
@@ -64,6 +69,30 @@ def test_a_rank_that_is_alone_trains_as_one_gpu_does(engine: Engine, settings: d
         assert document["parameters"] == 1_714_176 + 24_576 * (settings.get("lora") == "on")
         losses.append([step["loss"] for step in document["steps"]])
     assert losses[1] == pytest.approx(losses[0], abs=2e-4)
+
+
+@pytest.mark.parametrize("settings", [pytest.param({"parallel": "zero3"}, marks=DEEPSPEED)], ids=str)
+def test_a_run_leaves_torch_as_it_was(engine: Engine, settings: dict[str, str]) -> None:
+    """DeepSpeed puts a `linear` of its own in torch's place, under which later runs would keep more for backward."""
+    linear = functional.linear
+    engine.run(small_run().with_(techniques.parse(settings, "here") | {"parallel.ranks": 1}))
+    assert functional.linear is linear
+
+
+@pytest.mark.parametrize("kind", [pytest.param("zero3", marks=DEEPSPEED)])
+def test_a_parameter_is_noted_where_it_is_gathered_and_not_at_every_module(kind: str) -> None:
+    """Looking through all parameters before each module's forward would take minutes a step in a large model."""
+    config, cpu = small_run(steps=1).with_({"parallel": kind, "parallel.ranks": 1}), torch.device("cpu")
+    traces: list[StepTrace] = []
+    with grouped(config, cpu), OpTracker() as recorder:
+        tracer = Tracer(recorder, traces.append, lambda _: None, 60.0)
+        with loaded(prepare(config, cpu), tracer) as workload:
+            parameters = len(list(workload.model.parameters()))
+            train(config, workload, tracer, lambda _: True, lambda: None, lambda _: None)
+        tracer.settle()
+        tracer.release()
+    noted = traces[-1].owners["category"] == Category.GATHERED
+    assert parameters <= noted.sum() <= 8 * parameters
 
 
 def test_mixed_precision_of_shards_gathers_in_16_bit_and_keeps_32(engine: Engine) -> None:

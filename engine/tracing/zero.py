@@ -167,8 +167,8 @@ def _parameters(optimizer: Any) -> Iterator[Any]:
 
 def _gathered(parameters: Iterable[Any]) -> Iterator[Owned]:
     for parameter in parameters:
-        if is_partitioned(parameter) and parameter.data.numel():
-            yield Category.GATHERED, _name(parameter), parameter.data
+        if is_partitioned(parameter) and parameter.numel():
+            yield Category.GATHERED, _name(parameter), parameter
 
 
 def _name(parameter: torch.Tensor) -> str:
@@ -192,10 +192,11 @@ def _wrap_all(undo: ExitStack) -> None:
         wrap(undo, optimizer, "independent_gradient_partition_epilogue", after=_afterwards(_gradients))
         wrap(undo, optimizer, "_optimizer_step", before=partial(_tell, _gradients))
     if (gathering := sys.modules.get(f"{RUNTIME}.zero.partition_parameters")) is not None:
-        wrap(undo, gathering.AllGatherHandle, "__init__", after=_afterwards(_gather_begun))
-        wrap(undo, gathering.AllGatherCoalescedHandle, "__init__", after=_afterwards(_gather_begun))
-    if (coordinating := sys.modules.get(f"{RUNTIME}.zero.partitioned_param_coordinator")) is not None:
-        wrap(undo, coordinating.PartitionedParameterCoordinator, "fetch_sub_module", after=_afterwards(_fetched))
+        for handle in (gathering.AllGatherHandle, gathering.AllGatherCoalescedHandle):
+            wrap(undo, handle, "__init__", after=_afterwards(_gather_begun))
+            wrap(undo, handle, "wait", after=_afterwards(_gather_ended))
+        for handle in (gathering.NoGatherHandle, gathering.NoGatherCoalescedHandle):  # of a rank that is alone
+            wrap(undo, handle, "wait", after=_afterwards(_gather_ended))
 
 
 _zero: WrappedFunctions[Note] = WrappedFunctions(_wrap_all)
@@ -223,6 +224,6 @@ def _gather_begun(handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
         yield Category.GATHERED, "all_gather_output", tensor
 
 
-def _fetched(_coordinator: Any, module: torch.nn.Module, *_: Any, **__: Any) -> Iterator[Owned]:
-    """The parameters of a module that is about to compute, and of those fetched ahead."""
-    yield from (owned for optimizer in list(_optimizers) for owned in _gathered(_parameters(optimizer)))
+def _gather_ended(handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
+    """The parameters that have been gathered: each a part of the output, or made of such parts."""
+    yield from _gathered(tensor for _part, tensor in tensors_in(vars(handle)))
