@@ -13,7 +13,6 @@ import json
 import os
 import threading
 from dataclasses import dataclass, field
-from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 from .feed import Start
@@ -23,8 +22,6 @@ from .techniques import parse_config
 if TYPE_CHECKING:
     import torch
 
-WAITS_FOR = timedelta(days=365)
-"""A run may be held, or nothing be run, for as long as somebody likes."""
 WATCHDOG_LOOKS_S = 0.25
 """NCCL's watchdog looks ten times a second."""
 
@@ -57,10 +54,9 @@ class Peers:
             device: Of this rank.
         """
         import torch
-        import torch.distributed as dist
 
         from . import nccl
-        from .parallelism.group import join
+        from .parallelism.group import host_group, join
 
         cores = len(os.sched_getaffinity(0))
         torch.set_num_threads(max(1, cores // int(os.environ.get("LOCAL_WORLD_SIZE", self.size))))
@@ -68,7 +64,7 @@ class Peers:
             torch.cuda.set_device(device)
             nccl.observe()
         join(device)
-        self._group = dist.new_group(backend="gloo", timeout=WAITS_FOR)
+        self._group = host_group()
         self._word = torch.zeros((), dtype=torch.int64)
 
     def all_leave(self, asked: bool) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -15,6 +16,10 @@ from ..config import RunConfig
 
 _meshes: dict[tuple[int, ...], Any] = {}
 """A mesh of several dimensions makes groups, and with them communicators, which stay: one for all runs."""
+_on_the_host: list[Any] = []
+"""The group of `host_group`, once it is made."""
+WAITS_FOR = timedelta(days=365)
+"""A run may be held, or nothing be run, for as long as somebody likes."""
 
 
 def grouped(config: RunConfig, device: torch.device) -> AbstractContextManager[None]:
@@ -35,14 +40,34 @@ def _alone(device: torch.device) -> Iterator[None]:
 
 
 def leave() -> None:
-    """Leave the group, and forget the meshes over it."""
+    """Leave the group, and forget the others over the same ranks."""
     _meshes.clear()
+    _on_the_host.clear()
     dist.destroy_process_group()
 
 
 def join(device: torch.device) -> None:
     """Join the job's group, as the elastic launcher's environment says."""
     dist.init_process_group(backend(device), device_id=device if device.type == "cuda" else None)
+
+
+def host_group() -> Any:
+    """The gloo group of all ranks, beside the one that trains; made when it is first asked for, by all alike."""
+    if not _on_the_host:
+        _on_the_host.append(dist.new_group(backend="gloo", timeout=WAITS_FOR))
+    return _on_the_host[0]
+
+
+def let_go_of_barrier(device: torch.device) -> None:
+    """Free what the last barrier has left on a GPU; called by all ranks alike.
+
+    Before 2.12 torch keeps the byte that its last barrier was about, for as long as the process lives.
+
+    Args:
+        device: Of this rank.
+    """
+    if device.type == "cuda":
+        dist.barrier(host_group())  # whose byte, kept in place of the other, is on the host
 
 
 def world_size() -> int:

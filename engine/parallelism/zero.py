@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Mapping
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 from . import Parallelism, Wrapped
@@ -26,6 +27,7 @@ class ZeRO(Parallelism):
     def __init__(self, settings: Mapping[str, Any]) -> None:
         self.settings = dict(settings)
         self._last = True
+        self._undo = ExitStack()
 
     def least_bytes(self, whole: int) -> int:
         """A partition's: of stage 3 of everything, and no stage holds less."""
@@ -36,14 +38,22 @@ class ZeRO(Parallelism):
     def wrap(self, model: Model, device: torch.device, make: Callable[[], torch.optim.Optimizer]) -> Wrapped:
         """Stage 3 partitions the model that is there; a loaded one is whole on every GPU until then."""
         import deepspeed
+        from torch.nn import functional
+
+        from .group import let_go_of_barrier
 
         os.environ.setdefault("LOCAL_RANK", "0")  # it asks for it also where it is not used
         if device.type == "cpu":
             # It would compile collectives over shared memory, for minutes and with a compiler; gloo has them.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-        engine, optimizer, _, _ = deepspeed.initialize(
-            model=model, optimizer=make(), config=self.settings, dist_init_required=False
-        )
+        with ExitStack() as undo:
+            # Stage 3 has one of its own put in its place, which keeps more for backward, and leaves it there.
+            undo.callback(setattr, functional, "linear", functional.linear)
+            engine, optimizer, _, _ = deepspeed.initialize(
+                model=model, optimizer=make(), config=self.settings, dist_init_required=False
+            )
+            let_go_of_barrier(device)
+            self._undo = undo.pop_all()
         return Wrapped(engine, optimizer)
 
     def begin(self, call: Any, last: bool) -> None:
@@ -68,6 +78,7 @@ class ZeRO(Parallelism):
         from deepspeed.runtime.zero.parameter_offload import FWD_MODULE_STACK
         from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
 
+        self._undo.close()
         call.destroy()
         FWD_MODULE_STACK.clear()
         for function in vars(PartitionedParameterCoordinator).values():
