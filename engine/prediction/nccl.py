@@ -5,7 +5,7 @@ from __future__ import annotations
 from ..config import RunConfig
 
 BEGUN_BYTES, COMMUNICATOR_BYTES = 364 << 20, 486 << 20
-"""Held once NCCL has begun, and by each communicator from its first collective on; measured on 2 and 4 H100s with NVLink."""
+"""Held once NCCL has begun, and by each communicator from its first collective on, on 2 and 4 H100s with NVLink."""
 
 
 def communicators(config: RunConfig, ranks: int) -> int:
