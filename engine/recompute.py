@@ -44,6 +44,14 @@ def observed(run: Callable[..., Any], layers: tuple[str, ...]) -> Callable[..., 
     return call
 
 
+def checkpoint_function(layer: Any) -> Any:
+    """The function by which a transformers layer checkpoints itself, whoever observes it; None: it does not."""
+    function = getattr(layer, "_gradient_checkpointing_func", None)
+    while (inner := getattr(function, "checkpoint", None)) is not None:  # `watch.checkpoints.ObservedCheckpoint`
+        function = inner
+    return function if getattr(layer, "gradient_checkpointing", False) else None
+
+
 def in_backward() -> bool:
     """True if this thread is executing a backward pass."""
     import torch

@@ -21,6 +21,7 @@ from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.prediction_text import text
+from gpumem_tui.engine.watch.checkpoints import observed_checkpoints
 from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import LAYERS, TINY, small_run
@@ -233,6 +234,8 @@ def test_hooks_of_others_are_recognised() -> None:
         assert recognised()["offload"] == "activations" and recognised()["offload.stream"] is True
     made.model.activation_checkpointing_enable(offload=True)
     assert recognised()["offload"] == "checkpoints"
+    with observed_checkpoints(made.model):
+        assert recognised()["offload"] == "checkpoints", "also while it is watched"
 
 
 class OffloadActivations(saved_tensors_hooks):

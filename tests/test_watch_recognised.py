@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch.utils.checkpoint import noop_context_fn
 
+from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.screens.header import summary
 from gpumem_tui.watch import watch
 
-from .watching import Seen, check_exact, small_model
+from .watching import Seen, check_exact, small_model, train
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::FutureWarning"),
@@ -41,6 +44,36 @@ def test_an_sft_trainer_with_its_defaults(seen: Seen) -> None:
     ):
         assert setting in said
     assert seen.ledgers[-1].peak.by_category[Category.LOGITS_LOSS] > 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "expected"),
+    [
+        ({"use_reentrant": False}, {"checkpointing": "layers", "checkpointing.reentrant": False, "offload": "off"}),
+        ({"use_reentrant": True}, {"checkpointing": "layers", "checkpointing.reentrant": True}),
+        ({"use_reentrant": False, "context_fn": noop_context_fn}, {"checkpointing": "selective"}),
+    ],
+    ids=["layers", "reentrant", "selective"],
+)
+def test_how_a_model_checkpoints_itself(seen: Seen, arguments: dict[str, Any], expected: dict[str, Any]) -> None:
+    model, optimizer = small_model()
+    getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)(arguments)
+    with watch(model, optimizer):
+        train(model, optimizer, 2)
+    config = seen.sources[-1].run.config
+    assert config is not None and {name: config[name] for name in expected} == expected
+
+
+@pytest.mark.parametrize(
+    ("bits", "paged", "kind"),
+    [(8, False, "adamw-8bit"), (8, True, "paged-adamw-8bit"), (32, True, "paged-adamw"), (32, False, "adamw-single")],
+)
+def test_an_optimizer_of_bitsandbytes_by_its_arguments(bits: int, paged: bool, kind: str) -> None:
+    """transformers makes all of them of one class."""
+    adamw = pytest.importorskip("bitsandbytes").optim.AdamW
+    model, _ = small_model()
+    optimizer = adamw(model.parameters(), optim_bits=bits, is_paged=paged)
+    assert techniques.recognise(model, optimizer)["optimizer"] == kind
 
 
 @pytest.mark.parametrize("keeps", [True, False])

@@ -139,7 +139,7 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not layers:
         return {"checkpointing": "off"}
-    functions = (getattr(layer, "_gradient_checkpointing_func", None) for layer in layers)
+    functions = map(recompute.checkpoint_function, layers)
     keywords = next((f.keywords for f in functions if isinstance(f, partial)), {})
     mode = "selective" if "context_fn" in keywords else "layers"
     return {"checkpointing": mode, "checkpointing.reentrant": bool(keywords.get("use_reentrant", False))}

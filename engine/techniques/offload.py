@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..config import Option, RunConfig, Value
 from ..events import Category, Environment
+from ..recompute import checkpoint_function
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
@@ -66,12 +67,9 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     import torch
 
     for module in model.modules():
-        function: Any = getattr(module, "_gradient_checkpointing_func", None)
-        function = getattr(function, "func", function)
-        if getattr(module, "gradient_checkpointing", False) and "checkpoint_func" in str(
-            getattr(function, "__qualname__", "")
-        ):
-            return {"offload": "checkpoints"}
+        function = checkpoint_function(module)
+        if "checkpoint_func" in str(getattr(getattr(function, "func", function), "__qualname__", "")):
+            return {"offload": "checkpoints", "offload.stream": False}
     hooks = torch._C._autograd._top_saved_tensors_default_hooks(True)
     pack: Any = hooks[0] if hooks else None
     if not str(getattr(pack, "__qualname__", "")).startswith(LIBRARIES):

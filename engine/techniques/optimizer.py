@@ -133,6 +133,11 @@ def recognise(_model: Any, optimizer: Any) -> Mapping[str, Value]:
     kind = CLASSES.get(type(optimizer).__name__)
     if kind is None:
         return {}
+    if type(optimizer).__name__ == "AdamW" and type(optimizer).__module__.startswith("bitsandbytes."):
+        # transformers' `adamw_bnb_8bit` and `paged_adamw_8bit` are this one, with arguments.
+        bits = getattr(optimizer.args, "optim_bits", 32)
+        kind = "paged-" * bool(getattr(optimizer, "is_paged", False)) + ("adamw-8bit" if bits == 8 else "adamw")
+        return {"optimizer": "adamw-single" if kind == "adamw" else kind}
     if kind == "adamw-8bit" and any(base.__module__.startswith("torchao.") for base in type(optimizer).__mro__):
         kind = "ao-adamw-8bit"
     group = optimizer.param_groups[0]
