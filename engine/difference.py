@@ -12,7 +12,8 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 from .events import Category
-from .ledger import NAMES, Ledger, strip_wrappers
+from .ledger import Ledger
+from .module_names import NAMES, strip_wrappers
 
 NAMED_TERMS = 5
 """So many terms of a category have their names, the largest ones; the others are one sum."""

@@ -28,7 +28,7 @@ import torch
 
 from .config import RunConfig
 from .events import Category, Phase
-from .ledger import LOSS
+from .module_names import LOSS
 from .tracing import owners
 from .tracing.tracer import Tracer
 from .workload import Plan, Workload, build

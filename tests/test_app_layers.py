@@ -7,7 +7,8 @@ import re
 import pytest
 
 from gpumem_tui.engine.feed import Stop
-from gpumem_tui.engine.ledger import Ledger, numbered_layers
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.module_names import numbered_layers
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.tui.layer_table import GROUPS, layer_table

@@ -23,7 +23,8 @@ from gpumem_tui.engine.events import (
     PhaseSpan,
     StepTrace,
 )
-from gpumem_tui.engine.ledger import LOGITS, LOSS, Ledger, layer_of
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of
 from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 

@@ -16,7 +16,8 @@ from gpumem_tui.engine import activation_offload, techniques
 from gpumem_tui.engine.activation_offload import ActivationsOnHost
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.events import Category, Phase
-from gpumem_tui.engine.ledger import Ledger, layer_of
+from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.module_names import layer_of
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict

@@ -9,7 +9,8 @@ from typing import NamedTuple
 import numpy as np
 
 from ..engine.events import Category
-from ..engine.ledger import Ints, Ledger, numbered_layers, strip_wrappers
+from ..engine.ledger import Ints, Ledger
+from ..engine.module_names import numbered_layers, strip_wrappers
 
 _OTHER = (
     Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.COMMUNICATION, Category.WORKSPACE,

@@ -22,7 +22,7 @@ from typing import NamedTuple
 from ..allocator_settings import AllocatorSettings, of_environment
 from ..config import RunConfig, UserError, one_line
 from ..events import Phase, Recompute, StepTrace
-from ..ledger import strip_wrappers
+from ..module_names import strip_wrappers
 from ..techniques.compile import NOT_PREDICTED
 from ..tracing import owners
 from ..tracing.tracer import Tracer

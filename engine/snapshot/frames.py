@@ -11,7 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..events import Category, Phase
-from ..ledger import LOSS
+from ..module_names import LOSS
 from .entries import Frame
 
 Stack = tuple[Frame, ...]

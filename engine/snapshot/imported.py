@@ -14,8 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..block_lives import paired
 from ..events import BLOCK, EVENT, MARK, OWNER, Category, Phase, PhaseSpan, StepTrace
-from ..ledger import LOSS, paired
+from ..module_names import LOSS
 from .entries import ALLOC, FREE_COMPLETED, FREE_REQUESTED, OUT_OF_MEMORY, DeviceTrace, Snapshot
 from .frames import Tag, tag
 

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from .. import recompute
 from ..config import Option, RunConfig, UserError, Value
 from ..events import Category
-from ..ledger import layer_of
+from ..module_names import layer_of
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:

@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..allocation_keys import allocation_keys
 from ..events import BLOCK, COMPLETE, MADE, MARK, OWNER, Counted, Ending, Made, Phase, PhaseSpan, StepTrace
-from ..ledger import allocation_keys
 from .buckets import Buckets, name_buckets
 from .recorder import Raw, Recorder, columns
 

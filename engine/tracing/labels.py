@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..events import Made
-from ..ledger import strip_wrappers
+from ..module_names import strip_wrappers
 
 
 class Labels:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 
 from ..events import OWNER, Category
-from ..ledger import strip_wrappers
+from ..module_names import strip_wrappers
 from . import owners, sharding, zero
 from .labels import Labels
 from .recorder import Recorder, columns

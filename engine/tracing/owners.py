@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..events import Category
-from ..ledger import LOGITS, OUTPUT_LOSS
+from ..module_names import LOGITS, OUTPUT_LOSS
 
 INT8_WEIGHT = ("CB", "SCB")
 

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from ..events import Category
-from ..ledger import strip_wrappers
+from ..module_names import strip_wrappers
 from .owners import Owned
 from .wrapped_functions import WrappedFunctions, wrap
 

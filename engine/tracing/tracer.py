@@ -16,7 +16,7 @@ import torch
 
 from .. import activation_offload, recompute
 from ..events import COMPLETE, OPEN, Category, Ending, Phase
-from ..ledger import LOSS
+from ..module_names import LOSS
 from ..out_of_memory.refusal import Refusal
 from . import owners, sharding, zero
 from .assembly import Assembler, Publish

@@ -18,7 +18,7 @@ import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..events import Category
-from ..ledger import strip_wrappers
+from ..module_names import strip_wrappers
 from .owners import Owned, tensors_in
 from .wrapped_functions import WrappedFunctions, wrap
 

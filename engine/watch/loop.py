@@ -19,7 +19,7 @@ import torch
 
 from ..config import RunConfig, Value
 from ..events import OPEN, Category, Phase
-from ..ledger import LOGITS, OUTPUT_LOSS
+from ..module_names import LOGITS, OUTPUT_LOSS
 from ..recompute import in_backward
 from ..tracing import owners
 from ..tracing.module_hooks import keyword_arguments

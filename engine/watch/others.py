@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..ledger import OTHER_MODEL
+from ..module_names import OTHER_MODEL
 
 
 class Others(NamedTuple):

@@ -9,7 +9,8 @@ from functools import partial
 
 from ...engine.config import Option
 from ...engine.events import Category, Phase, StepTrace
-from ...engine.ledger import Bytes, numbered_layers
+from ...engine.ledger import Bytes
+from ...engine.module_names import numbered_layers
 from ...engine.run_events import RunEvent
 from ..actions import Action, changes, moves
 from ..changes import offered
