@@ -11,6 +11,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -28,7 +29,9 @@ from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.weights import bits
 from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
-from gpumem_tui.engine.weights.report import TensorReport
+from gpumem_tui.engine.weights.measurement import Request
+from gpumem_tui.engine.weights.process import answered
+from gpumem_tui.engine.weights.report import Failed, Measured, ModelEnd, ModelHead, TensorReport
 from gpumem_tui.engine.weights.schemes import registry
 from gpumem_tui.engine.weights.tensors import stored_transposed
 from gpumem_tui.engine.weights.totals import propose
@@ -527,6 +530,23 @@ def test_what_is_wrong_is_one_line_that_names_the_tensor(
     assert len(err.splitlines()) == 1
     assert how in err
     assert named in err
+
+
+def test_the_app_measures_a_model_of_the_hub_where_it_lies_and_never_fetches_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    request = Request("an-owner/a-model", None, exact=False)
+    hint = "an-owner/a-model is not on this machine: gpumem-tui weights --model an-owner/a-model downloads it"
+    assert list(answered(request)) == [Failed(text=hint)]
+    cached = tmp_path / "models--an-owner--a-model"
+    (cached / "refs").mkdir(parents=True)
+    (cached / "refs" / "main").write_text("abc")
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "snapshots" / "abc" / "config.json").write_text("{}")
+    assert list(answered(request)) == [Failed(text=hint)]  # a run has looked at its configuration only
+    save_file({"w.weight": normal(8, 64)}, cached / "snapshots" / "abc" / "model.safetensors")
+    assert [type(entry) for entry in answered(request)] == [ModelHead, Measured, ModelEnd]
 
 
 def test_a_file_that_ends_while_it_is_read_names_the_tensor(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import struct
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -119,11 +119,12 @@ class FileTensor:
         return torch.from_numpy(raw).view(kind).float().numpy().view("<u4")
 
 
-def open_checkpoint(where: str) -> ModelWeights:
+def open_checkpoint(where: str, download: bool = True) -> ModelWeights:
     """Read the headers of a model's files.
 
     Args:
         where: A .safetensors file, a folder of them, or a model on the hub.
+        download: Whether a model of the hub that is not on this machine may be fetched: gigabytes.
 
     Raises:
         UserError: There is none, a file is damaged, or a tensor holds integers that should be weights.
@@ -132,7 +133,7 @@ def open_checkpoint(where: str) -> ModelWeights:
     if path.suffix == ".safetensors" or path.is_file():
         files, folder = [path], path.parent
     else:
-        folder = path if path.is_dir() else _from_hub(where)
+        folder = path if path.is_dir() else _from_hub(where, download)
         files = _files(folder)
     found = [tensor for file in files for tensor in _header(file)]
     left_out: dict[str, str] = {}
@@ -176,11 +177,17 @@ def _files(folder: Path) -> list[Path]:
     return files
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, download: bool) -> Path:
     if name.startswith(("/", ".", "~")) or name.count("/") != 1:
         raise UserError(f"{name}: no such file or folder")
     from huggingface_hub import snapshot_download
 
+    with suppress(Exception):  # those that follow say why it is not there
+        folder = Path(snapshot_download(name, local_files_only=True))
+        if all(file.is_file() for file in _files(folder)):
+            return folder
+    if not download:
+        raise UserError(f"{name} is not on this machine: gpumem-tui weights --model {name} downloads it")
     try:
         return Path(
             snapshot_download(name, allow_patterns=["*.safetensors", "*.safetensors.index.json", "config.json"])

@@ -28,7 +28,7 @@ def main() -> None:
     # What libraries print is none of the answer.
     answers = os.fdopen(os.dup(1), "wb", buffering=0)
     os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
-    for entry in _answered(request):
+    for entry in answered(request):
         answers.write(msgspec.json.encode(entry) + b"\n")
 
 
@@ -38,7 +38,8 @@ def _end_with_parent() -> None:
     os._exit(0)
 
 
-def _answered(request: Request) -> Iterator[Entry]:
+def answered(request: Request) -> Iterator[Entry]:
+    """Entries of what is asked for; the last one says if it could not be done."""
     try:
         schemes = [scheme for scheme in registry().values() if scheme.usual]
         yield from entries(request.model, _weights(request), schemes, request.exact)
@@ -52,7 +53,7 @@ def _weights(request: Request) -> ModelWeights:
     if request.architecture is None:
         from .checkpoint import open_checkpoint
 
-        return open_checkpoint(request.model)
+        return open_checkpoint(request.model, download=False)
     from .random_weights import random_model
 
     architecture = Architecture.from_dict(request.architecture)

@@ -60,6 +60,8 @@ def write_model(folder: Path) -> int:
             left = int(torch.Size(shape).numel())
             while left:
                 left -= file.write(scaled[: min(left, PATTERN)].data) // 2
+        file.flush()
+        os.fsync(file.fileno())  # what is measured is not the writing of it
     return offset // 2
 
 
