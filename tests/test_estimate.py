@@ -87,7 +87,7 @@ def test_the_verdict_says_what_has_to_fit_and_how_much_is_left_or_missing_of_wha
 def test_the_largest_batch_that_fits_is_one_that_fits_with_its_gaps() -> None:
     card = gpu("RTX 3060:2GiB")
     now = predict(small_run(), card)
-    found = largest_that_fit(now, lambda config: predict(config, card))["max_batch_size"]
+    found = largest_that_fit(now, lambda config: predict(config, card), card)["max_batch_size"]
     assert predict(small_run(batch_size=found), card).fits
 
 
@@ -222,14 +222,48 @@ def test_neighbours_tell_where_gaps_between_blocks_end_what_fits() -> None:
         asked.append(config.batch_size)
         return predict(config, card)
 
-    found = largest_that_fit(predict(small_run(batch_size=8), card), predicted)["max_batch_size"]
+    found = largest_that_fit(predict(small_run(batch_size=8), card), predicted, card)["max_batch_size"]
     batches = [n for n in asked if n != 8]
     assert predict(small_run(batch_size=found), card).fits
-    assert len(set(batches)) <= 14
+    assert len(set(batches)) <= 6
 
-    neighbours = Neighbours(card.available_bytes)
+    neighbours = Neighbours(card, card.available_bytes)
     assert neighbours.largest_between(1, 10) is None
     for n in (found // 4, found // 2, 2 * found):
         neighbours.learn(n, predict(small_run(batch_size=n), card))
     told = neighbours.largest_between(found // 2, 2 * found)
     assert told is not None and abs(told - found) <= found // 16
+
+    near = Neighbours(card, card.available_bytes)
+    for n in (64, 80):
+        near.learn(n, predict(small_run(batch_size=n, seq_len=128), card))
+    told = near.largest_between(80, 1000)
+    assert told is not None and not near.is_confirmed(told)
+    near.learn(told, predict(small_run(batch_size=told, seq_len=128), card))
+    assert near.is_confirmed(told) and near.largest_between(told, 1000) == told
+    fits = [predict(small_run(batch_size=n, seq_len=128), card).fits for n in (told, told + 1)]
+    assert fits == [True, False]
+
+
+def test_what_came_out_as_it_was_expected_ends_the_search_and_what_did_not_goes_on() -> None:
+    """The last number is predicted, and nothing beyond it: all of it was foretold, so the next one is as well."""
+
+    class Line:
+        def __init__(self, honest: bool) -> None:
+            self.honest = honest
+
+        def largest_between(self, low: int, high: int) -> int:
+            return max(low, min(700, high - 1))
+
+        def is_confirmed(self, n: int) -> bool:
+            return self.honest and n == 700
+
+    for honest, beyond in ((True, False), (False, True)):
+        asked: list[int] = []
+
+        def bound_at(n: int, asked: list[int] = asked) -> int:
+            asked.append(n)
+            return n
+
+        assert largest(bound_at, 8, 700, 65_536, Line(honest)) == 700
+        assert (max(asked) > 700) is beyond and (not honest or asked == [8, 700])

@@ -130,7 +130,7 @@ def test_what_a_task_cannot_is_said_in_a_line(model: str, settings: dict[str, An
 def test_images_have_a_size_and_no_sequence() -> None:
     small, large = (predict(tiny("vit", image_size=size), H100) for size in (32, 64))
     assert large.by_category["inputs"] == pytest.approx(4 * small.by_category["inputs"], rel=0.01)
-    assert set(largest_that_fit(small, lambda config: predict(config, H100))) == {"max_batch_size"}
+    assert set(largest_that_fit(small, lambda config: predict(config, H100), H100)) == {"max_batch_size"}
 
 
 def test_equal_layers_stand_for_others_where_there_is_one_stack() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Protocol
 
 RESOLUTION_BITS = 6
 """Numbers are told apart to one part in 64."""
@@ -12,12 +13,32 @@ MOST_EXPECTED = 4
 """Times that what is expected is believed."""
 
 
+class Expectation(Protocol):
+    """What those asked for let expect of others."""
+
+    def largest_between(self, low: int, high: int) -> int | None:
+        """The largest number expected to fit, from one that fits on and below one that does not; None: no idea."""
+        ...
+
+    def is_confirmed(self, n: int) -> bool:
+        """True if n came out as expected in everything, so that what is said of larger ones is as sure."""
+        ...
+
+
+class _NoExpectation:
+    def largest_between(self, low: int, high: int) -> int | None:
+        return None
+
+    def is_confirmed(self, n: int) -> bool:
+        return False
+
+
 def largest(
     bound_at: Callable[[int], int],
     start: int,
     available: int,
     most: int,
-    expected: Callable[[int, int], int | None] = lambda _low, _high: None,
+    expectation: Expectation | None = None,
 ) -> int:
     """The largest n from 1 to `most` whose bound is within what is available.
 
@@ -29,29 +50,35 @@ def largest(
         start: First n to ask for.
         available: Bytes there are.
         most: Where to stop.
-        expected: The largest that those asked for let expect, from one that fits on and below one that does not;
-            None: they do not say.
+        expectation: What those asked for let expect; None: nothing is expected.
 
     Returns:
         A number that fits, and up to 64 the largest; beyond, up to 1.6 % more
-        would. 0 if not even 1 fits.
+        would, unless what was expected came true. 0 if not even 1 fits.
     """
+    expected = expectation or _NoExpectation()
     known: dict[int, int] = {}
     low, high = 0, most + 1  # low fits, high does not, as far as is known
     n, tries = min(max(1, start), most), 0
     while high - low > max(1, low >> RESOLUTION_BITS):
         known[n] = bound_at(n)
         low, high = (n, high) if known[n] <= available else (low, n)
-        if low in known and high in known:
-            # Mostly what is expected, or a line; if not, then a parabola; halving ends what neither describes.
-            told = expected(low, high) if tries < MOST_EXPECTED else None
-            guess = (_on_line, _on_parabola, _halfway)[tries % 3](known, low, high, available) if told is None else told
-            tries += 1
+        told = expected.largest_between(low, high) if tries < MOST_EXPECTED else None
+        if told == low == n and expected.is_confirmed(n):
+            return n
+        bracketed = low in known and high in known
+        if told is not None:
+            guess = told
+        elif bracketed:
+            # A line; if not, then a parabola; halving ends what neither describes.
+            guess = (_on_line, _on_parabola, _halfway)[tries % 3](known, low, high, available)
         else:
             guess = _outwards(known, available)
-        # That it is the largest is only known when one a little larger does not fit.
+        tries += told is not None or bracketed
+        # That it is the largest is only known when one a little larger does not fit, or one expected to be it came so.
         step = max(1, low >> RESOLUTION_BITS)
-        guess = guess + step if low <= guess < low + step else guess
+        near_low = guess == low if told is not None else low <= guess < low + step
+        guess = guess + step if near_low else guess
         n = min(max(guess, low + 1), most) if high > most else guess if low < guess < high else (low + high) // 2
     return low
 

@@ -101,7 +101,7 @@ def main(flags: argparse.Namespace) -> int:
         end()
 
     with answered_by(leave):
-        document |= largest_that_fit(prediction, predict)
+        document |= largest_that_fit(prediction, predict, card)
     end_progress()
     say(_largest(document))
     _write(flags, kinds, document)
