@@ -149,7 +149,7 @@ def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
         said.append(capsys.readouterr().out)
         interrupt._interrupted()
 
-    monkeypatch.setattr(estimate, "largest_that_fit", left)
+    monkeypatch.setattr(estimate, "largest_known", left)
     monkeypatch.setattr(estimate, "end", lambda: sys.exit(interrupt.INTERRUPTED))
     target = tmp_path / "estimate.json"
     with pytest.raises(SystemExit, match="130"):

@@ -266,7 +266,7 @@ def test_in_a_machine_of_several_gpus_ranks_are_as_many() -> None:
 def test_estimate_tells_of_each_rank(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(estimate, "largest_that_fit", lambda *_: {"max_batch_size": 1, "max_sequence_length": 16})
+    monkeypatch.setattr(estimate, "largest_known", lambda *_: {"max_batch_size": 1, "max_sequence_length": 16})
     file, target = tmp_path / "job.gpumem", tmp_path / "job.json"
     code = main(["estimate", "--set", "parallel=fsdp2", "--gpu", "3 x H100", "--batch-size", "1", "--seq-len", "16",
                  "--json", str(target), "--save", str(file)])  # fmt: skip

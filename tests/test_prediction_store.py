@@ -21,6 +21,7 @@ from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.prediction import known, prediction_store
 from gpumem_tui.engine.prediction import predict as predict_module
 from gpumem_tui.engine.prediction.disk_cache import DiskCache
+from gpumem_tui.engine.prediction.forked_process import ForkedProcess, can_fork
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_of
@@ -209,6 +210,64 @@ def test_a_changed_model_folder_is_predicted_anew(tmp_path: Path) -> None:
 def test_a_model_of_the_hub_that_was_never_loaded_is_not_kept() -> None:
     config = dataclasses.replace(small_run(), model="nobody/has-this", pretrained=True, architecture=None)
     assert key_of(config, H100) is None
+
+
+def test_what_was_searched_for_is_known_as_well() -> None:
+    asked: list[RunConfig] = []
+
+    def predict(config: RunConfig) -> Prediction:
+        asked.append(config)
+        return predict_module.predict(config, H100)
+
+    small = predict(small_run(seq_len=512))
+    found = known.largest_known(small, predict, H100)
+    searched = len(asked)
+    assert found == known.largest_known(small, predict, H100) and len(asked) == searched > 1
+    assert found["max_batch_size"] > 1 and found["max_sequence_length"] > 512
+    store = PredictionStore(H100)
+    for damage in (b"no json", b'{"max_batch_size": "many"}'):
+        key = store._key_of_largest(small.config)
+        assert key is not None
+        store._disk.put(key, damage)
+        assert store.get_largest(small.config) is None and store._disk.get(key) is None
+
+
+def test_a_copy_of_this_process_predicts_what_this_one_does() -> None:
+    """It ends with its pipe, while another copy made later is still there; a killed one is replaced from scratch."""
+    config = small_run()
+    here = predict_module.predict(config, H100)
+    assert can_fork()
+    first, second = PredictingProcess(forked=True), PredictingProcess(forked=True)
+    with closing(second), closing(first):
+        first.start()
+        second.start()
+        for process in (first, second):
+            answer = process.predict(config, H100)
+            assert isinstance(answer, Prediction)
+            assert (answer.by_phase, answer.reserved_bytes) == (here.by_phase, here.reserved_bytes)
+        copy = first._process
+        assert isinstance(copy, ForkedProcess)
+        copy.stdin.close()
+        copy.wait()
+        copy.kill()  # of what has ended nothing is killed
+    assert first.ended is False
+
+
+def test_a_copy_that_dies_is_an_error_of_the_question_and_no_more() -> None:
+    assert can_fork()
+    process = PredictingProcess(forked=True)
+    with closing(process):
+        process.start()
+        assert isinstance(process._process, ForkedProcess)
+        process._process.kill()
+        assert isinstance(process.predict(small_run(), H100), UserError)
+        assert not process.ended
+    beside = threading.Event()
+    thread = threading.Thread(target=beside.wait)
+    thread.start()
+    assert not can_fork(), "another thread may hold a lock"
+    beside.set()
+    thread.join()
 
 
 def test_where_there_is_much_to_predict_another_process_predicts_beside(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,12 +1,16 @@
-"""A prediction, from wherever it is had soonest. Loads no torch for one that is known."""
+"""Predictions, and what is searched for among them, from wherever they are had soonest. Torch is for new ones."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from ..config import RunConfig
+from .capacity import largest_that_fit
 from .gpus import Gpu
 from .libraries_loading import libraries_loading
 from .outcome import Prediction
 from .prediction_store import PredictionStore
+from .several import several
 
 
 def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Prediction:
@@ -23,4 +27,15 @@ def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Predictio
 
         found = predict(config, gpu, rank=rank)
         store.put(config, found.packed(), rank)
+    return found
+
+
+def largest_known(prediction: Prediction, predict: Callable[[RunConfig], Prediction], gpu: Gpu) -> dict[str, int]:
+    """What `capacity.largest_that_fit` finds: read if any process of this user has searched before, kept if not."""
+    store = PredictionStore(gpu)
+    found = store.get_largest(prediction.config)
+    if found is None:
+        with several(gpu, predict) as processes:
+            found = largest_that_fit(prediction, predict, gpu, processes.another())
+        store.put_largest(prediction.config, found)
     return found

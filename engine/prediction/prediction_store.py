@@ -15,6 +15,8 @@ from functools import cache
 from importlib import metadata
 from pathlib import Path
 
+import msgspec
+
 from ..config import RunConfig, UserError
 from ..techniques import memory_key
 from ..techniques.parallel import ranks
@@ -58,6 +60,28 @@ class PredictionStore:
         key = key_of(config, self._gpu, rank)
         if key is not None:
             self._disk.put(key, packed)
+
+    def get_largest(self, config: RunConfig) -> dict[str, int] | None:
+        """The largest values that fit, as `capacity.largest_that_fit` found them; None if nobody has looked."""
+        key = self._key_of_largest(config)
+        packed = self._disk.get(key) if key is not None else None
+        if key is None or packed is None:
+            return None
+        try:
+            return msgspec.json.decode(packed, type=dict[str, int])
+        except (msgspec.MsgspecError, UnicodeDecodeError):
+            self._disk.drop(key)
+            return None
+
+    def put_largest(self, config: RunConfig, found: dict[str, int]) -> None:
+        """Keep what the search for the largest values has found."""
+        key = self._key_of_largest(config)
+        if key is not None:
+            self._disk.put(key, msgspec.json.encode(found))
+
+    def _key_of_largest(self, config: RunConfig) -> str | None:
+        key = key_of(config, self._gpu)
+        return f"largest {key}" if key is not None else None
 
 
 def _folder() -> Path | None:

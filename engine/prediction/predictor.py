@@ -28,6 +28,7 @@ import msgspec
 from .. import techniques
 from ..config import RunConfig, UserError, kind_and_line
 from ..techniques import memory_key
+from .forked_process import ForkedProcess
 from .gpus import Gpu
 from .libraries_loading import libraries_loading
 from .outcome import Prediction
@@ -150,15 +151,16 @@ class PredictingProcess:
         niceness: See `NICENESS`; None: that.
         longest_s: It ends by itself after so many seconds; 0: when it is told to. An interpreter that ends can
             start no thread to see to that.
+        forked: It is a copy of this process (`forked_process.can_fork`), of the same niceness.
 
     Attributes:
         ended: It has, before all was answered, and no other is started.
     """
 
-    def __init__(self, niceness: int | None = None, longest_s: int = 0) -> None:
+    def __init__(self, niceness: int | None = None, longest_s: int = 0, forked: bool = False) -> None:
         self._niceness = NICENESS if niceness is None else niceness
-        self._longest_s, self.ended = longest_s, False
-        self._process: subprocess.Popen[bytes] | None = None
+        self._longest_s, self.ended, self._forked = longest_s, False, forked
+        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
         self._closed = False
 
     def predict(self, config: RunConfig, gpu: Gpu) -> Answer:
@@ -209,8 +211,16 @@ class PredictingProcess:
         if self._process is not None:
             _bury(self._process)
 
-    def _started(self) -> subprocess.Popen[bytes]:
+    def start(self) -> None:
+        """Start it before there is a question: a copy can be made only while there is one thread."""
+        self._started()
+
+    def _started(self) -> subprocess.Popen[bytes] | ForkedProcess:
         if self._process is None:
+            # In place of a copy that has ended comes a process from scratch: by now there are threads.
+            if self._forked:
+                self._process, self._forked = ForkedProcess(_answer_all), False
+                return self._process
             self._process = subprocess.Popen(
                 [sys.executable, "-c", f"from {__name__} import serve; serve({self._niceness}, {self._longest_s})"],
                 stdin=subprocess.PIPE,
@@ -234,7 +244,7 @@ def _environment() -> dict[str, str]:
     return os.environ | changed
 
 
-def _bury(process: subprocess.Popen[bytes]) -> None:
+def _bury(process: subprocess.Popen[bytes] | ForkedProcess) -> None:
     """Wait for a process that has ended and close its pipes."""
     process.wait()
     for pipe in (process.stdin, process.stdout):
@@ -294,10 +304,15 @@ def serve(niceness: int, longest_s: int) -> None:
         _give_way(niceness)
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
+    _answer_all(sys.stdin.buffer, answers)
+
+
+def _answer_all(questions: IO[bytes], answers: IO[bytes]) -> None:
+    """Answer questions until there are no more."""
     with libraries_loading():
         from .predict import predict
 
-    while (question := _read(sys.stdin.buffer, _questions)) is not None:
+    while (question := _read(questions, _questions)) is not None:
         answers.write(_framed(_answer(question, predict)))
         answers.flush()
 

@@ -54,7 +54,7 @@ def largest(
 
     Returns:
         A number that fits, and up to 64 the largest; beyond, up to 1.6 % more
-        would, unless what was expected came true. 0 if not even 1 fits.
+        would. 0 if not even 1 fits.
     """
     expected = expectation or _NoExpectation()
     known: dict[int, int] = {}

@@ -9,15 +9,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..config import RunConfig, UserError
+from .forked_process import can_fork
 from .gpus import Gpu
 from .outcome import Prediction
 from .predictor import Answer, PredictingProcess
 
 MOST_PROCESSES = 4
-"""Each loads the libraries for itself, and half a gigabyte with them."""
+"""Each that is no copy loads the libraries for itself, and half a gigabyte with them."""
 
 WORTH_S = 20.0
-"""Work that others are started for, which takes each of them some seconds."""
+"""Work that others are started for, which takes each of them some seconds; a copy of this process takes none."""
 
 
 class Several:
@@ -39,8 +40,8 @@ class Several:
         """Their predictions in order, an error for what cannot run."""
         waiting = deque(enumerate(configs))
         answers: dict[int, Answer] = {}
-        if self._longest_s * len(configs) > WORTH_S and not self._processes:
-            self._processes = [PredictingProcess(niceness=0) for _ in range(self._others)]
+        if len(configs) > 1 and (can_fork() or self._longest_s * len(configs) > WORTH_S):
+            self._start()
         threads = [
             threading.Thread(target=_work, args=(waiting, answers, self._there(process)), daemon=True)
             for process in self._processes[: len(configs) - 1]
@@ -51,6 +52,22 @@ class Several:
         for thread in threads:
             thread.join()
         return [answers[nth] for nth in range(len(configs))]
+
+    def another(self) -> Callable[[RunConfig], Prediction] | None:
+        """Predictions by another process, on another thread than this; None if it would take longer than it saves."""
+        if can_fork():
+            self._start()
+        if not self._processes:
+            return None
+        process = self._processes[0]
+        return lambda config: process.known_or_predicted(config, self._gpu)
+
+    def _start(self) -> None:
+        if not self._processes:
+            forked = can_fork()
+            self._processes = [PredictingProcess(niceness=0, forked=forked) for _ in range(self._others)]
+            for process in self._processes:
+                process.start()
 
     def close(self) -> None:
         """End the other processes."""

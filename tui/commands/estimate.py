@@ -13,10 +13,9 @@ import msgspec
 
 from ...engine.config import RunConfig
 from ...engine.prediction import job
-from ...engine.prediction.capacity import largest_that_fit
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
-from ...engine.prediction.known import predicted
+from ...engine.prediction.known import largest_known, predicted
 from ...engine.prediction.libraries_loading import libraries_loading
 from ...engine.prediction.outcome import Prediction
 from ...engine.prediction.prediction_text import cautions, filled, of_ranks
@@ -101,7 +100,7 @@ def main(flags: argparse.Namespace) -> int:
         end()
 
     with answered_by(leave):
-        document |= largest_that_fit(prediction, predict, card)
+        document |= largest_known(prediction, predict, card)
     end_progress()
     say(_largest(document))
     _write(flags, kinds, document)
