@@ -141,6 +141,7 @@ async def test_a_scheme_says_what_becomes_of_one_tensor(folder: Path, measured: 
         if found is not None:
             assert driver.line("a int8 absmax, tensor") != row
             assert f"{found.levels_used} of 255" in driver.line("a int8 absmax, tensor")
+        assert re.search(r"error [\d.]+ % of the weights \(root mean square\), at most [\d.]+", driver.text)
         assert "No run stores its weights like this" in driver.text
         await driver.press("?")
         assert "255 even levels, symmetric about 0" in driver.text
