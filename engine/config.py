@@ -375,6 +375,13 @@ class RunConfig:
         return bool(self[name])
 
     @property
+    def unknown_architecture(self) -> str:
+        """The reason why the model can be built nowhere but where it is: its architecture is not known; "": it is."""
+        if self.pretrained or self.architecture is not None:
+            return ""
+        return f"{self.model} is no transformers model whose architecture is known here"
+
+    @property
     def generates(self) -> bool:
         """True if the model is used and not trained."""
         return self.workload == "generate"

@@ -88,6 +88,11 @@ def task_of(name: str, architectures: Iterable[str], has_model: Callable[[Task],
     return next((task for task in (*said, *TASKS.values()) if has_model(task)), None)
 
 
+def named(class_name: str) -> bool:
+    """True if the name of a class says that it does a task."""
+    return any(_is_for(task, class_name) for task in TASKS.values())
+
+
 def _is_for(task: Task, architecture: str) -> bool:
     """True if a class's name says so: `BertForMaskedLM`."""
     kind = task.auto_class.removeprefix("AutoModel")

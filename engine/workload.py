@@ -264,8 +264,8 @@ def _architecture(config: RunConfig) -> tuple[Any, Task]:
     import transformers
     from transformers import AutoConfig, PreTrainedConfig
 
-    if config.architecture is None and not config.pretrained:
-        raise UserError(f"{config.model}: this model's architecture is not known here")
+    if config.unknown_architecture:
+        raise UserError(config.unknown_architecture)
     with _of_the_model(config):
         if config.architecture is not None:
             fields = config.architecture.fields()

@@ -65,6 +65,9 @@ class Oracle:
         peak = self._peak(config)
         return foretold(config, peak) if peak is not None else None
 
+    def problem(self, config: RunConfig) -> str:
+        return ""
+
     def of_run(self, run: Run) -> Prediction | str:
         return ""
 

@@ -265,18 +265,25 @@ async def test_what_keeps_the_mathematics_comes_first_and_the_larger_saving_is_s
         assert "o optimizer sgd, ~-9.00 GiB (another training)" in driver.text
 
 
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
 @pytest.mark.parametrize("live", [True, False])
-async def test_where_nothing_can_be_predicted_nothing_is_waited_for(live: bool) -> None:
+async def test_where_nothing_can_be_predicted_the_reason_is_said_at_once(live: bool, size: tuple[int, int]) -> None:
     class Refusing(Oracle):
         def unanswered(self, configs: Sequence[RunConfig]) -> int:
             return 0
 
+        def problem(self, config: RunConfig) -> str:
+            return "Sequential is no transformers model whose architecture is known here"
+
     source = trained(2)
     source.live = live
-    async with shown(source, predictions=Refusing(lambda _: None)) as driver:
-        assert "working out" not in driver.text
-        await driver.press("4")
-        assert "working out" not in driver.text
+    async with shown(source, size, predictions=Refusing(lambda _: None)) as driver:
+        for page in ("1", "4"):
+            await driver.press(page)
+            assert "working out" not in driver.text
+            said = " ".join(driver.text.split())
+            assert "nothing is predicted: Sequential is no transformers model whose architecture is known here" in said
+            assert "is predicted for" not in driver.text
 
 
 async def test_a_saving_under_a_mebibyte_is_none() -> None:

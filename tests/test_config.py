@@ -144,7 +144,7 @@ def test_a_run_means_the_same_whatever_becomes_of_its_profile(tmp_path: Path) ->
     assert resolved(techniques.parse_config(old, "there")) == CONFIG
     gone = techniques.parse_config(old | {"model": "no-such-profile"}, "there")
     assert resolved(gone).architecture is None
-    with pytest.raises(UserError, match="no-such-profile: this model's architecture is not known here"):
+    with pytest.raises(UserError, match="no-such-profile is no transformers model whose architecture is known"):
         predict(gone, gpu("H100 80GB"))
 
 

@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from gpumem_tui.engine.config import RunConfig
+from gpumem_tui.engine.config import Architecture, RunConfig
 from gpumem_tui.engine.events import Category, Environment
+from gpumem_tui.engine.feed import ViewerRole
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.report import report
@@ -22,12 +24,14 @@ from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands.common import opened
 from gpumem_tui.tui.prediction_client import WORKING, Background
-from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
+from gpumem_tui.tui.screens.compare import CATEGORIES, HIGHEST, LAYERS, MODES, OWNERS, REFERENCE, SAVED
 from gpumem_tui.tui.state import ViewState
+from gpumem_tui.watch import watch
 
 from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Driver, Oracle, shown
 from .conftest import Engine, small_run
 from .fake_source import CPU, GPU, FakeSource
+from .watching import Seen, small_model
 
 GIB = 1 << 30
 QUICK = ["run", "--device", "cpu", "--batch-size", "2", "--seq-len", "16"]
@@ -215,16 +219,36 @@ def chosen(driver: Driver) -> tuple[str, str]:
     return runs[page.selected].origin, runs[page.base].origin
 
 
-async def test_a_script_of_ones_own_is_not_predicted() -> None:
-    """What could be told of its settings need not be all of them."""
-    source = gpu_run(0)
-    source.run.kind = RunKind.WATCHED
-    source.finish_step()
-    source.finish_step()
-    async with shown(source, predictions=Beside()) as driver:
+@pytest.mark.parametrize("size", [(60, 20), *SIZES])
+async def test_a_watched_script_is_predicted_and_what_that_lacks_is_said(size: tuple[int, int]) -> None:
+    source = watched_run(2)
+    async with shown(source, size, predictions=Beside()) as driver:
+        assert "~" in total(driver)
+        await driver.compare_by(CATEGORIES)
+        assert "run 1, predicted" in driver.text
+        assert "~ is gpumem-tui's own loop with the script's settings" in " ".join(driver.text.split())
+
+
+@pytest.mark.usefixtures("runtime_folder", "frozen_heap")
+async def test_a_script_that_only_uses_its_model_is_not_predicted(seen: Seen) -> None:
+    model = small_model()[0]
+    with watch(model), torch.no_grad():
+        for _ in range(2):
+            model(input_ids=torch.ones(1, 4, dtype=torch.int64))
+    async with shown(seen.sources[-1], predictions=Beside()) as driver:
+        assert "nothing is predicted: the script uses its model and trains nothing" in driver.text
         assert "~" not in total(driver)
         await driver.compare_by(OWNERS)
-        assert "the loop is a script's own" in driver.text
+        said = " ".join(driver.text.split())
+        assert "No prediction is set beside this run: the script uses its model and trains nothing." in said
+
+
+def watched_run(steps: int, **settings: Any) -> FakeSource:
+    source = gpu_run(0, **settings)
+    source.run.kind, source.role = RunKind.WATCHED, ViewerRole.WATCHING
+    for _ in range(steps):
+        source.finish_step()
+    return source
 
 
 # --- recordings, with the predictor that the app has ----------------------------------------
@@ -302,9 +326,12 @@ def test_what_is_dropped_is_not_worked_out() -> None:
 def test_what_cannot_be_predicted_says_why() -> None:
     source = FakeSource(GPU)
     source.start()
-    source.run.config = dataclasses.replace(source.run.config, model="no-such-model", architecture=None)
+    own = dataclasses.replace(source.run.config, model="Sequential", architecture=None)
+    source.run.config = dataclasses.replace(own, architecture=Architecture({"model_type": "no-such-model"}, "float32"))
     with closing(Background(source)) as predictions:
         assert predictions.of_run(source.run) == WORKING
+        assert predictions.problem(own).startswith("Sequential is no transformers model"), "no process is asked"
+        predictions.of(own)
         assert predictions.waiting() == 1
         assert predictions._predictor is not None and predictions._predictor.wait(100)
         assert predictions.waiting() == 0, "whether anybody looks again or not"

@@ -15,6 +15,7 @@ from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.screens.header import summary
 from gpumem_tui.watch import watch
 
+from .examples import strangers
 from .watching import Seen, check_exact, small_model, train
 
 pytestmark = [
@@ -131,11 +132,42 @@ def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:
     assert names["GradScaler.scale"] == names["GradScaler.growth_tracker"] == 4
 
 
+def test_a_scaler_beside_bfloat16_is_no_loss_scaling(seen: Seen) -> None:
+    """It is for float16: with it nothing of the run could be predicted."""
+    model, optimizer = small_model()
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(torch.ones(1))
+    with watch(model, optimizer), torch.autocast("cpu", torch.bfloat16):
+        model(input_ids=torch.randint(0, 64, (2, 16)))
+        run = seen.sources[-1].run
+    assert run is not None and "dtype=mixed" in summary(run.config) and "loss_scaling" not in summary(run.config)
+    techniques.check(run.config)
+
+
+def test_the_task_and_the_shape_of_what_is_no_text(seen: Seen) -> None:
+    """A prediction would be of another model, or of other images, otherwise."""
+    strangers.images(1, "cpu", False)
+    run = seen.sources[-1].run
+    assert run is not None and run.config.architecture is not None
+    assert run.config.architecture.config["architectures"] == ["ResNetForImageClassification"]
+    assert run.config.image_size == 32
+
+
+def test_of_a_model_that_is_for_no_task_the_architecture_is_not_told(seen: Seen) -> None:
+    """What transformers makes of its configuration would be another one."""
+    model = small_model()[0].gpt_neox
+    optimizer = torch.optim.SGD(model.parameters())
+    with watch(model, optimizer):
+        model(input_ids=torch.randint(0, 64, (2, 16)))
+        run = seen.sources[-1].run
+    assert run is not None and run.config.unknown_architecture
+
+
 def test_a_loss_scaler_from_before_the_loop_is_known_with_the_first_pass(seen: Seen) -> None:
     model, optimizer = small_model()
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(torch.ones(1))
-    with watch(model, optimizer):
+    with watch(model, optimizer), torch.autocast("cpu", torch.float16):
         model(input_ids=torch.randint(0, 64, (2, 16)))
         run = seen.sources[-1].run
     assert run is not None and run.config is not None and "loss_scaling" in summary(run.config)

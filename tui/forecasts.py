@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.config import Value
-from ..engine.events import StepTrace
+from ..engine.events import Phase, StepTrace
 from ..engine.out_of_memory.report import OutOfMemoryReport
 from ..engine.prediction.advice import LEAST_SAVING_BYTES, most_promising_first, single_changes
 from ..engine.run import Run
@@ -100,11 +100,11 @@ class Forecasts:
         if base is None or predictions is None:
             return None
         hurry = not self.state.acts  # beside a recording there is no training to give way to
-        now = predictions.of(base, hurry)
+        now = predictions.of(base, hurry) if not self.impossible() else None
         changes = [one for one in single_changes(base) if self._changes.problem(base.with_(one)) is None]
         configs = [base.with_(one) for one in changes]
-        if now is None and not predictions.unanswered([base]):
-            return None  # there can be none of this model: nothing will come to subtract from
+        if self.impossible() or (now is None and not predictions.unanswered([base])):
+            return None  # nothing will come to subtract from
         # Asked for before the run itself is known, they would be worked out in any order.
         for i in most_promising_first(now, changes) if now is not None else ():
             predictions.of(configs[i], hurry)
@@ -122,6 +122,18 @@ class Forecasts:
                 best.append(saving)
         return Strongest(tuple(best), tried, len(configs))
 
+    def impossible(self) -> str:
+        """The reason why nothing of the shown run can be predicted; empty: it can, or that is not known yet."""
+        config, predictions = self.state.run.config or self._changes.base(), self.predictions
+        if config is None or predictions is None:
+            return ""
+        if self.state.run.imported:
+            return "a snapshot does not say what was trained"
+        step = self.state.complete if self.state.run.watched else None
+        if step is not None and not any(span.phase is Phase.OPTIMIZER for span in step.trace.phases):
+            return "the script uses its model and trains nothing"
+        return predictions.problem(config)
+
     def of_shown(self) -> RunSummary | str:
         """The run on the screens as it was predicted, a run of its own; if it is a prediction, itself.
 
@@ -135,11 +147,13 @@ class Forecasts:
             return state.summary_of(shown)
         if predictions is None:
             return ""
-        if state.run.watched:
-            return "No prediction is set beside this run: the loop is a script's own."
-        key = (shown, shown.config, predictions.answers())
+        if problem := self.impossible():
+            return f"No prediction is set beside this run: {problem}."
+        key = (shown, shown.config, state.peak, predictions.answers())
         if self._own is None or self._own[0] != key:
-            found = predictions.of_run(shown)
-            said = found if isinstance(found, str) else predicted_beside(found.run, shown, state.origin_of(shown))
+            found, of_script = predictions.of_run(shown), state.peak if state.run.watched else None
+            said = found if isinstance(found, str) else (
+                predicted_beside(found.run, shown, state.origin_of(shown), of_script)
+            )  # fmt: skip
             self._own = (key, said)
         return self._own[1]

@@ -89,6 +89,11 @@ class Background:
             predictor.want(some, others)
         return None
 
+    def problem(self, config: RunConfig) -> str:
+        """The reason why a configuration cannot be predicted; empty: it can, or that is not known yet."""
+        answer = self._predictor.get(config) if self._predictor is not None else None
+        return str(answer) if isinstance(answer, UserError) else ""
+
     def _for(self, environment: Environment) -> Predictor:
         """The predictor for the GPU there; a recording of another GPU may be looked at by now."""
         if self._predictor is None or environment != self._here:
@@ -117,8 +122,8 @@ class Background:
         found = self.of(config)
         if found is not None:
             return found
-        answer = self._predictor.get(config) if self._predictor is not None else None
-        return f"No prediction of this run: {answer}" if isinstance(answer, UserError) else WORKING
+        problem = self.problem(config)
+        return f"No prediction of this run: {problem}." if problem else WORKING
 
     def fixes(self, run: Run, report: OutOfMemoryReport) -> FoundFixes:
         """Fixes found so far; another run than before, or its next refusal, ends the search for that one's."""

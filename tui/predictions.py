@@ -57,6 +57,10 @@ class Predictions(Protocol):
         """
         ...
 
+    def problem(self, config: RunConfig) -> str:
+        """The reason why a configuration cannot be predicted; empty: it can, or that is not known yet."""
+        ...
+
     def of_run(self, run: Run) -> Prediction | str:
         """The prediction of a run, for the GPU it ran on; a line that says why nothing can be set beside it."""
         ...

@@ -5,6 +5,7 @@ A summary holds no trace: a few hundred numbers, whatever the run's length.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
@@ -12,9 +13,13 @@ from ..engine import techniques
 from ..engine.config import RunConfig, show
 from ..engine.difference import Owned, owned
 from ..engine.events import Category, Phase, StepTrace
-from ..engine.ledger import Bytes, Ledger
+from ..engine.ledger import OTHER_MODEL, Bytes, Ledger
 from ..engine.run import Run, RunKind, highest_of
 from .run_state import RunState, state_of
+from .units import unit_for
+
+LEAST_TOLD = 0.001
+"""Share of the peak from which what a script holds besides is worth a word."""
 
 
 class RunSummary(NamedTuple):
@@ -127,16 +132,33 @@ def _by_layer(ledger: Ledger) -> dict[str, int]:
     return {layer: sum(sizes.values()) for layer, sizes in ledger.by_layer(ledger.peak.event).items()}
 
 
-def predicted_beside(prediction: Run, run: Run, origin: str) -> RunSummary:
+def predicted_beside(prediction: Run, run: Run, origin: str, of_script: Ledger | None = None) -> RunSummary:
     """A run as it was predicted, in small, to be set beside the run itself.
 
     Args:
         prediction: Of the run's configuration.
         run: The one that happened.
         origin: Of that run.
+        of_script: Its highest step, if the loop is a script's own; None: it is ours.
     """
-    caveat = _other_versions(prediction.environment.packages, run.environment.packages)
-    return summarize(prediction, f"{origin}, predicted")._replace(caveat=caveat)
+    versions = _other_versions(prediction.environment.packages, run.environment.packages)
+    caveats = [versions, _other_loop(of_script) if of_script is not None else ""]
+    return summarize(prediction, f"{origin}, predicted")._replace(caveat="; ".join(filter(None, caveats)))
+
+
+def _other_loop(ledger: Ledger) -> str:
+    """The parts of a script's own step that a prediction, which is of our loop, does not have."""
+    passes = Counter(span.micro_batch for span in ledger.trace.phases if span.phase is Phase.FORWARD)
+    most, held = max(passes.values(), default=1), owned(ledger, ledger.peak.event)
+    besides = sum(size for owners in held.values() for name, size in owners.items() if OTHER_MODEL in name)
+    script = ledger.peak.by_category[Category.HELD_BY_SCRIPT]
+    told = [f"{most} forward passes before a backward"] * (most > 1) + [
+        f"{unit_for(size).full(size)} {what}"
+        for size, what in ((besides, "of other models"), (script, "held by the script"))
+        if size >= LEAST_TOLD * ledger.peak.bytes
+    ]
+    without = f", without its {', '.join(told)}" * bool(told)
+    return f"~ is gpumem-tui's own loop with the script's settings{without}"
 
 
 def _other_versions(predicting: Mapping[str, str], running: Mapping[str, str]) -> str:

@@ -73,7 +73,7 @@ class Predictor:
         """
         with self._changed:
             wanted = [(config, True) for config in configs] + [(config, False) for config in unhurried]
-            self._wanted = [(config, hurry) for config, hurry in wanted if memory_key(config) not in self._known]
+            self._wanted = [(config, hurry) for config, hurry in wanted if self.get(config) is None]
             if self._wanted and self._thread is None:
                 self._thread = threading.Thread(target=self._ask_forever, name="predictor", daemon=True)
                 self._thread.start()
@@ -81,6 +81,8 @@ class Predictor:
 
     def get(self, config: RunConfig) -> Answer | None:
         """The prediction, or why there can be none; None while it is not known."""
+        if config.unknown_architecture:
+            return UserError(config.unknown_architecture)
         return self._known.get(memory_key(config))
 
     def answers(self) -> int:

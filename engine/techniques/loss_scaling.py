@@ -27,6 +27,11 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
     recipe.loss_scaling = True
 
 
+def scales(config: RunConfig) -> bool:
+    """True if there may be something to scale: the arithmetic is in float16, or not known yet."""
+    return FLOAT16.get(config.text("dtype"), True)
+
+
 def conflict(config: RunConfig) -> str | None:
     """A dtype that `GradScaler` cannot scale, as far as the dtype is set."""
     dtype = config.text("dtype")

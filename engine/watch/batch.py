@@ -47,6 +47,18 @@ def batch_of(named: list[tuple[str, torch.Tensor]]) -> Batch:
     return Batch(int(shaped.shape[0])) if shaped is not None else Batch()
 
 
+def rows_of(named: list[tuple[str, torch.Tensor]], seq_len: int | None) -> dict[str, int]:
+    """The settings that show in tensors beside the token ids: the side of images, the length of what a decoder says."""
+    by_name = dict(named)
+    pixels, labels = by_name.get("pixel_values"), by_name.get("labels")
+    found = {}
+    if pixels is not None and pixels.dim() == 4 and pixels.shape[-1] == pixels.shape[-2]:
+        found["image_size"] = int(pixels.shape[-1])
+    if labels is not None and labels.dim() == 2 and seq_len not in (None, labels.shape[1]):
+        found["target_len"] = int(labels.shape[1])
+    return found
+
+
 def packing_of(named: list[tuple[str, torch.Tensor]]) -> str | None:
     """The value of `packing` that a batch shows; None: its rows are full. Waits for the device, allocates nothing."""
     by_name = {name: tensor for name, tensor in named if type(tensor) is torch.Tensor and tensor.dim() == 2}

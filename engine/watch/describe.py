@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from .. import techniques
+from .. import tasks, techniques
 from ..config import DTYPES, Architecture, RunConfig, UserError, Value
 from ..tracing import zero
 from ..tracing.hooks import unwrapped
@@ -55,12 +55,17 @@ def config_of(
 
 
 def architecture_of(model: torch.nn.Module) -> Architecture | None:
-    """The architecture of a transformers model, which is in memory; None of any other."""
+    """The architecture of a transformers model for a task, which is in memory; None of any other."""
+    adapted = getattr(model, "get_base_model", None)  # PEFT's
+    task_class = _task_class(adapted() if callable(adapted) else model)
     config: Any = getattr(model, "config", None)
     if not callable(getattr(config, "to_dict", None)) or not isinstance(getattr(config, "model_type", None), str):
         return None
+    if not task_class:
+        return None
     plain = json.loads(json.dumps(config.to_dict(), default=str))
     fields = {name: value for name, value in plain.items() if not name.startswith("_") and name not in NO_ARCHITECTURE}
+    fields["architectures"] = [task_class]  # a model made in the script has not written it down
     adapters = [*getattr(model, "peft_config", {}).values()]
     targets = getattr(adapters[0], "target_modules", None) if adapters else None
     dtype = next((name for name in DTYPES if getattr(torch, name) is getattr(config, "dtype", None)), DTYPES[0])
@@ -68,6 +73,12 @@ def architecture_of(model: torch.nn.Module) -> Architecture | None:
         return Architecture(fields, dtype, tuple(sorted(targets)) if isinstance(targets, set | list) else ())
     except UserError:
         return None
+
+
+def _task_class(model: Any) -> str:
+    """The class of transformers' own that a model is, or was made of, and that says its task; "": none."""
+    own = (each for each in type(model).__mro__ if each.__module__.startswith("transformers.models."))
+    return next((each.__name__ for each in own if tasks.named(each.__name__)), "")
 
 
 def admitted(found: Mapping[str, Value]) -> Iterator[tuple[str, Value]]:

@@ -27,7 +27,7 @@ from ..tracing.recorder import Recorder
 from ..tracing.step_ending import StepLeft
 from ..tracing.tracer import SETTLED_AFTER, Tracer
 from ..train import StepResult
-from .batch import Batch, batch_of, packing_of, tensors_of
+from .batch import Batch, batch_of, packing_of, rows_of, tensors_of
 from .describe import config_of
 from .loss import Losses
 from .others import compiled_modules, find_others
@@ -189,7 +189,7 @@ class WatchedLoop:
             self._tokens = batch.tokens if self._tokens is None else self._tokens + (batch.tokens or 0)
         if self._source.run is None:
             self._begin_run(batch)
-            self._learn(packing=packing_of(named))
+            self._learn(packing=packing_of(named), **rows_of(named, batch.seq_len))
         elif not self._has_batch:
             self._learn(batch_size=batch.rows, seq_len=batch.seq_len)
         if self.steps == 1 and not self._forwards and self._optimizers:

@@ -27,6 +27,7 @@ from ..run_events import Note, Refused, RunEnded
 from ..server import Server
 from ..service import version
 from ..techniques import describe
+from ..techniques.loss_scaling import scales
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from ..train import StepResult
@@ -142,6 +143,8 @@ class WatchedSource(Published):
         run = self._feed.run
         if run is not None:
             known = {name: value for name, value in found.items() if value or value is False}
+            if not scales(run.config):  # a scaler is there, and is not the setting of ours, which is for float16
+                known.pop("loss_scaling", None)
             run.config = run.config.with_(dict(admitted(known)))
 
     def say_compiled(self, modules: int, only_returned: bool) -> None:

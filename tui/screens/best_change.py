@@ -7,12 +7,18 @@ from collections.abc import Sequence
 from ...engine.config import show
 from ...engine.technique import Effect
 from ..changes import offered
+from ..draw import wrap
 from ..forecasts import Forecasts, Saving
 from ..units import shorten
+
+MOST_ROWS = 3
+"""Of the reason why nothing is predicted."""
 
 
 def best_change(forecasts: Forecasts, cells: int) -> list[str]:
     """The best changes found so far: `saves most: k checkpointing layers, ~-6.72 GiB`; empty if nobody predicts.
+
+    Where nothing can be predicted, the reason.
 
     The change that keeps the mathematics comes first. Changes that save still more follow, in a line of their own
     where there is no room in the first, and say what they do to the training.
@@ -22,6 +28,8 @@ def best_change(forecasts: Forecasts, cells: int) -> list[str]:
         cells: Room in a line.
     """
     best, state, predictions = forecasts.strongest(), forecasts.state, forecasts.predictions
+    if best is None and (problem := forecasts.impossible()):
+        return wrap(f"nothing is predicted: {problem}", cells)[:MOST_ROWS]
     if best is None or predictions is None or not best.of:
         return []
     done = best.tried == best.of

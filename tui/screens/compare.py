@@ -246,7 +246,7 @@ class ComparePage(Page):
         """The caveat of the prediction; in the list of owners, the reason why there is none."""
         predicted = self.forecasts.of_shown()
         word = predicted * (self.mode == OWNERS) if isinstance(predicted, str) else predicted.caveat
-        return [Row(), Row().add(f" {shorten(word, width - 2)}", self.palette.dim)] if word else []
+        return [Row(), *paragraph(word, width, self.palette.dim)] if word else []
 
     def _listed(self, n_runs: int, room: int) -> list[int]:
         """The runs that are listed: the base, the one chosen, the latest, and those next to the one chosen."""

@@ -248,7 +248,7 @@ class RanksPage(Page):
     def _on_one_gpu(self) -> dict[str, int] | None:
         """Bytes by category that the same would take on one GPU, if that is known by now."""
         shown, predictions = self.state.shown, self.forecasts.predictions
-        if shown is None or predictions is None or self.state.run.watched or "parallel" not in shown.config.options:
+        if shown is None or predictions is None or "parallel" not in shown.config.options:
             return None
         found = predictions.of(shown.config.with_({"parallel": "none"}), hurry=not self.state.acts)
         return found.by_category if found is not None else None

@@ -427,7 +427,7 @@ class TechniquesPage(Page):
     def _predicted_for(self) -> str:
         """The GPU of the predictions; where it is not the run's, the way to have another."""
         predictions, here = self.forecasts.predictions, self.state.environment
-        if predictions is None or not predictions.gpu_name:
+        if predictions is None or not predictions.gpu_name or self.forecasts.impossible():
             return ""
         best = self.forecasts.strongest()
         counted = best is not None and best.tried < best.of  # above, as the changes that are tried
