@@ -13,7 +13,8 @@ from ..engine import techniques
 from ..engine.config import RunConfig, show
 from ..engine.difference import Owned, owned
 from ..engine.events import Category, Phase, StepTrace
-from ..engine.ledger import OTHER_MODEL, Bytes, Ledger
+from ..engine.ledger import Bytes, Ledger
+from ..engine.module_names import OTHER_MODEL
 from ..engine.run import Run, RunKind, highest_of
 from .run_state import RunState, state_of
 from .units import unit_for
