@@ -1,11 +1,15 @@
-"""CUDA's autocast on tensors that are a CPU's: operators it runs in float32 and a CPU's does not.
+"""CUDA's autocast on tensors that are a CPU's: other operators run in float32.
 
 The lists are those of `aten/src/ATen/autocast_mode.h` (AT_FORALL_FP32 and
-AT_FORALL_FP32_SET_OPT_DTYPE).
+AT_FORALL_FP32_SET_OPT_DTYPE). What a CPU's autocast alone casts is left as it
+is: cross entropy, so that its softmax stays in 16 bit and the loss alone is
+in float32.
 """
 
 from __future__ import annotations
 
+import warnings
+from functools import cache
 from typing import Any
 
 import torch
@@ -21,6 +25,7 @@ FLOAT32_BY_DTYPE = (
     "linalg_vector_norm",
 )  # fmt: skip
 
+_OURS = {*FLOAT32, *FLOAT32_BY_DTYPE}
 _KEYS = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
@@ -30,6 +35,22 @@ def register(library: torch.library.Library) -> None:
         _implement(library, name, _with_arguments_cast)
     for name in FLOAT32_BY_DTYPE:
         _implement(library, name, _with_dtype)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that a kernel is replaced
+        for name in _cast_by_a_cpu_alone():
+            library.impl(name, torch.library.fallthrough_kernel, "AutocastCPU")
+
+
+@cache
+def _cast_by_a_cpu_alone() -> tuple[str, ...]:
+    """Operators of aten that have a kernel under a CPU's autocast and none under CUDA's."""
+    has = torch._C._dispatch_has_kernel_for_dispatch_key
+    names = [name for name in torch._C._dispatch_get_all_op_names() if name.startswith("aten::")]
+    return tuple(
+        name.removeprefix("aten::")
+        for name in sorted(names)
+        if has(name, "AutocastCPU") and not has(name, "AutocastCUDA") and name.removeprefix("aten::") not in _OURS
+    )
 
 
 def _implement(library: torch.library.Library, name: str, how: Any) -> None:
