@@ -1,4 +1,4 @@
-"""DeepSpeed's ZeRO stages 1 and 2 on the modelled device, by the rules of DeepSpeed 0.19.8; it need not be installed.
+"""DeepSpeed's ZeRO on the modelled device, by the rules of DeepSpeed 0.19.8; it need not be installed.
 
     init      all trained weights go into one flat tensor, aligned to 2 x ranks; a float32 copy of this
               rank's partition of it is what the optimizer steps
@@ -20,11 +20,11 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from ..config import UserError
 from ..parallelism import Wrapped
 from ..parallelism.zero import ZeRO
 from ..tracing import zero
 from ..tracing.owners import Owned
+from .fake_zero3 import FakeZero3Engine
 
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`."""
@@ -52,11 +52,13 @@ class FakeZeRO(ZeRO):
         """Partition the model.
 
         Raises:
-            UserError: Stage 3 is not modelled.
+            UserError: Stage 3 treats a module of it in a way that is not modelled.
         """
-        if self.settings["zero_optimization"]["stage"] == 3:
-            raise UserError("parallel=zero3 cannot be predicted yet: zero1, zero2 and fsdp2 can")
-        engine = FakeZeroEngine(model, make(), self.settings, dist.get_world_size(), dist.get_rank(), self._told)
+        kind = FakeZero3Engine if self.settings["zero_optimization"]["stage"] == 3 else FakeZeroEngine
+        dtype = next((d for name, d in _DTYPES.items() if self.settings[name]["enabled"]), torch.float32)
+        for parameter in model.parameters():  # buffers stay as they are
+            parameter.data = parameter.data.to(dtype)
+        engine = kind(model, make(), self.settings, dtype, dist.get_world_size(), dist.get_rank(), self._told)
         return Wrapped(engine, engine.optimizer)
 
     def close(self, call: Any) -> None:
@@ -71,6 +73,7 @@ class FakeZeroEngine:
         model: Its parameters become views of a flat tensor.
         optimizer: Of torch's, over them.
         settings: DeepSpeed's configuration.
+        dtype: Of the weights.
         ranks: Of the job.
         rank: Which of them this is.
         note: Told of buffers whose owner is known.
@@ -81,13 +84,11 @@ class FakeZeroEngine:
         model: torch.nn.Module,
         optimizer: torch.optim.Optimizer,
         settings: Mapping[str, Any],
+        dtype: torch.dtype,
         ranks: int,
         rank: int,
         note: Note,
     ) -> None:
-        dtype = next((d for name, d in _DTYPES.items() if settings[name]["enabled"]), torch.float32)
-        for parameter in model.parameters():  # buffers stay as they are
-            parameter.data = parameter.data.to(dtype)
         self.module = model
         self.optimizer = _Partitioned(optimizer, settings["zero_optimization"], dtype, ranks, rank, note)
         self._accumulation, self._micro = int(settings["gradient_accumulation_steps"]), 0
@@ -285,9 +286,10 @@ class _Partitioned:
                 torch.empty(numel, dtype=NORM_DTYPE, device=self._device)
             parts = self.averaged_gradients.pop(0)
             several = len(parts) > 1
-            flat = torch.empty(self._size, dtype=self._dtype, device=self._device) if several else parts[0].view(-1)
+            whole = torch.empty(self._size, dtype=self._dtype, device=self._device) if several else parts[0].view(-1)
+            flat = whole.narrow(0, 0, self._size)  # the one parameter may go on in other ranks' partitions
             master.grad = flat.to(torch.float32)
-            del flat, parts
+            del whole, flat, parts
             self._note(zero.for_now())
         self.optimizer.step()
         master.grad = None

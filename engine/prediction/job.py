@@ -22,9 +22,9 @@ def alike(config: RunConfig, ranks: int, shapes: Shapes) -> tuple[tuple[int, ...
     """Ranks in groups that hold the same, the fullest first.
 
     FSDP2's shards are of whole rows: of 10 rows four ranks have 3, 3, 3 and 1. The
-    shard itself and its gradient are padded; optimizer state is not. ZeRO's ranks
-    keep the gradients of all parameters that lie in their partition, also of those
-    that begin or end in another's.
+    shard itself and its gradient are padded; optimizer state is not. ZeRO-1's
+    and ZeRO-2's ranks keep the gradients of all parameters that lie in their partition, also of those
+    that begin or end in another's; of stage 3 every parameter is padded to equal parts.
 
     Args:
         config: The run.
@@ -35,7 +35,7 @@ def alike(config: RunConfig, ranks: int, shapes: Shapes) -> tuple[tuple[int, ...
     if kind == "fsdp2":
         sharing, rows = shard_ranks(config, ranks), sorted({shape[0] for shape in shapes if shape})
         keys = [tuple(_rows_of(count, sharing, rank % sharing) for count in rows) for rank in range(ranks)]
-    elif kind.startswith("zero"):
+    elif kind in ("zero1", "zero2"):
         keys = [(size,) for size in _in_partitions([math.prod(shape) for shape in shapes], ranks)]
     else:
         keys = [()] * ranks

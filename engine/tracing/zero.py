@@ -116,7 +116,7 @@ def for_now() -> Iterator[Owned]:
     for optimizer in list(_optimizers):
         yield from _gradients(optimizer)
         yield from _buckets(optimizer)
-        yield from _gathered(_parameters(optimizer))
+        yield from gathered(_parameters(optimizer))
         yield from _held(optimizer, Category.OPTIMIZER_STATE, SCALARS)
 
 
@@ -159,13 +159,16 @@ def _buckets(optimizer: Any, *_: Any, **__: Any) -> Iterator[Owned]:
 
 
 def _parameters(optimizer: Any) -> Iterator[Any]:
-    """Parameters of the model, in 16 bit."""
+    """Parameters of the model, in 16 bit: those that it updates, and in stage 3 all others, which it partitions too."""
     for name in ("bit16_groups", "fp16_groups", "bf16_groups"):
         for group in getattr(optimizer, name, None) or ():
             yield from group
+    if (model := getattr(optimizer, "module", None)) is not None:
+        yield from (p for p in model.parameters() if is_partitioned(p) and not p.requires_grad)
 
 
-def _gathered(parameters: Iterable[Any]) -> Iterator[Owned]:
+def gathered(parameters: Iterable[Any]) -> Iterator[Owned]:
+    """Those of stage 3 that are there whole at the moment."""
     for parameter in parameters:
         if is_partitioned(parameter) and parameter.numel():
             yield Category.GATHERED, _name(parameter), parameter
@@ -182,13 +185,13 @@ def _wrap_all(undo: ExitStack) -> None:
     if (stage_2 := sys.modules.get(f"{RUNTIME}.zero.stage_1_and_2")) is not None:
         optimizer = stage_2.DeepSpeedZeroOptimizer
         wrap(undo, optimizer, "setup_buckets", after=_afterwards(_buckets))
-        wrap(undo, optimizer, "reduce_independent_p_g_buckets_and_remove_grads", before=partial(_tell, _gradient_of))
+        wrap(undo, optimizer, "reduce_independent_p_g_buckets_and_remove_grads", before=partial(_tell, gradient_of))
         for method in ("reduce_ipg_grads", "independent_gradient_partition_epilogue"):
             wrap(undo, optimizer, method, after=_afterwards(_gradients))
         wrap(undo, optimizer, "_optimizer_step", before=partial(_tell, _gradients))
     if (stage_3 := sys.modules.get(f"{RUNTIME}.zero.stage3")) is not None:
         optimizer = stage_3.DeepSpeedZeroOptimizer_Stage3
-        wrap(undo, optimizer, "reduce_independent_p_g_buckets_and_remove_grads", before=partial(_tell, _gradient_of))
+        wrap(undo, optimizer, "reduce_independent_p_g_buckets_and_remove_grads", before=partial(_tell, gradient_of))
         wrap(undo, optimizer, "independent_gradient_partition_epilogue", after=_afterwards(_gradients))
         wrap(undo, optimizer, "_optimizer_step", before=partial(_tell, _gradients))
     if (gathering := sys.modules.get(f"{RUNTIME}.zero.partition_parameters")) is not None:
@@ -211,8 +214,8 @@ def _afterwards(find: Find) -> Callable[..., None]:
     return lambda _result, *args, **kwargs: _tell(find, *args, **kwargs)
 
 
-def _gradient_of(optimizer: Any, parameter: torch.Tensor, *_: Any, **__: Any) -> Iterator[Owned]:
-    """One gradient, before it is copied into a bucket and given up."""
+def gradient_of(optimizer: Any, parameter: torch.Tensor, *_: Any, **__: Any) -> Iterator[Owned]:
+    """A gradient, before it is copied into a bucket and given up."""
     optimizer_in(optimizer)
     if parameter.grad is not None:
         yield Category.GRADIENTS, f"{_name(parameter)}.grad", parameter.grad
@@ -226,4 +229,4 @@ def _gather_begun(handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
 
 def _gather_ended(handle: Any, *_: Any, **__: Any) -> Iterator[Owned]:
     """The parameters that have been gathered: each a part of the output, or made of such parts."""
-    yield from _gathered(tensor for _part, tensor in tensors_in(vars(handle)))
+    yield from gathered(tensor for _part, tensor in tensors_in(vars(handle)))
