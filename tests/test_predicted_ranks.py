@@ -51,17 +51,24 @@ def job_of(ranks: int, model: str = "tiny", **settings: Any) -> RunConfig:
 
 
 def held_at(run: Run) -> dict[str, dict[str, int]]:
-    """Bytes of what ranks have each their part of: loaded, and as the second step's phases end."""
-    found = {}
+    """Bytes of what ranks have each their part of: loaded, and from the second step on as phases end.
+
+    Gloo's threads may still hold what they have sent when others go on, all the more on a busy
+    machine. That adds to what is held and takes nothing away: of several steps the least counts.
+    """
+    found: dict[str, dict[str, int]] = {}
     for trace in run.traces():
         ledger = Ledger(trace)
         if trace.step == 0:
             ours = set(Category) - {Category.WORKSPACE, Category.SLACK}  # of a GPU only
-            found["loaded"] = {Category.PARAMETERS: sum(ledger.end[category] for category in ours)}
-        elif trace.step == 2:
+            found["loaded"] = {c.key: 0 for c in PER_RANK} | {"parameters": sum(ledger.end[c] for c in ours)}
+        elif trace.step > 1:
             ends = {span.phase: ledger.at(span.end - 1) for span in trace.phases if span.phase != Phase.IDLE}
-            found |= {phase.name: ends[phase] for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.ZERO_GRAD)}
-    return {moment: {c.key: sizes.get(c, 0) for c in PER_RANK} for moment, sizes in found.items()}
+            for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.ZERO_GRAD):
+                sizes = {c.key: ends[phase].get(c, 0) for c in PER_RANK}
+                least = found.setdefault(phase.name, sizes)
+                found[phase.name] = {key: min(size, least[key]) for key, size in sizes.items()}
+    return found
 
 
 @pytest.mark.parametrize(
@@ -70,10 +77,10 @@ def held_at(run: Run) -> dict[str, dict[str, int]]:
     ids=str,
 )
 def test_two_real_ranks_hold_what_was_predicted_to_the_byte(settings: dict[str, Any], home: Path) -> None:
-    """Of gloo's peaks nothing is asked: it lets go of what it sends when it is done, not when CUDA would."""
+    """Of gloo's peaks nothing is asked, see `held_at`."""
     config, file = job_of(2, **settings), home / "job.gpumem"
     flags = [f"--set={name}={config[name]}" for name in ("parallel", "accumulation")]
-    done = cli("run", "--device=cpu", "--batch-size=2", "--seq-len=16", "--steps=2", "--set=rows=8",
+    done = cli("run", "--device=cpu", "--batch-size=2", "--seq-len=16", "--steps=5", "--set=rows=8",
                "--set=parallel.ranks=2", *flags, "--save", str(file))  # fmt: skip
     assert done.returncode == 0, done.stderr
     expected = held_at(predict(config, H100).run)

@@ -14,8 +14,9 @@ from __future__ import annotations
 from bisect import bisect_left
 from collections import deque
 from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager
 from enum import Enum, auto
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -67,7 +68,7 @@ class Coordinator:
         self,
         of: Callable[[torch.nn.Module], list[Partition]],
         limits: Limits,
-        stream: Callable[[], torch.cpu.StreamContext],
+        stream: Callable[[], AbstractContextManager[Any]],
         gathered: Callable[[Iterable[Partition], Iterable[torch.Tensor]], None],
     ) -> None:
         self._of, self._limits, self._stream, self._gathered = of, limits, stream, gathered

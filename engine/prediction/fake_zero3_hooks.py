@@ -48,8 +48,9 @@ class ModuleHooks:
                 module.register_forward_pre_hook(self._before_forward),
                 module.register_forward_hook(self._after_forward),
             )
-        self._linear = torch.nn.functional.linear
-        torch.nn.functional.linear = _linear
+        self._linear: Any = torch.nn.functional.linear
+        functions: Any = torch.nn.functional
+        functions.linear = _linear
 
     def remove(self) -> None:
         """Undo all of it."""
@@ -132,12 +133,12 @@ class _Passage(torch.autograd.Function):
     """What a tensor goes through before or behind a module, so that its gradient is seen there."""
 
     @staticmethod
-    def forward(ctx: Any, tensor: torch.Tensor, passed: Hook) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, tensor: torch.Tensor, passed: Hook) -> torch.Tensor:
         ctx.passed = passed
         return tensor.detach()
 
     @staticmethod
-    def backward(ctx: Any, gradient: Any) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Any) -> Any:
         ctx.passed()
         return gradient, None
 
@@ -146,7 +147,7 @@ def _through(value: Any, seen: Callable[[torch.Tensor], None], passed: Hook) -> 
     """Have each tensor of a module's inputs or outputs pass through, dictionaries in place."""
     if isinstance(value, torch.Tensor):
         seen(value)
-        return _Passage.apply(value, passed)
+        return _Passage.apply(value, passed)  # type: ignore[no-untyped-call]
     if isinstance(value, tuple | list):
         each = [_through(one, seen, passed) for one in value]
         return type(value)(*each) if hasattr(value, "_fields") else type(value)(each)
@@ -160,7 +161,7 @@ class _Linear(torch.autograd.Function):
     """DeepSpeed's linear, which keeps input and weight."""
 
     @staticmethod
-    def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:  # type: ignore[override]
+    def forward(ctx: Any, given: torch.Tensor, weight: torch.Tensor, bias: Any = None) -> torch.Tensor:
         ctx.save_for_backward(given, weight, bias)
         if given.dim() == 2 and bias is not None:
             return torch.addmm(bias, given, weight.t())
@@ -170,7 +171,7 @@ class _Linear(torch.autograd.Function):
         return output
 
     @staticmethod
-    def backward(ctx: Any, gradient: torch.Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, gradient: torch.Tensor) -> Any:
         given, weight, bias = ctx.saved_tensors
         of_given = of_weight = of_bias = None
         rows = gradient.reshape(-1, gradient.shape[-1])
@@ -184,4 +185,4 @@ class _Linear(torch.autograd.Function):
 
 
 def _linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
-    return _Linear.apply(given, weight, bias)
+    return _Linear.apply(given, weight, bias)  # type: ignore[no-untyped-call]
