@@ -54,7 +54,7 @@ def held_at(run: Run) -> dict[str, dict[str, int]]:
     """Bytes of what ranks have each their part of: loaded, and from the second step on as phases end.
 
     Gloo's threads may still hold what they have sent when others go on, all the more on a busy
-    machine. That adds to what is held and takes nothing away: of several steps the least counts.
+    machine. That adds to what is held and takes nothing away: of several moments the least counts.
     """
     found: dict[str, dict[str, int]] = {}
     for trace in run.traces():
@@ -62,7 +62,9 @@ def held_at(run: Run) -> dict[str, dict[str, int]]:
         if trace.step == 0:
             ours = set(Category) - {Category.WORKSPACE, Category.SLACK}  # of a GPU only
             found["loaded"] = {c.key: 0 for c in PER_RANK} | {"parameters": sum(ledger.end[c] for c in ours)}
-        elif trace.step > 1:
+        elif trace.step == 1:
+            found["loaded"]["parameters"] = min(found["loaded"]["parameters"], int(trace.begin["bytes"].sum()))
+        else:
             ends = {span.phase: ledger.at(span.end - 1) for span in trace.phases if span.phase != Phase.IDLE}
             for phase in (Phase.FORWARD, Phase.BACKWARD, Phase.ZERO_GRAD):
                 sizes = {c.key: ends[phase].get(c, 0) for c in PER_RANK}
