@@ -488,6 +488,8 @@ def _damaged(folder: Path, how: str) -> Path:
         tensor[3, 5] = math.nan
     elif how == "an infinity":
         tensor[3, 5] = -math.inf
+    elif how == "1e+30":
+        tensor[3, 5] = 1e30
     elif how == "holds integers":
         tensor = tensor.to(torch.int8)
     save_file({"a.weight": tensor.to(torch.bfloat16) if tensor.is_floating_point() else tensor}, file)
@@ -517,6 +519,7 @@ def _damaged(folder: Path, how: str) -> Path:
         ("beyond the end", "a.weight lies beyond the end"),
         ("not those of", "a.weight has 32768 bytes"),
         ("not complete", "a.weight is not complete"),
+        ("1e+30", "a.weight holds 1e+30 at [3, 5]: its weights cannot be quantized"),
         ("is not JSON", "model.safetensors"),
         ("longer than the file", "model.safetensors"),
     ],

@@ -20,19 +20,23 @@ RUN = 256
 """Weights that are looked at together: neighbours, of whole blocks of every scheme."""
 
 
+LARGEST = 1e8
+"""Magnitude beyond which a number is no weight; a fourth power of it is a float32 still."""
+
+
 class Format(NamedTuple):
     """A floating-point format.
 
     Attributes:
         unsigned: The integer as wide as it.
         signed: The same, with a sign.
-        infinity: Bits of the positive infinity; NaN is above it.
+        largest: Bits of the largest number that may be a weight; the infinities and NaN are above it.
         mantissa_bits: Of the fraction.
     """
 
     unsigned: np.dtype[Any]
     signed: np.dtype[Any]
-    infinity: int
+    largest: int
     mantissa_bits: int
 
     @property
@@ -42,9 +46,9 @@ class Format(NamedTuple):
 
 
 FORMATS = {
-    "BF16": Format(np.dtype("<u2"), np.dtype("<i2"), 0x7F80, 7),
-    "F16": Format(np.dtype("<u2"), np.dtype("<i2"), 0x7C00, 10),
-    "F32": Format(np.dtype("<u4"), np.dtype("<i4"), 0x7F800000, 23),
+    "BF16": Format(np.dtype("<u2"), np.dtype("<i2"), 0x4CBE, 7),
+    "F16": Format(np.dtype("<u2"), np.dtype("<i2"), 0x7BFF, 10),
+    "F32": Format(np.dtype("<u4"), np.dtype("<i4"), 0x4CBEBC20, 23),
 }
 """By safetensors' names; other formats are read as F32."""
 

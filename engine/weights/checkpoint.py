@@ -9,6 +9,7 @@ import struct
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from operator import index
 from pathlib import Path
 from typing import Any
 
@@ -72,7 +73,7 @@ class FileTensor:
         with self._open() as file, self._reading():
             descriptor = file.fileno()
             raw = bytearray().join(
-                [os.pread(descriptor, size, self.offset + index * size) for index in indices.tolist()]
+                [os.pread(descriptor, size, self.offset + place * size) for place in indices.tolist()]
             )
         if len(raw) != size * len(indices):
             raise self._ended()
@@ -164,12 +165,12 @@ def _not_weights(tensor: FileTensor) -> str:
 
 
 def _files(folder: Path) -> list[Path]:
-    index = folder / INDEX
-    if index.is_file():
+    listing = folder / INDEX
+    if listing.is_file():
         try:
-            names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError):
-            raise UserError(f"{index}: damaged: it does not say which files the weights are in") from None
+            names = sorted(set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError):
+            raise UserError(f"{listing}: damaged: it does not say which files the weights are in") from None
         return [folder / Path(name).name for name in names]
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -199,7 +200,7 @@ def _from_hub(name: str, download: bool) -> Path:
 def _config(folder: Path) -> Mapping[str, Any]:
     try:
         content = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return {}
     return content if isinstance(content, dict) else {}
 
@@ -219,7 +220,7 @@ def _header(path: Path) -> list[FileTensor]:
             header = json.loads(file.read(length))
     except OSError as error:
         raise UserError(f"{path}: {error.strerror}") from None
-    except ValueError:
+    except (ValueError, RecursionError):
         raise UserError(f"{path}: damaged, or no safetensors file: its header is not JSON") from None
     if not isinstance(header, dict):
         raise UserError(f"{path}: damaged, or no safetensors file: its header is not an object")
@@ -232,8 +233,8 @@ def _entry(path: Path, name: str, entry: Any, data: int, size: int) -> FileTenso
     try:
         dtype, shape, (begin, end) = (
             str(entry["dtype"]),
-            tuple(map(int, entry["shape"])),
-            map(int, entry["data_offsets"]),
+            tuple(map(index, entry["shape"])),
+            map(index, entry["data_offsets"]),
         )
     except (KeyError, TypeError, ValueError):
         raise UserError(f"{path}: damaged: the header's entry of {name} is not complete") from None

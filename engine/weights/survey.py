@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from ..config import UserError
-from .bits import RUN, Bits, as_float32, magnitudes, range_of, row_maxima, run_maxima
+from .bits import LARGEST, RUN, Bits, as_float32, magnitudes, range_of, row_maxima, run_maxima
 from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 
 Floats = NDArray[np.float32]
@@ -100,8 +100,8 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
     for number, bits in enumerate(tensor.chunks()):
         start = number * CHUNK
         highest, lowest = range_of(bits, form)
-        if max(highest, lowest) >= form.infinity:
-            raise _not_finite(tensor, bits, start)
+        if max(highest, lowest) > form.largest:
+            raise _no_weight(tensor, bits, start)
         high, low = max(high, highest), max(low, lowest)
         found = magnitudes(bits, form)
         runs = run_maxima(found)
@@ -240,12 +240,12 @@ def _all_parts(tensor: WeightTensor) -> Iterator[Part]:
             yield Part(values[None, whole:], np.array([start + whole]), np.ones(1))
 
 
-def _not_finite(tensor: WeightTensor, bits: Bits, start: int) -> UserError:
+def _no_weight(tensor: WeightTensor, bits: Bits, start: int) -> UserError:
     values = as_float32(bits, tensor.read_as)
-    first = int(np.flatnonzero(~np.isfinite(values))[0])
+    first = int(np.flatnonzero(~(np.abs(values) <= LARGEST))[0])
     shape = tensor.shape[::-1] if tensor.transposed else tensor.shape
     place = [int(i) for i in np.unravel_index(start + first, shape)]
     if tensor.transposed:
         place.reverse()
-    what = "NaN" if np.isnan(values[first]) else "an infinity"
+    what = "NaN" if np.isnan(values[first]) else "an infinity" if np.isinf(values[first]) else f"{values[first]:.3g}"
     return UserError(f"{tensor.name} holds {what} at {place}: its weights cannot be quantized")
