@@ -62,7 +62,9 @@ class ForkedProcess:
                 os.kill(self._pid, signal.SIGKILL)
 
     def wait(self) -> None:
-        """Wait until it has ended, once."""
+        """Wait until it has ended; at once if that has been waited for."""
+        if self._waited:
+            return
         os.waitid(os.P_PID, self._pid, os.WEXITED | os.WNOWAIT)
         with self._over:
             os.waitpid(self._pid, 0)

@@ -31,7 +31,7 @@ def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Predictio
 
 
 def largest_known(prediction: Prediction, predict: Callable[[RunConfig], Prediction], gpu: Gpu) -> dict[str, int]:
-    """What `capacity.largest_that_fit` finds: read if any process of this user has searched before, kept if not."""
+    """The result of `capacity.largest_that_fit`: read if any process of this user has searched before, kept if not."""
     store = PredictionStore(gpu)
     found = store.get_largest(prediction.config)
     if found is None:

@@ -26,7 +26,7 @@ POINTS = 3
 """Predictions through which a parabola goes."""
 
 TILES_BYTES = 64 << 10
-"""What is expected may be so far off at any moment: kernels round some of their buffers up, which is on no line."""
+"""Error of an expectation, at the most, at any moment: kernels round some buffers up, which is on no line."""
 
 CLIMB, STEP_BITS = 4, 9
 """Tries above one that fits, one part in 512 apart: where gaps decide, one may fit and a smaller one not."""

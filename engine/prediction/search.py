@@ -14,7 +14,7 @@ MOST_EXPECTED = 4
 
 
 class Expectation(Protocol):
-    """What those asked for let expect of others."""
+    """Expectations of numbers not asked for, from those that were."""
 
     def largest_between(self, low: int, high: int) -> int | None:
         """The largest number expected to fit, from one that fits on and below one that does not; None: no idea."""
@@ -50,7 +50,7 @@ def largest(
         start: First n to ask for.
         available: Bytes there are.
         most: Where to stop.
-        expectation: What those asked for let expect; None: nothing is expected.
+        expectation: Of numbers not asked for; None: nothing is expected.
 
     Returns:
         A number that fits, and up to 64 the largest; beyond, up to 1.6 % more
