@@ -21,7 +21,7 @@ from gpumem_tui.engine.prediction.rehearsal import rehearse
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.profiles import preset, run_fields
 
-from .conftest import Engine, small_run
+from .conftest import TINY, Engine, small_run
 
 GIB = 2**30
 H100 = gpu("H100 80GB")
@@ -154,6 +154,16 @@ def test_paged_state_is_outside_of_the_allocator() -> None:
     assert plain.managed_bytes == 0
     assert 0 < paged.managed_bytes < plain.by_category["optimizer_state"]
     assert paged.managed_bytes + paged.by_category["optimizer_state"] > plain.by_category["optimizer_state"] * 0.99
+
+
+def test_without_k_bit_preparation_what_is_not_quantized_stays_as_it_is_loaded() -> None:
+    qlora = {"lora": "on", "quantization": "nf4", "dtype": "bfloat16", "kv_cache": "off"}
+    prepared, loaded = (predict(small_run(**qlora, quantization__prepared=on), H100) for on in ("on", "off"))
+    embeddings = 2 * TINY["vocab_size"] * TINY["hidden_size"]  # and the head
+    saved = prepared.by_category["parameters"] - loaded.by_category["parameters"]
+    assert 2 * embeddings <= saved < 2 * 1.2 * embeddings
+    held, less = (p.by_phase["forward"]["activations"] for p in (prepared, loaded))
+    assert less < 0.7 * held, "and no activation becomes float32"
 
 
 def test_the_scratch_of_a_split_reduction() -> None:

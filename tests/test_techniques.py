@@ -258,6 +258,10 @@ def test_what_needs_a_gpu_is_refused_without_one(engine: Engine, settings: dict[
     ("settings", "reason"),
     [
         ({"quantization": "nf4"}, "set lora=on"),
+        (
+            {"quantization": "nf4", "lora": "on", "lora.kind": "ia3", "quantization.prepared": "off"},
+            "set quantization.prepared=on",
+        ),
         ({"attention": "flash_attention_2", "dtype": "float32"}, "needs 16-bit"),
     ],
 )

@@ -15,6 +15,8 @@ from ..technique import Group, Mathematics, Technique
 if TYPE_CHECKING:
     from ..workload import Model, Recipe
 
+FLOAT32_BYTES = 4
+
 NOTHING = "none"
 """That no module is kept in 16 bit."""
 
@@ -48,6 +50,9 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
             bnb_4bit_compute_dtype=arithmetic if compute == "dtype" else getattr(torch, compute),
         )
     )
+
+    if not config.flag("quantization.prepared"):
+        return
 
     def prepare(model: Any) -> Any:
         # Checkpointing is a technique of its own; here only what quantization needs.
@@ -97,15 +102,17 @@ def unavailable(value: Value, environment: Environment) -> str | None:
 
 
 def conflict(config: RunConfig) -> str | None:
-    """Quantized weights cannot be trained."""
+    """Quantized weights cannot be trained; PEFT's IA3 of bitsandbytes' layers does not convert back."""
     if config["quantization"] != "none" and not config["lora"]:
         return f"quantization={config['quantization']} freezes the weights: set lora=on to train adapters beside them"
+    if config["quantization"] != "none" and not config["quantization.prepared"] and config["lora.kind"] == "ia3":
+        return "lora.kind=ia3 returns float32, which norms in 16 bit do not take: set quantization.prepared=on"
     return None
 
 
 def caution(config: RunConfig) -> str | None:
     """PEFT's k-bit preparation converts what is not quantized to float32 (bitsandbytes #1569)."""
-    if config["quantization"] == "none":
+    if config["quantization"] == "none" or not config.flag("quantization.prepared"):
         return None
     if config.text("dtype").startswith("mixed"):
         if config.generates or config.text("checkpointing") != "off":
@@ -133,15 +140,23 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     for module in model.modules():
         kind = type(module).__name__
         if kind == "Linear8bitLt":
-            return {"quantization": "int8"}
+            return {"quantization": "int8", "quantization.prepared": _is_prepared(model)}
         if kind == "Linear4bit" and not hasattr(module, "base_layer"):  # PEFT's wrapper has the same name
             state = getattr(module.weight, "quant_state", None)
             return {
                 "quantization": str(getattr(module.weight, "quant_type", "nf4")),
                 "quantization.double": bool(getattr(state, "nested", True)),
                 "quantization.compute": str(getattr(module, "compute_dtype", "")).removeprefix("torch.") or "dtype",
+                "quantization.prepared": _is_prepared(model),
             }
     return {"quantization": "none"}
+
+
+def _is_prepared(model: Any) -> bool:
+    """True if embeddings are float32; what else is not quantized, bitsandbytes may have converted since."""
+    from torch.nn import Embedding
+
+    return all(m.weight.itemsize == FLOAT32_BYTES for m in model.modules() if isinstance(m, Embedding))
 
 
 TECHNIQUE = Technique(
@@ -170,6 +185,12 @@ TECHNIQUE = Technique(
             (NOTHING,),
             True,
         ),
+        Option(
+            "quantization.prepared",
+            True,
+            "PEFT's k-bit preparation: embeddings, head and norms in float32; off: as loaded, as TRL leaves them",
+            (True, False),
+        ),
     ),
     in_script="from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
     acts_on=(Category.PARAMETERS,),
@@ -183,6 +204,13 @@ TECHNIQUE = Technique(
             "quantization.skip": "dense_4h_to_h",
         },
         {"lora": True, "quantization": "int8"},
+        {
+            "lora": True,
+            "quantization": "nf4",
+            "quantization.compute": "bfloat16",
+            "quantization.prepared": False,
+            "dtype": "bfloat16",
+        },
     ),
     packages=("bitsandbytes",),
     key="u",

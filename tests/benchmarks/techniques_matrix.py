@@ -73,6 +73,7 @@ ROWS: list[Settings] = [
     {"optimizer": "muon", "loss": "linear-cross-entropy", **CHECKPOINTED, **BF16},
     {"optimizer": "ao-adamw-fp8", "optimizer_in_backward": True, **BODY, **BF16},
     {"lora.kind": "dora", **QLORA, **CHECKPOINTED, "dtype": "mixed"},
+    {"quantization.prepared": False, **QLORA, **CHECKPOINTED, **BF16},
     {"offload": "activations", "offload.stream": True, **BODY, **BF16},
     {"offload": "checkpoints", "offload.stream": True, "loss": "chunked", **CHECKPOINTED, **BF16},
 ]
