@@ -12,14 +12,14 @@ small stay. A storage that several nodes save travels once.
 from __future__ import annotations
 
 import weakref
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from .listeners import Listeners
 from .offload_stream import ComputeStream, Copies, SecondStream
 
 LEAST_BYTES = 1024
@@ -30,23 +30,12 @@ HOST = torch.device("cpu")
 Told = Callable[[torch.Tensor, bool], None]
 """Called with what is on the device for offloading's sake, and whether it is there until it has been copied away."""
 
-# A plain global: CUDA's backward runs on a thread of autograd's own.
-_observers: tuple[Told, ...] = ()
-
-
-@contextmanager
-def observer(callback: Told) -> Iterator[None]:
-    """Have `callback(tensor, stashed)` called with every storage that is stashed in forward or comes back."""
-    global _observers  # noqa: PLW0603
-    _observers = (*_observers, callback)
-    try:
-        yield
-    finally:
-        _observers = tuple(other for other in _observers if other is not callback)
+observers: Listeners[Told] = Listeners()
+"""Each is told of every storage that is stashed in forward or comes back."""
 
 
 def _tell(tensor: torch.Tensor, stashed: bool) -> None:
-    for each in _observers:
+    for each in observers.listeners:
         each(tensor, stashed)
 
 

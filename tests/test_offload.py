@@ -69,7 +69,9 @@ def test_gradients_are_the_same_to_the_bit(
     batch = made.batches.next()
     expected = gradients(made.model, batch)
     host, back, stashed = Elsewhere(monkeypatch), [], []
-    with activation_offload.observer(lambda tensor, stays: (stashed if stays else back).append(tensor.nbytes)):
+    with activation_offload.observers.heard_by(
+        lambda tensor, stays: (stashed if stays else back).append(tensor.nbytes)
+    ):
         found = gradients(made.model, batch, ActivationsOnHost(made.model, second_stream))
     assert all(map(torch.equal, found, expected))
     assert sorted(back) == sorted(host.sizes), "each storage travels once, however many nodes have saved it"
@@ -140,7 +142,7 @@ def test_a_second_stream_holds_what_the_other_may_still_be_at(monkeypatch: pytes
         arrived.append(weakref.ref(tensor))
         here.append(sum(flat() is not None for flat in arrived))
 
-    with activation_offload.observer(came):
+    with activation_offload.observers.heard_by(came):
         value.sum().backward()
     assert leaf.grad is not None
     assert len(arrived) == 8 and here[2:] == [2] * 6, "the one wanted, and that of the node before"

@@ -204,7 +204,7 @@ def global_state() -> tuple[Any, ...]:
     modes = _python_dispatch._get_current_dispatch_mode_stack()
     hooks = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
-    return modes, flags, *map(len, hooks), recompute._observers, sys.excepthook
+    return modes, flags, *map(len, hooks), recompute.observers.listeners, sys.excepthook
 
 
 def test_watches_that_end_in_the_wrong_order_leave_nothing() -> None:

@@ -149,8 +149,8 @@ class Tracer:
         if self._model is None:
             raise RuntimeError("adopt a model first")
         with (
-            recompute.observer(observer or self.recomputing),
-            activation_offload.observer(self._writer.offloaded),
+            recompute.observers.heard_by(observer or self.recomputing),
+            activation_offload.observers.heard_by(self._writer.offloaded),
             sharding.observed(self._model, guard(self.own_held)),
             zero.observed(self._model, guard(self.own_held)),
             reducers.heard_by(guard(self._writer.making_buckets)),

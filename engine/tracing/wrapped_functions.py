@@ -5,12 +5,12 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any, Generic, TypeVar
+from typing import Any
 
-Listener = TypeVar("Listener")
+from ..listeners import Listener, Listeners
 
 
-class WrappedFunctions(Generic[Listener]):
+class WrappedFunctions(Listeners[Listener]):
     """The wrapped functions of one library, and their listeners.
 
     Several runs of one process may listen; the first has the functions wrapped, and
@@ -18,14 +18,11 @@ class WrappedFunctions(Generic[Listener]):
 
     Args:
         wrap_all: Wraps them, each with its removal pushed right after it.
-
-    Attributes:
-        listeners: Those that are to be told now.
     """
 
     def __init__(self, wrap_all: Callable[[ExitStack], None]) -> None:
+        super().__init__()
         self._wrap_all = wrap_all
-        self.listeners: tuple[Listener, ...] = ()
         self._undo = ExitStack()
 
     @contextmanager
@@ -35,12 +32,10 @@ class WrappedFunctions(Generic[Listener]):
             with ExitStack() as undo:
                 self._wrap_all(undo)
                 self._undo = undo.pop_all()
-        self.listeners = (*self.listeners, listener)
         try:
-            yield
+            with super().heard_by(listener):
+                yield
         finally:
-            place = self.listeners.index(listener)
-            self.listeners = (*self.listeners[:place], *self.listeners[place + 1 :])
             if not self.listeners:
                 self._undo.close()
 
