@@ -126,10 +126,7 @@ def train(
             paused, raises to end it.
         on_step: Called after every step.
     """
-    call, optimizer, scaler, recipe = workload.call, workload.optimizer, workload.scaler, workload.recipe
-    parallelism = recipe.parallelism
-    recorder = tracer.recorder
-    held = Held(scaler)
+    recipe, recorder, held = workload.recipe, tracer.recorder, Held(workload.scaler)
     for step in itertools.count(1) if not config.steps else range(1, config.steps + 1):
         between()
         recorder.reset_peak()
@@ -139,27 +136,12 @@ def train(
             for micro_batch in range(recipe.accumulation):
                 if micro_batch:
                     began += _timed(between)  # a run that is held takes no time
-                parallelism.begin(call, last=micro_batch == recipe.accumulation - 1)
-                with tracer.phase(Phase.DATA, micro_batch):
-                    held.batch = workload.batches.next()
-                    tracer.own_batch(held.batch)
-                with tracer.phase(Phase.FORWARD, micro_batch), autocast(workload):
-                    held.outputs = call(**held.batch)
-                    loss = held.outputs.loss / recipe.accumulation
-                    tracer.own_outputs(held.outputs, loss)
-                with tracer.phase(Phase.BACKWARD, micro_batch):
-                    held.losses.append(loss.detach())
-                    loss = scaler.scale(loss)
-                    tracer.backward_of(loss)
-                    parallelism.backward(call, loss)
-                if not recipe.keep_outputs:
-                    held.outputs = None
-                del loss
+                _train_on_next(workload, tracer, held, micro_batch)
             with tracer.phase(Phase.OPTIMIZER):
-                parallelism.step(call, scaler, optimizer)
+                recipe.parallelism.step(workload.call, workload.scaler, workload.optimizer)
             allocated, reserved = recorder.allocated_bytes(), recorder.reserved_bytes()
             with tracer.phase(Phase.ZERO_GRAD):
-                parallelism.zero_grad(optimizer)
+                recipe.parallelism.zero_grad(workload.optimizer)
             peak = recorder.peak_bytes()
         # Waits for the device. By now the step's trace has been taken: while the
         # device was still busy, and so at no cost to it.
@@ -168,6 +150,26 @@ def train(
         rows, of_row = recipe.accumulation * config.batch_size, workload.batches.tokens
         tokens = None if of_row is None else rows * of_row
         on_step(StepResult(step, loss_value, seconds, tokens, rows, allocated, peak, reserved))
+
+
+def _train_on_next(workload: Workload, tracer: Tracer, held: Held, micro_batch: int) -> None:
+    """One micro-batch, from its data to its gradients."""
+    call, recipe = workload.call, workload.recipe
+    recipe.parallelism.begin(call, last=micro_batch == recipe.accumulation - 1)
+    with tracer.phase(Phase.DATA, micro_batch):
+        held.batch = workload.batches.next()
+        tracer.own_batch(held.batch)
+    with tracer.phase(Phase.FORWARD, micro_batch), autocast(workload):
+        held.outputs = call(**held.batch)
+        loss = held.outputs.loss / recipe.accumulation
+        tracer.own_outputs(held.outputs, loss)
+    with tracer.phase(Phase.BACKWARD, micro_batch):
+        held.losses.append(loss.detach())
+        loss = workload.scaler.scale(loss)
+        tracer.backward_of(loss)
+        recipe.parallelism.backward(call, loss)
+    if not recipe.keep_outputs:
+        held.outputs = None
 
 
 def _timed(call: Callable[[], None]) -> float:
