@@ -40,17 +40,23 @@ def report_of(
     ledger, refused = Ledger(trace), refusal.refused
     if refusal.traced and not refused.operator:
         refused = _described(refused, refusal, ledger)
-    context, others = _outside(refused, gauge)
-    grows = what_grows(run) if rise is not None else ""
     around = Circumstances(
         total_bytes=gauge.device_total_bytes,
         outside_bytes=refused.outside_bytes,
-        others_bytes=others,
+        others_bytes=_outside(refused, gauge)[1],
         rise=rise,
-        grows=grows,
+        grows=what_grows(run) if rise is not None else "",
         step=refusal.step,
         came=_came(run, ledger, refusal.traced),
     )
+    report = _judged(refused, refusal, ledger, gauge, around)
+    return dataclasses.replace(report, rank=run.id.rank, device=run.id.device, error=error)
+
+
+def _judged(
+    refused: Refused, refusal: Refusal, ledger: Ledger, gauge: Gauge, around: Circumstances
+) -> OutOfMemoryReport:
+    """The report, but for the rank and the exception."""
     verdict, reason = judge(refused, around)
     return OutOfMemoryReport(
         asked_bytes=refused.asked_bytes,
@@ -66,23 +72,20 @@ def report_of(
         dtype=refused.dtype,
         shape=refused.shape,
         micro_batch=refusal.micro_batch,
-        rank=run.id.rank,
-        device=run.id.device,
         traced=refusal.traced,
-        largest=tuple(map(_tensor, ledger.largest(len(trace.events) - 1, LARGEST))),
+        largest=tuple(map(_tensor, ledger.largest(len(ledger.trace.events) - 1, LARGEST))),
         cached_bytes=max(0, refused.reserved_bytes - refusal.allocated_bytes),
         free_bytes=refused.free_bytes,
         largest_free_block_bytes=_largest(refused.pools),
         pools=refused.pools,
         limit_bytes=refused.limit_bytes,
         outside_torch_bytes=refused.outside_bytes,
-        context_bytes=context,
+        context_bytes=_outside(refused, gauge)[0],
         nccl_bytes=gauge.nccl_bytes,
-        others_bytes=others,
+        others_bytes=around.others_bytes,
         expandable_segments=refused.expandable_segments,
-        growth_bytes=rise.bytes if rise is not None else 0,
-        growth_owner=grows,
-        error=error,
+        growth_bytes=around.rise.bytes if around.rise is not None else 0,
+        growth_owner=around.grows,
     )
 
 
