@@ -16,7 +16,7 @@ from .packing import TextRows
 from .tasks import Row, Rows, Task
 
 if TYPE_CHECKING:
-    from .workload import Recipe
+    from .recipe import Recipe
 
 
 @dataclass

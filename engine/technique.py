@@ -11,7 +11,7 @@ from .config import Option, RunConfig, Value, show
 from .events import Category, Environment
 
 if TYPE_CHECKING:
-    from .workload import Model, Recipe
+    from .recipe import Model, Recipe
 
 
 class Effect(enum.IntEnum):

@@ -74,7 +74,7 @@ def test_a_run_is_left_within_a_step_and_leaks_nothing(
     import torch
     from torch.nn.modules.module import register_module_forward_pre_hook
 
-    from gpumem_tui.engine.workload import _RandomWeight
+    from gpumem_tui.engine.weight_loading import _RandomWeight
 
     done: list[str] = []
     """Modules entered, or weights read; the command comes while the fifth is, or the last before backward."""
@@ -182,7 +182,7 @@ def test_a_run_that_cannot_start_gives_way_to_the_one_before(session: Session) -
 def test_an_exception_in_the_loop_ends_the_run_and_not_the_thread(
     engine: Engine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from gpumem_tui.engine.workload import Batches
+    from gpumem_tui.engine.batches import Batches
 
     good = Batches.next
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 if TYPE_CHECKING:
     import torch
 
-    from ..workload import Model
+    from ..recipe import Model
 
 
 class Wrapped(NamedTuple):

@@ -12,7 +12,7 @@ from . import Parallelism, Wrapped
 if TYPE_CHECKING:
     import torch
 
-    from ..workload import Model
+    from ..recipe import Model
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,7 @@ import torch
 
 from ..parallelism import Parallelism
 from ..parallelism.zero import ZeRO
-from ..workload import Recipe
+from ..recipe import Recipe
 from .cuda_patches import replace
 from .fake_cuda import DEVICE, FakeCuda
 from .fake_ddp import FakeDDP, Note, Repeated

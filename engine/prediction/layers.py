@@ -24,7 +24,8 @@ from typing import Any
 
 import torch
 
-from ..workload import Plan, shell_of
+from ..model_shell import shell_of
+from ..workload import Plan
 
 GROUPS = 3
 LONGEST_HEAD = 4

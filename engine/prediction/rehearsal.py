@@ -22,12 +22,13 @@ from typing import NamedTuple
 from ..allocator_settings import AllocatorSettings, of_environment
 from ..config import RunConfig, UserError, one_line
 from ..events import Phase, Recompute, StepTrace
+from ..model_shell import numel
 from ..module_names import strip_wrappers
 from ..techniques.compile import NOT_PREDICTED
 from ..tracing import owners
 from ..tracing.tracer import Tracer
 from ..train import StepResult, loaded, train
-from ..workload import Plan, numel, prepare
+from ..workload import Plan, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
 from .allocator_replay import Replayed, play

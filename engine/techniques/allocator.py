@@ -11,7 +11,7 @@ from ..events import Category, Environment
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from ..missing_package import not_installed
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

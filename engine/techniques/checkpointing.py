@@ -14,7 +14,7 @@ from ..module_names import layer_of
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -10,7 +10,7 @@ from ..events import Category, Environment
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 NOT_PREDICTED = "compile=on is not predicted: what a compiler fuses and keeps is known once it has compiled"
 

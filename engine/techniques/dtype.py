@@ -12,7 +12,7 @@ from ..events import Category
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 AUTOCAST = {"mixed": "bfloat16", "mixed-float16": "float16"}

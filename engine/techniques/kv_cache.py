@@ -10,7 +10,7 @@ from ..events import Category
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -11,7 +11,7 @@ from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Model, Recipe
+    from ..recipe import Model, Recipe
 
 
 KINDS = ("lora", "rslora", "dora", "pissa", "vera", "ia3", "prompt")

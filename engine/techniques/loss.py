@@ -13,7 +13,7 @@ from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Model, Recipe
+    from ..recipe import Model, Recipe
 
 SINCE = (2, 13)
 """PyTorch's version that has `linear_cross_entropy`."""

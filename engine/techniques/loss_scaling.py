@@ -9,7 +9,7 @@ from ..events import Category
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 FLOAT16 = {"float16": True, "mixed-float16": True, "float32": False, "bfloat16": False, "mixed": False}
 """The dtypes that are known: True if they compute in float16. A profile's shows when it is loaded."""

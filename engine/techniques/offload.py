@@ -13,7 +13,7 @@ from ..recompute import checkpoint_function
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 LIBRARIES = ("OffloadActivations.", "save_on_cpu.")
 """Classes whose hooks move to the host what autograd saves: TRL's and PyTorch's."""

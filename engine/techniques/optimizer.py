@@ -12,7 +12,7 @@ from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 PAGED = ("paged-adamw", "paged-adamw-8bit")
 ADAMW = ("adamw", "adamw-fused", "adamw-single")

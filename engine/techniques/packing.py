@@ -9,7 +9,7 @@ from ..events import Category
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Model, Recipe
+    from ..recipe import Model, Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -13,7 +13,7 @@ from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 if TYPE_CHECKING:
     pass

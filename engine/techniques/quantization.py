@@ -13,7 +13,7 @@ from ..quantized_modules import convertible_modules, keep_in, left_as_they_are
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Model, Recipe
+    from ..recipe import Model, Recipe
 
 FLOAT32_BYTES = 4
 

@@ -11,7 +11,7 @@ from ..model_layers import decoder_layers
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
-    from ..workload import Recipe
+    from ..recipe import Recipe
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:

@@ -19,6 +19,7 @@ from ..config import RunConfig, UserError, Value
 from ..engine_registry import EngineLock
 from ..events import Phase, Recompute, StepTrace
 from ..feed import Command, Feed, Published, Save, ViewerRole
+from ..model_shell import numel
 from ..out_of_memory.kept import keep
 from ..publisher import RunPublisher
 from ..recording import write
@@ -31,7 +32,6 @@ from ..techniques.loss_scaling import scales
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from ..train import StepResult
-from ..workload import numel
 from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
 from .job_rank import job_rank

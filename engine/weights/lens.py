@@ -100,8 +100,8 @@ def _measure(found: Survey, schemes: Sequence[Scheme]) -> TensorReport:
 
 def import_libraries() -> None:
     """Import what measures: what bitsandbytes has compiled for each new shape is sooner done as it is written."""
+    from ..library_logs import quiet_loggers
     from ..prediction.libraries_loading import libraries_loading
-    from ..workload import quiet_loggers
 
     quiet_loggers()
     with libraries_loading():

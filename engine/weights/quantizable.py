@@ -23,8 +23,9 @@ def quantizable_modules(config: Mapping[str, Any]) -> frozenset[str] | None:
         import transformers
         from transformers import AutoConfig
 
+        from ..library_logs import quiet_libraries
+        from ..model_shell import shell_of
         from ..quantized_modules import convertible_modules
-        from ..workload import quiet_libraries, shell_of
 
         quiet_libraries()
         try:

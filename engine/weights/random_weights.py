@@ -77,7 +77,9 @@ def random_model(config: Mapping[str, Any], dtype: str) -> ModelWeights:
         config: Content of a config.json.
         dtype: Of the weights: `float32`, `float16` or `bfloat16`.
     """
-    from ..workload import RANDOM_STD, quiet_libraries, shell_of
+    from ..library_logs import quiet_libraries
+    from ..model_shell import shell_of
+    from ..weight_loading import RANDOM_STD
 
     quiet_libraries()
     from transformers import AutoConfig

@@ -28,8 +28,9 @@ from typing import Any
 import torch
 from transformers import AutoConfig
 
+from gpumem_tui.engine.library_logs import quiet_libraries
+from gpumem_tui.engine.model_shell import shell_of
 from gpumem_tui.engine.weights.schemes import registry
-from gpumem_tui.engine.workload import quiet_libraries, shell_of
 from gpumem_tui.profiles import model_profile
 
 PROFILE = "llama-3.1-8b"
