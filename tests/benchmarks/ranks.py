@@ -167,7 +167,7 @@ def _is_whole(run: Run) -> bool:
     """True if a run has ended, and all that was traced of it has arrived."""
     if run.ended is None or run.latest is None:
         return False
-    return run.ended.reason == "failed" or (run.latest.step == STEPS and run.latest.ending is COMPLETE)
+    return run.ended.reason == "failed" or (run.latest.step == STEPS and run.latest.ending == COMPLETE)
 
 
 def measured(runs: list[Run]) -> list[dict[str, Any]]:
@@ -230,7 +230,7 @@ def compare(made: dict[str, Any], told: dict[str, Any] | None) -> dict[str, Any]
     }
     if told is None:
         return made
-    if "failure" in told:
+    if told.get("failure"):
         return made | {"prediction_failure": told["failure"]}
     by_rank = {one["rank"]: one["peak"]["allocated_bytes"] for one in told.get("ranks") or [] if one["peak"]}
     highest = told["peak"]["allocated_bytes"]
@@ -317,7 +317,7 @@ class Document:
         summary("all", rows)
         summary("held out", [row for row in rows if row["held_out"]])
         summary("DeepSpeed", [row for row in rows if "parallel=zero" in row["config"]])
-        print(f"{sum(row['seconds'] for row in rows):.0f} s")
+        print(f"{sum(row.get('seconds', 0.0) for row in rows):.0f} s")
         bad = ("failure", "prediction_failure", "unknown_bytes", "leaked_bytes")
         return int(any(row.get(name) for row in rows for name in bad))
 
