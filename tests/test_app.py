@@ -208,3 +208,19 @@ async def test_help_defines_every_category() -> None:
             assert title in driver.text or not key
         await driver.press("escape")
         assert driver.line("P parameters")
+
+
+@pytest.mark.parametrize("size", [(60, 20), (80, 24)])
+async def test_a_row_of_keys_and_an_answer_end_with_a_whole_part(size: tuple[int, int]) -> None:
+    source = trained(2)
+    async with shown(source, size) as driver:
+        for page in driver.app.board.pages:
+            await driver.press(str(page.place))
+            assert not driver.lines[-2].rstrip().endswith("…"), page.title
+        driver.app.state.say(
+            "checkpointing=layers is for your script to set: model.gradient_checkpointing_enable(); it acts on "
+            "activations 86.4 MiB + logits, loss 64.0 MiB of 182.1 MiB at the peak; keeps of each layer the input "
+            "only, and computes the rest again in backward"
+        )
+        driver.app.draw()
+        assert "…" not in driver.text and "model.gradient_checkpointing_enable()" in driver.text

@@ -7,9 +7,9 @@ import pytest
 
 from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.tui.draw import Row
+from gpumem_tui.tui.draw import Row, whole_clauses
 from gpumem_tui.tui.palette import Palette
-from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for
+from gpumem_tui.tui.units import IN_GIB, IN_KIB, IN_MIB, clock, duration, rate, shorten, tail, unit_for, whole_parts
 from gpumem_tui.tui.widgets.area import area, columns
 from gpumem_tui.tui.widgets.bars import Part, bar, stacked
 
@@ -72,3 +72,19 @@ def test_what_is_drawn_moves_no_cursor() -> None:
     row = Row().add("a\x1b[2Jb\nc\td\x00e\udcfff").add("é─█")
     assert row.text == "a [2Jb c d e fé─█"
     assert row.width == len(row.text)
+
+
+def test_a_row_of_parts_ends_with_a_whole_one() -> None:
+    parts = ["lora", "checkpointing=layers", "dtype=bfloat16"]
+    assert whole_parts(parts, " ", 40) == "lora checkpointing=layers dtype=bfloat16"
+    assert whole_parts(parts, " ", 39) == "lora checkpointing=layers"
+    assert whole_parts(parts, " ", 39, counted=True) == "lora checkpointing=layers +1"
+    assert whole_parts(parts[1:], " ", 10) == "checkpoin…", "the first is shown in any case"
+    assert whole_parts([], " ", 10) == ""
+
+
+def test_a_text_too_long_ends_with_a_whole_clause() -> None:
+    text = "dtype=mixed is for your script to set: autocast; it acts on parameters. Another sentence"
+    assert whole_clauses(text, 40, 2) == ["dtype=mixed is for your script to set:", "autocast; it acts on parameters."]
+    assert whole_clauses(text, 40, 1) == ["dtype=mixed is for your script to set"]
+    assert whole_clauses(text, 20, 1) == []

@@ -11,7 +11,7 @@ from ..engine.feed import Source, ViewerRole
 from ..engine.run import RunId
 from .actions import Action, check_keys, everywhere, hint, offered_here, remapped, shown_keys
 from .control import Control
-from .draw import Kept, Row, wrap
+from .draw import Kept, Row, paragraph, whole_clauses, wrap
 from .palette import Palette
 from .predictions import Predictions
 from .screens import screens
@@ -24,7 +24,7 @@ from .screens.ranks import RanksPage
 from .screens.tour import Tour
 from .settings import Settings
 from .state import ViewState
-from .units import shorten
+from .units import shorten, whole_parts
 
 MIN_WIDTH, MIN_HEIGHT = 60, 20
 CUT_TITLE = 4
@@ -216,7 +216,7 @@ class Board:
     def _said(self, width: int) -> list[Row]:
         """The latest message in up to three rows, or else the page's own keys."""
         if self.question:
-            return [Row().add(f" {shorten(self.question, width - 2)}", self.palette.busy)]
+            return paragraph(self.question, width, self.palette.busy)
         if (saving := self.control.saving) is not None:
             text = f"saving {saving.path.name}  {100 * saving.work.share:.0f} %, {self._name('dismiss')} cancels"
             return [Row().add(f" {shorten(text, width - 2)}", self.palette.busy)]
@@ -230,7 +230,7 @@ class Board:
             shows = (self.page, commands, resumes, width, self.palette)
             return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
         style = self.palette.bad if message.problem else self.palette.busy
-        lines = wrap(message.text, width - 2)
+        lines = whole_clauses(message.text, width - 2, 3) or wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
         return [Row().add(f" {shorten(line, width - 2)}", style) for line in lines]
 
@@ -250,7 +250,7 @@ class Board:
         keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
         if self.state.several:
             keys += f" · {self._name('run.next')} {self._name('run.before')} runs"
-        return row.add(f" {shorten(keys, width - 2 - row.width)}", self.palette.dim)
+        return row.add(f" {whole_parts(keys.split(' · '), ' · ', width - 2 - row.width)}", self.palette.dim)
 
     def _footer(self, width: int, role: ViewerRole) -> Row:
         """The screens, the keys everywhere, and how often the terminal is refreshed."""

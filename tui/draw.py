@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 
@@ -127,6 +128,16 @@ def wrap(text: str, width: int) -> list[str]:
         else:
             line = f"{line} {word}".strip()
     return [*lines, line] if line else lines
+
+
+def whole_clauses(text: str, width: int, rows: int) -> list[str]:
+    """The lines of a text that there is room for, up to the end of a sentence or of a clause; none: for not one."""
+    clauses = re.split(r"(?<=[;:.]) ", text)
+    for n in range(len(clauses), 0, -1):
+        lines = wrap(" ".join(clauses[:n]).rstrip(";:"), width)
+        if len(lines) <= rows:
+            return lines
+    return []
 
 
 def paragraph(text: str, width: int, style: Style = PLAIN) -> list[Row]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 UNKNOWN = "–"
@@ -93,6 +94,23 @@ def percent(part: int | None, whole: int) -> str:
 def shorten(text: str, width: int) -> str:
     """A text that fits, its end cut off."""
     return text if len(text) <= width else text[: max(width - 1, 0)] + "…"[: min(width, 1)]
+
+
+def whole_parts(parts: Sequence[str], separator: str, width: int, counted: bool = False) -> str:
+    """The first of some parts, as many as fit whole; the first in any case, its end cut off if it must be.
+
+    Args:
+        parts: The most important first.
+        separator: Between two.
+        width: Cells.
+        counted: Say how many are left out: `B8×S256 lora +2`.
+    """
+    for n in range(len(parts), 0, -1):
+        left_out = f" +{len(parts) - n}" * (counted and n < len(parts))
+        text = separator.join(parts[:n]) + left_out
+        if len(text) <= width:
+            return text
+    return shorten(separator.join(parts), width) if parts else ""
 
 
 def tail(text: str, width: int) -> str:

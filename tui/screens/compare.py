@@ -9,7 +9,7 @@ from ..actions import Action, moves
 from ..draw import Row, paragraph
 from ..layer_table import NO_LAYER, shared_prefix
 from ..run_summary import TABLE_HEADS, RunSummary, table_row
-from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for
+from ..units import UNKNOWN, Unit, difference, duration, shorten, tail, unit_for, whole_parts
 from .owner_rows import owner_rows, peak_rows
 from .page import Page, Table, Topic
 
@@ -268,7 +268,8 @@ class ComparePage(Page):
             name += ", 1 step only" * (run.steps == 1)
             name += f", {word}" if word and i == self.state.place and not run.predicted else ""
             # What tells it from the others; the base has all.
-            label = " ".join(part for part in run.label.split() if i == self.base or part not in common)
+            parts = [part for part in run.label.split() if i == self.base or part not in common]
+            label = whole_parts(parts, " ", room - len(name) - 2, counted=True)
             row.add(f"{shorten(f'{name}  {label}', room):<{room}}", style)
             speed = "" if run.seconds is None else duration(run.seconds)
             where = run.peak_where.removesuffix(" step")

@@ -10,7 +10,7 @@ from ...engine.events import Phase
 from ..draw import Row
 from ..palette import Palette
 from ..state import ViewState
-from ..units import shorten, tail
+from ..units import shorten, tail, whole_parts
 
 ELSEWHERE = ("batch_size", "seq_len", *techniques.ROUTINE)
 """Shown in another way, or in no label."""
@@ -56,7 +56,9 @@ def header(state: ViewState, palette: Palette, width: int, frozen: bool = False)
         return row.add(shorten(config.model, room), palette.bold)
     model = shorten(config.model, max(room // 2, 12))
     row.add(model, palette.bold).add("  ")
-    return row.add(shorten(summary(config, _before(state)), room - len(model) - 2), palette.dim)
+    batch, *settings = summary(config, _before(state)).split(" ")
+    room -= len(model) + len(batch) + 3
+    return row.add(f"{batch} {whole_parts(settings, ' ', room, counted=True)}".rstrip(), palette.dim)
 
 
 def _before(state: ViewState) -> RunConfig | None:

@@ -9,7 +9,7 @@ from ...engine.events import Category
 from ...engine.ledger import Bytes
 from ...engine.run import Run
 from ..actions import Action, moves
-from ..draw import Row, paragraph, wrap
+from ..draw import Row, paragraph, whole_clauses
 from ..job_ranks import RankPeak, RankPeaks
 from ..units import UNKNOWN, Unit, shorten, tail, unit_for
 from ..widgets.bars import Part, stacked
@@ -258,8 +258,7 @@ class RanksPage(Page):
         where = f"step {peak.step}, {peak.phase.title}" if peak.step else "loading"
         module = f", {tail(peak.module, 40)}" if peak.module else ""
         text = f"The peak of rank {here.rank} is in {where}{module}. {_why(highest, lowest, unit)}"
-        lines = wrap(text, width - 2)
-        lines[NOTES - 1 :] = [shorten(" ".join(lines[NOTES - 1 :]), width - 2)] if len(lines) >= NOTES else []
+        lines = whole_clauses(text, width - 2, NOTES)
         return [Row().add(f" {line}") for line in lines]
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
@@ -10,7 +9,7 @@ from ...engine.technique import Technique
 from ...engine.techniques import memory_key
 from ..actions import Action, changes, moves
 from ..changes import choices, offered
-from ..draw import Row, wrap
+from ..draw import Row, whole_clauses, wrap
 from ..state import Message
 from ..units import UNKNOWN, difference, shorten
 from .best_change import best_change
@@ -327,7 +326,9 @@ class TechniquesPage(Page):
             texts += [(line.technique.formula, palette.dim)] if not line.detail else []
         verdict = self._verdict(width)
         for text, style in texts:
-            rows += [Row().add(f" {part}", style) for part in _whole(text, width - 2, room - len(verdict) - len(rows))]
+            rows += [
+                Row().add(f" {part}", style) for part in whole_clauses(text, width - 2, room - len(verdict) - len(rows))
+            ]
         if line.technique is not None and len(rows) < room - 1:
             rows.append(Row().add(f" {shorten(line.technique.source, width - 2)}", palette.off))
         rows = rows[: room - len(verdict)]
@@ -438,16 +439,6 @@ class TechniquesPage(Page):
             return f"{whose}{waiting}"
         elsewhere = "this run is on a CPU; another GPU: gpumem-tui config set gpu=NAME"
         return f"{whose} with its libraries' workspace{waiting}; {elsewhere}"
-
-
-def _whole(text: str, width: int, rows: int) -> list[str]:
-    """The rows of a sentence that there is room for, up to the end of a clause."""
-    clauses = re.split(r"(?<=[;:]) ", text)
-    for n in range(len(clauses), 0, -1):
-        lines = wrap(" ".join(clauses[:n]).rstrip(";:"), width)
-        if len(lines) <= rows:
-            return lines
-    return []
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
