@@ -11,6 +11,7 @@ import torch
 from ..parallelism import Parallelism
 from ..parallelism.zero import ZeRO
 from ..recipe import Recipe
+from . import fake_zero3_hooks
 from .cuda_patches import replace
 from .fake_cuda import DEVICE, FakeCuda
 from .fake_ddp import FakeDDP, Note, Repeated
@@ -53,4 +54,6 @@ def rank_paths(recipe: Recipe, tracker: FakeCuda, repeated: Repeated, note: Note
         if isinstance(recipe.parallelism, ZeRO):
             undo.callback(setattr, recipe, "parallelism", recipe.parallelism)
             recipe.parallelism = FakeZeRO(recipe.parallelism.settings, note)
+            if recipe.parallelism.stage == 3:
+                replace(undo, torch.nn.functional, "linear", fake_zero3_hooks.linear)
         yield

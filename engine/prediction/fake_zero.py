@@ -48,13 +48,18 @@ class FakeZeRO(ZeRO):
         super().__init__(settings)
         self._told = note
 
+    @property
+    def stage(self) -> int:
+        """Of ZeRO: 1, 2 or 3."""
+        return int(self.settings["zero_optimization"]["stage"])
+
     def wrap(self, model: Any, device: torch.device, make: Callable[[], torch.optim.Optimizer]) -> Wrapped:
         """Partition the model.
 
         Raises:
             UserError: Stage 3 treats a module of it in a way that is not modelled.
         """
-        kind = FakeZero3Engine if self.settings["zero_optimization"]["stage"] == 3 else FakeZeroEngine
+        kind = FakeZero3Engine if self.stage == 3 else FakeZeroEngine
         dtype = next((d for name, d in _DTYPES.items() if self.settings[name]["enabled"]), torch.float32)
         for parameter in model.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)

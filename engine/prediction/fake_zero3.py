@@ -91,7 +91,7 @@ class FakeZero3Engine:
             self.optimizer.step()
 
     def destroy(self) -> None:
-        """Take the hooks off the model, and the function off `torch.nn.functional`."""
+        """Take the hooks off the model."""
         self._hooks.remove()
         self.optimizer.remove_hooks()
 

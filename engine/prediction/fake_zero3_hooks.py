@@ -48,13 +48,9 @@ class ModuleHooks:
                 module.register_forward_pre_hook(self._before_forward),
                 module.register_forward_hook(self._after_forward),
             )
-        self._linear: Any = torch.nn.functional.linear
-        functions: Any = torch.nn.functional
-        functions.linear = _linear
 
     def remove(self) -> None:
         """Undo all of it."""
-        torch.nn.functional.linear = self._linear
         for handle in self._handles:
             handle.remove()
         for module in self._at_work[0].modules():
@@ -184,5 +180,6 @@ class _Linear(torch.autograd.Function):
         return of_given, of_weight, of_bias
 
 
-def _linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+def linear(given: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> Any:
+    """Stands in for torch's, which stage 3 replaces. Arguments as there."""
     return _Linear.apply(given, weight, bias)  # type: ignore[no-untyped-call]
