@@ -65,6 +65,18 @@ def test_how_a_model_checkpoints_itself(seen: Seen, arguments: dict[str, Any], e
     assert config is not None and {name: config[name] for name in expected} == expected
 
 
+def test_some_layers_that_checkpoint_themselves_are_not_taken_for_all() -> None:
+    model, optimizer = small_model()
+    enable = getattr(model, "activation_checkpointing_enable", None)
+    if enable is None:
+        pytest.skip("transformers 5.18 brought it")
+    model.gradient_checkpointing_disable()
+    enable({"use_reentrant": False}, every_n_layers=2)
+    assert "checkpointing" not in techniques.recognise(model, optimizer)
+    enable({"use_reentrant": False})
+    assert techniques.recognise(model, optimizer)["checkpointing"] == "layers"
+
+
 @pytest.mark.parametrize(
     ("bits", "paged", "kind"),
     [(8, False, "adamw-8bit"), (8, True, "paged-adamw-8bit"), (32, True, "paged-adamw"), (32, False, "adamw-single")],

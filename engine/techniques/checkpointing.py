@@ -139,6 +139,9 @@ def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
     if not layers:
         return {"checkpointing": "off"}
+    kinds = {type(layer) for layer in layers}
+    if any(type(module) in kinds and not module.gradient_checkpointing for module in model.modules()):
+        return {}  # every other layer, say: no option is that, and none at all is the safer guess
     functions = map(recompute.checkpoint_function, layers)
     keywords = next((f.keywords for f in functions if isinstance(f, partial)), {})
     mode = "selective" if "context_fn" in keywords else "layers"
