@@ -40,7 +40,7 @@ class Limits(NamedTuple):
 
 
 class Trace(Enum):
-    """What is known of the order of modules."""
+    """Knowledge of the order of modules."""
 
     RECORD = auto()
     COMPLETE = auto()
@@ -202,7 +202,7 @@ class Coordinator:
                 self._free(each)
 
     def _to_release(self, module: torch.nn.Module) -> frozenset[Partition]:
-        """What a module's end frees; decided the first time that it ends there, and then for good."""
+        """Parameters that a module's end frees; decided the first time that it ends there, and then for good."""
         key = id(module), self._step
         if key not in self._released:
             self._released[key] = frozenset(each for each in self._of(module) if not self._stays(each))

@@ -16,7 +16,7 @@ import torch
 
 
 class Status(Enum):
-    """How much of a parameter a rank has."""
+    """The share of a parameter that a rank has."""
 
     PARTITIONED = auto()
     IN_FLIGHT = auto()
@@ -53,7 +53,7 @@ class Partition:
 
     @property
     def part(self) -> torch.Tensor:
-        """What this rank holds, of shape (share,)."""
+        """The elements that this rank holds, of shape (share,)."""
         return self.parameter.ds_tensor  # type: ignore[attr-defined,no-any-return]
 
     @part.setter
@@ -99,7 +99,7 @@ class Gathering:
 
     @property
     def flat(self) -> Sequence[torch.Tensor]:
-        """What is gathered into, where that is not the parameters."""
+        """Tensors that are gathered into, where these are not the parameters."""
         return self._flat
 
     def wait(self) -> None:

@@ -50,7 +50,7 @@ class FakeZeRO(ZeRO):
 
     @property
     def stage(self) -> int:
-        """Of ZeRO: 1, 2 or 3."""
+        """The stage of ZeRO: 1, 2 or 3."""
         return int(self.settings["zero_optimization"]["stage"])
 
     def wrap(self, model: Any, device: torch.device, make: Callable[[], torch.optim.Optimizer]) -> Wrapped:

@@ -1,4 +1,4 @@
-"""What tells ZeRO stage 3 of every module that computes, forwards and backwards, and the linear function it brings.
+"""Hooks that tell ZeRO stage 3 of every module that computes, forwards and backwards, and the linear it brings.
 
 (deepspeed/runtime/zero/parameter_offload.py, linear.py)
 """
@@ -18,7 +18,7 @@ Hook = Callable[[], None]
 
 
 class Parameters(Protocol):
-    """What is known of the parameters of a model."""
+    """The parameters of a model, partitioned."""
 
     partitions: dict[int, Partition]
     coordinator: Coordinator
@@ -126,7 +126,7 @@ class _Parameters(dict[str, Any]):
 
 
 class _Passage(torch.autograd.Function):
-    """What a tensor goes through before or behind a module, so that its gradient is seen there."""
+    """The identity, before or behind a module: its backward sees that a gradient has come there."""
 
     @staticmethod
     def forward(ctx: Any, tensor: torch.Tensor, passed: Hook) -> torch.Tensor:
