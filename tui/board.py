@@ -227,8 +227,10 @@ class Board:
             role = self.control.source.role
             commands = self.state.live and role in (ViewerRole.OWNER, ViewerRole.ATTACHED)
             resumes = self._resumes() if commands and self.page is not self.refusal else ""
-            shows = (self.page, commands, resumes, width, self.palette)
-            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes)])
+            watches = self.state.acts and role is ViewerRole.WATCHING
+            lead = self.page.lead if commands else self.page.advising * watches
+            shows = (self.page, commands, resumes, lead, width, self.palette)
+            return self._kept.rows("keys", shows, lambda: [self._keys(width, commands, resumes, lead)])
         style = self.palette.bad if message.problem else self.palette.busy
         lines = whole_clauses(message.text, width - 2, 3) or wrap(message.text, width - 2)
         lines = [*lines[:2], " ".join(lines[2:])] if len(lines) > 3 else lines
@@ -244,10 +246,10 @@ class Board:
             return f"{self._name('hold')} goes on"
         return f"{self._name('restart')} starts it again" if self.state.over and not self.state.requested else ""
 
-    def _keys(self, width: int, commands: bool, resumes: str) -> Row:
+    def _keys(self, width: int, commands: bool, resumes: str, lead: str) -> Row:
         """The keys of the page for whoever looks at it."""
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
-        keys = self.page.lead * commands + hint(offered_here(self.page.actions, commands, self.state.several))
+        keys = lead + hint(offered_here(self.page.actions, commands, self.state.several))
         if self.state.several:
             keys += f" · {self._name('run.next')} {self._name('run.before')} runs"
         return row.add(f" {whole_parts(keys.split(' · '), ' · ', width - 2 - row.width)}", self.palette.dim)

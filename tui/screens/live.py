@@ -54,6 +54,7 @@ class LivePage(Page):
     place = 1
     title = "live"
     lead = "a letter changes a technique and restarts · z back · "
+    advising = "a letter says where your script sets it · "
     changing = "a change restarts the run"
     focus: str | Category | None = None
     """The part selected; None: none."""

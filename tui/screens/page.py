@@ -35,6 +35,7 @@ class Page(ABC):
         place: Its digit; 0: it has none, as the help.
         title: In the footer, and in the help.
         lead: Begins its row of keys, for who commands an engine.
+        advising: Begins it for who watches a script that is alive.
         changing: What comes of changing a setting here, for the help.
         actions: What can be done here and not everywhere.
         typing: Whether keys are text at the moment, for `type`.
@@ -44,6 +45,7 @@ class Page(ABC):
     place = 0
     title = ""
     lead = ""
+    advising = ""
     changing = ""
     typing = False
 
