@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -90,6 +91,16 @@ def test_what_a_hook_adds_is_new() -> None:
         return allocations(loss)
 
     assert of(lambda grad: grad + grad) == of(lambda grad: grad * 2)
+
+
+@pytest.mark.filterwarnings("ignore:Accessing the data pointer of FakeTensor")  # Tensor.__deepcopy__ does
+def test_a_copied_module_is_of_the_same_mode() -> None:
+    """PEFT copies modules that it saves whole; a copied mode gives back the same weak references twice."""
+    with modelled():
+        layer = torch.nn.Linear(8, 8, device=DEVICE)
+        copied = copy.deepcopy(layer)
+        assert copied.weight.fake_mode is layer.weight.fake_mode
+        assert copied.weight.untyped_storage()._cdata != layer.weight.untyped_storage()._cdata
 
 
 # --- what kernels take for a while -------------------------------------------------------------

@@ -12,7 +12,7 @@ from types import ModuleType
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..config import UserError
 from . import autocast, bitsandbytes_cuda, torchao_cuda
@@ -78,6 +78,7 @@ def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))
+        _share_modes(undo)
         replace(undo, torch.utils, "swap_tensors", _set_data)
         for name in ("tensor", "as_tensor"):
             replace(undo, torch, name, _moved(getattr(torch, name)))
@@ -223,6 +224,18 @@ def _fused_with_cast(operator: Any) -> Any:
         return operator(tensor if dtype is None else tensor.to(dtype), dim, False)
 
     return call
+
+
+def _share_modes(undo: ExitStack) -> None:
+    """Have a copy of a fake tensor be one of the same mode.
+
+    `copy.deepcopy`, as PEFT makes of modules it saves whole, would copy the mode
+    with its weak references to storages: each is then given back twice, and the
+    heap is damaged.
+    """
+    if "__deepcopy__" not in vars(FakeTensorMode):
+        setattr(FakeTensorMode, "__deepcopy__", lambda mode, _memo: mode)  # noqa: B010  # it has none to assign to
+        undo.callback(delattr, FakeTensorMode, "__deepcopy__")
 
 
 def replace(undo: ExitStack, owner: Any, name: str, value: Any) -> None:
