@@ -270,6 +270,11 @@ def test_json_timeline_misses_no_peak(run: ExportedRun) -> None:
 # --- every format ------------------------------------------------------------------------
 
 
+def test_no_format_writes_over_another_ones_file() -> None:
+    suffixes = [made.suffix for made in exports.registry().values()]
+    assert len(set(suffixes)) == len(suffixes)
+
+
 @pytest.mark.parametrize("name", sorted(exports.registry()))
 def test_a_step_without_events_or_ended_by_an_error_is_exported_like_any_other(name: str) -> None:
     run = recorded("h100-tiny")

@@ -72,7 +72,7 @@ def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
     sink.write(b'\n],"allocator_settings":{},"external_annotations":' + json.dumps(about).encode() + b"}\n")
 
 
-FORMAT = Format("memory-viz", ".json", "PyTorch's memory viewer, with categories and owners", write)
+FORMAT = Format("memory-viz", ".memory-viz.json", "PyTorch's memory viewer, with categories and owners", write)
 
 
 def _entries(ledger: Ledger, details: BlockTexts) -> Iterator[tuple[bytes, int]]:
