@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+import msgspec
 import numpy as np
 
 from ..allocator_settings import MIN_BLOCK_BYTES
@@ -50,7 +51,7 @@ def report_of(
         came=_came(run, ledger, refusal.traced),
     )
     report = _judged(refused, refusal, ledger, gauge, around)
-    return dataclasses.replace(report, rank=run.id.rank, device=run.id.device, error=error)
+    return msgspec.structs.replace(report, rank=run.id.rank, device=run.id.device, error=error)
 
 
 def _judged(
