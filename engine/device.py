@@ -99,6 +99,7 @@ def environment(device: torch.device) -> Environment:
         python=platform.python_version(),
         gpus=torch.cuda.device_count() if device.type == "cuda" else 1,
         host_bytes=int(psutil.virtual_memory().total),
+        host=platform.node(),
     )
 
 

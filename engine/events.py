@@ -374,6 +374,7 @@ class Environment:
         python: Version.
         gpus: GPUs of the machine that a job of several ranks would be on.
         host_bytes: The machine's own memory; 0: not known.
+        host: The machine's name in its network; empty: not known.
     """
 
     device: str
@@ -385,6 +386,7 @@ class Environment:
     python: str = ""
     gpus: Whole = 1
     host_bytes: Whole = 0
+    host: str = ""
 
     @property
     def on_gpu(self) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -105,6 +106,23 @@ async def test_single_rank_recordings_of_several_hosts_are_one_job(tmp_path: Pat
     async with shown(Recording(*paths)) as driver:
         await driver.press("8")
         assert bars(driver) == ["rank 0", "rank 1", "rank 2"]
+
+
+async def test_ranks_by_host_are_a_bar_a_host_of_its_highest_rank(tmp_path: Path) -> None:
+    paths = []
+    for run in job(4):
+        run.environment = replace(run.environment, host=f"node-{'ab'[run.id.rank // 2]}")
+        paths.append(tmp_path / f"{run.id.rank}.gpumem")
+        write(paths[-1], [run])
+    async with shown(Recording(*paths)) as driver:
+        await driver.press("8")
+        assert driver.line("4 ranks, 2 hosts") and len(bars(driver)) == 4
+        await driver.press("tab")
+        assert [line[1:24].split() for line in driver.lines if line[1:].startswith("node-")] == [
+            ["node-a", "rank", "0"], ["node-b", "rank", "2"],
+        ]  # fmt: skip
+        await driver.press("down", "enter", "1")
+        assert driver.line("rank 2 of 4")
 
 
 async def test_a_live_job_follows_rank_0_and_says_which_is_highest() -> None:

@@ -34,6 +34,14 @@ def of_job(run: Run, runs: Iterable[Run]) -> list[Run]:
     return [found[rank] for rank in sorted(found)]
 
 
+def by_host(runs: Iterable[Run]) -> dict[str, list[Run]]:
+    """The runs of each host, in the order of its first rank; those of whose host nothing is known are of one."""
+    hosts: dict[str, list[Run]] = {}
+    for run in runs:
+        hosts.setdefault(run.environment.host or "host", []).append(run)
+    return hosts
+
+
 @dataclass(frozen=True)
 class RankPeak:
     """A rank at its highest peak.

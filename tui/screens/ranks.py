@@ -10,14 +10,14 @@ from ...engine.ledger import Bytes
 from ...engine.run import Run
 from ..actions import Action, moves
 from ..draw import Row, paragraph, whole_clauses
-from ..job_ranks import RankPeak, RankPeaks
+from ..job_ranks import RankPeak, RankPeaks, by_host
 from ..units import UNKNOWN, Unit, shorten, tail, unit_for
 from ..widgets.bars import Part, stacked
 from .page import Page, Table, Topic
 
 NAME, FIGURE, NARROW = 17, 11, 10
-LABEL, BAR_FIGURE = 10, 10
-"""Cells before a rank's bar, and of the figure behind it."""
+LABEL, HOST, BAR_FIGURE = 10, 14, 10
+"""Cells before a rank's bar, of the name of its host, and of the figure behind it."""
 
 ALL_FROM = 74
 """Columns from which the sum over all ranks has room."""
@@ -35,6 +35,8 @@ class RanksPage(Page):
     title = "ranks"
     selected: int | None = None
     """The rank selected; None: the one on the screens."""
+    hosts = False
+    """Whether there is a bar for each host, and not for each rank."""
 
     def make_actions(self) -> tuple[Action, ...]:
         """Select a rank, look at it."""
@@ -43,15 +45,18 @@ class RanksPage(Page):
             *moves("select a rank"),
             Action("ranks.look", ("enter",), "Look at this rank", "have the rank selected on all screens",
                    lambda page: page.look(), "look at it"),
+            Action("ranks.hosts", ("tab",), "Ranks by host", "a bar for each host, of its highest rank, or for each "
+                   "rank", lambda page: page.turn_to_hosts(), "by host"),
         )  # fmt: skip
 
     def topic(self) -> Topic:
         """The explanation of the screen."""
         return Topic(
             "ranks",
-            "Each bar is a rank at its own highest peak, all on one axis. The table sets the rank selected beside the "
-            "highest and the lowest; what one GPU would need for the same is predicted, and marked ~. Ranks differ "
-            "where rows do not divide evenly, and where their batches or buckets do.",
+            "Each bar is a rank at its own highest peak, all on one axis; by host, a bar is a host's highest rank. The "
+            "table sets the rank selected beside the highest and the lowest; what one GPU would need for the same is "
+            "predicted, and marked ~. Ranks differ where rows do not divide evenly, and where their batches or buckets "
+            "do.",
         )
 
     def runs(self) -> list[Run]:
@@ -65,7 +70,7 @@ class RanksPage(Page):
 
     def move(self, by: int) -> None:
         """Select another rank."""
-        ranks = [run.id.rank for run in self.runs()]
+        ranks = list(self._named(self._peaks.of(self.runs())))
         if ranks:
             at = ranks.index(self._at(ranks)) + by
             self.selected = ranks[max(0, min(at, len(ranks) - 1))]
@@ -74,7 +79,11 @@ class RanksPage(Page):
         """Have the rank selected on all screens."""
         runs = {run.id.rank: run for run in self.runs()}
         if runs:
-            self.control.look_at_run(runs[self._at(list(runs))])
+            self.control.look_at_run(runs[self._at(list(self._named(self._peaks.of(self.runs()))))])
+
+    def turn_to_hosts(self) -> None:
+        """Show a bar for each host, or for each rank again."""
+        self.hosts = not self.hosts
 
     def turned(self) -> None:
         """Select what is looked at."""
@@ -89,6 +98,15 @@ class RanksPage(Page):
         peaks = self._peaks.of(self.runs(), float("inf"))
         heads = ["bytes", *(f"rank {rank}" for rank in peaks)]
         return [heads, *([c.key, *(str(one.peak.by_category[c]) for one in peaks.values())] for c in Category)]
+
+    def _named(self, peaks: dict[int, RankPeak]) -> dict[int, str]:
+        """The ranks that have a bar, and what stands before it: all of them, or the highest of each host."""
+        runs = self.runs()
+        if not self.hosts:
+            return {run.id.rank: f"rank {run.id.rank}" for run in runs}
+        ranks = {host: [run.id.rank for run in there] for host, there in by_host(runs).items()}
+        highest = {host: max(there, key=lambda rank: _bytes_of(peaks, rank)) for host, there in ranks.items()}
+        return {rank: f"{shorten(host, HOST):<{HOST}} rank {rank}" for host, rank in highest.items()}
 
     def _at(self, ranks: Sequence[int]) -> int:
         shown = self.state.shown
@@ -113,13 +131,14 @@ class RanksPage(Page):
         if len(runs) < 2 or not peaks:
             return self._alone(len(runs), width)
         highest, lowest = (pick(peaks.values(), key=lambda one: one.peak.bytes) for pick in (max, min))
-        ranks = [run.id.rank for run in runs]
+        named = self._named(peaks)
+        ranks = list(named)
         here = peaks.get(self._at(ranks), highest)
         unit = unit_for(highest.peak.bytes, self.state.units)
         spare = height - 1 - NOTES - 3 - LEAST_CATEGORIES
         room = max(LEAST_BARS, min(len(ranks), spare))
-        rows = [self._title(ranks, peaks, highest, lowest, unit, width)]
-        rows += self._bars(ranks, peaks, (highest.rank, lowest.rank, here.rank), room, unit, width)
+        rows = [self._title(runs, peaks, highest, lowest, unit, width)]
+        rows += self._bars(named, peaks, (highest.rank, lowest.rank, here.rank), room, unit, width)
         rows += self._categories(here, highest, lowest, peaks, height - len(rows) - NOTES, unit, width)
         return [*rows, *self._notes(here, highest, lowest, unit, width)]
 
@@ -131,15 +150,16 @@ class RanksPage(Page):
 
     def _title(
         self,
-        ranks: Sequence[int],
+        runs: Sequence[Run],
         peaks: dict[int, RankPeak],
         highest: RankPeak,
         lowest: RankPeak,
         unit: Unit,
         width: int,
     ) -> Row:
-        row = Row().add(f" {len(ranks)} ranks", self.palette.bold)
-        missing = len(ranks) - len(peaks)
+        hosts = len(by_host(runs))
+        row = Row().add(f" {len(runs)} ranks{f', {hosts} hosts' if hosts > 1 else ''}", self.palette.bold)
+        missing = len(runs) - len(peaks)
         same = highest.peak.bytes == lowest.peak.bytes
         sizes = f"all {unit.full(highest.peak.bytes)}" if same else (
             f"highest rank {highest.rank} {unit.show(highest.peak.bytes)}, "
@@ -153,7 +173,7 @@ class RanksPage(Page):
 
     def _bars(
         self,
-        ranks: Sequence[int],
+        named: dict[int, str],
         peaks: dict[int, RankPeak],
         wanted: Sequence[int],
         room: int,
@@ -162,13 +182,14 @@ class RanksPage(Page):
     ) -> list[Row]:
         """A bar a rank on one axis; of more than there is room for those wanted and the first, and how many between."""
         scale = max(one.peak.bytes for one in peaks.values())
-        chosen = _chosen(ranks, wanted, room)
+        ranks = list(named)
+        chosen = _chosen(ranks, [rank for rank in wanted if rank in named], room)
         rows: list[Row] = []
         last = -1
         for rank in chosen:
             place = ranks.index(rank)
             rows += self._between(ranks[last + 1 : place], peaks, unit)
-            rows.append(self._bar(rank, peaks.get(rank), scale, rank == wanted[-1], unit, width))
+            rows.append(self._bar(rank, named[rank], peaks.get(rank), scale, rank == wanted[-1], unit, width))
             last = place
         return rows + self._between(ranks[last + 1 :], peaks, unit)
 
@@ -182,16 +203,19 @@ class RanksPage(Page):
             text += f", {low}" if low == high else f", {low} to {high}"
         return [Row().to(LABEL).add(f"… {text}", self.palette.dim)]
 
-    def _bar(self, rank: int, one: RankPeak | None, scale: int, selected: bool, unit: Unit, width: int) -> Row:
+    def _bar(
+        self, rank: int, name: str, one: RankPeak | None, scale: int, selected: bool, unit: Unit, width: int
+    ) -> Row:
         palette, shown = self.palette, self.state.shown
         looked_at = shown is not None and shown.id.rank == rank
         mark = (">" if palette.ascii else "▸") if selected else " "
         row = Row().add(mark, palette.accent)
-        row.add(f"rank {rank}", palette.bold if looked_at else palette.plain).to(LABEL)
+        label = LABEL + (HOST + 1) * self.hosts
+        row.add(name, palette.bold if looked_at else palette.plain).to(label)
         if one is None:
             return row.add(UNKNOWN, palette.dim)
         parts = [Part(c.info.letter, n, palette.paint[c]) for c, n in one.peak.by_category.items() if n > 0]
-        row.extend(stacked(parts, scale, width - LABEL - BAR_FIGURE - 1, palette))
+        row.extend(stacked(parts, scale, width - label - BAR_FIGURE - 1, palette))
         return row.right(unit.show(one.peak.bytes), width - 1)
 
     def _categories(
@@ -260,6 +284,11 @@ class RanksPage(Page):
         text = f"The peak of rank {here.rank} is in {where}{module}. {_why(highest, lowest, unit)}"
         lines = whole_clauses(text, width - 2, NOTES)
         return [Row().add(f" {line}") for line in lines]
+
+
+def _bytes_of(peaks: dict[int, RankPeak], rank: int) -> int:
+    """The peak of a rank; less than any if it is to come."""
+    return peaks[rank].peak.bytes if rank in peaks else -1
 
 
 def _why(highest: RankPeak, lowest: RankPeak, unit: Unit) -> str:
