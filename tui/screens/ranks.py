@@ -53,10 +53,9 @@ class RanksPage(Page):
         """The explanation of the screen."""
         return Topic(
             "ranks",
-            "Each bar is a rank at its own highest peak, all on one axis; by host, a bar is a host's highest rank. The "
-            "table sets the rank selected beside the highest and the lowest; what one GPU would need for the same is "
-            "predicted, and marked ~. Ranks differ where rows do not divide evenly, and where their batches or buckets "
-            "do.",
+            "Each bar is a rank at its own highest peak, all on one axis; by host, a host's highest rank. The table "
+            "sets the rank selected beside the highest and the lowest; what one GPU would need is predicted, and "
+            "marked ~. Ranks differ where rows do not divide evenly, and where batches or buckets do.",
         )
 
     def runs(self) -> list[Run]:
