@@ -91,6 +91,15 @@ def test_a_damaged_card_is_one_line(home: Path, card: str, capsys: pytest.Captur
         assert capsys.readouterr().err == "gpumem-tui: broken does not say what its process is\n"
 
 
+def test_of_a_script_that_has_not_begun_it_is_not_known_what_it_trains(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("gpumem_tui.tui.commands.ps.peek", lambda _: wire.Status("mine", "watch", 1, state="starting"))
+    with a_folder_of("mine"):
+        assert main(["ps"]) == 0
+        assert capsys.readouterr().out.splitlines()[1].split()[:5] == ["mine", "1", "–", "–", "starting,"]
+
+
 def test_nobody_is_ended_because_a_card_names_them(home: Path, capsys: pytest.CaptureFixture[str]) -> None:
     bystander = subprocess.Popen(["sleep", "60"])
     with a_folder_of("tiny") as tiny, socket.socket(socket.AF_UNIX) as listener:

@@ -10,7 +10,7 @@ from ...engine import engine_registry
 from ...engine.config import printable
 from ...engine.engine_registry import EngineDir, Job
 from ...engine.remote import peek
-from ..units import IN_MIB, clock
+from ..units import IN_MIB, UNKNOWN, clock
 
 HEAD = ("NAME", "PID", "MODEL", "TECHNIQUES", "DEVICE", "STATE", "STEP", "MIB", "AGE", "VIEWERS")
 
@@ -51,8 +51,9 @@ def _row(engine_dir: EngineDir) -> tuple[str, ...]:
     if status is None:
         return (engine_dir.name, str(info.pid if info else ""), "", "", "", "does not answer", "", "", "", "")
     state = f"{status.state}, own script" if status.kind == "watch" else status.state
+    techniques = status.techniques or ("as by default" if status.model else UNKNOWN)  # a script has not begun yet
     cells = (
-        status.name, str(status.pid), status.model, status.techniques or "as by default", status.device, state,
+        status.name, str(status.pid), status.model or UNKNOWN, techniques, status.device, state,
         str(status.step), IN_MIB.show(status.allocated_bytes), clock(status.age_s), str(status.viewers),
     )  # fmt: skip
     return tuple(map(printable, cells))
