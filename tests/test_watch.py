@@ -6,9 +6,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
+from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
 from gpumem_tui.engine.events import Category, Phase
 from gpumem_tui.engine.run_events import Recomputed, Refused, RunStarted, StepEnded
+from gpumem_tui.engine.tracing import owners
 from gpumem_tui.engine.watch import loop
 from gpumem_tui.engine.watch.leftovers import SCRIPT
 from gpumem_tui.engine.watch.watched_source import WatchedSource
@@ -180,6 +182,15 @@ def test_batch_accumulation_and_loss_are_what_they_are(seen: Seen) -> None:
 def test_rows_that_are_no_tokens_are_rows(seen: Seen) -> None:
     strangers.images(2, "cpu", False)
     assert [(step.tokens, step.rows) for step in seen.told(StepEnded)] == [(None, 4)] * 2
+
+
+def test_an_output_without_a_kv_cache_is_not_asked_for_one_by_its_old_name() -> None:
+    """transformers warns of that, in the user's own output."""
+
+    class Output(ImageClassifierOutputWithNoAttention):
+        past_key_values = property(lambda self: pytest.fail("asked"))
+
+    assert owners.cache_in(Output(logits=torch.zeros(1))) is None
 
 
 def test_inference_is_watched_without_an_optimizer(seen: Seen, capsys: pytest.CaptureFixture[str]) -> None:

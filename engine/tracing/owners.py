@@ -118,8 +118,12 @@ def of_outputs(outputs: Any) -> Iterator[Owned]:
 
 
 def cache_in(outputs: Any) -> Any:
-    """The KV cache of a transformers output, under the name it has in this version; the old one warns."""
-    return outputs.cache if hasattr(outputs, "cache") else getattr(outputs, "past_key_values", None)
+    """The KV cache of a transformers output, under the name it has in this version.
+
+    Only what the output holds itself is asked: its class has a property by the old name, which warns.
+    """
+    held = getattr(outputs, "__dict__", {})
+    return held.get("cache", held.get("past_key_values"))
 
 
 def of_cache(cache: Any) -> Iterator[Owned]:
