@@ -20,10 +20,12 @@ from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 
 Floats = NDArray[np.float32]
 
-SAMPLED_RUNS = 768
+SAMPLED_RUNS = 896
 """Runs of 256 weights sampled in each tensor."""
 ALWAYS = 32
 """So many of them are those with the largest weights."""
+MOST = 0.7
+"""Share of the runs beyond whose largest weights the tails are."""
 BLOCK = 64
 """Weights to one scale of NF4 and FP4."""
 SQUARED_RUNS = 8192
@@ -219,7 +221,7 @@ def _chances(largest: Floats, rows: Floats) -> Floats:
     """
     scale = largest[-1] or 1.0  # the square of a float32 may be none
     largest, rows = largest / scale, rows / scale
-    beyond = np.maximum(largest - largest[len(largest) // 2], 0)
+    beyond = np.maximum(largest - largest[int(MOST * len(largest))], 0)
     errors = [(error, error.sum(dtype=np.float64)) for error in (largest * largest, rows * rows, beyond * beyond)]
     known = [(error, total) for error, total in errors if total]
     chance = np.full_like(largest, SAMPLED_RUNS / (len(known) + 1) / len(largest))
