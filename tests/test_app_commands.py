@@ -14,7 +14,7 @@ from gpumem_tui.engine.feed import Pause, Save, Stop
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunEvent, RunFailed
 from gpumem_tui.tui.control import free_name
-from gpumem_tui.tui.state import Filter
+from gpumem_tui.tui.event_log import Filter
 
 from .app_driver import RECORDINGS, Driver, shown, trained
 from .fake_source import CPU, GPU, MIB, FakeSource

@@ -12,9 +12,10 @@ from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, write
 from gpumem_tui.engine.run_events import Recomputed
+from gpumem_tui.tui.event_log import Filter
 from gpumem_tui.tui.run_summary import summarize
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
-from gpumem_tui.tui.state import Filter, ViewState
+from gpumem_tui.tui.state import ViewState
 
 from .app_driver import Driver, opened, restarted, shown, trained
 from .fake_source import MIB, FakeSource

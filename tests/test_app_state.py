@@ -11,7 +11,8 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run_events import Note
 from gpumem_tui.engine.techniques import memory_key
 from gpumem_tui.profiles import run_fields
-from gpumem_tui.tui.state import KEPT_EVENTS, Filter, ViewState
+from gpumem_tui.tui.event_log import KEPT_EVENTS, Filter
+from gpumem_tui.tui.state import ViewState
 
 from .app_driver import trained
 from .fake_source import FakeSource

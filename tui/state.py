@@ -6,10 +6,8 @@ object than before, events from the last index on.
 
 from __future__ import annotations
 
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from enum import IntEnum
 
 from ..engine.config import RunConfig
 from ..engine.events import Category, Environment, Gauge, Phase, StepTrace
@@ -20,7 +18,6 @@ from ..engine.run_events import (
     EngineEnded,
     Note,
     OutOfMemory,
-    Recomputed,
     Refused,
     RunEnded,
     RunEvent,
@@ -29,6 +26,7 @@ from ..engine.run_events import (
     Saved,
     StepEnded,
 )
+from .event_log import EventLog
 from .job_ranks import of_job
 from .run_list import RunList
 from .run_state import RunState
@@ -36,33 +34,7 @@ from .run_summary import RunSummary
 from .shown_traces import ShownTraces
 from .units import MIB, Unit, unit_for
 
-KEPT_EVENTS = 20_000
 INFO_SHOWN_S, PROBLEM_SHOWN_S = 6.0, 60.0
-
-
-class Filter(IntEnum):
-    """The events that the log shows."""
-
-    ALL = 0
-    NO_RECOMPUTES = 1
-    NOTABLE = 2
-    PROBLEMS = 3
-
-    @property
-    def title(self) -> str:
-        """Name for people."""
-        return ("everything", "without recomputes", "without steps and recomputes", "problems only")[self]
-
-    def admits(self, event: RunEvent) -> bool:
-        """True if an event is shown."""
-        match self:
-            case Filter.ALL:
-                return True
-            case Filter.NO_RECOMPUTES:
-                return not isinstance(event, Recomputed)
-            case Filter.NOTABLE:
-                return not isinstance(event, Recomputed | StepEnded)
-        return event.is_problem
 
 
 @dataclass(frozen=True)
@@ -105,7 +77,7 @@ class ViewState:
         self.version = 0
         self.shown: Run | None = None
         self.gauge: Gauge | None = None
-        self.logs: dict[Filter, deque[RunEvent]] = {f: deque(maxlen=KEPT_EVENTS) for f in Filter}
+        self.logs = EventLog()
         self.run_list = RunList()
         self.traces = ShownTraces()
         self._following = True
@@ -160,8 +132,7 @@ class ViewState:
         self.traces.forget()
         if not self.live:  # the log of a recording is that of the run looked at
             self._note_refused(run)
-            for log in self.logs.values():
-                log.clear()
+            self.logs.clear()
             self._next_logged = 0
         self.version += 1
 
@@ -197,9 +168,7 @@ class ViewState:
 
     def _log(self, event: RunEvent) -> None:
         self.version += 1
-        for kind, log in self.logs.items():
-            if kind.admits(event):
-                log.append(event)
+        self.logs.add(event)
 
     def _take_in(self, event: RunEvent) -> None:
         if isinstance(event, RunStarted):

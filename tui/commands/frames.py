@@ -60,7 +60,7 @@ def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: floa
 
 def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) -> Iterator[str]:
     from ...engine.run_events import to_plain
-    from ..state import Filter
+    from ..event_log import Filter
 
     state, told = board.state, -1
     while True:
@@ -90,7 +90,7 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
 def _over(state: ViewState) -> bool:
     """True if nothing more will come: the run has ended, or was never begun."""
     from ...engine.run_events import Refused, RunEnded
-    from ..state import Filter
+    from ..event_log import Filter
 
     log = state.logs[Filter.NOTABLE]
     ended = bool(log) and isinstance(log[-1], RunEnded | Refused)

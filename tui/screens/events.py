@@ -25,7 +25,7 @@ from ...engine.run_events import (
 )
 from ..actions import Action, moves
 from ..draw import Row, wrap
-from ..state import Filter
+from ..event_log import Filter
 from ..units import clock, count, shorten
 from .page import Page, Table, Topic
 

@@ -15,8 +15,8 @@ from ...engine.run_events import RunEvent
 from ..actions import Action, changes, moves
 from ..changes import offered
 from ..draw import Row, wrap
+from ..event_log import Filter
 from ..explain import explanations
-from ..state import Filter
 from ..units import UNKNOWN, clock, count, difference, duration, percent, rate, shorten
 from ..widgets.area import area, columns
 from ..widgets.bars import bar
