@@ -15,9 +15,6 @@ from ..technique import Group, Mathematics, Technique
 if TYPE_CHECKING:
     from ..recipe import Recipe
 
-if TYPE_CHECKING:
-    pass
-
 ZERO = ("zero1", "zero2", "zero3")
 ON_A_CPU = 2
 """Ranks where there is no GPU to count and none are asked for."""
@@ -47,6 +44,17 @@ def shard_ranks(config: RunConfig, world: int) -> int:
     if config.text("parallel.shard") == "full":
         return world
     return config.integer("parallel.shard_ranks") or max(1, world // 2)
+
+
+def caution(config: RunConfig) -> str | None:
+    """What GPUs have shown and two processes on a CPU do not; why is not known."""
+    views = config.text("parallel") == "ddp" and config.flag("parallel.bucket_view")
+    if not views or config.integer("accumulation") == 1:
+        return None
+    return (
+        "parallel.bucket_view=on with accumulation held one more copy of the gradients on two H100s than is predicted, "
+        "which the bound does not cover"
+    )
 
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
@@ -234,6 +242,7 @@ TECHNIQUE = Technique(
     packages=("deepspeed",),
     key="f",
     apply=apply,
+    caution=caution,
     saves=("fsdp2",),
     conflict=conflict,
     mathematics=mathematics,
