@@ -12,7 +12,7 @@ from ..forecasts import Forecasts, Saving
 from ..units import shorten
 
 MOST_ROWS = 3
-"""Of the reason why nothing is predicted."""
+"""Rows that the reason why nothing is predicted may take."""
 
 
 def best_change(forecasts: Forecasts, cells: int) -> list[str]:

@@ -36,7 +36,7 @@ class RanksPage(Page):
     selected: int | None = None
     """The rank selected; None: the one on the screens."""
     hosts = False
-    """Whether there is a bar for each host, and not for each rank."""
+    """True if there is a bar for each host, and not for each rank."""
 
     def make_actions(self) -> tuple[Action, ...]:
         """Select a rank, look at it."""
