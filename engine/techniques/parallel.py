@@ -47,7 +47,7 @@ def shard_ranks(config: RunConfig, world: int) -> int:
 
 
 def caution(config: RunConfig) -> str | None:
-    """What GPUs have shown and two processes on a CPU do not; why is not known."""
+    """A copy that GPUs have held and two processes on a CPU do not; why is not known."""
     views = config.text("parallel") == "ddp" and config.flag("parallel.bucket_view")
     if not views or config.integer("accumulation") == 1:
         return None
