@@ -18,7 +18,7 @@ class MemoryCallback(TrainerCallback):  # type: ignore[misc]
         name: Of the engine in `gpumem-tui ps`; the script's name if None.
         every_step: See `watch`.
         log: Have the trainer log bytes as `memory/<category>` at the peak of the last traced step, with
-            `memory/peak`, `memory/allocated` and `memory/reserved` of the last step and, on a GPU,
+            `memory/peak` and `memory/allocated` of the last step and, on a GPU, `memory/reserved` and
             `memory/predicted_peak`: to whatever it reports to.
     """
 
