@@ -136,6 +136,18 @@ def test_a_python_of_another_environment_is_told_which_one_to_use(tmp_path: Path
     assert line.endswith(f"give that python: {sys.executable}")
 
 
+def test_a_script_that_watches_itself_is_watched_once_under_exec() -> None:
+    watched = run_under_exec(sys.executable, "-c", (
+        "import torch; from gpumem_tui.watch import watch\n"
+        "model = torch.nn.Linear(8, 8); optimizer = torch.optim.SGD(model.parameters())\n"
+        "with watch(model, optimizer, name='mine'):\n"
+        "    for _ in range(3): model(torch.ones(2, 8)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n"
+    ))  # fmt: skip
+    out, err = watched.communicate(timeout=60)
+    assert (watched.returncode, out) == (0, "")
+    assert err == "gpumem-tui: watching Linear; to see it: gpumem-tui attach mine\n"
+
+
 def test_a_script_under_exec_ends_as_it_would_without() -> None:
     script = run_under_exec(sys.executable, str(EXAMPLES / "unedited.py"), "3")
     out, err = script.communicate(timeout=60)

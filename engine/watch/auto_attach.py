@@ -105,6 +105,9 @@ class Finder:
 
         if not torch.is_grad_enabled() or id(module) in self._tried or self._over:
             return
+        if _watches_itself():
+            self._stop()
+            return
         try:
             self._tried.add(id(module))
             optimizers = self._optimizers_of(module)
@@ -141,3 +144,9 @@ class Finder:
             self._undo = None
         self._optimizers.clear()
         self._tried.clear()
+
+
+def _watches_itself() -> bool:
+    """True if the script has begun a watch of its own: a second one would show the same again."""
+    watcher = sys.modules.get(f"{__package__}.watcher")
+    return watcher is not None and watcher.watch.begun

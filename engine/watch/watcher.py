@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from functools import partial
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, Self
 
 import torch
 
@@ -62,6 +62,9 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         UserError: The memory limit is no size.
     """
 
+    begun: ClassVar[bool] = False
+    """True once anything of this process has been watched."""
+
     def __init__(
         self,
         model: torch.nn.Module,
@@ -105,6 +108,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
             forward: The module and the positional arguments of a forward pass of the model
                 that is beginning now, for which hooks come too late.
         """
+        watch.begun = True
         self.barrier.guard(self._begin)(forward)
         if self.barrier.off:
             self._remove()
