@@ -92,7 +92,7 @@ def _launch(name: str, world: int, folder: Path) -> int:
         sys.executable,
     )
     try:
-        launch("-m", "gpumem_tui.engine.service")
+        launch("-P", "-m", "gpumem_tui.engine.service")
     except ChildFailedError as error:
         sys.stdout.write(f"{_first_failure(error)}\n")
         return FAILED

@@ -72,7 +72,7 @@ class Launcher:
         if self._process is not None:
             self.let_go()
         self._process = process = subprocess.Popen(
-            [sys.executable, "-m", module],
+            [sys.executable, "-P", "-m", module],  # -P: nothing of the folder one is in stands in for a library
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, start_new_session=True,
         )  # fmt: skip
         order = {"config": config.as_dict(), "linger_s": self._linger_s}

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from gpumem_tui.engine.config import RunConfig, UserError
+from gpumem_tui.engine.launch import Launcher
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.predictor import Predictor
@@ -39,6 +41,23 @@ def test_a_process_of_its_own_predicts_in_the_background() -> None:
         assert isinstance(predictor.get(impossible), UserError)
     finally:
         predictor.close()
+
+
+def test_a_file_beside_the_user_stands_in_for_no_library(
+    home: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A working folder with a `transformers` or a `queue.py` of its own is common."""
+    (tmp_path / "msgspec.py").write_text("raise SystemExit('not the library')")
+    monkeypatch.chdir(tmp_path)
+    predictor, launcher = Predictor(H100), Launcher()
+    try:
+        predictor.want([small_run()])
+        assert predictor.wait(90)
+        assert not isinstance(predictor.get(small_run()), UserError | None)
+        assert launcher(small_run()).alive()
+    finally:
+        predictor.close()
+        launcher.kill()
 
 
 def test_what_is_no_longer_wanted_is_never_begun(monkeypatch: pytest.MonkeyPatch) -> None:

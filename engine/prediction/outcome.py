@@ -182,7 +182,7 @@ class Prediction:
         with tempfile.TemporaryDirectory() as folder:
             path = Path(folder) / "prediction.gpumem"
             self.save(path)
-            subprocess.run([sys.executable, "-m", "gpumem_tui.tui", "open", str(path)], check=False)
+            subprocess.run([sys.executable, "-P", "-m", "gpumem_tui.tui", "open", str(path)], check=False)
 
     @property
     def rank(self) -> int:

@@ -223,8 +223,9 @@ class PredictingProcess:
             if self._forked:
                 self._process, self._forked = ForkedProcess(_answer_all), False
                 return self._process
+            code = f"from {__name__} import serve; serve({self._niceness}, {self._longest_s})"
             self._process = subprocess.Popen(
-                [sys.executable, "-c", f"from {__name__} import serve; serve({self._niceness}, {self._longest_s})"],
+                [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,

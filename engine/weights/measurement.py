@@ -75,7 +75,7 @@ class Measurement:
         """Begin."""
         code = "from gpumem_tui.engine.weights.process import main; main()"
         self._process = process = subprocess.Popen(
-            [sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
+            [sys.executable, "-P", "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL
         )
         threading.Thread(target=self._read, args=(process,), name="weights", daemon=True).start()
 
