@@ -30,6 +30,7 @@ from .wire import TAKE_OVER
 
 ASK_EVERY_S = 0.1
 ANSWERS_WITHIN_S = 60.0
+LISTENS_WITHIN_S = 2.0
 LOG_TAIL_BYTES = 8192
 
 
@@ -188,7 +189,7 @@ class Remote(Published):
         connection = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         connection.settimeout(ANSWERS_WITHIN_S)
         try:
-            connection.connect(os.fspath(engine_dir.socket))
+            _connect(connection, engine_dir)
             if not wire.is_ours(connection):
                 connection.close()
                 raise UserError(f"{engine_dir.name}: its socket belongs to somebody else")
@@ -304,6 +305,19 @@ class Remote(Published):
 
     def _save(self, command: Save) -> None:
         self._say(save(command, self.runs()))
+
+
+def _connect(connection: socket.socket, engine_dir: EngineDir) -> None:
+    """A living engine refuses for a moment: between its socket's bind and listen."""
+    until_s = time.monotonic() + LISTENS_WITHIN_S
+    while True:
+        try:
+            connection.connect(os.fspath(engine_dir.socket))
+            return
+        except ConnectionRefusedError:
+            if not engine_dir.alive() or time.monotonic() > until_s:
+                raise
+            time.sleep(0.01)
 
 
 def peek(engine_dir: EngineDir, timeout_s: float = 2.0) -> wire.Status | None:
