@@ -25,6 +25,7 @@ from ..parallelism.zero import ZeRO
 from ..tracing import zero
 from ..tracing.owners import Owned
 from .fake_zero3 import FakeZero3Engine
+from .fake_zero_engine import FakeZeroEngine, FakeZeroOptimizer
 
 REDUCE_BUCKET_ELEMENTS = 500_000_000
 """DeepSpeed's default of `reduce_bucket_size`."""
@@ -59,11 +60,15 @@ class FakeZeRO(ZeRO):
         Raises:
             UserError: Stage 3 treats a module of it in a way that is not modelled.
         """
-        kind = FakeZero3Engine if self.stage == 3 else FakeZeroEngine
         dtype = next((d for name, d in _DTYPES.items() if self.settings[name]["enabled"]), torch.float32)
         for parameter in model.parameters():  # buffers stay as they are
             parameter.data = parameter.data.to(dtype)
-        engine = kind(model, make(), self.settings, dtype, dist.get_world_size(), dist.get_rank(), self._told)
+        job = (dtype, dist.get_world_size(), dist.get_rank(), self._told)
+        if self.stage == 3:
+            engine: FakeZeroEngine = FakeZero3Engine(model, make(), self.settings, *job)
+        else:
+            optimizer = _Partitioned(make(), self.settings["zero_optimization"], *job)
+            engine = FakeZeroEngine(model, optimizer, self.settings)
         return Wrapped(engine, engine.optimizer)
 
     def close(self, call: Any) -> None:
@@ -71,57 +76,8 @@ class FakeZeRO(ZeRO):
         call.destroy()
 
 
-class FakeZeroEngine:
-    """Stands in for the engine that `deepspeed.initialize` returns, of stage 1 or 2.
-
-    Args:
-        model: Its parameters become views of a flat tensor.
-        optimizer: Of torch's, over them.
-        settings: DeepSpeed's configuration.
-        dtype: Of the weights.
-        ranks: Of the job.
-        rank: Which of them this is.
-        note: Told of buffers whose owner is known.
-    """
-
-    def __init__(
-        self,
-        model: torch.nn.Module,
-        optimizer: torch.optim.Optimizer,
-        settings: Mapping[str, Any],
-        dtype: torch.dtype,
-        ranks: int,
-        rank: int,
-        note: Note,
-    ) -> None:
-        self.module = model
-        self.optimizer = _Partitioned(optimizer, settings["zero_optimization"], dtype, ranks, rank, note)
-        self._accumulation, self._micro = int(settings["gradient_accumulation_steps"]), 0
-
-    def __call__(self, **batch: Any) -> Any:
-        """Run the model."""
-        return self.module(**batch)
-
-    def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
-        """Run the backward pass, and reduce what is to be reduced."""
-        self._micro += 1
-        self.optimizer.is_last = self._micro == self._accumulation
-        loss.backward()
-        self.optimizer.reduce_rest()
-
-    def step(self) -> None:
-        """Step after the last micro-batch; before that nothing is done."""
-        if self._micro == self._accumulation:
-            self._micro = 0
-            self.optimizer.step()
-
-    def destroy(self) -> None:
-        """Take the hooks off the parameters."""
-        self.optimizer.remove_hooks()
-
-
-class _Partitioned:
-    """The ZeRO optimizer: its attributes have the names that DeepSpeed's have, by which their owners are found."""
+class _Partitioned(FakeZeroOptimizer):
+    """The ZeRO optimizer of stage 1 or 2: the parameters become views of a flat tensor."""
 
     def __init__(
         self,
@@ -160,23 +116,6 @@ class _Partitioned:
             group["params"] = self.single_partition_of_fp32_groups
         zero.optimizer_in(self)
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in params]
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer inside, which steps the master weights."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        """State of the optimizer inside."""
-        return self.optimizer.state
-
-    def remove_hooks(self) -> None:
-        """Undo what was hooked."""
-        for hook in self._hooks:
-            hook.remove()
-
-    # --- init ---------------------------------------------------------------
 
     def _ranges(self, params: list[torch.nn.Parameter]) -> Iterator[tuple[torch.nn.Parameter, list[tuple[int, int]]]]:
         """Each parameter with the ranks in whose partitions it lies, and how many elements in each."""

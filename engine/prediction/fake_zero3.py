@@ -25,6 +25,7 @@ from ..tracing.owners import Owned
 from .fake_coordinator import Coordinator, Limits
 from .fake_partitions import Partition, gather_now
 from .fake_zero3_hooks import ModuleHooks
+from .fake_zero_engine import FakeZeroEngine, FakeZeroOptimizer
 
 REDUCE_BUCKET, PREFETCH_BUCKET, PERSISTENCE = 500_000_000, 50_000_000, 100_000
 LIVE_PARAMETERS = REUSE_DISTANCE = SUB_GROUP = 1_000_000_000
@@ -38,7 +39,7 @@ MIXTURES = ("MixtralSparseMoeBlock", "Qwen2MoeSparseMoeBlock", "Qwen3MoeSparseMo
 Note = Callable[[Iterable[Owned]], None]
 
 
-class FakeZero3Engine:
+class FakeZero3Engine(FakeZeroEngine):
     """Stands in for the engine that `deepspeed.initialize` returns, of stage 3.
 
     Args:
@@ -66,38 +67,28 @@ class FakeZero3Engine:
     ) -> None:
         if mixtures := {type(module).__name__ for module in model.modules()} & {*MIXTURES}:
             raise UserError(f"parallel=zero3: how {mixtures.pop()} is gathered cannot be predicted")
-        self.module = model
-        self.optimizer = _Stage3(model, optimizer, settings["zero_optimization"], dtype, ranks, rank, note)
-        self._accumulation, self._micro = int(settings["gradient_accumulation_steps"]), 0
-        self._hooks = ModuleHooks(model, self.optimizer)
+        partitioned = _Stage3(model, optimizer, settings["zero_optimization"], dtype, ranks, rank, note)
+        super().__init__(model, partitioned, settings)
+        self._coordinator, self._hooks = partitioned.coordinator, ModuleHooks(model, partitioned)
 
     def __call__(self, **batch: Any) -> Any:
         """Run the model."""
         with self._hooks.in_forward():
-            return self.module(**batch)
+            return super().__call__(**batch)
 
     def backward(self, loss: torch.Tensor, scale_wrt_gas: bool = True) -> None:
-        """Run the backward pass, and reduce what is left in the bucket."""
-        self._micro += 1
-        self.optimizer.is_last = self._micro == self._accumulation
-        loss.backward()
-        self.optimizer.reduce_rest()
-        self.optimizer.coordinator.release_leftovers()
-
-    def step(self) -> None:
-        """Step after the last micro-batch; before that nothing is done."""
-        if self._micro == self._accumulation:
-            self._micro = 0
-            self.optimizer.step()
+        """Run the backward pass, reduce what is left in the bucket, and free what is still gathered."""
+        super().backward(loss, scale_wrt_gas)
+        self._coordinator.release_leftovers()
 
     def destroy(self) -> None:
         """Take the hooks off the model."""
         self._hooks.remove()
-        self.optimizer.remove_hooks()
+        super().destroy()
 
 
-class _Stage3:
-    """The ZeRO optimizer: its attributes have the names that DeepSpeed's have, by which their owners are found.
+class _Stage3(FakeZeroOptimizer):
+    """The ZeRO optimizer of stage 3.
 
     Args:
         model: Its parameters are partitioned in place.
@@ -154,21 +145,6 @@ class _Stage3:
             each.free()
         self._hooks = [p.register_post_accumulate_grad_hook(self._ready) for p in trained]
         zero.optimizer_in(self)
-
-    @property
-    def param_groups(self) -> list[dict[str, Any]]:
-        """Those of the optimizer inside, which steps the master weights."""
-        return self.optimizer.param_groups
-
-    @property
-    def state(self) -> Any:
-        """State of the optimizer inside."""
-        return self.optimizer.state
-
-    def remove_hooks(self) -> None:
-        """Undo what was hooked."""
-        for hook in self._hooks:
-            hook.remove()
 
     def used_by(self, module: torch.nn.Module) -> list[Partition]:
         """Parameters of a module itself, and of others if it has been seen to use them."""
