@@ -1,4 +1,4 @@
-"""What the stages of DeepSpeed's ZeRO share on the modelled device: the engine, and the optimizer around one."""
+"""The engine of DeepSpeed's ZeRO on the modelled device, and the optimizer around one, as all stages have them."""
 
 from __future__ import annotations
 
