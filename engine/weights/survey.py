@@ -92,48 +92,73 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
     Raises:
         UserError: It cannot be read, or holds NaN or an infinity.
     """
-    shape, form = geometry(tensor), format_of(tensor)
-    largest = np.zeros(-(-shape.numel // RUN), form.unsigned)
-    rows_are_runs = shape.columns % RUN == 0
-    by_row = np.zeros(0 if rows_are_runs else shape.rows, form.unsigned)
-    high = low = 0
+    shape = geometry(tensor)
+    extremes = _Extremes(tensor, shape)
     squares = _Squares(tensor, 1 if exact else max(1, shape.whole_runs // SQUARED_RUNS))
     block_sum = 0.0
     for number, bits in enumerate(tensor.chunks()):
-        start = number * CHUNK
-        highest, lowest = range_of(bits, form)
-        if max(highest, lowest) > form.largest:
-            raise _no_weight(tensor, bits, start)
-        high, low = max(high, highest), max(low, lowest)
-        found = magnitudes(bits, form)
-        runs = run_maxima(found)
-        largest[start // RUN : start // RUN + len(runs)] = runs
-        if not rows_are_runs:
-            rows, maxima = row_maxima(found, shape.columns, start)
-            np.maximum(by_row[rows], maxima, out=by_row[rows])
-        squares.add(bits, start // RUN)
+        extremes.add(bits, number * CHUNK)
+        squares.add(bits, number * CHUNK // RUN)
         if exact:
             block_sum += _block_absmax(as_float32(bits, tensor.read_as)[None]).sum(dtype=np.float64)
-    if rows_are_runs:
-        by_row = largest.reshape(shape.rows, -1).max(1)
-    largest = largest[: shape.whole_runs]
+    largest = extremes.of_runs[: shape.whole_runs]
+    run_absmax, row_absmax = as_float32(largest, tensor.read_as), as_float32(extremes.of_rows(), tensor.read_as)
     order = np.argsort(largest, kind="stable")
-    row_absmax = as_float32(by_row, tensor.read_as)
-    sample = _sample(tensor, order, as_float32(largest, tensor.read_as), row_absmax, bits)
-    blocks = -(-shape.numel // BLOCK)
-    bounds = as_float32(np.array([low, high], form.unsigned), tensor.read_as)
+    sample = _sample(tensor, order, run_absmax, row_absmax, bits)
+    low, high = extremes.bounds()
     return Survey(
         tensor,
         shape,
-        low=0.0 - float(bounds[0]),  # not -0.0
-        high=float(bounds[1]),
+        low=low,
+        high=high,
         row_absmax=row_absmax,
         mean_square=squares.total(largest) / shape.numel,
-        typical=float(as_float32(largest[order[len(order) // 2]][None], tensor.read_as)[0]) if len(order) else np.inf,
-        absmax_mean=block_sum / blocks if exact else _mean_absmax(sample),
+        typical=float(run_absmax[order[len(order) // 2]]) if len(order) else np.inf,
+        absmax_mean=block_sum / -(-shape.numel // BLOCK) if exact else _mean_absmax(sample),
         sample=sample,
         exact=exact,
     )
+
+
+class _Extremes:
+    """The lowest and the highest weight, and the largest magnitude of each run and row, as bits.
+
+    Attributes:
+        of_runs: The last one may be shorter than a run [ceil(numel / RUN)].
+    """
+
+    def __init__(self, tensor: WeightTensor, shape: Geometry) -> None:
+        self.tensor, self.shape, self.form = tensor, shape, format_of(tensor)
+        self.of_runs = np.zeros(-(-shape.numel // RUN), self.form.unsigned)
+        self._rows_are_runs = shape.columns % RUN == 0
+        self._by_row = np.zeros(0 if self._rows_are_runs else shape.rows, self.form.unsigned)
+        self._low = self._high = 0
+
+    def add(self, bits: Bits, start: int) -> None:
+        """A chunk that begins with that weight.
+
+        Raises:
+            UserError: It holds NaN or an infinity.
+        """
+        high, low = range_of(bits, self.form)
+        if max(high, low) > self.form.largest:
+            raise _no_weight(self.tensor, bits, start)
+        self._high, self._low = max(self._high, high), max(self._low, low)
+        found = magnitudes(bits, self.form)
+        runs = run_maxima(found)
+        self.of_runs[start // RUN : start // RUN + len(runs)] = runs
+        if not self._rows_are_runs:
+            rows, maxima = row_maxima(found, self.shape.columns, start)
+            np.maximum(self._by_row[rows], maxima, out=self._by_row[rows])
+
+    def of_rows(self) -> Bits:
+        """Largest magnitude of each row [rows]."""
+        return self.of_runs.reshape(self.shape.rows, -1).max(1) if self._rows_are_runs else self._by_row
+
+    def bounds(self) -> tuple[float, float]:
+        """The lowest weight, at most 0, and the highest, at least 0."""
+        low, high = as_float32(np.array([self._low, self._high], self.form.unsigned), self.tensor.read_as)
+        return 0.0 - float(low), float(high)  # not -0.0
 
 
 class _Squares:
