@@ -50,11 +50,7 @@ def refuse_unknown() -> None:
 @contextmanager
 def cuda_backend(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
     """Have bitsandbytes' operators and optimizers behave as on a GPU."""
-    import bitsandbytes
     from bitsandbytes import functional
-    from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
-    from bitsandbytes.optim.optimizer import Optimizer8bit
-    from torch._subclasses.fake_tensor import FakeTensor
 
     with libraries_loading():
         table, namespaces = _functions()
@@ -62,39 +58,12 @@ def cuda_backend(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         namespace["_gpu_dispatch_props"] = lambda _: (gpu.multiprocessors, *gpu.capability)
         if "_gemm_4bit_use_custom_cuda" in namespace:
             namespace["_gemm_4bit_use_custom_cuda"].cache_clear()
-
-    def matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:  # noqa: N803
-        state = state or MatmulLtState()
-        state.threshold = threshold or state.threshold
-        return MatMul8bitLt.apply(A, B, out, bias, state)
-
-    def state_buffer(self: Any, p: Any, dtype: torch.dtype = torch.float32) -> Any:
-        if not self.is_paged or p.numel() < 1e5:
-            return torch.zeros_like(p, dtype=dtype, device=p.device)
-        buffer = functional.get_paged(*p.shape, dtype=dtype, device=p.device)
-        self.page_mng.paged_tensors.append(buffer)
-        return buffer
-
-    def get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
-        """Managed memory: no caching allocator counts it."""
-        buffer: Any = torch.empty(shape, dtype=dtype, device="cpu")
-        buffer.is_paged, buffer.page_deviceid = True, 0
-        return buffer
-
     kept_maps = dict(functional.name2qmap)
     with ExitStack() as undo:
         undo.callback(functional.name2qmap.update, kept_maps)
         undo.callback(functional.name2qmap.clear)
         functional.name2qmap.clear()
-        for owner, name, value in (
-            (bitsandbytes, "matmul", matmul),
-            (Optimizer8bit, "get_state_buffer", state_buffer),
-            (Optimizer8bit, "prefetch_state", lambda *_: None),
-            (functional, "get_paged", get_paged),
-            (functional, "is_on_gpu", lambda _: True),
-            (FakeTensor, "data_ptr", lambda _: 0),
-            (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
-        ):
+        for owner, name, value in _stand_ins():
             if name in vars(owner):
                 undo.callback(setattr, owner, name, vars(owner)[name])
             else:
@@ -103,6 +72,49 @@ def cuda_backend(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         tracker.libraries[PACKAGE] = table
         undo.callback(tracker.libraries.clear)
         yield
+
+
+def _stand_ins() -> list[tuple[Any, str, Any]]:
+    """Attributes of bitsandbytes and of torch that ask for a GPU: owner, name, and what stands in."""
+    import bitsandbytes
+    from bitsandbytes import functional
+    from bitsandbytes.optim.optimizer import Optimizer8bit
+    from torch._subclasses.fake_tensor import FakeTensor
+
+    return [
+        (bitsandbytes, "matmul", _matmul),
+        (Optimizer8bit, "get_state_buffer", _state_buffer),
+        (Optimizer8bit, "prefetch_state", lambda *_: None),
+        (functional, "get_paged", _get_paged),
+        (functional, "is_on_gpu", lambda _: True),
+        (FakeTensor, "data_ptr", lambda _: 0),
+        (torch.Tensor, "_make_subclass", staticmethod(_make_subclass)),
+    ]
+
+
+def _matmul(A: Any, B: Any, out: Any = None, state: Any = None, threshold: float = 0.0, bias: Any = None) -> Any:  # noqa: N803
+    """The 8-bit product on a GPU, where one on a CPU takes another way."""
+    from bitsandbytes.autograd._functions import MatMul8bitLt, MatmulLtState
+
+    state = state or MatmulLtState()
+    state.threshold = threshold or state.threshold
+    return MatMul8bitLt.apply(A, B, out, bias, state)
+
+
+def _state_buffer(self: Any, p: Any, dtype: torch.dtype = torch.float32) -> Any:
+    """The optimizer's state of a parameter; from 100,000 elements on in managed memory, if it is paged."""
+    if not self.is_paged or p.numel() < 1e5:
+        return torch.zeros_like(p, dtype=dtype, device=p.device)
+    buffer = _get_paged(*p.shape, dtype=dtype, device=p.device)
+    self.page_mng.paged_tensors.append(buffer)
+    return buffer
+
+
+def _get_paged(*shape: int, dtype: torch.dtype = torch.float32, device: Any = None) -> Any:
+    """Managed memory: no caching allocator counts it."""
+    buffer: Any = torch.empty(shape, dtype=dtype, device="cpu")
+    buffer.is_paged, buffer.page_deviceid = True, 0
+    return buffer
 
 
 _original_make_subclass = torch.Tensor._make_subclass
