@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
-from typing import Any, TypeVar
+from typing import Any, Self, TypeVar
 
 import msgspec
 
@@ -170,6 +170,14 @@ class Report:
         self._by_phase: dict[Phase, Bytes] = {}
         self._unknown_bytes_max = self._mismatch_bytes_max = 0
 
+    @classmethod
+    def of(cls, traces: Iterable[StepTrace]) -> Self:
+        """The fold of these traces."""
+        made = cls()
+        for trace in traces:
+            made.add(trace)
+        return made
+
     def add(self, trace: StepTrace) -> None:
         """Fold one trace; those of a step under way, or that an error ended, say nothing final."""
         if trace.is_complete:
@@ -229,10 +237,7 @@ class Report:
 
 def report(run: Run) -> RunDocument:
     """The document of a run, from the traces that are kept of it."""
-    folded = Report()
-    for trace in run.traces():
-        folded.add(trace)
-    return folded.document(run)
+    return Report.of(run.traces()).document(run)
 
 
 def of_job(by_rank: Mapping[int, RunDocument], outside_torch_bytes: Mapping[int, int]) -> RunDocument:

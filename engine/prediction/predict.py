@@ -78,9 +78,7 @@ def came_to(
         groups: Ranks of the job that hold the same.
     """
     run = _run(config, gpu, done, notes, rank)
-    folded = Report()
-    for trace in done.traces:
-        folded.add(trace)
+    folded = Report.of(done.traces)
     document = folded.document(run)
     loaded, after, peak = document.loaded, document.after_first_step, document.peak
     assert loaded is not None
@@ -115,7 +113,14 @@ def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str], ran
     """The run, with what a session would have told of it; losses and times are not known."""
     where = dataclasses.replace(environment(gpu), device=f"cuda:{rank}")
     run = Run(RunId(gpu.name, 1, rank, where.device), config, where, RunKind.PREDICTED)
-    steps, loaded = f"{len(done.steps)} steps predicted", done.traces[0].counted
+    for index, event in enumerate(_events(done, notes)):
+        run.tell(placed(event, index, 0.0, 1))
+    run.keep(done.traces)
+    return run
+
+
+def _events(done: Rehearsal, notes: Sequence[str]) -> list[RunEvent]:
+    loaded = done.traces[0].counted
     told: list[RunEvent] = [
         RunStarted(text="predicted"),
         *(Note(text=note) for note in notes),
@@ -141,7 +146,7 @@ def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str], ran
         )
     told.append(
         RunEnded(
-            text=steps,
+            text=f"{len(done.steps)} steps predicted",
             reason="predicted",
             steps=len(done.steps),
             leaked_bytes=0,
@@ -150,10 +155,7 @@ def _run(config: RunConfig, gpu: Gpu, done: Rehearsal, notes: Sequence[str], ran
             pinned_bytes=done.pinned_bytes,
         )
     )
-    for index, event in enumerate(told):
-        run.tell(placed(event, index, 0.0, 1))
-    run.keep(done.traces)
-    return run
+    return told
 
 
 def _recomputed(recompute: Recompute) -> Recomputed:
