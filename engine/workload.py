@@ -117,14 +117,23 @@ def prepare(config: RunConfig, device: torch.device, shapes_only: bool = False) 
     if shapes_only:
         rows, lengths = shapes_of(config, wanted, recipe)
     else:
-        if missing := [name for name in task.packages if importlib.util.find_spec(name) is None]:
-            hint = install(f"gpumem-tui[{task.extra}]")
-            raise UserError(f"{task.name} needs what is not installed, {' and '.join(missing)}: {hint}")
+        _refuse_missing(task)
         refuse_too_large(config, shell, recipe, device, task, wanted)
         rows, lengths = file_rows(config, task) if config.data else random_rows(config, wanted, recipe)
     tokens = wanted[task.tokens].elements if task.tokens else None
     batches = Batches(rows, tokens, config.batch_size, device, lengths, recipe.one_row)
     return Plan(config, task, architecture, shell, recipe, batches, device, shapes_only)
+
+
+def _refuse_missing(task: Task) -> None:
+    """Refuse a task whose packages are not installed.
+
+    Raises:
+        UserError: One is not.
+    """
+    if missing := [name for name in task.packages if importlib.util.find_spec(name) is None]:
+        hint = install(f"gpumem-tui[{task.extra}]")
+        raise UserError(f"{task.name} needs what is not installed, {' and '.join(missing)}: {hint}")
 
 
 def _only_use(config: RunConfig, task: Task, recipe: Recipe) -> None:
