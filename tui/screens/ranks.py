@@ -242,23 +242,17 @@ class RanksPage(Page):
         head = Row().add(f" {unit.name}", self.palette.dim)
         for n, (title, _) in enumerate(columns, 1):
             head.right(title, NAME + n * cells, self.palette.dim)
-        shown = [c for c in Category if any(sizes and float(unit.show(sizes[c])) for _, sizes in columns)]
-        room = max(0, height - 2)
-        if len(shown) > room:  # the largest, and the others together
-            largest = sorted(shown, key=lambda c: -highest.peak.by_category[c])[: max(0, room - 1)]
-            shown = [c for c in Category if c in largest]
+        every_column = [sizes for _, sizes in columns]
+        shown, others = _rows_of_categories(every_column, highest.peak.by_category, max(0, height - 2), unit)
         rows = [head]
         for category in shown:
             name = f"{category.info.letter} {category.info.title}"
-            rows.append(self._figures(name, [sizes and sizes[category] for _, sizes in columns], unit, cells))
-        rest = [c for c in Category if c not in shown]
-        others = [sizes and sum(sizes[c] for c in rest) for _, sizes in columns]
-        if len(shown) < room and any(size and float(unit.show(size)) for size in others):
-            rows.append(self._figures("  others", others, unit, cells))
-        return [
-            *rows,
-            self._figures("  allocated", [sizes and sum(sizes.values()) for _, sizes in columns], unit, cells),
-        ]
+            rows.append(self._figures(name, [sizes and sizes[category] for sizes in every_column], unit, cells))
+        if others:
+            together = [sizes and sum(sizes[c] for c in others) for sizes in every_column]
+            rows.append(self._figures("  others", together, unit, cells))
+        allocated = [sizes and sum(sizes.values()) for sizes in every_column]
+        return [*rows, self._figures("  allocated", allocated, unit, cells)]
 
     def _figures(self, name: str, sizes: Sequence[int | Bytes | None], unit: Unit, cells: int) -> Row:
         row = Row().add(f" {name}")
@@ -283,6 +277,30 @@ class RanksPage(Page):
         text = f"The peak of rank {here.rank} is in {where}{module}. {_why(highest, lowest, unit)}"
         lines = whole_clauses(text, width - 2, NOTES)
         return [Row().add(f" {line}") for line in lines]
+
+
+def _rows_of_categories(
+    columns: Sequence[Bytes | None], sizes: Bytes, room: int, unit: Unit
+) -> tuple[list[Category], list[Category]]:
+    """The categories that have a row of their own, and those that share one.
+
+    Args:
+        columns: Bytes by category; None: not known.
+        sizes: Bytes by which the largest are kept where there is not room for all.
+        room: Rows.
+        unit: In which nothing must be seen of what is left out.
+    """
+
+    def seen(categories: Sequence[Category]) -> bool:
+        totals = (sum(column[c] for c in categories) for column in columns if column)
+        return any(float(unit.show(total)) for total in totals)
+
+    own = [c for c in Category if seen([c])]
+    if len(own) > room:
+        largest = sorted(own, key=lambda c: -sizes[c])[: max(0, room - 1)]
+        own = [c for c in Category if c in largest]
+    rest = [c for c in Category if c not in own]
+    return own, rest if len(own) < room and seen(rest) else []
 
 
 def _bytes_of(peaks: dict[int, RankPeak], rank: int) -> int:
