@@ -17,12 +17,15 @@ import signal
 import sys
 import threading
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from importlib import metadata
 from pathlib import Path
+from typing import TextIO
 
 from . import techniques, wire
-from .config import RunConfig, UserError
+from .config import RunConfig, UserError, one_line
 from .engine_registry import EngineInfo, EngineLock
 from .feed import Start
 from .launch import ORDER, READY
@@ -96,13 +99,24 @@ class Log:
         self._read = 0
         self._rest = b""
 
-    def take_output(self) -> None:
-        """Send all output of the process here from now on, a crash's last words included."""
+    @contextmanager
+    def take_output(self) -> Iterator[TextIO]:
+        """Send all output of the process here from now on, a crash's last words included.
+
+        Yields:
+            What the output was, for whoever started us; told of an error within the context as well.
+        """
         sys.stdout.flush()
         sys.stderr.flush()
-        os.dup2(self._handle, 1)
-        os.dup2(self._handle, 2)
-        faulthandler.enable(2)
+        with os.fdopen(os.dup(1), "w", encoding="utf-8") as before:
+            os.dup2(self._handle, 1)
+            os.dup2(self._handle, 2)
+            faulthandler.enable(2)
+            try:
+                yield before
+            except Exception as error:
+                before.write(f"{one_line(error)}\n")
+                raise
 
     def new_lines(self) -> list[str]:
         """Whole lines printed since the last call; of very many the last are told apart."""
@@ -132,16 +146,17 @@ def main() -> int:
     signal.signal(signal.SIGHUP, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     _offer_to_the_oom_killer()
-    engine_lock, session = _alone(config) if peers is None else _ranked(config, peers, order["job"])
+    engine_lock = _lock(config, peers, order["job"] if peers is not None else "")
     try:
         log = Log(engine_lock.engine_dir.log)
         info = engine_lock.engine_dir.info()
         assert isinstance(info, EngineInfo)
-        engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]), peers)
-        signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
-        if peers is None:
-            sys.stdout.write(f"{READY}{engine_lock.engine_dir.name}\n")
-        log.take_output()
+        with log.take_output() as launcher:  # before the session's thread loads libraries, which print
+            session = Session(_device(config, peers), name=info.job or engine_lock.engine_dir.name, peers=peers)
+            engine = _Engine(session, info, engine_lock, log, Linger(order["linger_s"]), peers)
+            signal.signal(signal.SIGTERM, lambda *_: engine.end("gpumem-tui stop or another SIGTERM"))
+            if peers is None:
+                launcher.write(f"{READY}{engine_lock.engine_dir.name}\n")
         if peers is None or peers.leads:
             _try_start(session, config)
         return engine.serve()
@@ -149,18 +164,18 @@ def main() -> int:
         engine_lock.release()
 
 
-def _alone(config: RunConfig) -> tuple[EngineLock, Session]:
-    """An engine of one process, which ends with whoever started it until it is told to stay."""
+def _lock(config: RunConfig, peers: Peers | None, job: str) -> EngineLock:
+    """The lock of a rank, or of an engine of its own, which ends with whoever started it until it is told to stay."""
+    if peers is not None:
+        return EngineLock(f"{job}.{peers.rank}", "run", wire.PROTOCOL, version(), job, peers.rank, peers.size)
     engine_lock = EngineLock(Path(config.model).name, "run", wire.PROTOCOL, version())
     threading.Thread(target=_end_unless_told_to_stay, args=(engine_lock,), name="parent", daemon=True).start()
-    return engine_lock, Session(config.device, name=engine_lock.engine_dir.name)
+    return engine_lock
 
 
-def _ranked(config: RunConfig, peers: Peers, job: str) -> tuple[EngineLock, Session]:
-    """A rank of a job, on the GPU of its place among those of this machine."""
-    engine_lock = EngineLock(f"{job}.{peers.rank}", "run", wire.PROTOCOL, version(), job, peers.rank, peers.size)
-    device = "cpu" if config.device == "cpu" else f"cuda:{peers.local_rank}"
-    return engine_lock, Session(device, name=job, peers=peers)
+def _device(config: RunConfig, peers: Peers | None) -> str:
+    """The device wanted; of a rank, the GPU of its place among those of this machine."""
+    return config.device if peers is None or config.device == "cpu" else f"cuda:{peers.local_rank}"
 
 
 def _end_unless_told_to_stay(engine_lock: EngineLock) -> None:
