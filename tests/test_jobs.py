@@ -6,7 +6,6 @@ import importlib.util
 import json
 import os
 import signal
-import time
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,6 @@ from .conftest import Engine, small_run
 from .terminal import until
 from .viewing import SMALL, Viewers, cli, gone, left_over, steps
 
-DIES_WITHIN_S = 5.0
 DEEPSPEED = (
     pytest.mark.skipif(importlib.util.find_spec("deepspeed") is None, reason="needs deepspeed, an extra"),
     pytest.mark.filterwarnings("ignore"),  # of what it builds on
@@ -242,9 +240,7 @@ def test_a_rank_that_is_killed_ends_the_job_and_is_named(viewers: Viewers, home:
     until(lambda: _trained(job, 1) > before + 2)  # a viewer that leaves ends nothing
     pids = [info.pid for member in job.members if (info := member.engine_dir.info())]
     os.kill(pids[1], signal.SIGKILL)
-    killed_s = time.monotonic()
-    until(lambda: all(map(gone, pids)))
-    assert time.monotonic() - killed_s < DIES_WITHIN_S
+    until(lambda: all(map(gone, pids)))  # and not when gloo gives up, half an hour later
     until(lambda: job.role is ViewerRole.GONE)
     ended = job.events(0)[-1]
     assert isinstance(ended, EngineEnded)
