@@ -67,7 +67,9 @@ def let_go_of_barrier(device: torch.device) -> None:
         device: Of this rank.
     """
     if device.type == "cuda":
-        dist.barrier(host_group())  # whose byte, kept in place of the other, is on the host
+        options = dist.BarrierOptions()
+        options.device = torch.device("cpu")  # `dist.barrier` would take the job's own, the GPU, for this group too
+        host_group().barrier(opts=options).wait()  # whose byte, kept in place of the other, is on the host
 
 
 def world_size() -> int:
