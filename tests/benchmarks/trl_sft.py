@@ -81,6 +81,7 @@ def free() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()  # which `watch` leaves to the script: it sees what exceeds all before
 
 
 def expected(model: str, kind: str) -> RunConfig:
