@@ -89,11 +89,12 @@ def named(runs: Sequence[Run], step: int | None = None) -> list[ExportedRun]:
     """Runs with names that tell them apart: their engine's or recording's, and what differs besides.
 
     Args:
-        runs: In any order.
+        runs: In any order; those of a job will follow each other by rank.
         step: The step shown of each; None: the one with the highest peak.
     """
     found = []
-    for run in runs:
+    jobs = list(dict.fromkeys(run.id[:2] for run in runs))
+    for run in sorted(runs, key=lambda run: (jobs.index(run.id[:2]), run.id.rank)):
         akin = [other.id for other in runs if other.id.engine == run.id.engine]
         words = [run.id.engine or run.config.model]
         if len({other.number for other in akin}) > 1:

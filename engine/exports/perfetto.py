@@ -20,6 +20,8 @@ from .exported_run import ExportedRun, Format, Sink
 CHUNK = 1 << 16
 SEQUENCE = 1
 """All packets are of one sequence."""
+ALL = 1
+"""The group of several runs."""
 
 Ints = npt.NDArray[np.int64]
 
@@ -29,8 +31,7 @@ class Field:
 
     PACKET = 1
     TIMESTAMP, SEQUENCE_ID, TRACK_EVENT, TRACK_DESCRIPTOR = 8, 10, 11, 60
-    UUID, NAME, PROCESS, PARENT_UUID, COUNTER, SIBLING_ORDER, CHILD_ORDERING = 1, 2, 3, 5, 8, 12, 11
-    PID, PROCESS_NAME = 1, 6
+    UUID, NAME, PARENT_UUID, COUNTER, SIBLING_ORDER, CHILD_ORDERING = 1, 2, 5, 8, 12, 11
     UNIT, SHARE_KEY = 3, 7
     TYPE, TRACK_UUID, EVENT_NAME, COUNTER_VALUE = 9, 11, 23, 30
 
@@ -45,14 +46,22 @@ class Slice(NamedTuple):
     """Something that goes on from one time to another."""
 
     name: str
-    begin_ns: int
-    end_ns: int
+    begin_us: int
+    end_us: int
 
 
 def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
-    """One process a run."""
-    for number, run in enumerate(runs):
-        _write_run(run, number, sink)
+    """A group of tracks a run; the runs of a job on one clock, and each job's from its beginning."""
+    began: dict[tuple[str, int], int] = {}
+    for run in runs:
+        began[_job(run)] = min(began.get(_job(run), _began_us(run)), _began_us(run))
+    several = len(runs) > 1
+    if several:
+        sink.write(_group(ALL, "runs"))
+    for number, run in enumerate(runs, 1):
+        place = (ALL, number) if several else None
+        sink.write(_group(100 * number, f"{run.name}, step {run.trace.step}", place))
+        _write_tracks(run, 100 * number, began[_job(run)], sink)
 
 
 FORMAT = Format("perfetto", ".perfetto-trace", "ui.perfetto.dev: counters by category, phases and recomputes", write)
@@ -131,9 +140,11 @@ def _track(uuid: int, name: str, parent: int, rank: int, counter: bool = False) 
     return _packet(part(Field.TRACK_DESCRIPTOR, described))
 
 
-def _process(uuid: int, number: int, name: str) -> bytes:
-    process = whole(Field.PID, number + 1) + part(Field.PROCESS_NAME, name)
-    described = whole(Field.UUID, uuid) + part(Field.PROCESS, process) + whole(Field.CHILD_ORDERING, EXPLICIT)
+def _group(uuid: int, name: str, place: tuple[int, int] | None = None) -> bytes:
+    """A track with tracks in it, of a rank in another; no process, whose tracks the viewer sorts by name."""
+    described = whole(Field.UUID, uuid) + part(Field.NAME, name) + whole(Field.CHILD_ORDERING, EXPLICIT)
+    if place is not None:
+        described += whole(Field.PARENT_UUID, place[0]) + whole(Field.SIBLING_ORDER, place[1])
     return _packet(part(Field.TRACK_DESCRIPTOR, described))
 
 
@@ -141,15 +152,15 @@ def _packet(content: bytes) -> bytes:
     return part(Field.PACKET, whole(Field.SEQUENCE_ID, SEQUENCE) + content)
 
 
-def _slices(uuid: int, found: Sequence[Slice]) -> bytes:
+def _slices(uuid: int, found: Sequence[Slice], began_us: int) -> bytes:
     """Packets of slices that are in order of time and do not overlap."""
     out = []
-    for name, begin_ns, end_ns in found:
+    for name, begin_us, end_us in found:
         begin = whole(Field.TYPE, SLICE_BEGIN) + whole(Field.TRACK_UUID, uuid) + part(Field.EVENT_NAME, name)
         end = whole(Field.TYPE, SLICE_END) + whole(Field.TRACK_UUID, uuid)
         out += [
-            _packet(whole(Field.TIMESTAMP, at) + part(Field.TRACK_EVENT, event))
-            for at, event in ((begin_ns, begin), (end_ns, end))
+            _packet(whole(Field.TIMESTAMP, (at - began_us) * 1000) + part(Field.TRACK_EVENT, event))
+            for at, event in ((begin_us, begin), (end_us, end))
         ]
     return b"".join(out)
 
@@ -157,12 +168,23 @@ def _slices(uuid: int, found: Sequence[Slice]) -> bytes:
 # --- a run --------------------------------------------------------------------------------
 
 
-def _write_run(run: ExportedRun, number: int, sink: Sink) -> None:
-    ledger, base = run.ledger, 100 * (number + 1)
+def _job(run: ExportedRun) -> tuple[str, int]:
+    return run.run.id.engine, run.run.id.number
+
+
+def _began_us(run: ExportedRun) -> int:
+    """The first time that is known of its step."""
+    trace = run.trace
+    times = np.append(trace.events["time_us"], [span.begin_us for span in trace.phases])
+    return int(times.min()) if len(times) else 0
+
+
+def _write_tracks(run: ExportedRun, base: int, began_us: int, sink: Sink) -> None:
+    """The tracks of a run, in the group of uuid `base`; theirs follow on it."""
+    ledger, trace = run.ledger, run.trace
     shown = [c for c in Category if ledger.curve[c].any()]
-    sink.write(_process(base, number, f"{run.name}, rank {run.run.id.rank}, step {run.trace.step}"))
-    spans = [Slice(_title(s.phase, s.micro_batch), s.begin_us * 1000, s.end_us * 1000) for s in run.trace.phases]
-    again = [s.phase is Phase.RECOMPUTE for s in run.trace.phases]
+    spans = [Slice(_title(s.phase, s.micro_batch), s.begin_us, s.end_us) for s in trace.phases]
+    again = [s.phase is Phase.RECOMPUTE for s in trace.phases]
     lanes = {
         "phases": [span for span, inner in zip(spans, again, strict=True) if not inner],
         "recomputes": [span for span, inner in zip(spans, again, strict=True) if inner],
@@ -170,10 +192,10 @@ def _write_run(run: ExportedRun, number: int, sink: Sink) -> None:
     }
     for rank, (name, found) in enumerate(lanes.items(), 1):
         if found:
-            sink.write(_track(base + rank, name, base, rank) + _slices(base + rank, found))
+            sink.write(_track(base + rank, name, base, rank) + _slices(base + rank, found, began_us))
     for rank, name in ((10, "allocated"), *((11 + c, c.info.title) for c in shown)):
         sink.write(_track(base + rank, name, base, rank, counter=True))
-    for data, events in _counters(ledger, base + 10):
+    for data, events in _counters(ledger, base + 10, began_us):
         sink.write(data, events)
 
 
@@ -188,22 +210,22 @@ def _modules(ledger: Ledger) -> list[Slice]:
         return []
     module = trace.marks["module"][events["mark"]]
     starts = np.flatnonzero(np.append(True, module[1:] != module[:-1]))
-    times = (events["time_us"][starts] * 1000).tolist()
-    ends = [*times[1:], int(events["time_us"][-1]) * 1000]
+    times = events["time_us"][starts].tolist()
+    ends = [*times[1:], int(events["time_us"][-1])]
     names = [trace.names[i] for i in module[starts].tolist()]
     return [Slice(*row) for row in zip(names, times, ends, strict=True) if row[0]]
 
 
-def _counters(ledger: Ledger, track: int) -> Iterator[tuple[bytes, int]]:
+def _counters(ledger: Ledger, track: int, began_us: int) -> Iterator[tuple[bytes, int]]:
     """Every change of a category and of the total, the categories first, with how many events each piece is.
 
     Args:
         ledger: The step, folded.
         track: Of the total; a category's is as many on, and one more.
+        began_us: When the clock begins.
     """
     curve, total = ledger.curve, ledger.total
-    times = ledger.trace.events["time_us"].astype(np.int64)
-    began = int(times[0]) if len(times) else 0
+    times = ledger.trace.events["time_us"] - began_us
     for start in range(0, len(total), CHUNK):
         columns = np.arange(start, min(start + CHUNK, len(total)))
         before = np.maximum(columns - 1, 0)
@@ -216,5 +238,5 @@ def _counters(ledger: Ledger, track: int) -> Iterator[tuple[bytes, int]]:
         values = np.concatenate([curve[category, columns[place]], total[columns]])
         order = np.argsort(rows, kind="stable")
         at = np.maximum(rows[order] - 1, 0)
-        when = times[at] if len(times) else np.full(len(at), began)
+        when = times[at] if len(times) else np.zeros_like(at)
         yield counters(when * 1000, tracks[order], values[order]), len(columns)
