@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -22,7 +21,7 @@ from ..events import Category, Phase
 from ..ledger import Ledger, LiveBlock
 from .blocks import Actions, BlockTexts, chunks
 from .exported_run import ExportedRun, Format, Sink
-from .number_text import text_rows
+from .number_text import digits, page, unpadded
 
 SEGMENT = 2 << 20
 """The CUDA allocator takes memory in multiples of this."""
@@ -47,6 +46,8 @@ _PLACE = b'"addr":%,"size":%,"stream":0,"time_us":%'
 _ALLOC = b',{"action":"alloc",' + _PLACE + b","
 _FREE = b',{"action":"free_requested",' + _PLACE + b'},{"action":"free_completed",' + _PLACE + b"}"
 """A free is requested and completed at once."""
+_DETAILS = b"\1"
+"""The place of a block's details, which are not of one width; no text in JSON has this byte."""
 _BLOCK = b'{"address":%d,"size":%d,"requested_size":%d,"state":"active_allocated",'
 _GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":[]}'
 
@@ -85,27 +86,37 @@ def _entries(ledger: Ledger, details: BlockTexts) -> Iterator[tuple[bytes, int]]
         time = np.full(len(part.event), began)
         in_step = part.event >= 0
         time[in_step] = times[part.event[in_step]]
-        yield b"".join(_part(ledger, details, part, time)), events
+        yield _part(ledger, details, part, time), events
 
 
-def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[np.int64]) -> list[bytes]:
-    """The text of entries in order, in pieces: those of a block and, behind it, of its slack."""
+def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[np.int64]) -> bytes:
+    """The text of entries in order: each block's and, behind it, its slack's."""
     blocks = ledger.blocks[part.row]
-    address, size, slack = blocks["address"], blocks["bytes"], blocks["slack"]
-    pieces: npt.NDArray[Any] = np.full((len(blocks), 4), b"", object)
-    rounded = np.flatnonzero(slack)
-    behind = address[rounded] + size[rounded].astype("u8")
-    slack_text = _text(Category.SLACK, {"category": Category.SLACK.key}, ())
-    allocs, frees = np.flatnonzero(part.is_alloc), np.flatnonzero(~part.is_alloc)
-    pieces[allocs, 0] = text_rows(_ALLOC, address[allocs], size[allocs], time[allocs])
-    pieces[allocs, 1] = details.of(part.row[allocs])
-    pieces[frees, 0] = text_rows(_FREE, *[address[frees], size[frees], time[frees]] * 2)
-    alloc = part.is_alloc[rounded]
-    places = behind, slack[rounded], time[rounded]
-    pieces[rounded[alloc], 2] = text_rows(_ALLOC, *(column[alloc] for column in places))
-    pieces[rounded[alloc], 3] = slack_text
-    pieces[rounded[~alloc], 2] = text_rows(_FREE, *[column[~alloc] for column in places] * 2)
-    return list(pieces.ravel())
+    end = blocks["address"] + blocks["bytes"].astype("u8")
+    block = [digits(column) for column in (blocks["address"], blocks["bytes"], time)]
+    slack = [digits(end), digits(blocks["slack"]), block[2]]
+    of_slack = _ALLOC + _text(Category.SLACK, {"category": Category.SLACK.key}, ())
+    kinds = (
+        (_FREE, block * 2),
+        (_ALLOC + _DETAILS, block),
+        (_FREE * 2, [*block * 2, *slack * 2]),
+        (_ALLOC + _DETAILS + of_slack, [*block, *slack]),
+    )
+    kind = 2 * (blocks["slack"] > 0) + part.is_alloc
+    rows = [np.flatnonzero(kind == number) for number in range(len(kinds))]
+    pages = [page(entry, *(c[at] for c in columns)) for (entry, columns), at in zip(kinds, rows, strict=True)]
+    whole = np.zeros((len(blocks), max(written.shape[1] for written in pages)), np.uint8)
+    for at, written in zip(rows, pages, strict=True):
+        whole[at, : written.shape[1]] = written
+    return _with_details(unpadded(whole), details.of(part.row[part.is_alloc]))
+
+
+def _with_details(entries: bytes, found: Sequence[bytes]) -> bytes:
+    """Entries with each block's details in their place."""
+    pieces = entries.split(_DETAILS)
+    told = [b""] * (2 * len(found) + 1)
+    told[::2], told[1::2] = pieces, found
+    return b"".join(told)
 
 
 def _details(block: LiveBlock, layer: str) -> bytes:

@@ -8,6 +8,8 @@ import numpy as np
 import numpy.typing as npt
 
 Ints = npt.NDArray[np.int64]
+Page = npt.NDArray[np.uint8]
+"""Characters, shape [rows, width]."""
 
 _DIGITS = 4
 """Taken from a table at once."""
@@ -26,26 +28,38 @@ def text_rows(template: bytes, *columns: Ints) -> list[bytes]:
     Returns:
         One row each, with no space about the numbers.
     """
-    length = len(columns[0])
-    if not length:
+    if not len(columns[0]):
         return []
+    return unpadded(page(template + b"\n", *map(digits, columns))).split(b"\n")[:-1]
+
+
+def page(template: bytes, *cells: Page) -> Page:
+    """Rows of text of one width, padded with NULs.
+
+    Args:
+        template: With a `%` where each column's number goes; no NUL in it.
+        cells: The digits of each column, of one length.
+    """
     pieces = template.split(b"%")
-    cells = [_cells(column) for column in columns]
-    width = len(template) - len(cells) + sum(cell.shape[1] for cell in cells) + 1
-    page = np.empty((length, width), np.uint8)
+    width = len(template) - len(cells) + sum(cell.shape[1] for cell in cells)
+    rows = np.empty((len(cells[0]), width), np.uint8)
     at = 0
     for piece, cell in zip(pieces, [*cells, None], strict=True):
-        page[:, at : at + len(piece)] = np.frombuffer(piece, np.uint8)
+        rows[:, at : at + len(piece)] = np.frombuffer(piece, np.uint8)
         at += len(piece)
         if cell is not None:
-            page[:, at : at + cell.shape[1]] = cell
+            rows[:, at : at + cell.shape[1]] = cell
             at += cell.shape[1]
-    page[:, at] = ord("\n")
-    return page.tobytes().translate(None, _PAD).split(b"\n")[:-1]
+    return rows
 
 
-def _cells(column: Ints) -> npt.NDArray[np.uint8]:
-    """A column's digits, shape [rows, sign and digits], NUL in place of leading zeros."""
+def unpadded(rows: Page) -> bytes:
+    """The rows one after another, without what pads them."""
+    return rows.tobytes().translate(None, _PAD)
+
+
+def digits(column: Ints) -> Page:
+    """A column's numbers, at least one, shape [rows, sign and digits], NUL in place of leading zeros."""
     size = np.abs(column.astype(np.int64)).astype(np.uint64)
     groups = -(-len(str(int(size.max()))) // _DIGITS)
     rest, cells = size, np.empty((len(column), groups), np.uint32)
@@ -55,9 +69,9 @@ def _cells(column: Ints) -> npt.NDArray[np.uint8]:
         part += _BASE * (above > 0)  # what follows a group has its zeros in front
         cells[:, group] = _table(lowest=group == groups - 1)[part]
         rest = above
-    digits = cells.view(np.uint8).reshape(len(column), groups * _DIGITS)
+    shown = cells.view(np.uint8).reshape(len(column), groups * _DIGITS)
     below = column < 0
-    return np.column_stack([np.where(below, np.uint8(ord("-")), np.uint8(0)), digits]) if below.any() else digits
+    return np.column_stack([np.where(below, np.uint8(ord("-")), np.uint8(0)), shown]) if below.any() else shown
 
 
 @cache
