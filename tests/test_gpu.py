@@ -105,6 +105,7 @@ def test_the_sizes_of_the_1_3b_model(engine: Engine) -> None:
     assert plain["after_first_step"]["by_category"]["kv_cache"] == cache
 
 
+@pytest.mark.filterwarnings("ignore")  # a compiler warns of what it finds, and of itself
 @pytest.mark.parametrize("settings", [*GPU_SINGLES, *GPU_PAIRS], ids=str)
 def test_what_needs_a_gpu_runs_on_one(engine: Engine, settings: dict[str, Any]) -> None:
     if not runs_on(settings, environment(torch.device("cuda"))):
