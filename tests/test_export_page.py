@@ -143,6 +143,17 @@ def test_a_prediction_shows_no_times_and_no_reading_of_a_device(opened: Browser,
 
 
 @needs_browser
+def test_a_peak_above_the_capacity_leaves_no_rest(opened: Browser, tmp_path: Path) -> None:
+    run = recorded("full")
+    capacity = run.ledger.peak.bytes - (1 << 30)
+    run.run.environment = dataclasses.replace(run.run.environment, device_total_bytes=capacity)
+    run.run.kind, run.run.gauge, run.run.training_gauge = RunKind.PREDICTED, None, None
+    show(opened, tmp_path, run)
+    told = opened.run("return [...document.querySelectorAll('.legend li')].map((li) => li.textContent)")
+    assert told[-1] == "more than it has 1.00 GiB"
+
+
+@needs_browser
 def test_nothing_is_loaded_and_nothing_is_logged(opened: Browser, tmp_path: Path) -> None:
     show(opened, tmp_path, recorded("full"), recorded("lora"))
     assert opened.run("return performance.getEntriesByType('resource').map((entry) => entry.name)") == []

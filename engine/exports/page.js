@@ -123,13 +123,15 @@
     const cached = now.reserved_bytes === null ? null : Math.max(0, now.reserved_bytes - peak.allocated_bytes);
     const outside = told.length ? sum(told) : null;
     const rest = whole - peak.allocated_bytes - (cached ?? 0) - (outside ?? 0);
-    const bar = track(peak.by_category, whole, "device");
-    bar.append(el("i", { class: "cached", title: "cached", style: { width: share(cached ?? 0, whole) } }),
-      el("i", { class: "outside", title: "outside torch", style: { width: share(outside ?? 0, whole) } }));
+    const axis = Math.max(whole, whole - rest);
+    const bar = track(peak.by_category, axis, "device");
+    bar.append(el("i", { class: "cached", title: "cached", style: { width: share(cached ?? 0, axis) } }),
+      el("i", { class: "outside", title: "outside torch", style: { width: share(outside ?? 0, axis) } }));
     const item = (name, bytes) => bytes === null ? "" : el("li", {}, `${name} `, el("b", {}, size(bytes, true)));
     return el("div", {}, bar, el("ul", { class: "legend", "aria-label": "The device at the peak" },
       item("at the peak", peak.allocated_bytes), item("cached", cached), item("context and others", outside),
-      item(cached === null || outside === null ? "the rest" : "free", rest)));
+      rest < 0 ? item("more than it has", -rest)
+        : item(cached === null || outside === null ? "the rest" : "free", rest)));
   }
 
   function held() {
