@@ -39,9 +39,9 @@ def paired(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
     stream[n_begin:] = events
     order = np.lexsort((np.arange(len(stream)), stream["address"]))
     is_alloc = stream["bytes"][order] >= 0
+    address = stream["address"][order]
     follows_same = np.zeros(len(stream), bool)
-    if len(stream) > 1:
-        follows_same[:-1] = stream["address"][order[1:]] == stream["address"][order[:-1]]
+    follows_same[:-1] = address[1:] == address[:-1]
     # Whatever happens next at an address ends the block there: normally its
     # free; another alloc means the free was lost.
     ends = np.full(len(stream), n_begin + n, np.int64)

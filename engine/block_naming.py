@@ -65,7 +65,8 @@ def name_by_life(trace: StepTrace, blocks: Blocks, claimed: Bools) -> None:
     blocks["category"][held_over] = Category.ACTIVATIONS
     rows = np.flatnonzero(free & (blocks["born"] >= 0))
     if len(rows) and len(trace.marks):
-        blocks["name"][rows] = trace.marks[blocks["born_mark"][rows]]["module"]
+        born = blocks["born_mark"][rows]
+        blocks["name"][rows] = trace.marks["module"][born]
         blocks["category"][rows] = _category_by_life(trace, blocks[rows], outputs_kept)
 
 
@@ -73,8 +74,9 @@ def _category_by_life(trace: StepTrace, blocks: Blocks, outputs_kept: bool) -> n
     """The category of blocks that were made in the step, by the phases that made and freed them."""
     # What is alive in a step that goes on, or that an error ended, has no lifetime to be judged by.
     unfinished = not trace.is_complete
-    born, died = trace.marks[blocks["born_mark"]], trace.marks[np.maximum(blocks["died_mark"], 0)]
-    lives_on = blocks["died_mark"] < 0
+    born_mark, died_mark = blocks["born_mark"], blocks["died_mark"]
+    born, died = trace.marks[born_mark], trace.marks[np.maximum(died_mark, 0)]
+    lives_on = died_mark < 0
     phase = born["phase"].astype(np.int64)
     died_phase = np.where(lives_on, -1, died["phase"].astype(np.int64))
     loss = trace.names.index(LOSS) if LOSS in trace.names else -1

@@ -250,6 +250,15 @@ class StepTrace:
     descriptions: tuple[Made, ...] = ()
 
     @property
+    def held_bytes(self) -> npt.NDArray[np.int64]:
+        """Bytes allocated, slack included: when the trace began, and after each event [events + 1]."""
+        held = np.zeros(len(self.events) + 1, np.int64)
+        held[0] = self.begin["bytes"].sum() + self.begin["slack"].sum()
+        held[1:] = self.events["bytes"]
+        held[1:] += self.events["slack"]
+        return held.cumsum()
+
+    @property
     def is_open(self) -> bool:
         """True if the step goes on."""
         return self.ending.kind is EndKind.OPEN

@@ -371,7 +371,8 @@ def _read_trace(archive: Archive, where: str, version: int) -> StepTrace:
         columns[column] = array
     if version < 4:
         owners = columns["owners"] = columns["owners"].copy()
-        owners["category"] = CATEGORIES_BEFORE_4[owners["category"]]
+        category = owners["category"]
+        owners["category"] = CATEGORIES_BEFORE_4[category]
     return trace_of(head, columns)
 
 

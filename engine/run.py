@@ -167,10 +167,7 @@ class Run:
 
 def peak_bytes(trace: StepTrace) -> int:
     """The most allocated at any event of a trace, without naming anything."""
-    began = int(trace.begin["bytes"].sum() + trace.begin["slack"].sum())
-    if not len(trace.events):
-        return began
-    return began + max(0, int((trace.events["bytes"] + trace.events["slack"]).cumsum().max()))
+    return int(trace.held_bytes.max())
 
 
 def outweighs(one: tuple[int, StepTrace], highest: tuple[int, StepTrace]) -> bool:

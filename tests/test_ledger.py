@@ -177,6 +177,7 @@ def streams(draw: st.DrawFn) -> StepTrace:
 def test_categories_add_up_at_every_event(trace: StepTrace) -> None:
     counted = trace.begin["bytes"].sum() + trace.begin["slack"].sum()
     expected = np.concatenate([[counted], counted + np.cumsum(trace.events["bytes"] + trace.events["slack"])])
+    np.testing.assert_array_equal(trace.held_bytes, expected)
     ledger = Ledger(trace)
     np.testing.assert_array_equal(ledger.total, expected)
     assert ledger.curve.min() >= 0

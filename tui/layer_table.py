@@ -128,8 +128,10 @@ def _at_peak(ledger: Ledger, codes: Ints, n_layers: int) -> Ints:
     """Bytes held by each layer's blocks at the peak, shape [n_layers]."""
     blocks = ledger.alive(ledger.peak.event)
     layer = codes[blocks["name"]]
+    blocks, layer = blocks[layer >= 0], layer[layer >= 0]
     held = np.zeros(n_layers, np.int64)
-    np.add.at(held, layer[layer >= 0], (blocks["bytes"] + blocks["slack"])[layer >= 0])
+    for column in ("bytes", "slack"):
+        np.add.at(held, layer, blocks[column])
     return held
 
 

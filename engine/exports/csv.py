@@ -45,7 +45,8 @@ def _write_run(run: ExportedRun, sink: Sink) -> None:
     texts = BlockTexts(ledger, _described)
     for part, events in chunks(ledger):
         sign = np.where(part.is_alloc, 1, -1)
-        size, slack = sign * blocks["bytes"][part.row], sign * blocks["slack"][part.row]
+        size, slack = blocks["bytes"][part.row], blocks["slack"][part.row]
+        size, slack = sign * size, sign * slack
         allocated = held + np.cumsum(size + slack)
         held = int(allocated[-1])
         before = len(part.event) - events  # these come first and have no time

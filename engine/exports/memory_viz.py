@@ -155,7 +155,8 @@ def _segments(ledger: Ledger, details: BlockTexts, device: int) -> list[bytes]:
         return []
     address = blocks["address"].astype(np.int64)
     low = address // SEGMENT * SEGMENT
-    high = -(-(address + np.maximum(blocks["bytes"] + blocks["slack"], 1)) // SEGMENT) * SEGMENT
+    size, slack = blocks["bytes"], blocks["slack"]
+    high = -(-(address + np.maximum(size + slack, 1)) // SEGMENT) * SEGMENT
     order = np.argsort(low, kind="stable")
     low, high = low[order], np.maximum.accumulate(high[order])
     begins = np.flatnonzero(np.concatenate([[True], low[1:] > high[:-1]]))

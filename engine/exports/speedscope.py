@@ -55,7 +55,8 @@ def peak_stacks(ledger: Ledger) -> dict[Stack, int]:
     alive = np.flatnonzero(ledger.is_alive(ledger.peak.event))
     blocks = ledger.blocks[alive]
     kinds = np.empty(len(alive), [("category", "i8"), ("name", "i8"), ("made", "i8")])
-    kinds["category"], kinds["name"], kinds["made"] = blocks["category"], blocks["name"], ledger.made[alive]
+    kinds["category"] = blocks["category"]
+    kinds["name"], kinds["made"] = blocks["name"], ledger.made[alive]
     _, first, which = np.unique(kinds, return_index=True, return_inverse=True)
     stacks: dict[Stack, int] = {}
     for weights, slack in ((blocks["bytes"], False), (blocks["slack"], True)):

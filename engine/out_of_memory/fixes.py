@@ -12,8 +12,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
-import numpy as np
-
 from .. import techniques
 from ..advice import OF_WORKLOAD
 from ..config import RunConfig, UserError, Value, show
@@ -311,8 +309,7 @@ def beyond_prediction(run: Run, report: OutOfMemoryReport, prediction: Predictio
 
 def _highest(trace: StepTrace) -> dict[tuple[Phase, int], int]:
     """The most allocated in each phase that went through, of the first micro-batch and of those after it."""
-    began = int(trace.begin["bytes"].sum() + trace.begin["slack"].sum())
-    curve = began + np.concatenate([[0], np.cumsum(trace.events["bytes"] + trace.events["slack"])])
+    held = trace.held_bytes
     over = [span for span in trace.phases if trace.is_complete or span.end < len(trace.events)]
     found: dict[tuple[Phase, int], int] = {}
     for span in over:
@@ -320,7 +317,7 @@ def _highest(trace: StepTrace) -> dict[tuple[Phase, int], int]:
             key = (span.phase, min(span.micro_batch, 1))  # later ones are as the second
             # While weights come, more may be held than ever again; what counts is what is there when they have.
             begin = span.end if span.phase is Phase.LOAD else span.begin
-            found[key] = max(found.get(key, 0), int(curve[begin : span.end + 1].max()))
+            found[key] = max(found.get(key, 0), int(held[begin : span.end + 1].max()))
     return found
 
 

@@ -98,20 +98,16 @@ def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
         player.play(requests.rows[done:start])
         done = start + len(trace.events)
         begin = np.array(allocator.alive(), BLOCK)
-        before = allocator.allocated_bytes
         # Only those who are alive now have a place that anybody still asks for.
         owned = trace.owners["address"]
         events, begins = player.play(trace.events)
         owners = trace.owners.copy()
         owners["address"] = player.place[owned]
         phases = tuple(s._replace(begin=int(begins[s.begin]), end=int(begins[s.end])) for s in trace.phases)
-        curve = before + np.concatenate([[0], np.cumsum(events["bytes"] + events["slack"])])
+        placed = dataclasses.replace(trace, events=events, begin=begin, owners=owners, phases=phases)
+        curve = placed.held_bytes
         peak = int(curve.max()) if trace.step else None
-        traces.append(
-            dataclasses.replace(
-                trace, events=events, begin=begin, owners=owners, phases=phases, counted=Counted(int(curve[-1]), peak)
-            )
-        )
+        traces.append(dataclasses.replace(placed, counted=Counted(int(curve[-1]), peak)))
         for span in phases:
             if span.phase is Phase.RECOMPUTE:
                 held = int(curve[span.end] - curve[span.begin])

@@ -216,9 +216,9 @@ def _step(
     owned = np.flatnonzero(known >= 0)
     owners = np.zeros(len(owned), OWNER)
     owners["address"], owners["category"] = blocks["address"][owned], known[owned]
-    owners["mark"] = np.maximum(blocks["born"][owned] - begin + 1, 0)
-    of_event = blocks["born"][owned] >= 0
-    place = np.where(of_event, blocks["born"][owned], len(columns.events) + blocks["made"][owned])
+    born, made = blocks["born"][owned], blocks["made"][owned]
+    place = np.where(born >= 0, born, len(columns.events) + made)
+    owners["mark"] = np.maximum(born - begin + 1, 0)
     owners["name"], owners["made"] = owner[columns.kinds[place]], -1
     spans = _spans(phases[begin:end], micro, events["time_us"])
     most = int(micro.max(initial=0)) + 1

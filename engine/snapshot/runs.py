@@ -10,7 +10,7 @@ from .. import techniques
 from ..config import RunConfig
 from ..events import Environment, Gauge, Phase, StepTrace
 from ..feed import Work
-from ..run import Run, RunId, RunKind, peak_bytes
+from ..run import Run, RunId, RunKind
 from ..run_events import Note, OutOfMemory, RunEnded, RunEvent, RunStarted, StepEnded, placed
 from . import read
 from .entries import Snapshot
@@ -51,7 +51,7 @@ def _run(snapshot: Snapshot, device: int, name: str) -> Run:
     for index, event in enumerate(_events(snapshot, steps, failed)):
         run.tell(placed(event, index, 0.0, 1))
     run.keep(steps)
-    allocated = _held_after(steps[-1])
+    allocated = int(steps[-1].held_bytes[-1])
     run.gauge = run.training_gauge = Gauge(_seconds(steps[-1]), allocated, reserved, 0, None, None, total, Phase.IDLE)
     return run
 
@@ -64,21 +64,16 @@ def _events(snapshot: Snapshot, steps: list[StepTrace], failed: tuple[int, int] 
     ]
     for trace in steps:
         if trace.step:
-            peak, end, seconds = peak_bytes(trace), _held_after(trace), _seconds(trace)
+            held, seconds = trace.held_bytes, _seconds(trace)
             text = f"step {trace.step}: {len(trace.events):,} events"
-            found.append(StepEnded(text=text, step=trace.step, seconds=seconds, allocated_bytes=end, peak_bytes=peak,
-                                   traced=True))  # fmt: skip
+            found.append(StepEnded(text=text, step=trace.step, seconds=seconds, allocated_bytes=int(held[-1]),
+                                   peak_bytes=int(held.max()), traced=True))  # fmt: skip
     if failed:
         text = f"out of memory: asked for {failed[0]:,} bytes, {failed[1]:,} were free on the device"
         found.append(OutOfMemory(text=text, step=steps[-1].step, phase="", requested_bytes=failed[0]))
     reason = "failed" if failed else "done"
     found.append(RunEnded(text="the snapshot was taken", reason=reason, steps=steps[-1].step))
     return found
-
-
-def _held_after(trace: StepTrace) -> int:
-    began = trace.begin["bytes"].sum() + trace.begin["slack"].sum()
-    return int(began + (trace.events["bytes"] + trace.events["slack"]).sum())
 
 
 def _seconds(trace: StepTrace) -> float:

@@ -40,8 +40,9 @@ def measured(name: str, events: int) -> str:
     trace = synthetic(events)
     columns = trace.events.copy()
     columns["time_us"] = range(1_700_000_000_000_000, 1_700_000_000_000_000 + 40 * len(columns), 40)
-    rounded = -np.abs(columns["bytes"]) % ROUNDING
-    columns["slack"] = np.where(columns["bytes"] < 0, -rounded, rounded)
+    asked = columns["bytes"]
+    rounded = -np.abs(asked) % ROUNDING
+    columns["slack"] = np.where(asked < 0, -rounded, rounded)
     run.keep([dataclasses.replace(trace, events=columns)])
     exported = ExportedRun(run, "synthetic")
     began, began_cpu = time.perf_counter(), time.process_time()
