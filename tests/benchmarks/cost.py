@@ -1,10 +1,12 @@
 """What does watching cost? Median step time against the same loop without an inspector.
 
-    python -m tests.benchmarks.cost [--profile P] [--batch-size B ...] [--rounds N]
+    python -m tests.benchmarks.cost [--profile P] [--batch-size B ...] [--set KEY=VALUE ...] [--rounds N]
+    torchrun --nproc-per-node 2 -m tests.benchmarks.cost --batch-size 8 --set parallel=ddp parallel.ranks=2
 
 All modes run interleaved in one process on one model, so that clocks and heat
 are shared; a mode's figure is the median over its rounds. A second thread reads
-the gauge and folds the latest trace ten times a second, as the app does.
+the gauge and folds the latest trace ten times a second, as the app does. Of several
+ranks each is watched so, and the first one's times are printed.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ from __future__ import annotations
 import argparse
 import importlib
 import itertools
+import os
 import statistics
 import sys
 import threading
@@ -27,6 +30,7 @@ from gpumem_tui.engine import device as devices
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.parallelism.group import join, leave
 from gpumem_tui.engine.publisher import TRACE_SHARE
 from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
@@ -36,6 +40,8 @@ from gpumem_tui.profiles import run_fields
 STEPS = 9
 WARM_UP = 3
 """Steps of a round that do not count; in the second of them a tracer watches operators, once in a run."""
+RANK = int(os.environ.get("RANK", "-1"))
+"""Of the job that torchrun has started; -1: none."""
 
 
 class _Seeing(TorchDispatchMode):
@@ -48,9 +54,9 @@ class _Seeing(TorchDispatchMode):
 class Bench:
     """One model, many ways to run its loop."""
 
-    def __init__(self, profile: str, batch_size: int) -> None:
-        self.device = devices.select("auto")
-        settings = {"batch_size": batch_size, "steps": STEPS, "learning_rate": 0}
+    def __init__(self, profile: str, batch_size: int, device: torch.device, chosen: dict[str, str]) -> None:
+        self.device = device
+        settings = {"batch_size": batch_size, "steps": STEPS, "learning_rate": 0} | chosen
         self.config = techniques.configure(run_fields(profile), techniques.parse(settings, "benchmark"))
         if self.device.type == "cuda":
             from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace
@@ -66,17 +72,19 @@ class Bench:
 
     def bare(self, around: Callable[[], Any] = nullcontext) -> list[float]:
         """The loop of `engine.train` with nothing but the training in it."""
-        model, optimizer, recipe = self.workload.model, self.workload.optimizer, self.workload.recipe
+        call, optimizer, recipe = self.workload.call, self.workload.optimizer, self.workload.recipe
+        parallelism = recipe.parallelism
         seconds = []
         for _ in range(STEPS):
             began = time.perf_counter()
             with around():
+                parallelism.begin(call, last=True)
                 batch = self.workload.batches.next()
-                self.outputs = model(**batch)
+                self.outputs = call(**batch)
                 loss = self.outputs.loss / recipe.accumulation
-                loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
+                parallelism.backward(call, loss)
+                parallelism.step(call, self.workload.scaler, optimizer)
+                parallelism.zero_grad(optimizer)
                 loss.item()
             seconds.append(time.perf_counter() - began)
         self.outputs = None
@@ -86,6 +94,7 @@ class Bench:
         """`engine.train` with the tracer, as a session runs it; tracing between steps is counted too."""
         tracer = Tracer(self.recorder, self._publish, lambda _: None, 1.0)
         tracer.adopt(self.workload.model, self.workload.optimizer)
+        tracer.reduced_by(self.workload.call)
         marks = [time.perf_counter()]
         began = marks[0]
 
@@ -151,6 +160,10 @@ class Bench:
             "no inspector": self.bare,
             "live default": lambda: live(False),
             "every step traced": lambda: live(True),
+        }
+        if RANK >= 0:
+            return found
+        found |= {
             "minimal TorchDispatchMode": lambda: self.bare(_Seeing),
             "torch.profiler(profile_memory)": profiled,
         }
@@ -161,16 +174,42 @@ class Bench:
         return found | {"MemTracker": memtracked}
 
 
+def joined() -> torch.device:
+    """The device of this rank, which has joined the job."""
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+        torch.cuda.set_device(device)
+    join(device)
+    return device
+
+
+def told(title: str, seconds: dict[str, list[float]], memory: dict[str, int]) -> str:
+    """The table of one batch size."""
+    base = statistics.median(seconds["no inspector"])
+    where = torch.cuda.get_device_name() if memory else "CPU"
+    lines = [f"\n{title}, {where}, torch {torch.__version__}"]
+    lines.append(f"{'':<32}{'median ms':>10}{'ratio':>8}{'peak bytes beyond':>20}")
+    for name, values in seconds.items():
+        if values:
+            extra = memory[name] - memory["no inspector"] if memory else 0
+            median = statistics.median(values)
+            lines.append(f"{name:<32}{median * 1e3:>10.1f}{median / base:>8.3f}{extra:>20}")
+    return "\n".join(lines)
+
+
 def main() -> int:
     """Print one table a batch size."""
     flags = argparse.ArgumentParser(description=__doc__)
     on_gpu = torch.cuda.is_available()
     flags.add_argument("--profile", default="polyglot-ko-1.3b" if on_gpu else "tiny")
     flags.add_argument("--batch-size", type=int, nargs="*", default=[8, 32] if on_gpu else [8])
+    flags.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
     flags.add_argument("--rounds", type=int, default=4)
     chosen = flags.parse_args()
+    device = joined() if RANK >= 0 else devices.select("auto")
     for batch_size in chosen.batch_size:
-        bench = Bench(chosen.profile, batch_size)
+        bench = Bench(chosen.profile, batch_size, device, dict(pair.split("=", 1) for pair in chosen.set))
         modes = bench.modes()
         seconds: dict[str, list[float]] = {name: [] for name in modes}
         memory: dict[str, int] = {}
@@ -188,18 +227,14 @@ def main() -> int:
                         memory[name] = torch.cuda.max_memory_allocated()
                 except Exception as error:
                     print(f"{name}: {type(error).__name__}: {str(error)[:80]}")
-        base = statistics.median(seconds["no inspector"])
-        where = torch.cuda.get_device_name() if on_gpu else "CPU"
-        print(f"\n{chosen.profile}, batch {batch_size} x 256, {where}, torch {torch.__version__}")
-        print(f"{'':<32}{'median ms':>10}{'ratio':>8}{'peak bytes beyond':>20}")
-        for name, values in seconds.items():
-            if values:
-                extra = memory[name] - memory["no inspector"] if memory else 0
-                median = statistics.median(values)
-                print(f"{name:<32}{median * 1e3:>10.1f}{median / base:>8.3f}{extra:>20}")
+        if RANK <= 0:
+            title = " ".join([f"{chosen.profile}, batch {batch_size} x 256", *chosen.set])
+            print(told(title, seconds, memory))
         del bench, modes
         if on_gpu:
             torch.cuda.empty_cache()
+    if RANK >= 0:
+        leave()
     return 0
 
 
