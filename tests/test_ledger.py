@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of
 from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
+from gpumem_tui.engine.tracing.buckets import BUCKETS, Buckets, name_buckets
 
 from .fake_source import FakeSource
 
@@ -247,3 +249,15 @@ def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> 
         kept[checkpointing] = Ledger(source.run.traces()[-1]).saved_by_layer
         again = {m.layers[0]: m.bytes for m in source.events(0) if isinstance(m, Recomputed)}
     assert kept["off"] == {layer: kept["layers"][layer] + dropped for layer, dropped in reversed(again.items())}
+
+
+@pytest.mark.parametrize("dies_in", [0, 2])
+def test_the_bucket_that_ddp_gives_up_is_one_until_nccl_lets_go_of_it(dies_in: int) -> None:
+    """At once, while the new ones are made, or in backward."""
+    events = sorted([(1, -100, dies_in), (2, 60, 0), (3, 40, 0), (4, -100, 1)], key=lambda event: event[2])
+    trace = trace_of(events, [(Phase.FORWARD, 0, 6), FORWARD, BACKWARD], [(1, 100), (4, 100)])
+    trace = dataclasses.replace(trace, names=(*NAMES, BUCKETS))
+    found = Ledger(name_buckets(trace, (Buckets((100, 60, 40), are_gradients=False),))).blocks
+    kinds = {int(block["address"]): Category(int(block["category"])) for block in found}
+    assert kinds == {1: Category.COMMUNICATION, 2: Category.COMMUNICATION, 3: Category.COMMUNICATION,
+                     4: Category.ACTIVATIONS}  # fmt: skip

@@ -267,6 +267,23 @@ def test_buckets_close_once_they_reach_their_limit() -> None:
     assert [[piece.name for piece in bucket] for bucket in made] == [["0"], ["w"], ["1", "2", "3"], ["4"]]
 
 
+def test_the_first_bucket_of_ddp_stays_until_nccl_is_given_the_next() -> None:
+    """Measured on two H100s: gpt2, which has no buffers to broadcast, held a third copy of its gradients in step 2."""
+    config = run_of("gpt2", accumulation=2, **{"parallel": "ddp", "parallel.bucket_view": True, "parallel.ranks": 2})
+    done = rehearse(config, H100, ranks=2)
+    trace = done.traces[2]
+    ledger, ends = Ledger(trace), [span.end for span in trace.phases if span.phase in (Phase.FORWARD, Phase.BACKWARD)]
+    # After each forward and backward: two buckets; and what the first, unreduced micro-batch has added.
+    kinds = Category.GRADIENTS, Category.TEMPORARIES
+    held = [sum(ledger.at(end - 1)[kind] for kind in kinds) for end in ends]
+    assert [size // (4 * done.trainable_parameters) for size in held] == [2, 3, 3, 1]
+
+
+def test_buckets_of_lora_are_of_all_layers() -> None:
+    done = rehearse(run_of("gpt2", parallel="ddp", lora=True, **{"parallel.ranks": 2}), H100, ranks=2)
+    assert Ledger(done.traces[2]).end[Category.COMMUNICATION] == 4 * done.trainable_parameters
+
+
 def test_a_job_cannot_be_predicted_within_a_job() -> None:
     import torch.distributed as dist
     from torch.testing._internal.distributed.fake_pg import FakeStore

@@ -10,6 +10,12 @@ allocates follows from sizes and from the order in which gradients become ready
                   gradients became ready
     backward      every gradient is copied into its bucket; with `gradient_as_bucket_view` it is
                   then let go of, and the place in the bucket is the gradient
+
+What NCCL has reduced and nobody has waited for by name it keeps until the next collective
+after its watchdog, which looks ten times a second, has seen the end. So the bucket that goes
+may have to stay: some ranks of a job are in time for it and others are not (seen on two H100s).
+Here it stays until the model's buffers are broadcast or, where there are none, until the first
+bucket is reduced: the most that one rank holds.
 """
 
 from __future__ import annotations
@@ -20,6 +26,7 @@ from typing import Any, NamedTuple
 import torch
 
 from ..events import Category
+from ..module_names import strip_wrappers
 from ..tracing.owners import Owned
 
 BROADCAST_BYTES = 250 << 20
@@ -98,6 +105,9 @@ class FakeDDP(torch.nn.Module):
         everything = [_piece(name, p) for name, p in module.named_parameters()]
         self._broadcast(self._all(everything + self._buffers_sent))
         self._contents: list[torch.Tensor] = []
+        self._given_up: list[torch.Tensor] = []
+        self._first_waits_for: set[str] = set()
+        self._sends_buffers = True
         self._places: dict[str, torch.Tensor] = {}
         self._ready: list[str] | None = []
         trained = [_piece(name, p) for name, p in self._trained.items()]
@@ -111,12 +121,13 @@ class FakeDDP(torch.nn.Module):
         if self._ready:
             pieces = [_piece(name, self._trained[name]) for name in self._ready]
             self._ready = None
-            self._contents.clear()
+            self._given_up, self._contents = self._contents, []
             self._places.clear()
             self._fill(buckets(self._all(pieces), FIRST_BUCKET_BYTES, BUCKET_BYTES))
-        self._reducing = self.require_backward_grad_sync and torch.is_grad_enabled()
-        if self._reducing:
+        if self._sends_buffers and self._buffers_sent:
             self._broadcast(self._all(self._buffers_sent))
+            self._given_up.clear()
+        self._reducing = self._sends_buffers = self.require_backward_grad_sync and torch.is_grad_enabled()
         return self.module(*args, **kwargs)
 
     def _tell(self) -> None:
@@ -125,7 +136,7 @@ class FakeDDP(torch.nn.Module):
 
     def _all(self, pieces: list[Piece]) -> list[Piece]:
         """The parameters of the model as it is, from those of what is traced."""
-        known = {piece.name: piece for piece in pieces}
+        known = {strip_wrappers(piece.name): piece for piece in pieces}
         return [known[name] for name in self._repeated(known)]
 
     def _broadcast(self, pieces: list[Piece]) -> None:
@@ -137,6 +148,7 @@ class FakeDDP(torch.nn.Module):
             in_flight.append(self._empty(bucket) if len(bucket) > 1 else None)
 
     def _fill(self, full: list[list[Piece]]) -> None:
+        self._first_waits_for = {piece.name for piece in full[0]}
         for bucket in full:
             contents, offset = self._empty(bucket), 0
             self._contents.append(contents)
@@ -154,6 +166,9 @@ class FakeDDP(torch.nn.Module):
                 return
             if self._ready is not None:
                 self._ready.append(name)
+            self._first_waits_for.discard(name)
+            if not self._first_waits_for:
+                self._given_up.clear()
             if self._bucket_view:
                 parameter.grad = self._places[name].view_as(parameter)
 

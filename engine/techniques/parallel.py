@@ -46,17 +46,6 @@ def shard_ranks(config: RunConfig, world: int) -> int:
     return config.integer("parallel.shard_ranks") or max(1, world // 2)
 
 
-def caution(config: RunConfig) -> str | None:
-    """A copy that GPUs have held and two processes on a CPU do not; why is not known."""
-    views = config.text("parallel") == "ddp" and config.flag("parallel.bucket_view")
-    if not views or config.integer("accumulation") == 1:
-        return None
-    return (
-        "parallel.bucket_view=on with accumulation held one more copy of the gradients on two H100s than is predicted, "
-        "which the bound does not cover"
-    )
-
-
 def apply(config: RunConfig, recipe: Recipe) -> None:
     """Choose the engine; what the other techniques have decided of dtypes is known by now."""
     kind, offload = config.text("parallel"), config.flag("parallel.offload")
@@ -242,7 +231,6 @@ TECHNIQUE = Technique(
     packages=("deepspeed",),
     key="f",
     apply=apply,
-    caution=caution,
     saves=("fsdp2",),
     conflict=conflict,
     mathematics=mathematics,

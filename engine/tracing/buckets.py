@@ -75,6 +75,8 @@ def name_buckets(trace: StepTrace, known: tuple[Buckets, ...]) -> StepTrace:
     ledger = Ledger(trace)
     blocks, name = ledger.blocks, trace.names.index(BUCKETS) if BUCKETS in trace.names else -1
     made_anew, given_up = (_within(trace, blocks[end], name) for end in ("born_mark", "died_mark"))
+    if made_anew.any():  # NCCL may keep what is given up until its next collective
+        given_up |= blocks["born"] < 0
     stays = blocks["died"] == len(trace.events)
     candidates = np.flatnonzero(~ledger.claimed & (stays | given_up))
     found: dict[int, Category] = {}
