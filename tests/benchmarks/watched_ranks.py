@@ -118,8 +118,11 @@ def main() -> int:
 
 
 def _setting(case: str) -> str:
-    """Cases of one setting can follow one another in a process; accelerate leaves a state of the process behind."""
-    return case if case.startswith(("accelerate", "trainer")) else "zero" * case.startswith("zero")
+    """Cases of one setting can follow one another in a process.
+
+    accelerate leaves a state of the process behind, and torch's FSDP1 its flat parameters.
+    """
+    return case if case.startswith(("accelerate", "trainer", "fsdp1")) else "zero" * case.startswith("zero")
 
 
 def _gpus() -> int:
