@@ -21,6 +21,7 @@ BLOCK_ROW = np.dtype(
         ("category", "u1"),
         ("name", "i4"),
         ("made", "i4"),  # index of its description; -1: none
+        ("pool", "i2"),  # index of the pool it is cut from; -1: not known
     ]
 )
 
@@ -34,7 +35,7 @@ def paired(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
     events, begin = trace.events, trace.begin
     n_begin, n = len(begin), len(events)
     stream = np.zeros(n_begin + n, EVENT)
-    for column in ("address", "bytes", "slack"):
+    for column in ("address", "bytes", "slack", "pool"):
         stream[column][:n_begin] = begin[column]
     stream[n_begin:] = events
     order = np.lexsort((np.arange(len(stream)), stream["address"]))
@@ -54,7 +55,7 @@ def paired(trace: StepTrace) -> tuple[npt.NDArray[Any], int]:
     allocs = allocs[np.argsort(order[allocs], kind="stable")]
     rows = np.zeros(len(allocs), BLOCK_ROW)
     position, end = order[allocs], ends[allocs]
-    for column in ("address", "bytes", "slack"):
+    for column in ("address", "bytes", "slack", "pool"):
         rows[column] = stream[column][position]
     rows["born"] = np.maximum(position - n_begin, -1)
     rows["died"] = end - n_begin

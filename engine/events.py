@@ -99,19 +99,29 @@ class Phase(enum.IntEnum):
         )
 
 
-EVENT = np.dtype([("address", "u8"), ("bytes", "i8"), ("slack", "i8"), ("mark", "i8"), ("time_us", "i8")])
+EVENT = np.dtype(
+    [("address", "u8"), ("bytes", "i8"), ("slack", "i8"), ("mark", "i8"), ("time_us", "i8"), ("pool", "i2")]
+)
 """One allocation (`bytes` > 0) or free (`bytes` < 0), in the order they happened.
 
 `bytes` is what was asked for; `slack` (same sign) what the allocator handed out
 beyond it, so that `bytes + slack` is what its own counter moved by. `mark`
-indexes the trace's marks: what was running.
+indexes the trace's marks: what was running. `pool` indexes the trace's pools:
+whose memory the block is cut from; -1: not known, or there is no caching allocator.
 """
 
 MARK = np.dtype([("phase", "u1"), ("micro_batch", "i2"), ("module", "i4")])
 """The work going on from one tag to the next. `module` indexes the names."""
 
-BLOCK = np.dtype([("address", "u8"), ("bytes", "i8"), ("slack", "i8")])
+BLOCK = np.dtype([("address", "u8"), ("bytes", "i8"), ("slack", "i8"), ("pool", "i2")])
 """A block that was alive when the trace began."""
+
+SEGMENT = np.dtype([("event", "i8"), ("pool", "i2"), ("bytes", "i8")])
+"""Memory that a pool takes from the device (`bytes` > 0) or gives back, in the order it happens.
+
+It happens just before an event, or after the last one that there is; at -1 stands
+what each pool held when the trace began.
+"""
 
 OWNER = np.dtype([("address", "u8"), ("mark", "i4"), ("category", "u1"), ("name", "i4"), ("made", "i4")])
 """The owner of an address at a mark: a parameter, a `.grad`, an optimizer's tensor.
@@ -129,6 +139,25 @@ MADE = np.dtype(
 Learned once, in a step whose operators were watched (`tracing/describe.py`);
 the steps of a run repeat one another, so it holds for the others.
 """
+
+
+class AllocatorPool(NamedTuple):
+    """A pool of the caching allocator: what is freed in one, no request of another is given.
+
+    Attributes:
+        stream: That was current when its blocks were asked for, as CUDA numbers it; 0: the default one.
+        size_class: `small`: of requests up to 1 MiB; or `large`.
+        private: Identity of a pool apart, of a CUDA graph or a `torch.cuda.MemPool`; (0, 0): it is none.
+    """
+
+    stream: Whole
+    size_class: str
+    private: tuple[Whole, Whole] = (0, 0)
+
+    @property
+    def name(self) -> str:
+        """Name among the stream's pools: `small`, `large (0, 3)`."""
+        return self.size_class if self.private == (0, 0) else f"{self.size_class} {self.private}"
 
 
 class Made(NamedTuple):
@@ -234,6 +263,8 @@ class StepTrace:
         counted: By the allocator itself; None while the step goes on.
         made: dtype MADE.
         descriptions: What `made` and the owners index.
+        segments: dtype SEGMENT.
+        pools: Of the caching allocator, by index; empty: it has none, or nobody knows them.
     """
 
     step: int
@@ -248,6 +279,8 @@ class StepTrace:
     counted: Counted | None = None
     made: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, MADE))
     descriptions: tuple[Made, ...] = ()
+    segments: npt.NDArray[Any] = field(default_factory=lambda: np.empty(0, SEGMENT))
+    pools: tuple[AllocatorPool, ...] = ()
 
     @property
     def held_bytes(self) -> npt.NDArray[np.int64]:

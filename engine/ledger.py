@@ -18,7 +18,7 @@ import numpy.typing as npt
 from .allocation_keys import described
 from .block_lives import paired
 from .block_naming import name_by_life, name_owned
-from .events import N_CATEGORIES, Category, Made, Phase, StepTrace
+from .events import N_CATEGORIES, AllocatorPool, Category, Made, Phase, StepTrace
 from .module_names import CACHED, LOSS, OUTPUT_LOSS, layer_of, numbered_layers
 
 Ints = npt.NDArray[np.int64]
@@ -39,6 +39,7 @@ class LiveBlock(NamedTuple):
         operator: That made it, `aten.mm`; empty where operators were not watched.
         dtype: Empty for a buffer that no operator returned.
         shape: Of the tensor in the block.
+        pool: That it is cut from; None: not known.
     """
 
     bytes: int
@@ -50,6 +51,28 @@ class LiveBlock(NamedTuple):
     operator: str = ""
     dtype: str = ""
     shape: tuple[int, ...] = ()
+    pool: AllocatorPool | None = None
+
+
+class PoolBytes(NamedTuple):
+    """A pool of the caching allocator at an event.
+
+    Attributes:
+        pool: Which.
+        reserved_bytes: Held from the device.
+        allocated_bytes: Handed out, of that; slack included.
+        slack_bytes: Handed out beyond what was asked for.
+    """
+
+    pool: AllocatorPool
+    reserved_bytes: int
+    allocated_bytes: int
+    slack_bytes: int
+
+    @property
+    def unused_bytes(self) -> int:
+        """Reserved and not handed out: no other pool is given it."""
+        return self.reserved_bytes - self.allocated_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -193,6 +216,22 @@ class Ledger:
         at_peak = 0 if counted.peak_bytes is None else abs(self.peak.bytes - counted.peak_bytes)
         return max(abs(int(self.total[-1]) - counted.end_bytes), at_peak)
 
+    def pools(self, event: int) -> list[PoolBytes]:
+        """Bytes that each pool of the caching allocator holds after an event, in the order they came up."""
+        trace, alive = self.trace, self.alive(event)
+        segments = trace.segments[trace.segments["event"] <= event]
+        reserved, allocated, slack = np.zeros((3, len(trace.pools) + 1), np.int64)  # the last: of no known pool
+        np.add.at(reserved, segments["pool"], segments["bytes"])
+        np.add.at(allocated, alive["pool"], alive["bytes"] + alive["slack"])
+        np.add.at(slack, alive["pool"], alive["slack"])
+        sums = zip(reserved.tolist(), allocated.tolist(), slack.tolist(), strict=True)
+        return [PoolBytes(pool, *sizes) for pool, sizes in zip(trace.pools, sums, strict=False)]
+
+    @cached_property
+    def pools_at_peak(self) -> list[PoolBytes]:
+        """Bytes that each pool of the caching allocator holds at the peak."""
+        return self.pools(self.peak.event)
+
     # --- who is alive -------------------------------------------------------
 
     def alive(self, event: int) -> npt.NDArray[Any]:
@@ -259,6 +298,7 @@ class Ledger:
             module = trace.names[mark["module"]]
         name = trace.names[row["name"]] if row["name"] >= 0 else ""
         made = trace.descriptions[description] if description >= 0 else Made()
+        pool = trace.pools[row["pool"]] if row["pool"] >= 0 else None
         return LiveBlock(
-            int(row["bytes"]), Category(int(row["category"])), name, phase, micro_batch, module, *made
+            int(row["bytes"]), Category(int(row["category"])), name, phase, micro_batch, module, *made, pool
         )  # fmt: skip

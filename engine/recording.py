@@ -3,10 +3,11 @@
     gpumem.json                     version and, for each run, its head: identity, kind, configuration,
                                     environment, gauge, events, number of traces
     runs/<r>/<t>.json               step, how it ended, names, phases of a trace
-    runs/<r>/<t>/<column>.npy       events, marks, begin, owners, made
+    runs/<r>/<t>/<column>.npy       events, marks, begin, owners, made, segments
 
 Nothing in it is ever unpickled. A recording is a `Source` like any other.
-Versions 1 and 2 held one run and are read as well; up to 3 there were two categories less.
+Versions 1 and 2 held one run and are read as well; up to 3 there were two categories less, and up to 4
+no pools of the allocator's.
 """
 
 from __future__ import annotations
@@ -29,6 +30,7 @@ from .config import UserError, one_line, printable
 from .events import (
     COMPLETE,
     OWNER,
+    AllocatorPool,
     Category,
     Counted,
     Ending,
@@ -44,7 +46,7 @@ from .run import EventLog, Run, RunId, RunKind
 from .run_events import Note, Refused, RunEvent, Saved, from_plain, placed, to_plain
 from .trace_check import COLUMNS, check
 
-VERSION = 4
+VERSION = 5
 
 SNAPSHOT_BEGINS = (b"\x80", b"{", b"[")
 """A pickle's first byte, and JSON's."""
@@ -52,6 +54,8 @@ CATEGORIES_BEFORE_4 = np.array(
     [c for c in Category if c not in (Category.GATHERED, Category.COMMUNICATION)], dtype=OWNER["category"]
 )
 """Today's number of each category by the number it had up to version 3."""
+ADDED = ("made", "segments")
+"""Columns that recordings have from version 2 and from version 5 on."""
 PIECE = 1 << 20
 """Bytes that are packed before it is asked whether to go on."""
 
@@ -66,6 +70,7 @@ class TraceHead(msgspec.Struct):
     counted: Counted | None = None
     descriptions: tuple[Made, ...] = ()
     ending: Ending = COMPLETE
+    pools: tuple[AllocatorPool, ...] = ()
 
 
 class RunHead(msgspec.Struct):
@@ -362,7 +367,7 @@ def _read_trace(archive: Archive, where: str, version: int) -> StepTrace:
     columns = {}
     for column, dtype in COLUMNS.items():
         name = f"{where}/{column}.npy"
-        if column == "made" and name not in archive.names:  # version 1 had none
+        if column in ADDED and name not in archive.names:
             columns[column] = np.empty(0, dtype)
             continue
         array = archive.column(name)

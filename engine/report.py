@@ -43,6 +43,24 @@ class TensorFigures(msgspec.Struct, frozen=True):
     operator: str
 
 
+class PoolFigures(msgspec.Struct, frozen=True):
+    """A pool of the caching allocator; what is free in one, no request of another is given.
+
+    Attributes:
+        stream: As CUDA numbers it; 0: the default one.
+        pool: `small` or `large`, with the identity of a private one behind it.
+        reserved_bytes: Held from the device.
+        allocated_bytes: Handed out, of that; slack included.
+        slack_bytes: Handed out beyond what was asked for.
+    """
+
+    stream: int
+    pool: str
+    reserved_bytes: int
+    allocated_bytes: int
+    slack_bytes: int
+
+
 class PeakFigures(Composition, frozen=True):
     """The highest peak of a run.
 
@@ -54,6 +72,7 @@ class PeakFigures(Composition, frozen=True):
         by_layer: Bytes by layer, the model's own under "", and category.
         by_owner: Bytes by category and owner; layers that repeat are one owner.
         largest: The largest blocks, largest first.
+        pools: Of the caching allocator; empty: it has none, or nobody knows them.
     """
 
     step: int
@@ -63,6 +82,7 @@ class PeakFigures(Composition, frozen=True):
     by_layer: dict[str, dict[str, int]]
     by_owner: dict[str, dict[str, int]]
     largest: list[TensorFigures]
+    pools: list[PoolFigures] = []
 
 
 class StepFigures(msgspec.Struct, frozen=True):
@@ -292,6 +312,7 @@ def peak_of(ledger: Ledger) -> PeakFigures:
             )
             for block in ledger.largest(peak.event)
         ],
+        pools=[PoolFigures(pool.stream, pool.name, *sizes) for pool, *sizes in ledger.pools_at_peak],
     )
 
 

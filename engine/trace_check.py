@@ -10,14 +10,15 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .events import BLOCK, EVENT, MADE, MARK, N_CATEGORIES, OWNER, Phase, StepTrace
+from .events import BLOCK, EVENT, MADE, MARK, N_CATEGORIES, OWNER, SEGMENT, Phase, StepTrace
 
-COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE}
+COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE, "segments": SEGMENT}
 MOST_BYTES = 1 << 60
 """A block, and all blocks of a step together: sums of them are whole numbers of 64 bits."""
 MOST_US = 1 << 53
 """A time, 285 years: as nanoseconds it is a whole number of 64 bits too."""
 LONGEST_NAME = 1000
+SIZE_CLASSES = ("small", "large")
 
 
 def check(trace: StepTrace) -> None:
@@ -40,6 +41,8 @@ def check(trace: StepTrace) -> None:
         moved = np.abs(blocks["bytes"].astype(np.float64)) + np.abs(blocks["slack"].astype(np.float64))
         if moved.sum() >= MOST_BYTES:
             raise ValueError("more bytes than any device has")
+    if np.abs(trace.segments["bytes"].astype(np.float64)).sum() >= MOST_BYTES:
+        raise ValueError("more bytes than any device has")
     if problem := next(_of_the_rest(trace), None):
         raise ValueError(problem)
 
@@ -47,7 +50,10 @@ def check(trace: StepTrace) -> None:
 def _ranges(trace: StepTrace) -> Iterator[tuple[str, str, int, int]]:
     """Column, field, lowest value and the one above the highest."""
     marks, names, made = len(trace.marks), len(trace.names), len(trace.descriptions)
+    pools = len(trace.pools)
     yield from (("events", "mark", 0, max(marks, 1)), ("events", "time_us", 0, MOST_US))
+    yield from (("events", "pool", -1, pools), ("begin", "pool", -1, pools), ("segments", "pool", 0, pools))
+    yield from (("segments", "event", -1, len(trace.events)),)
     yield from (("marks", "phase", 0, len(Phase)), ("marks", "module", 0, names))
     yield from (("owners", "mark", -1, max(marks, 1)), ("owners", "category", 0, N_CATEGORIES))
     yield from (("owners", "name", 0, names), ("owners", "made", -1, made))
@@ -70,6 +76,10 @@ def _of_the_rest(trace: StepTrace) -> Iterator[str]:
         )
         if not texts_fit or not all(0 <= size < MOST_BYTES for size in described.shape):
             yield "a description of no tensor"
+    for pool in trace.pools:
+        numbers = (pool.stream, *pool.private)
+        if pool.size_class not in SIZE_CLASSES or not all(0 <= number < MOST_BYTES for number in numbers):
+            yield "a pool that no caching allocator has"
     sizes = (*(trace.counted or ()), getattr(trace, "ending", (0,))[-1])
     if not all(size is None or 0 <= size < MOST_BYTES for size in sizes):
         yield "a count of no bytes"

@@ -28,7 +28,7 @@ from .run import Run, RunId, RunKind
 from .run_events import AnyRunEvent
 from .trace_check import COLUMNS
 
-PROTOCOL = 3
+PROTOCOL = 4
 """Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
 TAKE_OVER: Final = "take over"
 LARGEST_ASK = 1 << 18

@@ -68,8 +68,8 @@ class Sim:
 
     def begin(self, step: int, micro_batches: int) -> None:
         self.step, self.micro_batches = step, micro_batches
-        self.start = np.array([(a, size, 0) for a, size in self.live.items()], BLOCK)
-        self.events: list[tuple[int, int, int, int, int]] = []
+        self.start = np.array([(a, size, 0, -1) for a, size in self.live.items()], BLOCK)
+        self.events: list[tuple[int, int, int, int, int, int]] = []
         self.marks: list[tuple[int, int, int]] = [(Phase.IDLE, 0, 0)]
         self.owners: list[tuple[int, int, int, int]] = []
         self.spans: list[tuple[Phase, int, int, int]] = []
@@ -97,7 +97,7 @@ class Sim:
 
     def _event(self, address: int, size: int) -> None:
         self.now_us += 40
-        self.events.append((address, size, 0, len(self.marks) - 1, self.now_us))
+        self.events.append((address, size, 0, len(self.marks) - 1, self.now_us, -1))
 
     def own(self, address: int, category: Category, name: str) -> None:
         self.owners.append((address, len(self.marks) - 1, category, self.name(name)))

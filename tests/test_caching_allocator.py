@@ -6,8 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from gpumem_tui.engine.events import AllocatorPool
 from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
+from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
 
 @pytest.mark.parametrize(
@@ -74,7 +78,30 @@ def test_what_a_stream_freed_no_other_stream_is_given(expandable: bool) -> None:
     assert allocator.allocate(30 << 20)[0] != address
     assert allocator.reserved_bytes >= 60 << 20
     assert allocator.allocate(30 << 20, stream=1)[0] == address
-    assert (allocator.stream_of(address), allocator.allocated_bytes) == (1, 60 << 20)
+    assert allocator.pool_table == ((1, "large", (0, 0)), (0, "large", (0, 0)))
+    assert (allocator.pool_of(address), allocator.allocated_bytes) == (0, 60 << 20)
+    assert allocator.reserved_by_pool() == 2 * [(40 if expandable else 30) << 20]
+
+
+@given(st.lists(st.tuples(st.sampled_from([0, 7]), st.integers(0, 24 << 20)), max_size=60))
+def test_a_trace_of_several_streams_is_followed_pool_by_pool(requests: list[tuple[int, int]]) -> None:
+    """The layout hears of a real trace what the model of the allocator does: both know every block and its pool."""
+    allocator, pools = CachingAllocator(), dict[AllocatorPool, int]()
+    layout, held = BlockLayout([], pools=pools), list[tuple[int, int]]()
+    for stream, size in requests:
+        if held and size % 3 == 0:
+            address, asked = held.pop(len(held) // 2)
+            pool = allocator.pool_of(address)
+            assert layout.free(address, asked) == (*allocator.free(address), pool)
+            continue
+        address, block = allocator.allocate(size + 1, stream)
+        for grown in allocator.grown():
+            assert layout.follow("segment_alloc", address, grown[1], stream) == grown
+        assert layout.allocate(address, size + 1, stream) == (block, allocator.pool_of(address))
+        held.append((address, size + 1))
+    assert tuple(pools) == allocator.pool_table
+    assert sorted(layout.alive()) == sorted(allocator.alive())
+    assert [layout.reserved()[number] for number in pools.values()] == allocator.reserved_by_pool()
 
 
 def test_what_is_cached_is_given_back_before_memory_runs_out() -> None:

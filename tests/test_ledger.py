@@ -17,6 +17,8 @@ from gpumem_tui.engine.events import (
     MARK,
     OPEN,
     OWNER,
+    SEGMENT,
+    AllocatorPool,
     Category,
     Ending,
     EndKind,
@@ -27,6 +29,7 @@ from gpumem_tui.engine.events import (
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of
 from gpumem_tui.engine.run_events import Recomputed
+from gpumem_tui.engine.trace_check import check
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 from gpumem_tui.engine.tracing.buckets import BUCKETS, Buckets, name_buckets
 
@@ -45,9 +48,9 @@ def trace_of(
     """A trace from (address, bytes, mark), (phase, micro-batch, name), (address, bytes) and owners."""
     return StepTrace(
         step=1,
-        events=np.array([(a, n, 0, m, 0) for a, n, m in events], EVENT),
+        events=np.array([(a, n, 0, m, 0, -1) for a, n, m in events], EVENT),
         marks=np.array(marks, MARK),
-        begin=np.array([(a, n, 0) for a, n in begin], BLOCK),
+        begin=np.array([(a, n, 0, -1) for a, n in begin], BLOCK),
         owners=np.array([(*owner, -1) for owner in owners], OWNER),
         names=NAMES,
         phases=more.pop("phases", ()),
@@ -145,7 +148,7 @@ def test_layer_of(name: str, layer: str) -> None:
 def streams(draw: st.DrawFn) -> StepTrace:
     """Random allocs and frees over few addresses, so that reuse is the rule."""
     alive: dict[int, tuple[int, int]] = {a: (draw(st.integers(1, 99)), draw(st.integers(0, 9))) for a in (1, 2, 3)}
-    begin = [(a, n, s) for a, (n, s) in alive.items()]
+    begin = [(a, n, s, -1) for a, (n, s) in alive.items()]
     events, mark = [], 0
     phases = draw(st.lists(st.sampled_from(list(Phase)), min_size=1, max_size=12))
     for _ in range(draw(st.integers(0, 60))):
@@ -153,10 +156,10 @@ def streams(draw: st.DrawFn) -> StepTrace:
         address = draw(st.integers(1, 8))
         if address in alive:
             size, slack = alive.pop(address)
-            events.append((address, -size, -slack, mark, 0))
+            events.append((address, -size, -slack, mark, 0, -1))
         else:
             alive[address] = draw(st.integers(1, 99)), draw(st.integers(0, 9))
-            events.append((address, *alive[address], mark, 0))
+            events.append((address, *alive[address], mark, 0, -1))
     owners = draw(
         st.lists(
             st.tuples(st.integers(1, 8), st.integers(0, len(phases) - 1), st.sampled_from(Category), st.integers(0, 4)),
@@ -198,6 +201,27 @@ def test_every_block_has_one_life(trace: StepTrace) -> None:
     assert len(blocks) == len(trace.begin) + int((trace.events["bytes"] > 0).sum())
 
 
+def test_every_pool_has_sums_of_its_own() -> None:
+    """Of two streams one takes a second segment within the step, and the other gives its only one back."""
+    default, side = AllocatorPool(0, "large"), AllocatorPool(7, "large", (0, 3))
+    events = [(1, 90, 10, 0, 0, 0), (2, 50, 0, 0, 0, 1), (2, -50, 0, 0, 0, 1), (3, 30, 5, 0, 0, 0)]
+    trace = dataclasses.replace(
+        trace_of([], marks=[(Phase.FORWARD, 0, 0)]),
+        events=np.array(events, EVENT),
+        begin=np.array([(9, 20, 4, 1), (8, 1, 0, -1)], BLOCK),
+        segments=np.array([(-1, 0, 100), (-1, 1, 80), (3, 1, -30), (3, 0, 200)], SEGMENT),
+        pools=(default, side),
+    )
+    check(trace)
+    ledger = Ledger(trace)
+    assert ledger.pools(-1) == [(default, 100, 0, 0), (side, 80, 24, 4)], "what is of no known pool is in none"
+    assert ledger.pools(1) == ledger.pools_at_peak == [(default, 100, 100, 10), (side, 80, 74, 4)]
+    assert ledger.pools(3) == [(default, 300, 135, 15), (side, 50, 24, 4)]
+    assert [held.unused_bytes for held in ledger.pools(3)] == [165, 26]
+    assert ledger.describe(0).pool == side and side.name == "large (0, 3)"
+    assert Ledger(trace_of([], marks=[])).pools(-1) == []
+
+
 @given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 << 20)), max_size=80))
 def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -> None:
     """First fit over one segment: whatever is asked for, the blocks tile the segment."""
@@ -213,7 +237,7 @@ def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -
         rounded = -(-size // 512) * 512
         free = [a for a, b in layout._blocks.items() if b.free and b.size >= rounded]
         if free:
-            block = layout.allocate(free[0], size)
+            block, _ = layout.allocate(free[0], size)
             assert rounded <= block <= rounded + (1 << 20)
             held.append((free[0], size))
         assert sum(b.size for b in layout._blocks.values()) == total
@@ -228,14 +252,14 @@ def test_a_block_that_another_stream_is_at_is_free_once_that_is_completed() -> N
     layout.follow("segment_alloc", 0, 2 << 20)
     for address in (0, 1024, 2048):
         layout.allocate(address, 1024)
-    assert layout.free(0, 1024) == layout.free(1024, 1024) == (1024, 1024)
+    assert layout.free(0, 1024) == layout.free(1024, 1024) == (1024, 1024, 0)
     assert [address for address, *_ in layout.alive()] == [2048]
     layout.follow("free_completed", 1024, 1024)
-    assert layout.allocate(1024, 512) == 512, "of the second block, which is by itself as long as the first waits"
+    assert layout.allocate(1024, 512) == (512, 0), "of the second block, which is by itself as long as the first waits"
     layout.free(1024, 512)
     layout.follow("free_completed", 1024, 512)
     layout.follow("free_completed", 0, 1024)
-    assert layout.allocate(0, 2048) == 2048, "of both"
+    assert layout.allocate(0, 2048) == (2048, 0), "of both"
 
 
 def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> None:

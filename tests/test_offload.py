@@ -22,6 +22,7 @@ from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.prediction_text import text
+from gpumem_tui.engine.run_events import StepEnded
 from gpumem_tui.engine.watch.checkpoints import observed_checkpoints
 from gpumem_tui.engine.workload import build, prepare
 
@@ -220,6 +221,11 @@ def test_a_second_stream_is_predicted_with_its_stash_and_pools(where: str) -> No
         if block.name.endswith(".stash")
     ]
     assert stashed and {block.category for block in stashed} == {Category.ACTIVATIONS}
+    for prediction, streams in ((one, 1), (two, 2)):
+        at_end = [Ledger(trace).pools(len(trace.events) - 1) for trace in prediction.run.traces()]
+        assert {len({held.pool.stream for held in pools}) for pools in at_end} == {streams}
+        told = [event.reserved_bytes for event in prediction.run.events() if isinstance(event, StepEnded)]
+        assert [sum(held.reserved_bytes for held in pools) for pools in at_end[1:]] == told
     assert any(layer_of(block.name).endswith("layers.1") for block in stashed)
     kept = two.by_phase["forward"]["activations"] - one.by_phase["forward"]["activations"]
     assert 0 < kept <= 5 * max(block.bytes for block in stashed)

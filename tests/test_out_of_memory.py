@@ -100,6 +100,10 @@ def test_a_run_that_dies_reports_every_byte_of_that_instant(
     write(tmp_path / "oom.gpumem", [run])
     (again,) = read(tmp_path / "oom.gpumem")
     assert report_in(list(again.events())) == report
+    pools = Ledger(run.latest).pools(len(run.latest.events) - 1)
+    assert again.latest is not None and Ledger(again.latest).pools(len(run.latest.events) - 1) == pools
+    assert sum(held.allocated_bytes for held in pools) == report.allocated_bytes
+    assert sum(held.unused_bytes for held in pools) == report.cached_bytes
     assert again.config.memory_limit_bytes == limit
 
 

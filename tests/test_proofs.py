@@ -176,7 +176,7 @@ def test_the_layout_follows_the_allocator_to_the_byte(name: str) -> None:
     signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
     for action, address, size in zip(actions, recorded["address"].tolist(), recorded["size"].tolist(), strict=True):
         if action == "alloc":
-            allocated += layout.allocate(address, size)
+            allocated += layout.allocate(address, size)[0]
         elif action == "free_requested":
             allocated -= layout.free(address, size)[1]
         else:

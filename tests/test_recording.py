@@ -145,7 +145,7 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
         ("missing", "No such file"),
         ("cut", "not a gpumem recording, or a damaged one"),
         ("text", "not a gpumem recording, or a damaged one"),
-        ("version", "written by a newer version .file format 99, this reads up to 4."),
+        ("version", "written by a newer version .file format 99, this reads up to 5."),
         ("empty", "no run is recorded in it"),
         ("pickle", "not a gpumem recording, or a damaged one"),
         ("columns", "not a gpumem recording, or a damaged one"),

@@ -75,8 +75,9 @@ class BlockTexts:
         tags = np.append(module | marks["micro_batch"].astype(np.int64) << 8 | marks["phase"], -1)
         tags = np.unique(tags, return_inverse=True)[1].ravel()
         key = tags[blocks["born_mark"]]
-        for column, most in ((blocks["category"], 64), (blocks["name"], len(trace.names) + 1)):
-            key = key * most + column + 1
+        for column, indexed in (("name", trace.names), ("pool", trace.pools)):
+            key = key * (len(indexed) + 1) + blocks[column] + 1
+        key = key * 64 + blocks["category"]
         # Without an operator or a shape a block of any size is alike; the text may not tell the size.
         self._key = key * (len(trace.descriptions) + 1) + ledger.made + 1
 

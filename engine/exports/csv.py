@@ -23,9 +23,10 @@ from .number_text import text_rows
 
 COLUMNS = (
     "run", "rank", "step", "event", "time_us", "allocated_bytes", "bytes", "slack_bytes", "category", "layer",
-    "owner", "operator", "dtype", "shape", "phase", "micro_batch", "module",
+    "owner", "operator", "dtype", "shape", "phase", "micro_batch", "module", "stream", "pool",
 )  # fmt: skip
-"""`phase`, `micro_batch` and `module` are where the block was made; empty if that was before the step."""
+"""`phase`, `micro_batch` and `module` are where the block was made; empty if that was before the step. `stream`
+and `pool` are those of the caching allocator that it is cut from; empty where there is none."""
 
 
 def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
@@ -60,7 +61,8 @@ def _write_run(run: ExportedRun, sink: Sink) -> None:
 def _described(block: LiveBlock, layer: str) -> bytes:
     shape = "x".join(map(str, block.shape))
     made = ("", "", "") if block.phase is Phase.IDLE else (block.phase.title, block.micro_batch, block.module)
-    return _line((block.category.key, layer, block.name, block.operator, block.dtype, shape, *made))
+    cut_from = (block.pool.stream, block.pool.name) if block.pool is not None else ("", "")
+    return _line((block.category.key, layer, block.name, block.operator, block.dtype, shape, *made, *cut_from))
 
 
 def _line(cells: Iterable[Any]) -> bytes:

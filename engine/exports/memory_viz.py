@@ -17,7 +17,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..events import Category, Phase
+from ..events import AllocatorPool, Category, Phase
 from ..ledger import Ledger, LiveBlock
 from .blocks import Actions, BlockTexts, chunks
 from .exported_run import ExportedRun, Format, Sink
@@ -41,8 +41,9 @@ LEGEND = {
 }
 """The viewer has ten colours: what has one of its own, or shares one. The category itself is in a block's details."""
 OTHERS = "workspace and others"
+_NO_POOL = AllocatorPool(0, "large")
 
-_PLACE = b'"addr":%,"size":%,"stream":0,"time_us":%'
+_PLACE = b'"addr":%,"size":%,"stream":%,"time_us":%'
 _ALLOC = b',{"action":"alloc",' + _PLACE + b","
 _FREE = b',{"action":"free_requested",' + _PLACE + b'},{"action":"free_completed",' + _PLACE + b"}"
 """A free is requested and completed at once."""
@@ -93,8 +94,9 @@ def _part(ledger: Ledger, details: BlockTexts, part: Actions, time: npt.NDArray[
     """The text of entries in order: each block's and, behind it, its slack's."""
     blocks = ledger.blocks[part.row]
     end = blocks["address"] + blocks["bytes"].astype("u8")
-    block = [digits(column) for column in (blocks["address"], blocks["bytes"], time)]
-    slack = [digits(end), digits(blocks["slack"]), block[2]]
+    stream = np.array([pool.stream for pool in (*ledger.trace.pools, _NO_POOL)])[blocks["pool"]]
+    block = [digits(column) for column in (blocks["address"], blocks["bytes"], stream, time)]
+    slack = [digits(end), digits(blocks["slack"]), *block[2:]]
     of_slack = _ALLOC + _text(Category.SLACK, {"category": Category.SLACK.key}, ())
     kinds = (
         (_FREE, block * 2),
@@ -151,8 +153,16 @@ def _segments(ledger: Ledger, details: BlockTexts, device: int) -> list[bytes]:
     in one, so they are the blocks' ranges, widened to what CUDA hands out.
     """
     blocks = ledger.blocks
-    if not len(blocks):
-        return []
+    return [
+        text
+        for number in np.unique(blocks["pool"]).tolist()
+        for text in _segments_of_pool(ledger, details, device, np.flatnonzero(blocks["pool"] == number))
+    ]
+
+
+def _segments_of_pool(ledger: Ledger, details: BlockTexts, device: int, rows: npt.NDArray[np.int64]) -> list[bytes]:
+    """Segments of the blocks of one pool, by their rows; there is at least one."""
+    blocks = ledger.blocks[rows]
     address = blocks["address"].astype(np.int64)
     low = address // SEGMENT * SEGMENT
     size, slack = blocks["bytes"], blocks["slack"]
@@ -164,16 +174,23 @@ def _segments(ledger: Ledger, details: BlockTexts, device: int) -> list[bytes]:
     alive = np.flatnonzero(blocks["died"] >= len(ledger.trace.events))
     alive = alive[np.argsort(address[alive], kind="stable")]
     cut = np.searchsorted(address[alive], np.append(low[begins], ends[-1]))
+    pool = (*ledger.trace.pools, _NO_POOL)[blocks["pool"][0]]
     return [
-        _segment(ledger, details, device, int(begin), int(end), alive[first:last])
+        _segment(ledger, details, device, pool, (int(begin), int(end)), rows[alive[first:last]])
         for begin, end, first, last in zip(low[begins], ends, cut[:-1], cut[1:], strict=True)
     ]
 
 
 def _segment(
-    ledger: Ledger, details: BlockTexts, device: int, begin: int, end: int, alive: npt.NDArray[np.int64]
+    ledger: Ledger,
+    details: BlockTexts,
+    device: int,
+    pool: AllocatorPool,
+    between: tuple[int, int],
+    alive: npt.NDArray[np.int64],
 ) -> bytes:
     """One segment with its blocks and the gaps between them."""
+    begin, end = between
     listed, at = [], begin
     rows = ledger.blocks[alive][["address", "bytes", "slack"]].tolist()
     for (address, size, slack), detail in zip(rows, details.of(alive), strict=True):
@@ -191,9 +208,9 @@ def _segment(
         "allocated_size": held,
         "active_size": held,
         "requested_size": requested,
-        "stream": 0,
-        "segment_type": "large",
-        "segment_pool_id": [0, 0],
+        "stream": pool.stream,
+        "segment_type": pool.size_class,
+        "segment_pool_id": pool.private,
         "is_expandable": False,
         "frames": [],
     }

@@ -5,10 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from ..events import AllocatorPool
 from .report import Pool
-
-DEFAULT_POOL = (0, 0)
-"""`segment_pool_id` of segments that are no private pool's."""
 
 
 def pools_of(segments: Iterable[Mapping[str, Any]]) -> tuple[Pool, ...]:
@@ -17,14 +15,14 @@ def pools_of(segments: Iterable[Mapping[str, Any]]) -> tuple[Pool, ...]:
     Args:
         segments: `segments` of the snapshot, of one device.
     """
-    free: dict[tuple[int, str], list[int]] = {}
+    free: dict[AllocatorPool, list[int]] = {}
     for segment in segments:
         sizes = [block["size"] for block in segment["blocks"] if block["state"] == "inactive"]
         if sizes:
-            free.setdefault((segment["stream"], _name(segment)), []).extend(sizes)
+            free.setdefault(pool_of(segment), []).extend(sizes)
     return by_bytes(
-        Pool(stream=stream, pool=pool, cached_bytes=sum(sizes), largest_free_block_bytes=max(sizes))
-        for (stream, pool), sizes in free.items()
+        Pool(stream=pool.stream, pool=pool.name, cached_bytes=sum(sizes), largest_free_block_bytes=max(sizes))
+        for pool, sizes in free.items()
     )
 
 
@@ -33,7 +31,7 @@ def by_bytes(pools: Iterable[Pool]) -> tuple[Pool, ...]:
     return tuple(sorted(pools, key=lambda pool: (-pool.cached_bytes, pool.stream, pool.pool)))
 
 
-def _name(segment: Mapping[str, Any]) -> str:
-    private = tuple(segment.get("segment_pool_id", DEFAULT_POOL))
-    name = str(segment["segment_type"])
-    return name if private == DEFAULT_POOL else f"{name} ({private[0]}, {private[1]})"
+def pool_of(segment: Mapping[str, Any]) -> AllocatorPool:
+    """The pool of one of a memory snapshot's segments."""
+    owner, number = segment.get("segment_pool_id", (0, 0))
+    return AllocatorPool(segment["stream"], str(segment["segment_type"]), (owner, number))

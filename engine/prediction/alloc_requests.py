@@ -20,7 +20,7 @@ class AllocRequests:
 
     Attributes:
         rows: dtype EVENT; the address is the block's number, and an allocation's
-            `slack` that of the stream it is made on. A row of 0 bytes tells the
+            `pool` that of the stream it is made on. A row of 0 bytes tells the
             allocator something: to give back what is cached or, with `slack`, that a
             model of so many bytes is about to be loaded; a negative `slack` that a
             kernel may take so many for as long as it runs.

@@ -1,16 +1,16 @@
-"""a list of requests played to the caching allocator: every block gets its place, and the traces their addresses."""
+"""A list of requests played to the caching allocator: every block gets its place, and the traces their addresses."""
 
 from __future__ import annotations
 
 import dataclasses
 from array import array
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
 
-from ..events import BLOCK, Counted, Phase, Recompute, StepTrace
+from ..events import BLOCK, SEGMENT, Counted, Phase, Recompute, StepTrace
 from .alloc_requests import AllocRequests
 from .caching_allocator import CachingAllocator
 
@@ -34,6 +34,24 @@ class Replayed:
     possible_peak_bytes: int
 
 
+Row = tuple[int, int, int, int, int, int]
+"""An event's fields."""
+
+
+class _Played(NamedTuple):
+    """Events that some rows became.
+
+    Attributes:
+        events: dtype EVENT.
+        begins: By row, where in them it begins; behind the last row, their number.
+        segments: dtype SEGMENT.
+    """
+
+    events: npt.NDArray[Any]
+    begins: npt.NDArray[np.int64]
+    segments: npt.NDArray[Any]
+
+
 class _Player:
     """One pass over a list of requests's rows."""
 
@@ -43,44 +61,48 @@ class _Player:
         self.allocated, self.reserved = array("q"), array("q")
         self.possible_peak_bytes = 0
 
-    def play(self, rows: npt.NDArray[Any]) -> tuple[npt.NDArray[Any], npt.NDArray[np.int64]]:
-        """Returns what became of the rows, and where in it each of them begins.
-
-        An instruction becomes nothing, or the block that warming up takes and gives back.
-        """
+    def play(self, rows: npt.NDArray[Any]) -> _Played:
+        """Returns what became of the rows: of an instruction nothing, or what warming up takes and gives back."""
         allocator, place = self.allocator, self.place
-        became: list[tuple[int, int, int, int, int]] = []
+        became: list[Row] = []
+        segments: list[tuple[int, int, int]] = []
         begins = []
-        for block, size, said, mark, time_us in rows.tolist():
+        for block, size, said, mark, time_us, stream in rows.tolist():
             begins.append(len(became))
             if size > 0:
-                address, handed_out = allocator.allocate(size, said)
+                address, handed_out = allocator.allocate(size, stream)
                 place[block] = address
-                became.append((address, size, handed_out - size, mark, time_us))
+                became.append((address, size, handed_out - size, mark, time_us, allocator.pool_of(address)))
             elif size < 0:
                 address = int(place[block])
+                pool = allocator.pool_of(address)
                 _, handed_out = allocator.free(address)
-                became.append((address, size, -size - handed_out, mark, time_us))
+                became.append((address, size, -size - handed_out, mark, time_us, pool))
             elif said < 0:
                 self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - said)
             elif said:
                 became += self._warm_up(said, mark, time_us)
             else:
                 allocator.empty_cache()
+            segments += ((begins[-1], *grown) for grown in allocator.grown())
             self.allocated.append(allocator.allocated_bytes)
             self.reserved.append(allocator.reserved_bytes)
-        return np.array(became, rows.dtype), np.array([*begins, len(became)], np.int64)
+        last = len(became) - 1
+        segments = [(min(event, last), pool, size) for event, pool, size in segments]
+        begins.append(len(became))
+        return _Played(np.array(became, rows.dtype), np.array(begins, np.int64), np.array(segments, SEGMENT))
 
-    def _warm_up(self, wanted: int, mark: int, time_us: int) -> list[tuple[int, int, int, int, int]]:
+    def _warm_up(self, wanted: int, mark: int, time_us: int) -> list[Row]:
         """transformers takes one large block for all weights from an empty cache and gives it back."""
         unused = self.allocator.reserved_bytes - self.allocator.allocated_bytes
         size = int((wanted - unused) // 2) * 2  # it counts in 16-bit elements
         if wanted - unused <= unused:
             return []
         address, handed_out = self.allocator.allocate(size)
+        pool = self.allocator.pool_of(address)
         self.allocator.free(address)
         slack = handed_out - size
-        return [(address, size, slack, mark, time_us), (address, -size, -slack, mark, time_us)]
+        return [(address, size, slack, mark, time_us, pool), (address, -size, -slack, mark, time_us, pool)]
 
 
 def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
@@ -98,20 +120,25 @@ def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
         player.play(requests.rows[done:start])
         done = start + len(trace.events)
         begin = np.array(allocator.alive(), BLOCK)
+        reserved_before = np.array(
+            [(-1, pool, size) for pool, size in enumerate(allocator.reserved_by_pool())], SEGMENT
+        )
         # Only those who are alive now have a place that anybody still asks for.
         owned = trace.owners["address"]
-        events, begins = player.play(trace.events)
+        events, begins, segments = player.play(trace.events)
         owners = trace.owners.copy()
         owners["address"] = player.place[owned]
         phases = tuple(s._replace(begin=int(begins[s.begin]), end=int(begins[s.end])) for s in trace.phases)
         placed = dataclasses.replace(trace, events=events, begin=begin, owners=owners, phases=phases)
         curve = placed.held_bytes
         peak = int(curve.max()) if trace.step else None
-        traces.append(dataclasses.replace(placed, counted=Counted(int(curve[-1]), peak)))
+        segments = np.concatenate([reserved_before, segments])
+        traces.append(dataclasses.replace(placed, counted=Counted(int(curve[-1]), peak), segments=segments))
         for span in phases:
             if span.phase is Phase.RECOMPUTE:
                 held = int(curve[span.end] - curve[span.begin])
                 recomputes.append(next(waiting)._replace(bytes=held))
     player.play(requests.rows[done:])
+    traces = [dataclasses.replace(trace, pools=allocator.pool_table) for trace in traces]
     allocated, reserved = np.array(player.allocated), np.array(player.reserved)
     return Replayed(traces, recomputes, allocated, reserved, player.possible_peak_bytes)

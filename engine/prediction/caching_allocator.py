@@ -12,7 +12,7 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 
 from ..allocator_settings import MIN_BLOCK_BYTES, AllocatorSettings
-from ..events import CacheState
+from ..events import AllocatorPool, CacheState
 from ..out_of_memory.pools import by_bytes
 from ..out_of_memory.report import Pool
 from ..tracing.block_layout import SMALL_BYTES, SMALL_SEGMENT_BYTES
@@ -57,10 +57,16 @@ class _Block:
 
 
 class _Pool:
-    """Free blocks of a stream in the order the allocator looks through them: by size, then by address."""
+    """Free blocks of a stream in the order the allocator looks through them: by size, then by address.
 
-    def __init__(self, stream: int, small: bool) -> None:
-        self.stream, self.small = stream, small
+    Attributes:
+        number: Of the allocator's pools.
+        reserved_bytes: Held from CUDA.
+    """
+
+    def __init__(self, number: int, stream: int, small: bool) -> None:
+        self.number, self.stream, self.small = number, stream, small
+        self.reserved_bytes = 0
         self.end: _Block | None = None  # the last of its expandable segment
         self.free: list[tuple[int, int]] = []
 
@@ -110,7 +116,7 @@ class CachingAllocator:
         self._lowest_address = LAST_ADDRESS
         self._pools: dict[tuple[int, bool], _Pool] = {}
         self._blocks: dict[int, _Block] = {}
-        self._streams: dict[int, int] = {}
+        self._grown: list[tuple[int, int]] = []
 
     def allocate(self, size: int, stream: int = DEFAULT_STREAM) -> tuple[int, int]:
         """Hand out a block; returns its address and its size.
@@ -131,8 +137,6 @@ class CachingAllocator:
             self._split(block, rounded)
         block.free, block.requested = False, size
         self.allocated_bytes += block.size
-        if stream != DEFAULT_STREAM:
-            self._streams[block.address] = stream
         return block.address, block.size
 
     def free(self, address: int) -> tuple[int, int]:
@@ -160,11 +164,31 @@ class CachingAllocator:
                 del self._blocks[block.address]
                 if block.pool.end is block:
                     block.pool.end = None
-                self.reserved_bytes -= block.size
+                self._grow(block.pool, -block.size)
 
-    def alive(self) -> list[tuple[int, int, int]]:
-        """Address, bytes asked for and bytes beyond them, of what is allocated."""
-        return [(b.address, b.requested, b.size - b.requested) for b in self._blocks.values() if not b.free]
+    def alive(self) -> list[tuple[int, int, int, int]]:
+        """Address, bytes asked for, bytes beyond them and the pool's number, of what is allocated."""
+        blocks = self._blocks.values()
+        return [(b.address, b.requested, b.size - b.requested, b.pool.number) for b in blocks if not b.free]
+
+    @property
+    def pool_table(self) -> tuple[AllocatorPool, ...]:
+        """The pools by number."""
+        pools = self._pools.values()
+        return tuple(AllocatorPool(pool.stream, "small" if pool.small else "large") for pool in pools)
+
+    def pool_of(self, address: int) -> int:
+        """Number of the pool of a block that is allocated."""
+        return self._blocks[address].pool.number
+
+    def reserved_by_pool(self) -> list[int]:
+        """Bytes held from CUDA by each pool, by number."""
+        return [pool.reserved_bytes for pool in self._pools.values()]
+
+    def grown(self) -> list[tuple[int, int]]:
+        """Pools that have taken memory or given it back since this was last asked, and how many bytes, in order."""
+        grown, self._grown = self._grown, []
+        return grown
 
     def pools(self) -> tuple[Pool, ...]:
         """Free blocks by stream, of its small pool and of its large one."""
@@ -178,10 +202,6 @@ class CachingAllocator:
             for pool in self._pools.values()
             if pool.free
         )
-
-    def stream_of(self, address: int) -> int:
-        """Stream of what has been allocated at an address: segments change neither."""
-        return self._streams.get(address, DEFAULT_STREAM)
 
     def cache(self) -> CacheState:
         """The state of the allocator now."""
@@ -203,7 +223,7 @@ class CachingAllocator:
 
     def _pool(self, stream: int, small: bool) -> _Pool:
         if (stream, small) not in self._pools:
-            self._pools[stream, small] = _Pool(stream, small)
+            self._pools[stream, small] = _Pool(len(self._pools), stream, small)
         return self._pools[stream, small]
 
     def _more(self, rounded: int, pool: _Pool) -> _Block:
@@ -211,7 +231,7 @@ class CachingAllocator:
         size = segment_bytes(rounded)
         if self.expandable:
             return self._expand(rounded, pool)
-        self._reserve(size)
+        self._reserve(size, pool)
         block = _Block(self._place(size), size, pool, None, None)
         self._blocks[block.address] = block
         return block
@@ -222,27 +242,31 @@ class CachingAllocator:
         end = pool.end
         there = end.size if end is not None and end.free else 0
         size = -(-(rounded - there) // page) * page
-        self._reserve(size)
+        self._reserve(size, pool)
         if end is not None and end.free:
             self._take_out(end)
             end.size += size
             return end
         # Each pool reserves more addresses than any device has memory.
-        first = FIRST_ADDRESS * (2 * pool.stream + (1 if pool.small else 2))
-        address = end.address + end.size if end is not None else first
+        address = end.address + end.size if end is not None else FIRST_ADDRESS * (pool.number + 1)
         block = _Block(address, size, pool, end, None)
         if end is not None:
             end.after = block
         self._blocks[address] = pool.end = block
         return block
 
-    def _reserve(self, size: int) -> None:
+    def _reserve(self, size: int, pool: _Pool) -> None:
         if self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes:
             self.empty_cache()
             if self.reserved_bytes + size > self.capacity_bytes:
                 raise OutOfMemoryError
-        self.reserved_bytes += size
+        self._grow(pool, size)
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
+
+    def _grow(self, pool: _Pool, size: int) -> None:
+        self.reserved_bytes += size
+        pool.reserved_bytes += size
+        self._grown.append((pool.number, size))
 
     def _below(self, size: int) -> int:
         self._lowest_address -= -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..events import StepTrace
-from .caching_allocator import CachingAllocator
+from .caching_allocator import DEFAULT_STREAM, CachingAllocator
 
 
 def expandable_reserved_bytes(trace: StepTrace) -> int:
@@ -14,11 +14,12 @@ def expandable_reserved_bytes(trace: StepTrace) -> int:
     """
     allocator = CachingAllocator(expandable=True)
     places: dict[int, int] = {}
-    for address, size, _ in sorted(trace.begin.tolist()):
-        places[address], _ = allocator.allocate(size)
-    for address, size, *_ in trace.events.tolist():
+    streams = (*(pool.stream for pool in trace.pools), DEFAULT_STREAM)  # the last: where no pool is known
+    for address, size, _, pool in sorted(trace.begin.tolist()):
+        places[address], _ = allocator.allocate(size, streams[pool])
+    for address, size, *_, pool in trace.events.tolist():
         if size > 0:
-            places[address], _ = allocator.allocate(size)
+            places[address], _ = allocator.allocate(size, streams[pool])
         elif (place := places.pop(address, None)) is not None:
             allocator.free(place)
     return allocator.peak_reserved_bytes

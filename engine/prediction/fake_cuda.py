@@ -20,7 +20,8 @@ from torch.distributed.tensor import DTensor
 
 from ..config import UserError
 from ..events import EVENT
-from ..tracing.op_tracker import OpTracker
+from ..tracing.op_tracker import OpTracker, Rows
+from ..tracing.recorder import columns
 from .alloc_requests import InputBlocks
 from .caching_allocator import DEFAULT_STREAM, rounded_bytes
 from .op_cache import op_cache
@@ -162,7 +163,7 @@ class FakeCuda(OpTracker):
         self._sizes[block] = size
         self._allocated += rounded_bytes(size)
         self._peak = max(self._peak, self._allocated)
-        self._row(block, size, self.stream)
+        self._row(block, size, stream=self.stream)
         return block
 
     def release(self, block: int) -> None:
@@ -179,9 +180,9 @@ class FakeCuda(OpTracker):
         """transformers is about to load so many bytes."""
         self._row(0, 0, wanted_bytes)
 
-    def _row(self, block: int, size: int, said: int = 0) -> None:
+    def _row(self, block: int, size: int, said: int = 0, stream: int = DEFAULT_STREAM) -> None:
         self._clock_us += 1
-        self._rows.extend((block, size, said, self._mark, self._clock_us))
+        self._rows.extend((block, size, said, self._mark, self._clock_us, stream))
 
     def scratch(self, *sizes: int, source: InputBlocks = 0) -> None:
         """Memory that a kernel takes and gives back before it returns.
@@ -257,20 +258,20 @@ class FakeCuda(OpTracker):
 
     # --- Recorder -----------------------------------------------------------
 
-    def start(self) -> array[int]:
+    def start(self) -> Rows:
         """Begin a trace; what is alive is in the rows before."""
         self._drained = len(self._rows)
         self.starts.append(self._drained // _WIDTH)
-        return array("q")
+        return array("q"), array("q")
 
-    def drain(self) -> array[int]:
+    def drain(self) -> Rows:
         """Rows since the last drain; they are all kept."""
         rows, self._drained = self._rows[self._drained :], len(self._rows)
-        return rows
+        return rows, array("q")
 
     def rows(self) -> npt.NDArray[Any]:
         """All requests, dtype EVENT; see `AllocRequests`."""
-        return self.events(self._rows)
+        return columns(self._rows, EVENT)
 
     def address(self, tensor: torch.Tensor) -> int:
         """The block's number; 0 for what is on the host."""

@@ -25,9 +25,10 @@ def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> N
     """
     successors = successors_of(before, last)
     now: dict[int, int] = {}
-    for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
+    events = (last.events[column].tolist() for column in ("address", "bytes", "pool"))
+    for address, size, pool in zip(*events, strict=True):
         if size > 0:
-            now[address] = allocator.allocate(size, allocator.stream_of(address))[0]
+            now[address] = allocator.allocate(size, last.pools[pool].stream)[0]
         elif address in now:
             allocator.free(now.pop(address))
         elif address in successors:

@@ -104,6 +104,7 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
     alive = np.array(snapshot.alive.get(device, []), np.int64).reshape(-1, 5)
     is_alloc, exact = table[:, 0] == ALLOC, snapshot.says_owners
     events = np.zeros(len(table), EVENT)
+    events["pool"] = -1
     events["address"], events["time_us"] = table[:, 1], table[:, 3]
     events["bytes"] = np.where(is_alloc, table[:, 2], -table[:, 2])
     events["slack"] = 0 if exact else np.where(is_alloc, 1, -1) * (-table[:, 2] % ROUNDED)
@@ -113,6 +114,7 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
     stacks, said = table[:, 4], table[:, 5]
     kinds = tags.of(np.concatenate([stacks, begin[:, 3]]), np.concatenate([said, begin[:, 4]]))
     blocks = np.zeros(len(begin), BLOCK)
+    blocks["pool"] = -1
     blocks["address"], blocks["bytes"], blocks["slack"] = begin[:, 0], begin[:, 1], begin[:, 2]
     return Columns(events, blocks, kinds)
 
@@ -211,7 +213,7 @@ def _step(
     marks["micro_batch"][1:] = micro
     before = blocks[blocks["born"] < begin]
     alive = np.zeros(len(before), BLOCK)
-    for column in ("address", "bytes", "slack"):
+    for column in ("address", "bytes", "slack", "pool"):
         alive[column] = before[column]
     owned = np.flatnonzero(known >= 0)
     owners = np.zeros(len(owned), OWNER)

@@ -7,20 +7,20 @@ some 8,000 events on the thread that reads. Nothing here allocates on the GPU.
 from __future__ import annotations
 
 from array import array
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
-from typing import Any, Literal
+from types import MappingProxyType
+from typing import Any, Literal, NamedTuple
 
-import numpy.typing as npt
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..events import BLOCK, EVENT, CacheState
+from ..events import BLOCK, EVENT, SEGMENT, AllocatorPool, CacheState
 from ..out_of_memory.observer import listen
-from ..out_of_memory.pools import pools_of
+from ..out_of_memory.pools import pool_of, pools_of
 from ..out_of_memory.refusal import OnRefused, Refused
 from .block_layout import BlockLayout
-from .recorder import columns
+from .recorder import Seen, columns
 
 # A step of the 1.3B model makes 6,000 to 8,700 entries; the ring must not wrap.
 MAX_ENTRIES = 4_000_000
@@ -28,7 +28,21 @@ MAX_ENTRIES = 4_000_000
 # The counter moves when a free is requested, so that is the event to follow. When the
 # block can be handed out again matters only where other streams may still be at it.
 SKIPPED = ["free_completed", "snapshot"]
-SKIPPED_OF_RANKS = ["snapshot"]
+SKIPPED_OF_STREAMS = ["snapshot"]
+
+
+class Drained(NamedTuple):
+    """A part of the allocator's trace.
+
+    Attributes:
+        entries: In order.
+        deferred: Whether they say when frees are completed.
+        private: Identity of the private pool that a segment is of, by its address; the entries do not say it.
+    """
+
+    entries: Sequence[dict[str, Any]] = ()
+    deferred: bool = False
+    private: Mapping[int, tuple[int, int]] = MappingProxyType({})
 
 
 class AllocatorTrace:
@@ -48,7 +62,8 @@ class AllocatorTrace:
         self.device = device
         self._index = device.index or 0
         _use_cublas(device)
-        self._layout = BlockLayout(self._snapshot()["segments"])
+        self._pools: dict[AllocatorPool, int] = {}
+        self._layout = BlockLayout(self._snapshot()["segments"], pools=self._pools)
         self.workspaces = tuple(address for address, *_ in self._layout.alive())
         self._recording = self._deferred = False
         self.cache: CacheState | None = None
@@ -56,6 +71,11 @@ class AllocatorTrace:
         self._total_bytes = int(torch.cuda.get_device_properties(device).total_memory)
         self._on_refused: OnRefused | None = None
         self._end_listening: Callable[[], None] = lambda: None
+
+    @property
+    def pools(self) -> tuple[AllocatorPool, ...]:
+        """Pools by number, as far as they have come up."""
+        return tuple(self._pools)
 
     @property
     def on_refused(self) -> OnRefused | None:
@@ -79,32 +99,45 @@ class AllocatorTrace:
         self._deferred = torch.distributed.is_available() and torch.distributed.is_initialized()
         self._record("all")
         self._recording = True
-        return self.holding()
+        held = self.holding()
+        if not self._deferred and _several_streams(held):
+            self._deferred = True
+            self._record("all")
+            held = self.holding()
+        return held
 
     def holding(self) -> list[dict[str, Any]]:
         """The segments and blocks of the allocator."""
         segments: list[dict[str, Any]] = self._snapshot()["segments"]
         return segments
 
-    def drain(self) -> list[dict[str, Any]]:
+    def drain(self) -> Drained:
         """Read the trace and empty it."""
-        entries: list[dict[str, Any]] = self._snapshot()["trace"]
+        snapshot, deferred = self._snapshot(), self._deferred
+        self._deferred = deferred or _several_streams(snapshot["segments"])
         self._record("all")
-        return entries
+        pools = ((segment["address"], pool_of(segment).private) for segment in snapshot["segments"])
+        return Drained(snapshot["trace"], deferred, {address: private for address, private in pools if any(private)})
 
-    def alive(self, started: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
-        """Blocks the allocator holds."""
+    def alive(self, started: list[dict[str, Any]] | None) -> Seen:
+        """Blocks the allocator holds, and what each pool does."""
         self._newest = None
         if started is not None:
-            self._layout = BlockLayout(started, self._deferred)
-        return columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK)
+            self._layout = BlockLayout(started, self._deferred, self._pools)
+        held = ((-1, pool, size) for pool, size in self._layout.reserved().items())
+        return Seen(
+            columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK),
+            columns(array("q", chain.from_iterable(held)), SEGMENT),
+        )
 
-    def events(self, drained: list[dict[str, Any]] | None) -> npt.NDArray[Any]:
-        """The trace, with the slack of every block."""
-        highest = _highest(drained or ())
-        rows = array("q")
+    def events(self, drained: Drained | None) -> Seen:
+        """The trace, with the slack and the pool of every block."""
+        entries, deferred, private = drained or Drained()
+        highest = _highest(entries)
+        self._layout.deferred = deferred
+        rows, segments, made = array("q"), array("q"), 0
         add, allocate, free = rows.extend, self._layout.allocate, self._layout.free
-        for index, entry in enumerate(drained or ()):
+        for index, entry in enumerate(entries):
             if index == highest:
                 self._look_at_cache()
             action, size = entry["action"], entry["size"]
@@ -112,16 +145,20 @@ class AllocatorTrace:
                 continue
             address = entry["addr"]
             if action == "alloc":
-                slack = allocate(address, size) - size
-                add((address, size, slack, int(entry["user_metadata"] or -1), entry["time_us"]))
+                block, pool = allocate(address, size, entry["stream"])
+                add((address, size, block - size, int(entry["user_metadata"] or -1), entry["time_us"], pool))
+                made += 1
             elif action == "free_requested":
-                size, block = free(address, size)
-                add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"]))
+                size, block, pool = free(address, size)
+                add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"], pool))
+                made += 1
             else:
-                self._layout.follow(action, address, size)
-        if highest == len(drained or ()):
+                grown = self._layout.follow(action, address, size, entry["stream"], private.get(address, (0, 0)))
+                if grown is not None:
+                    segments.extend((made, *grown))
+        if highest == len(entries):
             self._look_at_cache()
-        return columns(rows, EVENT)
+        return Seen(columns(rows, EVENT), columns(segments, SEGMENT))
 
     def _look_at_cache(self) -> None:
         """Keep what the allocator is like if it has handed out more than ever since the trace began."""
@@ -173,7 +210,7 @@ class AllocatorTrace:
             stacks="python",
             max_entries=MAX_ENTRIES,
             clear_history=True,
-            skip_actions=SKIPPED_OF_RANKS if self._deferred else SKIPPED,
+            skip_actions=SKIPPED_OF_STREAMS if self._deferred else SKIPPED,
         )
 
     def stamp(self, mark: int) -> None:
@@ -228,6 +265,11 @@ class EventTimer:
         """Milliseconds; waits until the GPU has passed the end."""
         self._ended.synchronize()
         return float(self._began.elapsed_time(self._ended))
+
+
+def _several_streams(segments: Sequence[dict[str, Any]]) -> bool:
+    """True if blocks of more than one stream are there: only then may a free wait for a stream."""
+    return len({segment["stream"] for segment in segments}) > 1
 
 
 def _highest(entries: Sequence[dict[str, Any]]) -> int:

@@ -19,9 +19,22 @@ import numpy as np
 import numpy.typing as npt
 
 from ..allocation_keys import allocation_keys
-from ..events import BLOCK, COMPLETE, MADE, MARK, OWNER, Counted, Ending, Made, Phase, PhaseSpan, StepTrace
+from ..events import (
+    BLOCK,
+    COMPLETE,
+    EVENT,
+    MADE,
+    MARK,
+    OWNER,
+    Counted,
+    Ending,
+    Made,
+    Phase,
+    PhaseSpan,
+    StepTrace,
+)
 from .buckets import Buckets, name_buckets
-from .recorder import Raw, Recorder, columns
+from .recorder import Raw, Recorder, Seen, columns
 
 Publish = Callable[[StepTrace], None]
 
@@ -106,8 +119,8 @@ class Assembler:
         self._recorder, self._publish = recorder, publish
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="assembly")
         self._pending: deque[Future[None]] = deque()
-        self._begin = np.empty(0, BLOCK)
-        self._chunks: list[npt.NDArray[Any]] = []
+        self._begin = Seen(np.empty(0, BLOCK))
+        self._so_far = Seen(np.empty(0, EVENT))
         self._made = np.empty(0, MADE)
 
     def begin(self, started: Raw) -> None:
@@ -149,7 +162,8 @@ class Assembler:
 
     def _start(self, started: Raw) -> None:
         began = time.thread_time()
-        self._begin, self._chunks = self._recorder.alive(started), []
+        self._begin = self._recorder.alive(started)
+        self._so_far = Seen(np.empty(0, EVENT), self._begin.segments)
         self.cost_s += time.thread_time() - began
 
     def _assemble(self, taken: Taken) -> None:
@@ -159,8 +173,8 @@ class Assembler:
         self._publish(trace)
 
     def _trace(self, taken: Taken) -> StepTrace:
-        self._chunks = [np.concatenate([*self._chunks, self._recorder.events(taken.drained)])]
-        events, marks = self._chunks[0].copy(), _marks(taken.marks)
+        self._so_far = _joined(self._so_far, self._recorder.events(taken.drained))
+        events, marks = self._so_far.rows.copy(), _marks(taken.marks)
         events["mark"] = _settled(events["mark"] - taken.first_mark)
         if taken.ending is COMPLETE and taken.operators:
             self._made = _learned(events, marks, taken)
@@ -168,7 +182,7 @@ class Assembler:
             step=taken.number,
             events=events,
             marks=marks,
-            begin=self._begin,
+            begin=self._begin.rows,
             owners=np.concatenate([*taken.fixed, columns(taken.owners, OWNER)]),
             names=taken.names,
             phases=_spans(taken, events["mark"]),
@@ -177,8 +191,24 @@ class Assembler:
             counted=taken.counted,
             made=self._made,
             descriptions=taken.descriptions,
+            segments=_before_the_end(self._so_far.segments, len(events)),
+            pools=self._recorder.pools,
         )
         return name_buckets(trace, taken.buckets) if taken.buckets else trace
+
+
+def _joined(before: Seen, after: Seen) -> Seen:
+    """Rows of two parts of a step, one after the other."""
+    segments = after.segments.copy()
+    segments["event"] += len(before.rows)
+    return Seen(np.concatenate([before.rows, after.rows]), np.concatenate([before.segments, segments]))
+
+
+def _before_the_end(segments: npt.NDArray[Any], events: int) -> npt.NDArray[Any]:
+    """Segments of a step of so many events: what happened after the last counts to it."""
+    segments = segments.copy()
+    segments["event"] = np.minimum(segments["event"], events - 1)
+    return segments
 
 
 def _settled(marks: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:

@@ -11,33 +11,40 @@ import time
 import weakref
 from array import array
 from collections import deque
-from typing import Any
+from typing import Any, TypeAlias
 
-import numpy.typing as npt
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ..events import BLOCK, EVENT, CacheState
+from ..events import BLOCK, EVENT, SEGMENT, AllocatorPool, CacheState
 from ..out_of_memory.refusal import OnRefused, Refused
 from ..out_of_memory.report import size_text
 from ..prediction.caching_allocator import CachingAllocator, rounded_bytes, segment_bytes
 from ..prediction.caching_allocator import OutOfMemoryError as NoRoomError
-from .recorder import columns
+from .recorder import Seen, columns
 from .storages import parts_of
 
 CACHE_EVERY = 1.02
 """Times the peak has to grow until the allocator's model is looked at again."""
 
 
+_WIDTH = len(EVENT.names or ())
+_NO_POOL = -1
+
+Rows: TypeAlias = "tuple[array[int], array[int]]"
+"""Fields of events or blocks, row after row, and those of segments."""
+
+
 class _StorageRef(weakref.ref[Any]):
     """A storage, while it is alive and to be told from others when it no longer is."""
 
-    __slots__ = ("address", "block", "bytes", "slack")
+    __slots__ = ("address", "block", "bytes", "pool", "slack")
     address: int
     bytes: int
     slack: int
     block: int
+    pool: int
 
 
 class OpTracker(TorchDispatchMode):
@@ -67,7 +74,7 @@ class OpTracker(TorchDispatchMode):
         self._allocator = CachingAllocator(memory_limit_bytes) if memory_limit_bytes else None
         self._alive: dict[int, _StorageRef] = {}
         self._dead: deque[_StorageRef] = deque()
-        self._rows = array("q")
+        self._rows, self._segments = array("q"), array("q")
         self._mark = 0
         self._counting = threading.RLock()  # the gauge's thread takes in deaths as well
         self._allocated = 0
@@ -142,19 +149,20 @@ class OpTracker(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage, forced: bool) -> None:
         """Count a storage that is new."""
         address, size = storage._cdata, storage.nbytes()
-        block, slack = self._place(size, forced) if self._allocator is not None else (0, 0)
+        block, slack, pool = self._place(size, forced) if self._allocator is not None else (0, 0, _NO_POOL)
         # A method written in C: in a callback of Python's own, an interrupt of the user's would be lost.
         self._alive[address] = reference = _StorageRef(storage, self._dead.append)
         reference.address, reference.bytes, reference.block, reference.slack = address, size, block, slack
+        reference.pool = pool
         self._allocated += size + slack
         if self._allocated > self._peak:
             self._peak = self._allocated
             if self._allocator is not None and self._peak > self._cache_next:
                 self.cache, self._cache_next = self._allocator.cache(), self._peak * CACHE_EVERY
-        self._rows.extend((address, size, slack, self._mark, time.time_ns() // 1000))
+        self._rows.extend((address, size, slack, self._mark, time.time_ns() // 1000, pool))
 
-    def _place(self, size: int, forced: bool) -> tuple[int, int]:
-        """The block that the allocator would hand out, and its bytes beyond those asked for."""
+    def _place(self, size: int, forced: bool) -> tuple[int, int, int]:
+        """The block that the allocator would hand out, its bytes beyond those asked for, and its pool's number."""
         allocator = self._allocator
         assert allocator is not None
         limit = allocator.capacity_bytes
@@ -164,7 +172,9 @@ class OpTracker(TorchDispatchMode):
             block, handed_out = allocator.allocate(size)
         finally:
             allocator.capacity_bytes = limit
-        return block, handed_out - size
+            for grown in allocator.grown():
+                self._segments.extend((len(self._rows) // _WIDTH, *grown))
+        return block, handed_out - size, allocator.pool_of(block)
 
     def _refused(self, operator: str, tensor: torch.Tensor) -> Refused:
         allocator, asked = self._allocator, max(part.untyped_storage().nbytes() for part in parts_of(tensor))
@@ -200,39 +210,48 @@ class OpTracker(TorchDispatchMode):
             self._allocator.free(reference.block)
         size, slack = reference.bytes, reference.slack
         self._allocated -= size + slack
-        self._rows.extend((reference.address, -size, -slack, self._mark, time.time_ns() // 1000))
+        self._rows.extend((reference.address, -size, -slack, self._mark, time.time_ns() // 1000, reference.pool))
 
     # --- Recorder -----------------------------------------------------------
 
-    def start(self) -> array[int]:
+    @property
+    def pools(self) -> tuple[AllocatorPool, ...]:
+        """Pools of the allocator's model; none where memory is not limited."""
+        return self._allocator.pool_table if self._allocator is not None else ()
+
+    def start(self) -> Rows:
         """Begin a trace; what is alive goes on being known."""
         alive = self.holding()
-        del self._rows[:]
+        del self._rows[:], self._segments[:]
         return alive
 
-    def holding(self) -> array[int]:
-        """Blocks alive."""
-        alive = array("q")
+    def holding(self) -> Rows:
+        """Blocks alive, and what each pool holds."""
+        alive, held = array("q"), array("q")
         with self._counting:
             self._count_dead()
             for address, reference in self._alive.items():
-                alive.extend((address, reference.bytes, reference.slack))
-        return alive
+                alive.extend((address, reference.bytes, reference.slack, reference.pool))
+            for pool, size in enumerate(self._allocator.reserved_by_pool() if self._allocator is not None else ()):
+                held.extend((-1, pool, size))
+        return alive, held
 
-    def drain(self) -> array[int]:
+    def drain(self) -> Rows:
         """Events since the last drain."""
         with self._counting:
             self._count_dead()
-            rows, self._rows = self._rows, array("q")
-        return rows
+            drained = self._rows, self._segments
+            self._rows, self._segments = array("q"), array("q")
+        return drained
 
-    def alive(self, started: array[int]) -> npt.NDArray[Any]:
+    def alive(self, started: Rows) -> Seen:
         """Blocks as columns."""
-        return columns(started, BLOCK)
+        return Seen(columns(started[0], BLOCK), columns(started[1], SEGMENT))
 
-    def events(self, drained: array[int]) -> npt.NDArray[Any]:
+    def events(self, drained: Rows | None) -> Seen:
         """Events as columns."""
-        return columns(drained, EVENT)
+        rows, segments = drained or (array("q"), array("q"))
+        return Seen(columns(rows, EVENT), columns(segments, SEGMENT))
 
     def stop(self) -> None:
         """Nothing to do: it records for as long as it is entered."""

@@ -3,17 +3,29 @@
 from __future__ import annotations
 
 from array import array
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..events import CacheState
+from ..events import SEGMENT, AllocatorPool, CacheState
 from ..out_of_memory.refusal import OnRefused
 
 Raw = Any
 """A recorder's own form of what it saw: taken on the engine's thread, read on another."""
+
+
+class Seen(NamedTuple):
+    """Rows made of what a recorder saw.
+
+    Attributes:
+        rows: dtype BLOCK: what is alive; or dtype EVENT: what has happened.
+        segments: dtype SEGMENT: likewise; events are counted from the first of `rows`.
+    """
+
+    rows: npt.NDArray[Any]
+    segments: npt.NDArray[Any] = np.empty(0, SEGMENT)
 
 
 class Recorder(Protocol):
@@ -32,6 +44,11 @@ class Recorder(Protocol):
     cache: CacheState | None
     on_refused: OnRefused | None
 
+    @property
+    def pools(self) -> tuple[AllocatorPool, ...]:
+        """Pools of the caching allocator, by the numbers that rows have; none where there is no such allocator."""
+        ...
+
     def start(self) -> Raw:
         """Begin recording; what is alive, as cheaply as it can be had."""
         ...
@@ -40,16 +57,16 @@ class Recorder(Protocol):
         """Raw events since `start` or the last drain, as cheaply as they can be had."""
         ...
 
-    def alive(self, started: Raw) -> npt.NDArray[Any]:
-        """Blocks alive at `start`, made of what it returned: dtype BLOCK; on another thread, in the order taken."""
+    def alive(self, started: Raw) -> Seen:
+        """Blocks and pools at `start`, made of what it returned; on another thread, in the order taken."""
         ...
 
     def holding(self) -> Raw:
         """Blocks alive, as `start` returns them, without beginning to record."""
         ...
 
-    def events(self, drained: Raw) -> npt.NDArray[Any]:
-        """Events made of what `drain` returned: dtype EVENT, `mark` as stamped; on that thread too."""
+    def events(self, drained: Raw) -> Seen:
+        """Events made of what `drain` returned, `mark` as stamped; on that thread too."""
         ...
 
     def stop(self) -> None:

@@ -33,13 +33,14 @@ def synthetic(events: int, seed: int = 0) -> StepTrace:
     # Two in three live for an instant; the others are freed in backward, last made first freed.
     order = np.concatenate([np.arange(n) * 2, np.where(kept, 4 * n - np.arange(n), np.arange(n) * 2 + 1)])
     position = np.argsort(np.argsort(order, kind="stable"), kind="stable")
+    rows["pool"] = -1
     rows["address"][position] = np.concatenate([address, address])
     rows["bytes"][position] = np.concatenate([sizes, -sizes])
     marks = np.zeros(1000, MARK)
     marks["phase"] = np.where(np.arange(1000) < 500, Phase.FORWARD, Phase.BACKWARD)
     marks["module"] = np.arange(1000) % 290
     rows["mark"] = np.linspace(0, 999, 2 * n).astype(np.int64)
-    begin = np.array([(10**12 + i, 1 << 20, 0) for i in range(300)], BLOCK)
+    begin = np.array([(10**12 + i, 1 << 20, 0, -1) for i in range(300)], BLOCK)
     owners = np.array([(10**12 + i, 0, Category.PARAMETERS, i % 290, -1) for i in range(300)], OWNER)
     names = tuple(f"model.layers.{i // 12}.part{i % 12}" for i in range(290))
     return StepTrace(1, rows, marks, begin, owners, names, ())
