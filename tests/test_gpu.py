@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import operator
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import groupby
@@ -16,9 +17,13 @@ from gpumem_tui.engine import techniques
 from gpumem_tui.engine.allocator_settings import MIN_BLOCK_BYTES
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.device import environment
-from gpumem_tui.engine.events import Category, Phase, StepTrace
+from gpumem_tui.engine.events import EVENT, MARK, OWNER, AllocatorPool, Category, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.out_of_memory.pools import pool_of
 from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunFailed, StepEnded
+from gpumem_tui.engine.trace_check import check as check_trace
+from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace
+from gpumem_tui.engine.tracing.recorder import Seen
 from gpumem_tui.engine.weights.quantizable import quantizable_modules
 from gpumem_tui.engine.weights.random_weights import random_model
 from gpumem_tui.engine.weights.schemes import registry
@@ -130,33 +135,101 @@ def test_paged_state_has_a_ledger_of_its_own(engine: Engine) -> None:
     assert any("nothing was paged" in m.text for m in small if isinstance(m, Note))
 
 
-def test_the_blocks_are_the_allocators_own_when_a_step_ends(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """PyTorch's own snapshot, taken where the trace is read: the same blocks, the same sum."""
+def pools_in(segments: list[dict[str, Any]]) -> dict[AllocatorPool, tuple[int, int, int]]:
+    """Bytes reserved, allocated and beyond what was asked for, of each pool in a snapshot of PyTorch's."""
+    found: dict[AllocatorPool, tuple[int, int, int]] = {}
+    for segment in segments:
+        used = [block for block in segment["blocks"] if block["state"] == "active_allocated"]
+        allocated = sum(block["size"] for block in used)
+        sizes = segment["total_size"], allocated, allocated - sum(block["requested_size"] for block in used)
+        before = found.get(pool_of(segment), (0, 0, 0))
+        found[pool_of(segment)] = tuple(map(operator.add, before, sizes))  # type: ignore[assignment]
+    return found
+
+
+def pools_at_the_end(trace: StepTrace) -> dict[AllocatorPool, tuple[int, int, int]]:
+    """Likewise of each pool that holds something as a trace ends."""
+    pools = Ledger(trace).pools(len(trace.events) - 1)
+    return {pool: tuple(sizes) for pool, *sizes in pools if sizes[0]}  # type: ignore[misc]
+
+
+def test_streams_and_private_pools_are_told_apart_as_the_allocator_does() -> None:
+    """Blocks of two streams and of a `MemPool`, given up while the other stream is at them, read in two parts."""
+    device, side, private = torch.device("cuda", 0), torch.cuda.Stream(), torch.cuda.MemPool()
+    torch.cuda.empty_cache()
+    recorder = AllocatorTrace(device)
+    begin = recorder.alive(recorder.start())
+    parts = [Seen(np.empty(0, EVENT), begin.segments)]
+    for round_ in range(2):
+        with torch.cuda.stream(side):
+            lent = [torch.empty(size, device=device) for size in (1000, 3 << 20, (11 << 20) - 300)]
+            lent[1].add_(1)
+        torch.cuda.current_stream().wait_stream(side)
+        for tensor in lent:
+            torch.cuda._sleep(1_000_000)
+            tensor.record_stream(torch.cuda.current_stream())
+        with torch.cuda.use_mem_pool(private):
+            kept = [torch.empty(size, device=device) for size in (700, (6 << 20) + round_)]
+        held = [torch.empty((1 << 20) + 700 * n, device=device) for n in range(4)]
+        del lent[1], kept[0], held[:2]
+        seen = recorder.events(recorder.drain())
+        seen.segments["event"] += sum(len(part.rows) for part in parts)
+        parts.append(seen)
+        events, segments = (np.concatenate(columns) for columns in zip(*parts, strict=True))
+        events["mark"] = 0
+        segments["event"] = np.minimum(segments["event"], len(events) - 1)
+        trace = StepTrace(1, events, np.zeros(1, MARK), begin.rows, np.empty(0, OWNER), ("",), (),
+                          segments=segments, pools=recorder.pools)  # fmt: skip
+        check_trace(trace)
+        expected = pools_in(torch.cuda.memory_snapshot())
+        assert pools_at_the_end(trace) == expected
+        assert {0, side.cuda_stream} == {pool.stream for pool in expected}
+        assert len({pool.private for pool in expected}) == 2
+    recorder.stop()
+    torch.cuda.synchronize()
+    del lent, kept, held, private
+    torch.cuda.empty_cache()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{"checkpointing": "layers", "accumulation": 2}, {"offload": "activations", "offload.stream": True}],
+    ids=str,
+)
+def test_the_blocks_are_the_allocators_own_when_a_step_ends(
+    engine: Engine, settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """PyTorch's own snapshot, taken where the trace is read: the same blocks, and the same sums of every pool."""
     engine.run(small_run())
     recorder = engine.session._recorder
     assert recorder is not None
     drain = recorder.drain
-    taken: list[tuple[int, list[tuple[int, int]]]] = []
+    taken: list[tuple[int, list[tuple[int, int]], dict[AllocatorPool, tuple[int, int, int]]]] = []
 
     def drained() -> Any:
+        segments = torch.cuda.memory_snapshot()
         blocks = [
             (block["address"], block["requested_size"], block["size"])
-            for segment in torch.cuda.memory_snapshot()
+            for segment in segments
             for block in segment["blocks"]
             if block["state"] == "active_allocated"
         ]
         assert sum(size for *_, size in blocks) == torch.cuda.memory_allocated()
-        taken.append((torch.cuda.memory_allocated(), sorted((address, asked) for address, asked, _ in blocks)))
+        known = sorted((address, asked) for address, asked, _ in blocks)
+        taken.append((torch.cuda.memory_allocated(), known, pools_in(segments)))
         return drain()
 
     monkeypatch.setattr(recorder, "drain", drained)
-    assert engine.run(small_run(checkpointing="layers", accumulation=2, steps=3))["failure"] is None
+    assert engine.run(small_run(**settings, steps=3))["failure"] is None
     assert len(engine.traces) == len(taken) == 4
-    for trace, (allocated, blocks) in zip(engine.traces, taken, strict=True):
+    for trace, (allocated, blocks, pools) in zip(engine.traces, taken, strict=True):
         ledger = Ledger(trace)
         alive = ledger.alive(len(trace.events) - 1)
         assert sorted(zip(alive["address"].tolist(), alive["bytes"].tolist(), strict=True)) == blocks
         assert int(ledger.total[-1]) == allocated
+        assert pools_at_the_end(trace) == pools
+    if settings.get("offload.stream"):
+        assert len({pool.stream for pool in taken[-1][-1]}) == 2
 
 
 def test_out_of_memory_ends_the_run_and_says_what_filled_the_gpu(engine: Engine) -> None:
