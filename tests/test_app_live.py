@@ -7,10 +7,11 @@ from collections.abc import Sequence
 from dataclasses import replace
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, CacheState, Category, Phase
+from gpumem_tui.engine.events import CATEGORIES, SEGMENT, AllocatorPool, CacheState, Category, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.draw import wrap
@@ -346,6 +347,24 @@ async def test_the_edge_is_the_largest_usable_block_and_gaps_are_shown_where_the
         show = app.app.state.unit.show
         assert f"in gaps at the peak {show(total // 60)} of {show(small.reserved_bytes)} reserved" in line
         assert f"expandable segments: ~{show(100 * MIB - small.reserved_bytes)}" in line
+
+
+async def test_what_is_cached_is_told_by_stream_where_there_is_more_than_one() -> None:
+    source = trained()
+    trace = source.run.traces()[-1]
+    pools = AllocatorPool(0, "small"), AllocatorPool(0, "large"), AllocatorPool(139876, "large")
+    held = np.array([(-1, 0, 2 * MIB), (-1, 1, 60 * MIB), (-1, 2, 20 * MIB)], SEGMENT)
+    async with shown(source, (100, 30)) as app:
+        assert "by stream" not in app.text
+        source.feed.publish_trace(replace(trace, step=trace.step + 1, segments=held[:2], pools=pools[:2]))
+        await app.tick()
+        assert "by stream" not in app.text, "a small pool and a large one of one stream"
+        source.feed.publish_trace(replace(trace, step=trace.step + 2, segments=held, pools=pools))
+        await app.tick()
+        show = app.app.state.unit.show
+        stream, other = show(62 * MIB), show(20 * MIB)
+        row = f"cached by stream at the peak  default {stream} of {stream}  stream 1 {other} of {other}"
+        assert row in app.text
 
 
 async def test_the_figures_of_the_device_are_of_one_instant() -> None:

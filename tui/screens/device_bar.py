@@ -83,6 +83,7 @@ def device_rows(
     if environment is None or gauge is None:
         text = "The engine is starting." if environment is None else f"{environment.device}  {environment.device_name}"
         rows = [Row().add(f" {text}", palette.dim), Row(), Row()]
+        rows += _by_stream(state, palette, width)
         return rows + _on_host(state, state.run.pinned_bytes, palette, width)  # of a prediction nothing is read
     unit = state.unit
     sizes = state.latest if state.current else None
@@ -103,7 +104,7 @@ def device_rows(
     rows = [title, bar_row, _figures(state, palette, allocated, rest, width)]
     if gauge.cache is not None and gauge.cache.gaps_bytes > LEAST_GAPS * gauge.device_total_bytes:
         rows.append(_gaps(state, gauge.cache, palette, width, expandable))
-    return rows + _on_host(state, gauge.pinned_bytes, palette, width)
+    return rows + _by_stream(state, palette, width) + _on_host(state, gauge.pinned_bytes, palette, width)
 
 
 def _on_host(state: ViewState, pinned: int, palette: Palette, width: int) -> list[Row]:
@@ -140,6 +141,32 @@ def _gaps(
         text = f"  expandable segments: ~{unit.full(reserved - cache.reserved_bytes)}"
         row.add(text if row.width + len(text) < width else "", palette.accent)
     return row
+
+
+def _by_stream(state: ViewState, palette: Palette, width: int) -> list[Row]:
+    """Cached bytes of each stream at the latest complete step's peak; no row where there is one stream only.
+
+    The allocator gives what is freed to its own stream, so none of them has use of another's.
+    """
+    pools = state.complete.pools_at_peak if state.complete is not None else []
+    numbers = {
+        stream: number for number, stream in enumerate(dict.fromkeys([0, *(held.pool.stream for held in pools)]))
+    }
+    streams: dict[str, tuple[int, int]] = {}
+    for held in pools:
+        name = f"stream {numbers[held.pool.stream]}" if held.pool.stream else "default"
+        name += f" {held.pool.private}" if any(held.pool.private) else ""
+        unused, reserved = streams.get(name, (0, 0))
+        streams[name] = unused + held.unused_bytes, reserved + held.reserved_bytes
+    if len(streams) < 2:
+        return []
+    row = Row().add(" cached by stream at the peak", palette.dim)
+    for name, (unused, reserved) in sorted(streams.items(), key=lambda stream: -stream[1][1]):
+        part = Row().add(f"  {name} ", palette.dim).add(state.unit.show(unused))
+        part.add(f" of {state.unit.show(reserved)}", palette.dim)
+        if row.width + part.width < width:
+            row.extend(part)
+    return [row]
 
 
 def _inside(state: ViewState, sizes: Bytes | None, allocated: int, palette: Palette) -> list[Part]:
