@@ -339,10 +339,10 @@ class Gauge:
         phase: What the loop is doing now.
         step: Step under way.
         context_bytes: CUDA context and libraries: this process's bytes beyond
-            torch's and NCCL's, measured when a run began and again when its first
-            steps had loaded their kernels.
-        nccl_bytes: NCCL's communicators and buffers, taken then too: by its own count or by NVML
-            around its first use; None: there is no NCCL, or it was there before us.
+            torch's and NCCL's buffers, measured when a run began and again when its first
+            steps had loaded their kernels, NCCL's among them.
+        nccl_bytes: Buffers of NCCL's communicators, taken then too, by its own count or log;
+            None: there are none, or NCCL does not tell, and they are among the context's.
         pinned_bytes: Of the host's memory, page-locked by torch: what was offloaded, and cached for it.
         cache: The caching allocator as it was when the last traced step was at its peak.
     """

@@ -74,7 +74,7 @@ class Meter:
             Whether NVML could tell; True where there is nothing to tell.
         """
         if self._nvml is not None:
-            self._nccl_bytes = nccl.memory.held_bytes(self._nvml.device)
+            self._nccl_bytes = nccl.held_bytes(self._nvml.device)
             beyond = self.read(0.0, recorder, None, 0).beyond_torch_bytes
             self._context_bytes = None if beyond is None else max(0, beyond - (self._nccl_bytes or 0))
         return self._nvml is None or self._context_bytes is not None

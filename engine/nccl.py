@@ -1,17 +1,19 @@
-"""NCCL's memory on a GPU, which no statistic of torch's has.
+"""NCCL's memory on a GPU, which no statistic of torch's has: its communicators' buffers, as NCCL itself tells.
 
-NCCL counts it itself from 2.29.7 on. Before that it is what the process holds more on
-the device, and torch's allocator does not, after what makes communicators and after the
-first collective of each kind: their functions are wrapped, and measured once for each group.
+From 2.29.7 on it counts them. Its log has told of every allocation for longer, and is asked for where no count
+can be had. NVML cannot tell: around a first collective the kernels that it needs are loaded too, NCCL's and
+others', 290 to 458 MiB on an H100, depending on what ran before. They are the context's: they stay when the
+communicators are destroyed.
 """
 
 from __future__ import annotations
 
+import os
+import re
 import sys
-import threading
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, suppress
-from functools import cache, partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .tracing.wrapped_functions import WrappedFunctions, wrap
@@ -19,82 +21,94 @@ from .tracing.wrapped_functions import WrappedFunctions, wrap
 if TYPE_CHECKING:
     import torch
 
-    from .device import Nvml
-
 DISTRIBUTED = "torch.distributed.distributed_c10d"
-DDP = "torch.nn.parallel.distributed"
-MAKERS = ("init_process_group", "new_group")
-COLLECTIVES = (
-    "allreduce", "allreduce_coalesced", "broadcast", "reduce", "allgather", "_allgather_base", "all_gather_single",
-    "allgather_into_tensor_coalesced", "reduce_scatter", "_reduce_scatter_base", "reduce_scatter_single",
-    "reduce_scatter_tensor_coalesced", "gather", "scatter", "alltoall", "alltoall_base", "all_to_all_single", "barrier",
-)  # fmt: skip
-"""Collectives of a `ProcessGroup`, as torch's versions spell them."""
+PAGE_BYTES = 2 << 20
+"""CUDA maps memory in pages of this size: a small allocation of NCCL's, which has one of its own, takes a whole."""
+ALLOCATED = re.compile(rb"Cuda C?[Aa]lloc(?:Async)? Size (?P<size>\d+) pointer (?P<at>0x[0-9a-f]+)")
+SHARED = re.compile(
+    rb"(?:Allocated shareable buffer|alloc done, ucptr) (?P<at>0x[0-9a-f]+) (?:.* uc)?size (?P<size>\d+)"
+)
+"""Buffers that other ranks write into, over NVLink or through a switch. They are logged by address, then size."""
 
 
-class NcclMemory:
-    """The bytes that NCCL has taken in this process, as far as anybody has seen.
+class AllocationLog:
+    """NCCL's log of its allocations, in memory of this process that no file system shows.
 
-    Attributes:
-        measured_bytes: By NVML, around what was wrapped; None before anything was.
+    A line is some 80 bytes; a communicator writes some 200.
     """
 
     def __init__(self) -> None:
-        self.measured_bytes: int | None = None
-        self._known: set[tuple[Any, str]] = set()
-        self._inside = threading.local()
+        self._file: int | None = None
+        self._asked_for: dict[str, str] = {}
+        self._read_to = 0
+        self._pages: set[int] = set()
 
-    def held_bytes(self, device: torch.device) -> int | None:
-        """Bytes held, by NCCL's own count, or as measured; None: there is no NCCL, or it was there before us.
-
-        Args:
-            device: The GPU of this rank.
-        """
-        distributed = sys.modules.get(DISTRIBUTED)
-        if distributed is None or not distributed.is_initialized():
-            return None
-        groups = [group for group, (backend, _) in list(distributed._world.pg_map.items()) if "nccl" in str(backend)]
-        counted = [size for group in groups if (size := _counted(group, device)) is not None]
-        if counted:
-            return sum(counted)
-        return self.measured_bytes if groups else None
-
-    def begins(self, name: str, *args: Any, **kwargs: Any) -> None:
-        """A function that may take memory is called, perhaps from within another that does."""
-        depth = getattr(self._inside, "depth", 0)
-        self._inside.depth = depth + 1
-        if depth == 0:
-            self._inside.before = None if self._is_known(name, args) else _beyond_torch_bytes(kwargs.get("device_id"))
-
-    def ended(self, name: str, *args: Any) -> None:
-        """It has returned; what the process holds more now is NCCL's."""
-        self._inside.depth -= 1
-        before = self._inside.before if self._inside.depth == 0 else None
-        if before is None:
+    def ask_for(self) -> None:
+        """Have NCCL write it, once; where somebody else has said what NCCL logs, it is left at that."""
+        if self._file is not None or _is_configured():
             return
-        if name in COLLECTIVES:
-            self._known.add((args[0].group_name, name))
-        after = _beyond_torch_bytes(None)
-        if after is not None:
-            self.measured_bytes = (self.measured_bytes or 0) + max(0, after - before)
+        file = self._file = os.memfd_create("nccl-allocations")
+        path = f"/proc/{os.getpid()}/fd/{file}"
+        if Path(path).exists():  # what cannot be opened NCCL writes to the script's own output
+            self._asked_for = {"NCCL_DEBUG": "INFO", "NCCL_DEBUG_SUBSYS": "ALLOC,NVLS", "NCCL_DEBUG_FILE": path}
+            os.environ.update(self._asked_for)
 
-    def _is_known(self, name: str, args: tuple[Any, ...]) -> bool:
-        return name in COLLECTIVES and (args[0].group_name, name) in self._known
+    def held_bytes(self) -> int | None:
+        """Bytes of all pages that NCCL has allocated; None: it has told of none."""
+        self._read()
+        return len(self._pages) * PAGE_BYTES if self._read_to else None
+
+    def forget(self) -> None:
+        """Count nothing of what has been allocated: all communicators are gone."""
+        self._read()
+        self._pages.clear()
+
+    def _read(self) -> None:
+        if self._file is None:
+            return
+        text = os.pread(self._file, os.fstat(self._file).st_size, self._read_to)
+        text = text[: text.rfind(b"\n") + 1]
+        self._read_to += len(text)
+        for found in (*ALLOCATED.finditer(text), *SHARED.finditer(text)):
+            begin, size = int(found["at"], 16), int(found["size"])
+            self._pages.update(range(begin // PAGE_BYTES, -(-(begin + size) // PAGE_BYTES)))
+        if text:
+            self._withdraw()
+
+    def _withdraw(self) -> None:
+        """Leave the environment as it was: NCCL has read it, and the script's other processes are not ours."""
+        for name, value in self._asked_for.items():
+            if os.environ.get(name) == value:
+                del os.environ[name]
+        self._asked_for.clear()
 
 
-memory = NcclMemory()
-"""The NCCL memory of this process."""
+log = AllocationLog()
+"""The log of this process."""
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Bytes that NCCL's communicators hold; None: there are none, or NCCL does not tell.
+
+    Args:
+        device: The GPU of this rank.
+    """
+    groups = _groups()
+    counted = [size for group in groups if (size := _counted(group, device)) is not None]
+    if counted:
+        return sum(counted)
+    return log.held_bytes() if groups else None
 
 
 @contextmanager
 def observed() -> Iterator[None]:
-    """Measure what NCCL takes, until the context is left."""
-    with _functions.heard_by(memory):
+    """Ask NCCL for its log before its first group is made, until the context is left."""
+    with _functions.heard_by(log):
         yield
 
 
 def observe() -> None:
-    """Measure what NCCL takes, for as long as this process lives."""
+    """Ask NCCL for its log before its first group is made, for as long as this process lives."""
     _lasting.enter_context(observed())
 
 
@@ -105,25 +119,33 @@ def _wrap_all(undo: ExitStack) -> None:
     distributed = sys.modules.get(DISTRIBUTED)
     if distributed is None or not hasattr(distributed, "ProcessGroup"):  # a torch built without
         return
-    places = [(owner, name) for owner in (distributed, sys.modules["torch.distributed"]) for name in MAKERS]
-    places += [(distributed.ProcessGroup, name) for name in COLLECTIVES]
-    if (parallel := sys.modules.get(DDP)) is not None:
-        places.append((parallel.DistributedDataParallel, "__init__"))
-    for owner, name in places:
-        wrap(undo, owner, name, before=partial(_begins, name), after=partial(_ended, name))
+    wrap(undo, distributed, "_new_process_group_helper", before=_group_begins)
+    for owner in (distributed, sys.modules["torch.distributed"]):
+        wrap(undo, owner, "destroy_process_group", after=_group_ended)
 
 
-_functions: WrappedFunctions[NcclMemory] = WrappedFunctions(_wrap_all)
+_functions: WrappedFunctions[AllocationLog] = WrappedFunctions(_wrap_all)
 
 
-def _begins(name: str, *args: Any, **kwargs: Any) -> None:
-    with suppress(Exception):  # a measurement that fails is none, and no failure of a collective's
-        memory.begins(name, *args, **kwargs)
+def _group_begins(*args: Any, **_: Any) -> None:
+    with suppress(Exception):  # no group fails for want of a log
+        _size, _rank, _ranks, backend, *_others = args
+        if not _groups() and "nccl" in str(sys.modules[DISTRIBUTED].BackendConfig(backend)):
+            log.ask_for()
 
 
-def _ended(name: str, _result: Any, *args: Any, **_: Any) -> None:
+def _group_ended(*_: Any, **__: Any) -> None:
     with suppress(Exception):
-        memory.ended(name, *args)
+        if not _groups():
+            log.forget()
+
+
+def _groups() -> list[Any]:
+    """NCCL's process groups."""
+    distributed = sys.modules.get(DISTRIBUTED)
+    if distributed is None or not distributed.is_initialized():
+        return []
+    return [group for group, backends in list(distributed._world.pg_backend_config.items()) if "nccl" in backends]
 
 
 def _counted(group: Any, device: torch.device) -> int | None:
@@ -133,29 +155,12 @@ def _counted(group: Any, device: torch.device) -> int | None:
     return None
 
 
-def _beyond_torch_bytes(device_id: Any) -> int | None:
-    """Bytes this process holds on its GPU beyond torch's allocator's; None: it is on no GPU yet.
-
-    Args:
-        device_id: A GPU for which a communicator is about to be made: its context, which is not NCCL's,
-            is made first.
-    """
-    import torch
-
-    if device_id is not None and torch.cuda.is_available():
-        torch.cuda.mem_get_info(device_id)
-    if not torch.cuda.is_initialized():
-        return None
-    index = torch.cuda.current_device()
-    nvml = _nvml(index)
-    process = nvml.process_bytes()
-    return (nvml.used_bytes() if process is None else process) - torch.cuda.memory_reserved(index)
-
-
-@cache
-def _nvml(index: int) -> Nvml:
-    import torch
-
-    from .device import Nvml
-
-    return Nvml(torch.device("cuda", index))
+def _is_configured() -> bool:
+    """True where the environment or one of NCCL's configuration files says what it logs."""
+    if any(name.startswith("NCCL_DEBUG") for name in os.environ):
+        return True
+    for file in (os.environ.get("NCCL_CONF_FILE") or Path.home() / ".nccl.conf", "/etc/nccl.conf"):
+        with suppress(OSError):
+            if "NCCL_DEBUG" in Path(file).read_text(errors="replace"):
+                return True
+    return False

@@ -43,7 +43,7 @@ class NowFigures(Composition, frozen=True):
         pinned_bytes: Pinned memory of the host.
         process_bytes: On the device by this process.
         context_bytes: CUDA context and libraries.
-        nccl_bytes: NCCL's communicators and buffers.
+        nccl_bytes: Buffers of NCCL's communicators; None: there are none, or they are among the context's.
         others_bytes: On the device by other processes.
         device_used_bytes: On the device by everybody.
         device_total_bytes: Capacity.

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from ..config import RunConfig
+from ..techniques.parallel import shard_ranks
 
-BEGUN_BYTES, COMMUNICATOR_BYTES = 364 << 20, 486 << 20
-"""Held once NCCL has begun, and by each communicator from its first collective on, on 2 and 4 H100s with NVLink."""
+KERNELS_BYTES, COMMUNICATOR_BYTES = 280 << 20, 486 << 20
+"""Its kernels, beyond a context without them, and each communicator's buffers, on 2 and 4 H100s with NVLink."""
 
 
 def communicators(config: RunConfig, ranks: int) -> int:
-    """Groups of ranks that send to one another: hybrid sharding has one for shards and one for replicas.
+    """Groups of ranks that send to one another: the job's own, and for hybrid sharding one of shards, one of replicas.
 
     Args:
         config: The run.
@@ -18,11 +19,13 @@ def communicators(config: RunConfig, ranks: int) -> int:
     kind = config.text("parallel")
     if ranks == 1 or kind == "none":
         return 0
-    in_groups = kind == "fsdp2" and config.text("parallel.shard") == "hybrid"
-    return 2 if in_groups or kind.startswith("zero") else 1  # DeepSpeed makes one of its own
+    if kind.startswith("zero"):
+        return 2  # DeepSpeed makes one of its own
+    shard = shard_ranks(config, ranks) if kind == "fsdp2" else ranks
+    return 1 if shard == ranks else 1 + (shard > 1) + (ranks // shard > 1)
 
 
 def nccl_bytes(config: RunConfig, ranks: int) -> int:
-    """Bytes of a run's communicators on each GPU."""
+    """Bytes of a run's communicators on each GPU, and of the kernels they run."""
     count = communicators(config, ranks)
-    return BEGUN_BYTES * bool(count) + COMMUNICATOR_BYTES * count
+    return KERNELS_BYTES * bool(count) + COMMUNICATOR_BYTES * count

@@ -17,7 +17,6 @@ from typing import Any, ClassVar, Self
 
 import torch
 
-from .. import nccl
 from ..config import MEMORY_LIMIT_VARIABLE, parse_bytes
 from ..events import Recompute
 from ..forks import in_child
@@ -177,7 +176,6 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         for optimizer in self._optimizers:
             begins, ends = guard(loop.optimizer_begins), guard(loop.optimizer_ends)
             undo.enter_context(zero.steps_hooked(optimizer, begins, ends))
-        undo.enter_context(nccl.observed())
         undo.enter_context(observed_checkpoints(self._model))
         undo.enter_context(our_frames_hidden())
 

@@ -46,8 +46,8 @@ class Told:
         problem: Why it could not be run, or watched; empty: all went well.
         missing: The library that it needs and that is not there.
         steps: That were traced.
-        nccl: Outside of torch's allocator; None: not known.
-        nccl_off: From what the process holds more on its GPU once collectives have run.
+        nccl: Outside of torch's allocator, in NCCL's buffers; None: not known.
+        nccl_off: A second communicator's, from what the process holds more on its GPU with it.
     """
 
     case: str
@@ -392,7 +392,6 @@ def deepspeed_trainer(scale: Scale) -> Any:
 FSDP_OF_TRAINER = {"transformer_layer_cls_to_wrap": ["GPTNeoXLayer"], "fsdp_version": 2}
 
 CASES: dict[str, Loop] = {
-    "nccl": lambda _: None,
     "ddp": ddp,
     "ddp-view": functools.partial(ddp, gradient_as_bucket_view=True),
     "ddp-accumulation": functools.partial(ddp, accumulation=2),
@@ -410,31 +409,36 @@ CASES: dict[str, Loop] = {
     "zero2": functools.partial(zero, stage=2, overlap=True),
     "zero3": functools.partial(zero, stage=3),
     "trainer-zero2": deepspeed_trainer,
+    "nccl": lambda _: None,
 }
 
 
 def _measure_nccl(told: Told, scale: Scale) -> None:
-    """What is told of NCCL, against what the process holds more once collectives of several kinds have run."""
+    """What is told of NCCL; of a second communicator, when kernels are loaded, against what the process holds more."""
     import torch
     from torch import distributed
 
     from gpumem_tui.engine import nccl
+    from gpumem_tui.engine.device import Nvml
 
     if scale.device.type == "cpu":
         raise ImportError("NCCL needs GPUs")
-    ranks = distributed.get_world_size()
+    nvml, ranks = Nvml(scale.device), distributed.get_world_size()
     whole, part = torch.ones(ranks << 20, device=scale.device), torch.ones(1 << 20, device=scale.device)
-    torch.cuda.synchronize()
-    before = nccl._beyond_torch_bytes(None)
-    distributed.all_reduce(whole)
-    distributed.all_gather_into_tensor(whole, part)
-    distributed.reduce_scatter_tensor(part, whole)
-    distributed.broadcast(part, 0)
-    torch.cuda.synchronize()
-    after, told.nccl = nccl._beyond_torch_bytes(None), nccl.memory.held_bytes(scale.device)
-    assert before is not None
-    assert after is not None
-    told.nccl_off = (told.nccl or 0) - (after - before)
+
+    def held_after_collectives(group: Any) -> tuple[int, int]:
+        distributed.all_reduce(whole, group=group)
+        distributed.all_gather_into_tensor(whole, part, group=group)
+        distributed.reduce_scatter_tensor(part, whole, group=group)
+        distributed.broadcast(part, 0, group=group)
+        torch.cuda.synchronize()
+        process = nvml.process_bytes()
+        beyond = (nvml.used_bytes() if process is None else process) - torch.cuda.memory_reserved()
+        return nccl.held_bytes(scale.device) or 0, beyond
+
+    told.nccl, before = held_after_collectives(None)
+    of_two, after = held_after_collectives(distributed.new_group())
+    told.nccl_off = of_two - told.nccl - (after - before)
 
 
 def _run(told: Told, scale: Scale) -> None:

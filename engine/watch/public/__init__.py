@@ -13,9 +13,12 @@ from __future__ import annotations
 
 from typing import Any
 
+from gpumem_tui.engine import nccl
 from gpumem_tui.engine.watch.watcher import watch
 
 __all__ = ["MemoryCallback", "watch"]
+
+nccl.observe()  # a script imports this before it joins the other ranks, and watches its model after that
 
 
 def __getattr__(name: str) -> Any:
