@@ -13,6 +13,7 @@ import torch
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import Category, Environment, Phase
+from gpumem_tui.engine.feed import End, Save, Start
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.parallelism import zero
 from gpumem_tui.engine.prediction import fake_zero3, job
@@ -25,13 +26,16 @@ from gpumem_tui.engine.prediction.prediction_store import key_of
 from gpumem_tui.engine.prediction.rehearsal import rehearse
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.run import Run
+from gpumem_tui.engine.run_events import Saved
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import estimate
 
 from .app_driver import foretold
+from .conftest import small_run
+from .terminal import until
 from .test_layer_extrapolation import assert_same, run_of
-from .viewing import cli
+from .viewing import Viewers
 
 H100 = gpu("H100 80GB")
 PER_RANK = (
@@ -73,23 +77,25 @@ def held_at(run: Run) -> dict[str, dict[str, int]]:
     return found
 
 
-@pytest.mark.parametrize(
-    "settings",
-    [{"parallel": "fsdp2", "accumulation": 2}, {"parallel": "ddp", "accumulation": 1}],
-    ids=str,
-)
-def test_two_real_ranks_hold_what_was_predicted_to_the_byte(settings: dict[str, Any], home: Path) -> None:
-    """Of gloo's peaks nothing is asked, see `held_at`."""
-    config, file = job_of(2, **settings), home / "job.gpumem"
-    flags = [f"--set={name}={config[name]}" for name in ("parallel", "accumulation")]
-    done = cli("run", "--device=cpu", "--batch-size=2", "--seq-len=16", "--steps=5", "--set=rows=8",
-               "--set=parallel.ranks=2", *flags, "--save", str(file))  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    expected = held_at(predict(config, H100).run)
-    for run in Recording(file).runs():
-        for moment, sizes in held_at(run).items():
-            sizes["optimizer_state"] -= steps_on_the_host(sizes)
-            assert sizes == expected[moment], (run.id.rank, moment)
+def test_two_real_ranks_hold_what_was_predicted_to_the_byte(viewers: Viewers, home: Path) -> None:
+    """The same two processes under FSDP2 and under DDP; of gloo's peaks nothing is asked, see `held_at`."""
+    sharded = small_run(parallel="fsdp2", accumulation=2, steps=5).with_({"parallel.ranks": 2})
+    configs = (sharded, sharded.with_({"parallel": "ddp", "accumulation": 1}))
+    job = viewers.start(sharded)
+    for number, config in enumerate(configs, 1):
+        if number > 1:
+            job.command(Start(config))
+        until(lambda n=number: [run.id.number for run in job.runs() if run.ended].count(n) == 2)  # type: ignore[misc]
+        job.command(Save(home / f"{number}.gpumem"))
+        until(lambda n=number: [type(event) for event in job.events(0)].count(Saved) == n)  # type: ignore[misc]
+        expected = held_at(predict(config, H100).run)
+        for run in Recording(home / f"{number}.gpumem").runs():
+            assert (run.config["parallel"], run.ended and run.ended.steps) == (config["parallel"], 5)
+            for moment, sizes in held_at(run).items():
+                sizes["optimizer_state"] -= steps_on_the_host(sizes)
+                assert sizes == expected[moment], (run.id.rank, moment)
+    job.command(End())
+    assert job.wait_ended(30)
 
 
 def steps_on_the_host(sizes: dict[str, int]) -> int:
