@@ -73,14 +73,14 @@ class RankPeaks:
         self.known = 0
         self._peaks: dict[Run, tuple[object, RankPeak]] = {}
 
-    def of(self, runs: Sequence[Run], within_s: float = FOLDING_S) -> dict[int, RankPeak]:
+    def of(self, runs: Sequence[Run], within_s: float | None = None) -> dict[int, RankPeak]:
         """The peaks by rank that are known by now, and as many more as there is time for.
 
         Args:
             runs: The ranks.
-            within_s: Time to fold in.
+            within_s: Time to fold in; None: `FOLDING_S`.
         """
-        until_s = time.monotonic() + within_s
+        until_s = time.monotonic() + (FOLDING_S if within_s is None else within_s)
         found: dict[int, RankPeak] = {}
         for run in runs:
             highest = highest_of(trace for trace in run.traces() if len(trace.events))
