@@ -115,7 +115,7 @@ class Driver:
 
     async def tick(self) -> None:
         self.app.tick()
-        await self.pilot.pause()
+        await self.pilot.pause(0)  # until all messages are processed; without a delay it waits for an idle process
         assert "cannot be drawn" not in self.text
 
     @property
