@@ -133,6 +133,12 @@ def unknown(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def autocast_cell(x: Tensor) -> Tensor:
+    with torch.autocast("cuda"):
+        found: Tensor = nn.GRUCell(WIDTH, 8)(x)
+    return found
+
+
 @pytest.mark.parametrize(
     ("why", "compute"),
     [
@@ -140,7 +146,8 @@ def unknown(x: Tensor) -> Tensor:
         ("depends on data", lambda x: x[x > 0]),
         ("no fake kernel", unknown),
         ("of which there is none here", Foreign.apply),
-        ("is not known here", nn.LSTM(WIDTH, 8)),
+        ("what cuDNN's lstm holds is not known here", nn.LSTM(WIDTH, 8)),
+        ("what autocast keeps of gru_cell is not known here", autocast_cell),
         ("ZeroDivisionError", lambda x: x / (1 // 0)),
     ],
 )
@@ -151,6 +158,40 @@ def test_what_cannot_be_faked_is_refused_with_its_place(why: str, compute: Calla
     with pytest.raises(UserError, match=why) as refused:
         predict(linear, sgd, rows, impossible)
     assert str(refused.value).startswith("tests/test_predict_modules.py:")
+
+
+class Unrolled(nn.Module):
+    """A recurrent cell over a sequence, its outputs stacked."""
+
+    def __init__(self, cell: Callable[[int, int], nn.Module]) -> None:
+        super().__init__()
+        self.cell = cell(WIDTH, WIDTH)
+
+    def forward(self, xs: Tensor) -> Tensor:
+        state, outputs = self.cell(xs[0]), []
+        for x in xs[1:]:
+            state = self.cell(x, state)
+            outputs.append(state[0] if isinstance(state, tuple) else state)
+        return torch.stack(outputs)
+
+
+@pytest.mark.parametrize(("cell", "widths"), [(nn.LSTMCell, 3 * 4 + 2), (nn.GRUCell, 2 * 3 + 5 + 1)])
+def test_a_recurrent_cell_keeps_for_backward_what_cudas_kernel_does(cell: Any, widths: int) -> None:
+    """The gates' two products, a workspace and the new state, of each step."""
+
+    def held(length: int) -> int:
+        def sequence() -> Tensor:
+            return torch.randn(length, ROWS, WIDTH, device="cuda")
+
+        return predict(lambda: Unrolled(cell).cuda(), sgd, sequence, step).by_category["activations"]
+
+    assert held(20) - held(16) == 4 * widths * ROWS * WIDTH * 4
+
+
+def test_a_recurrent_cell_on_the_host_is_the_hosts() -> None:
+    host = nn.LSTMCell(WIDTH, WIDTH)
+    step_of_it = predict(linear, sgd, rows, lambda m, o, x: (host(torch.zeros(2, WIDTH)), step(m, o, x)))
+    assert step_of_it.peak_bytes == predict(linear, sgd, rows, step).peak_bytes
 
 
 def asserting(*_: Any) -> Any:
@@ -208,8 +249,9 @@ def test_inference_needs_no_optimizer() -> None:
         examples.resnet50(2, 64, mixed=True),
         examples.unet(1, 16, 32),
         examples.own_module(2, 32, 32, 2),
+        examples.recurrent_cells(2, 4, 32),
     ],
-    ids=["plain loop", "ResNet-50", "U-Net", "own module"],
+    ids=["plain loop", "ResNet-50", "U-Net", "own module", "recurrent cells"],
 )
 def test_the_examples_are_predicted(training: Training) -> None:
     found = predict(*training)
@@ -253,7 +295,7 @@ def test_a_script_is_predicted_from_the_shell(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["plain_loop", "resnet50", "unet", "own_module"])
+@pytest.mark.parametrize("name", ["plain_loop", "resnet50", "unet", "own_module", "recurrent_cells"])
 def test_measured_on_a_gpu_it_is_under_the_bound(name: str) -> None:
     from gpumem_tui.engine.prediction.gpu_here import gpu_here
 

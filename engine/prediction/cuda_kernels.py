@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator_settings import MIN_BLOCK_BYTES
-from . import attention
+from . import attention, recurrent_cells
 from .gpus import Gpu
 from .reduction import scratch_bytes
 
@@ -35,6 +35,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
     reductions = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default)
     return {
         **attention.KERNELS,
+        **recurrent_cells.kernels(gpu),
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
         aten.rand.default: _rand,

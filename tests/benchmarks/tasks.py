@@ -108,6 +108,7 @@ MODULES: dict[str, Callable[[], Training]] = {
     "resnet50, mixed": partial(examples.resnet50, mixed=True),
     "unet": examples.unet,
     "own_module": examples.own_module,
+    "recurrent_cells": examples.recurrent_cells,
     "own_module, not checkpointed": partial(examples.own_module, rows=8, checkpointed=False),
 }
 

@@ -287,3 +287,38 @@ def own_module(
         optimizer.zero_grad()
 
     return Training(lambda: Mixers(width, tokens, layers, checkpointed).cuda(), adam, batch, step)
+
+
+# --- recurrent cells, step by step -----------------------------------------------------
+
+
+class Cells(nn.Module):
+    """A language model of an LSTM's cell under a GRU's."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8192, width), nn.Linear(width, 8192)
+        self.lower, self.upper = nn.LSTMCell(width, width), nn.GRUCell(width, width)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        lower = upper = None
+        outputs = []
+        for x in self.embedding(ids).unbind(1):
+            lower = self.lower(x, lower)
+            upper = self.upper(lower[0], upper)
+            outputs.append(upper)
+        return self.head(torch.stack(outputs, 1))
+
+
+def recurrent_cells(rows: int = 64, tokens: int = 128, width: int = 512) -> Training:
+    """A sequence goes through two cells one token after another; backward goes back through all of it."""
+
+    def batch() -> Tensor:
+        return torch.randint(0, 8192, (rows, tokens), device="cuda")
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+        functional.cross_entropy(model(ids).flatten(0, 1), ids.flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(lambda: Cells(width).cuda(), adam, batch, step)
