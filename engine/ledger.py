@@ -20,6 +20,7 @@ from .block_lives import paired
 from .block_naming import name_by_life, name_owned
 from .events import N_CATEGORIES, AllocatorPool, Category, Made, Phase, StepTrace
 from .module_names import CACHED, LOSS, OUTPUT_LOSS, layer_of, numbered_layers
+from .pool_bytes import PoolBytes, by_pool
 
 Ints = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -52,27 +53,6 @@ class LiveBlock(NamedTuple):
     dtype: str = ""
     shape: tuple[int, ...] = ()
     pool: AllocatorPool | None = None
-
-
-class PoolBytes(NamedTuple):
-    """A pool of the caching allocator at an event.
-
-    Attributes:
-        pool: Which.
-        reserved_bytes: Held from the device.
-        allocated_bytes: Handed out, of that; slack included.
-        slack_bytes: Handed out beyond what was asked for.
-    """
-
-    pool: AllocatorPool
-    reserved_bytes: int
-    allocated_bytes: int
-    slack_bytes: int
-
-    @property
-    def unused_bytes(self) -> int:
-        """Reserved and not handed out: no other pool is given it."""
-        return self.reserved_bytes - self.allocated_bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -218,14 +198,7 @@ class Ledger:
 
     def pools(self, event: int) -> list[PoolBytes]:
         """Bytes that each pool of the caching allocator holds after an event, in the order they came up."""
-        trace, alive = self.trace, self.alive(event)
-        segments = trace.segments[trace.segments["event"] <= event]
-        reserved, allocated, slack = np.zeros((3, len(trace.pools) + 1), np.int64)  # the last: of no known pool
-        np.add.at(reserved, segments["pool"], segments["bytes"])
-        np.add.at(allocated, alive["pool"], alive["bytes"] + alive["slack"])
-        np.add.at(slack, alive["pool"], alive["slack"])
-        sums = zip(reserved.tolist(), allocated.tolist(), slack.tolist(), strict=True)
-        return [PoolBytes(pool, *sizes) for pool, sizes in zip(trace.pools, sums, strict=False)]
+        return by_pool(self.trace, event, self.alive(event))
 
     @cached_property
     def pools_at_peak(self) -> list[PoolBytes]:

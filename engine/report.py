@@ -48,14 +48,16 @@ class PoolFigures(msgspec.Struct, frozen=True):
 
     Attributes:
         stream: As CUDA numbers it; 0: the default one.
-        pool: `small` or `large`, with the identity of a private one behind it.
+        size_class: `small`: of requests up to 1 MiB; or `large`.
+        private: Identity of a pool apart, of a CUDA graph or a `torch.cuda.MemPool`; 0, 0: it is none.
         reserved_bytes: Held from the device.
         allocated_bytes: Handed out, of that; slack included.
         slack_bytes: Handed out beyond what was asked for.
     """
 
     stream: int
-    pool: str
+    size_class: str
+    private: tuple[int, int]
     reserved_bytes: int
     allocated_bytes: int
     slack_bytes: int
@@ -312,7 +314,7 @@ def peak_of(ledger: Ledger) -> PeakFigures:
             )
             for block in ledger.largest(peak.event)
         ],
-        pools=[PoolFigures(pool.stream, pool.name, *sizes) for pool, *sizes in ledger.pools_at_peak],
+        pools=[PoolFigures(*pool, *sizes) for pool, *sizes in ledger.pools_at_peak],
     )
 
 

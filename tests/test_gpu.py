@@ -183,8 +183,8 @@ def test_streams_and_private_pools_are_told_apart_as_the_allocator_does() -> Non
         check_trace(trace)
         expected = pools_in(torch.cuda.memory_snapshot())
         assert pools_at_the_end(trace) == expected
-        assert {0, side.cuda_stream} == {pool.stream for pool in expected}
-        assert len({pool.private for pool in expected}) == 2
+        assert {0, side.cuda_stream} <= {pool.stream for pool in expected}
+        assert sum(any(pool.private) for pool in expected) == 2, "a small pool and a large one"
     recorder.stop()
     torch.cuda.synchronize()
     del lent, kept, held, private

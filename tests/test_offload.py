@@ -222,6 +222,7 @@ def test_a_second_stream_is_predicted_with_its_stash_and_pools(where: str) -> No
     ]
     assert stashed and {block.category for block in stashed} == {Category.ACTIVATIONS}
     for prediction, streams in ((one, 1), (two, 2)):
+        assert ("each for its own stream alone: default" in text(prediction)) == (streams > 1)
         at_end = [Ledger(trace).pools(len(trace.events) - 1) for trace in prediction.run.traces()]
         assert {len({held.pool.stream for held in pools}) for pools in at_end} == {streams}
         told = [event.reserved_bytes for event in prediction.run.events() if isinstance(event, StepEnded)]

@@ -8,8 +8,9 @@ from collections.abc import Sequence
 
 from .. import techniques
 from ..config import RunConfig
-from ..events import CATEGORIES, Category
+from ..events import CATEGORIES, AllocatorPool, Category
 from ..ledger import Ledger
+from ..pool_bytes import PoolBytes, by_stream
 from ..techniques import describe
 from .outcome import EXPANDABLE, RESERVED_SPREAD_BYTES, Prediction, Verdict
 
@@ -48,7 +49,7 @@ def text(prediction: Prediction) -> str:
         lines.append(f"Paged optimizer state, in CUDA managed memory besides: {show(prediction.managed_bytes)}.")
     if prediction.pinned_bytes:
         lines.append(f"On the host, page-locked and in no figure above: {show(prediction.pinned_bytes)}.")
-    lines += filled([verdict(prediction), *_unsure(prediction), *cautions(prediction.config)])
+    lines += filled([verdict(prediction), *_streams(prediction), *_unsure(prediction), *cautions(prediction.config)])
     if 0 < prediction.max_positions < prediction.config.seq_len:
         lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
     return "\n".join([*lines, *_growth(prediction), *filled(list(prediction.notes))])
@@ -122,6 +123,24 @@ def _growth(prediction: Prediction) -> list[str]:
             held = ledger.end.get(Category.KV_CACHE, 0)
             lines.append(f"{length:<18}{held / MIB:>14.1f}{ledger.peak.bytes / MIB:>14.1f}")
     return lines
+
+
+def _streams(prediction: Prediction) -> list[str]:
+    """Cached bytes of each stream, where there is more than one."""
+    peak = prediction.document.peak
+    streams = by_stream(
+        PoolBytes(
+            AllocatorPool(held.stream, held.size_class, held.private),
+            held.reserved_bytes,
+            held.allocated_bytes,
+            held.slack_bytes,
+        )
+        for held in (peak.pools if peak is not None else ())
+    )
+    if len(streams) < 2:
+        return []
+    cached = ", ".join(f"{stream.name} {_gib(stream.unused_bytes)}" for stream in streams)
+    return [f"Reserved and not allocated at the peak, each for its own stream alone: {cached}."]
 
 
 def _unsure(prediction: Prediction) -> list[str]:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 
 from ...engine.events import CacheState, Category, Gauge, StepTrace
 from ...engine.ledger import Bytes
+from ...engine.pool_bytes import by_stream
 from ..draw import Row
 from ..palette import Palette
 from ..state import ViewState
@@ -148,22 +149,13 @@ def _by_stream(state: ViewState, palette: Palette, width: int) -> list[Row]:
 
     The allocator gives what is freed to its own stream, so none of them has use of another's.
     """
-    pools = state.complete.pools_at_peak if state.complete is not None else []
-    numbers = {
-        stream: number for number, stream in enumerate(dict.fromkeys([0, *(held.pool.stream for held in pools)]))
-    }
-    streams: dict[str, tuple[int, int]] = {}
-    for held in pools:
-        name = f"stream {numbers[held.pool.stream]}" if held.pool.stream else "default"
-        name += f" {held.pool.private}" if any(held.pool.private) else ""
-        unused, reserved = streams.get(name, (0, 0))
-        streams[name] = unused + held.unused_bytes, reserved + held.reserved_bytes
+    streams = by_stream(state.complete.pools_at_peak) if state.complete is not None else []
     if len(streams) < 2:
         return []
     row = Row().add(" cached by stream at the peak", palette.dim)
-    for name, (unused, reserved) in sorted(streams.items(), key=lambda stream: -stream[1][1]):
-        part = Row().add(f"  {name} ", palette.dim).add(state.unit.show(unused))
-        part.add(f" of {state.unit.show(reserved)}", palette.dim)
+    for stream in streams:
+        part = Row().add(f"  {stream.name} ", palette.dim).add(state.unit.show(stream.unused_bytes))
+        part.add(f" of {state.unit.show(stream.reserved_bytes)}", palette.dim)
         if row.width + part.width < width:
             row.extend(part)
     return [row]
