@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import json
 from collections.abc import Callable
 from functools import partial
@@ -303,6 +304,10 @@ def test_measured_on_a_gpu_it_is_under_the_bound(name: str) -> None:
     card = gpu_here()
     assert card is not None
     found = predict(*training, gpu=card)
+    gc.collect()
+    torch._C._cuda_clearCublasWorkspaces()  # each thread's that has used cuBLAS in this process
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
     model = training.model()
     optimizer = training.optimizer(model)
     with watch(model, optimizer):
