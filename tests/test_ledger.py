@@ -281,7 +281,7 @@ def test_the_bucket_that_ddp_gives_up_is_one_until_nccl_lets_go_of_it(dies_in: i
     events = sorted([(1, -100, dies_in), (2, 60, 0), (3, 40, 0), (4, -100, 1)], key=lambda event: event[2])
     trace = trace_of(events, [(Phase.FORWARD, 0, 6), FORWARD, BACKWARD], [(1, 100), (4, 100)])
     trace = dataclasses.replace(trace, names=(*NAMES, BUCKETS))
-    found = Ledger(name_buckets(trace, (Buckets((100, 60, 40), are_gradients=False),))).blocks
+    found = Ledger(name_buckets(trace, (Buckets((100, 60, 40), are_gradients=False, first=(100,)),))).blocks
     kinds = {int(block["address"]): Category(int(block["category"])) for block in found}
     assert kinds == {1: Category.COMMUNICATION, 2: Category.COMMUNICATION, 3: Category.COMMUNICATION,
                      4: Category.ACTIVATIONS}  # fmt: skip

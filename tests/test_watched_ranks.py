@@ -102,6 +102,13 @@ def test_gradients_that_are_views_into_buckets_are_gradients(told: Callable[[str
             assert step["after_backward"]["gradients"] == numel(SHAPES) * FLOAT
 
 
+def test_a_bucket_that_is_given_up_and_held_is_no_gradient_any_more(told: Callable[[str], Case]) -> None:
+    for rank in told("ddp-held"):
+        assert [step["most"]["communication"] for step in rank["steps"]] == [0, numel(SHAPES) * FLOAT, 0, 0]
+        for step in rank["steps"]:
+            assert step["most"]["gradients"] == step["after_backward"]["gradients"] == numel(SHAPES) * FLOAT
+
+
 @pytest.mark.parametrize(("case", "gathered"), [("fsdp2", FLOAT), ("fsdp2-mixed", HALF), ("fsdp2-kept", FLOAT)])
 def test_what_fully_shard_holds(told: Callable[[str], Case], case: str, gathered: int) -> None:
     shards = sharded(SHAPES) * FLOAT

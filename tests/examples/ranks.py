@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 from torch import distributed, nn
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 from torch.distributed.fsdp import FullyShardedDataParallel, MixedPrecisionPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
@@ -56,6 +57,19 @@ def ddp(model: Model, **how: Any) -> Prepared:
     return adam(DistributedDataParallel(model, **how))
 
 
+def ddp_held(model: Model) -> Prepared:
+    """As NCCL does: what a bucket was is held until the next all-reduce begins."""
+    wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
+    held: list[torch.Tensor] = []
+
+    def all_reduce(group: Any, bucket: distributed.GradBucket) -> torch.futures.Future[torch.Tensor]:
+        held[:] = [bucket.buffer()]
+        return allreduce_hook(group, bucket)
+
+    wrapped.register_comm_hook(None, all_reduce)
+    return adam(wrapped)
+
+
 def fsdp2(model: Model, **how: Any) -> Prepared:
     for layer in model.layers:
         fully_shard(layer, **how)
@@ -86,6 +100,7 @@ MIXED = MixedPrecisionPolicy(param_dtype=torch.bfloat16, reduce_dtype=torch.floa
 CASES: dict[str, Callable[[Model], Prepared]] = {
     "ddp": ddp,
     "ddp-view": functools.partial(ddp, gradient_as_bucket_view=True),
+    "ddp-held": ddp_held,
     "fsdp2": fsdp2,
     "fsdp2-mixed": functools.partial(fsdp2, mp_policy=MIXED),
     "fsdp2-kept": functools.partial(fsdp2, reshard_after_forward=False),
