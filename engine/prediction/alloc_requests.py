@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy.typing as npt
 
@@ -12,6 +12,20 @@ from ..events import Recompute, StepTrace
 
 InputBlocks = int | tuple[int, ...]
 """The block of an operator's first argument, the blocks of them all if that is a list; 0: of none."""
+
+
+class Kept(NamedTuple):
+    """Memory that was given up and may stay, as a matter of timing.
+
+    Attributes:
+        bytes: Size, as the allocator hands it out.
+        begin: Row from which on.
+        end: Row after which it is gone for certain.
+    """
+
+    bytes: int
+    begin: int
+    end: int
 
 
 @dataclass(frozen=True)
@@ -28,9 +42,11 @@ class AllocRequests:
             rows.
         recomputes: One for each recompute span of the traces, in order.
         inputs: By block.
+        kept: What may be there besides.
     """
 
     rows: npt.NDArray[Any]
     traces: Sequence[tuple[int, StepTrace]]
     recomputes: Sequence[Recompute]
     inputs: Sequence[InputBlocks]
+    kept: Sequence[Kept] = ()

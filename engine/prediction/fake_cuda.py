@@ -22,7 +22,7 @@ from ..config import UserError
 from ..events import EVENT
 from ..tracing.op_tracker import OpTracker, Rows
 from ..tracing.recorder import columns
-from .alloc_requests import InputBlocks
+from .alloc_requests import InputBlocks, Kept
 from .caching_allocator import DEFAULT_STREAM, rounded_bytes
 from .op_cache import op_cache
 from .pinned_memory import PinnedMemory
@@ -49,6 +49,7 @@ class FakeCuda(OpTracker):
             namespace and name.
         starts: Rows recorded before each `start`.
         inputs: By block, see `AllocRequests`.
+        kept: See `AllocRequests`.
         stream: Number of the stream that is current.
         pinned: Of the host.
         ragged: Whether rows have several lengths: asked whether all of a mask is set, the answer is no.
@@ -60,6 +61,7 @@ class FakeCuda(OpTracker):
         self.device = DEVICE
         self.starts: list[int] = []
         self.inputs: list[InputBlocks] = [0]
+        self.kept: list[Kept] = []
         self.stream = DEFAULT_STREAM
         self._drained = 0
         self._sizes: dict[int, int] = {}
@@ -202,6 +204,15 @@ class FakeCuda(OpTracker):
             block: That it works on, where that tells the layer.
         """
         self._row(block, 0, -size)
+
+    def may_keep(self, size: int) -> Callable[[], None]:
+        """Note that so many bytes, given up now, may stay until the function returned is called.
+
+        Args:
+            size: As the allocator hands it out.
+        """
+        begin = len(self._rows) // _WIDTH
+        return lambda: self.kept.append(Kept(size, begin, len(self._rows) // _WIDTH - 1))
 
     def called_by_autograd(self) -> bool:
         """True if autograd's engine called the kernel itself, and not Python that it runs: a hook, a custom backward.

@@ -11,11 +11,11 @@ allocates follows from sizes and from the order in which gradients become ready
     backward      every gradient is copied into its bucket; with `gradient_as_bucket_view` it is
                   then let go of, and the place in the bucket is the gradient
 
-What NCCL has reduced and nobody has waited for by name it keeps until the next collective
-after its watchdog, which looks ten times a second, has seen the end. So the bucket that goes
-may have to stay: some ranks of a job are in time for it and others are not (seen on two H100s).
-Here it stays until the model's buffers are broadcast or, where there are none, until the first
-bucket is reduced: the most that one rank holds.
+The bucket that goes may stay for a while. What NCCL has reduced and nobody has waited for by
+name (the reducer waits for its future) it keeps until the next collective after its watchdog,
+which looks ten times a second, has seen the end. Whether that is before the new buckets' order
+is broadcast is chance: ranks of one job have differed, of models with buffers to broadcast and
+without. At the latest it goes as the first bucket is reduced. So it counts as what may be there.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ import torch
 from ..events import Category
 from ..module_names import strip_wrappers
 from ..tracing.owners import Owned
+from .caching_allocator import rounded_bytes
 
 BROADCAST_BYTES = 250 << 20
 BROADCASTS_IN_FLIGHT = 2
@@ -39,6 +40,9 @@ Repeated = Callable[[Iterable[str]], Iterator[str]]
 
 Note = Callable[[Iterable[Owned]], None]
 """Told of tensors whose owner is known."""
+
+MayKeep = Callable[[int], Callable[[], None]]
+"""Told of bytes that are given up and may stay until what it returns is called."""
 
 BUCKETS = "DistributedDataParallel.buckets"
 
@@ -90,9 +94,17 @@ class FakeDDP(torch.nn.Module):
         repeated: See `Repeated`.
         note: Told of the buckets and of what they are, while they are there.
         gradient_as_bucket_view: Whether gradients are views of the buckets.
+        may_keep: See `MayKeep`.
     """
 
-    def __init__(self, module: torch.nn.Module, repeated: Repeated, note: Note, gradient_as_bucket_view: bool) -> None:
+    def __init__(
+        self,
+        module: torch.nn.Module,
+        repeated: Repeated,
+        note: Note,
+        gradient_as_bucket_view: bool,
+        may_keep: MayKeep,
+    ) -> None:
         super().__init__()
         self.module = module
         self._note = note
@@ -105,8 +117,8 @@ class FakeDDP(torch.nn.Module):
         everything = [_piece(name, p) for name, p in module.named_parameters()]
         self._broadcast(self._all(everything + self._buffers_sent))
         self._contents: list[torch.Tensor] = []
-        self._given_up: list[torch.Tensor] = []
-        self._first_waits_for: set[str] = set()
+        self._may_keep = may_keep
+        self._let_go: tuple[str, Callable[[], None]] | None = None
         self._sends_buffers = True
         self._places: dict[str, torch.Tensor] = {}
         self._ready: list[str] | None = []
@@ -120,13 +132,15 @@ class FakeDDP(torch.nn.Module):
         self._tell()
         if self._ready:
             pieces = [_piece(name, self._trained[name]) for name in self._ready]
+            full = buckets(self._all(pieces), FIRST_BUCKET_BYTES, BUCKET_BYTES)
+            given_up = sum(rounded_bytes(contents.untyped_storage().nbytes()) for contents in self._contents)
             self._ready = None
-            self._given_up, self._contents = self._contents, []
+            self._contents.clear()
             self._places.clear()
-            self._fill(buckets(self._all(pieces), FIRST_BUCKET_BYTES, BUCKET_BYTES))
+            self._let_go = full[0][-1].name, self._may_keep(given_up)
+            self._fill(full)
         if self._sends_buffers and self._buffers_sent:
             self._broadcast(self._all(self._buffers_sent))
-            self._given_up.clear()
         self._reducing = self._sends_buffers = self.require_backward_grad_sync and torch.is_grad_enabled()
         return self.module(*args, **kwargs)
 
@@ -148,7 +162,6 @@ class FakeDDP(torch.nn.Module):
             in_flight.append(self._empty(bucket) if len(bucket) > 1 else None)
 
     def _fill(self, full: list[list[Piece]]) -> None:
-        self._first_waits_for = {piece.name for piece in full[0]}
         for bucket in full:
             contents, offset = self._empty(bucket), 0
             self._contents.append(contents)
@@ -166,9 +179,9 @@ class FakeDDP(torch.nn.Module):
                 return
             if self._ready is not None:
                 self._ready.append(name)
-            self._first_waits_for.discard(name)
-            if not self._first_waits_for:
-                self._given_up.clear()
+            if self._let_go is not None and self._let_go[0] == name:  # the first bucket is full, and reduced
+                self._let_go[1]()
+                self._let_go = None
             if self._bucket_view:
                 parameter.grad = self._places[name].view_as(parameter)
 

@@ -46,7 +46,7 @@ def rank_paths(recipe: Recipe, tracker: FakeCuda, repeated: Repeated, note: Note
     """
 
     def ddp(module: Any, *_: Any, gradient_as_bucket_view: bool = False, **__: Any) -> FakeDDP:
-        return FakeDDP(module, repeated, note, gradient_as_bucket_view)
+        return FakeDDP(module, repeated, note, gradient_as_bucket_view, tracker.may_keep)
 
     with ExitStack() as undo:
         undo.enter_context(fsdp_paths(tracker))

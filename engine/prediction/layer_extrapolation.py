@@ -139,7 +139,12 @@ class _Extrapolating:
                 trace, events=rows[begin:end], marks=marks, owners=owners, names=tuple(names), phases=phases
             )
             traces.append((begin, extrapolated))
-        return AllocRequests(rows, traces, recomputes, self.old.inputs)
+        copies = self.layers.copies
+        kept = [
+            each._replace(begin=self._new_row(each.begin, 0), end=self._new_row(each.end, copies))
+            for each in self.old.kept
+        ]
+        return AllocRequests(rows, traces, recomputes, self.old.inputs, kept)
 
     def _named(self, name: str, group: int | None, copy: int) -> str:
         """The name of what belongs to a group, or to none."""

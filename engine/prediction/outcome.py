@@ -57,7 +57,8 @@ class Prediction:
         verdict: Whether it fits, gaps between blocks included.
         managed_bytes: Of paged optimizers, outside the allocator.
         pinned_bytes: Of the host's memory, page-locked, the most at once.
-        unsure_bytes: What kernels of which nobody knows what they take may add to the peak; part of the bound.
+        unsure_bytes: What may add to the peak and nobody knows: what some kernels take, what NCCL holds for longer by
+            chance; part of the bound.
         safe_bound_bytes: Above what will be measured.
         available_bytes: What the GPU has for the allocator: its memory without CUDA's context.
         max_positions: Tokens in a row that the model was made for; 0: not said.

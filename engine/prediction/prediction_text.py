@@ -146,10 +146,10 @@ def _streams(prediction: Prediction) -> list[str]:
 def _unsure(prediction: Prediction) -> list[str]:
     if not prediction.unsure_bytes:
         return []
-    size = f"{prediction.unsure_bytes / MIB:.1f} MiB"
-    return [
-        f"Workspaces of cuDNN and cuFFT depend on their versions: up to {size} more at the peak, in the bound alone."
-    ]
+    size = f"up to {prediction.unsure_bytes / MIB:.1f} MiB more at the peak, in the bound alone."
+    if prediction.config["parallel"] == "ddp":
+        return [f"In the second step NCCL may hold DDP's first bucket until the next all-reduce, on some ranks: {size}"]
+    return [f"Workspaces of cuDNN and cuFFT depend on their versions: {size}"]
 
 
 def cautions(config: RunConfig) -> list[str]:

@@ -65,7 +65,8 @@ class Rehearsal:
         pinned_bytes: Of the host's memory, the most.
         reserved_bytes: The most the allocator held.
         expandable_bytes: The most it held with expandable segments; None: not asked.
-        possible_peak_bytes: The most that was allocated if kernels took all they may: never below the peak.
+        possible_peak_bytes: The most that was allocated if kernels took all they may and all stayed that may: never
+            below the peak.
         verdict: Whether it goes through in the GPU's memory.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         traced_layers: How many layers were traced to know of all; None: each.
@@ -195,7 +196,8 @@ def rehearsed(
     played, reserved = _replay(requests, _allocator(settings))
     inside = (played.allocated[start : start + len(trace.events)] for start, trace in requests.traces)
     peak = max(int(allocated.max()) for allocated in inside if len(allocated))
-    possible = max(peak, played.possible_peak_bytes)
+    kept = (int(played.allocated[each.begin : each.end + 1].max()) + each.bytes for each in requests.kept)
+    possible = max(peak, played.possible_peak_bytes, *kept)
     verdict, expandable = _verdict(requests, settings, peak, possible, reserved, gpu)
     return Rehearsal(
         traces=played.traces,
@@ -259,6 +261,7 @@ class _Rehearsing:
                 list(zip(recorder.starts, self.traces, strict=True)),
                 self.recomputes,
                 recorder.inputs,
+                recorder.kept,
             ),
             self.steps,
             counts,
