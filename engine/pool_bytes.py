@@ -64,8 +64,8 @@ def by_pool(trace: StepTrace, event: int, alive: npt.NDArray[Any]) -> list[PoolB
 
 
 def by_stream(pools: Iterable[PoolBytes]) -> list[StreamBytes]:
-    """Bytes of each stream, the one with the most first; a private pool is told from the stream's others."""
-    pools = list(pools)
+    """Bytes of each stream that holds any, most first; a private pool is told from the stream's others."""
+    pools = [held for held in pools if held.reserved_bytes]
     numbers = {
         stream: number for number, stream in enumerate(dict.fromkeys([0, *(held.pool.stream for held in pools)]))
     }

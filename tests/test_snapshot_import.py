@@ -21,12 +21,13 @@ from torch import nn
 
 from gpumem_tui.engine import snapshot
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Phase, StepTrace
+from gpumem_tui.engine.events import AllocatorPool, Category, Phase, StepTrace
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.engine.run_events import OutOfMemory
 from gpumem_tui.engine.snapshot.imported import steps_of
+from gpumem_tui.engine.trace_check import check
 from gpumem_tui.tui.cli import main
 
 from .snapshotter import Snapshotter
@@ -208,7 +209,7 @@ def test_a_file_cut_off_anywhere_is_one_line(loop: Recorded, tmp_path: Path) -> 
         (b'{"device_traces": [[{"action": "alloc"}]]}', "damaged"),
         (
             b'{"device_traces": [[{"action": "alloc", "addr": -1, "size": 4}]]}',
-            "an entry's address, size or time is no",
+            "an entry's address, size, time or stream is no number",
         ),
         (b'{"segments": [{"device": 0, "address": 0, "total_size": 9, "blocks": [{"size": NaN}]}]}', "no number"),
         (b'{"segments": [[[[' + b"[" * 100_000, "RecursionError"),
@@ -283,6 +284,48 @@ def test_a_large_pickle_takes_the_memory_of_its_entries(tmp_path: Path) -> None:
     assert held_by_large < 1.25 * held + (large - small) // 8
 
 
+def test_streams_and_private_pools_are_told_apart(tmp_path: Path) -> None:
+    """Segments lie there as the snapshot is taken, or came and went before; the large one of stream 7 was there."""
+
+    def entry(action: str, address: int, size: int, stream: int = 0) -> dict[str, Any]:
+        return {"action": action, "addr": address, "size": size, "stream": stream, "time_us": 0, "frames": []}
+
+    def segment(address: int, size: int, used: int, **more: Any) -> dict[str, Any]:
+        state = {"state": "active_allocated", "frames": []}
+        blocks = [state | {"address": address, "size": used, "requested_size": used - 12}] if used else []
+        gap = {"address": address + used, "size": size - used, "requested_size": 0, "state": "inactive"}
+        about = {"device": 0, "address": address, "total_size": size, "stream": 0, "segment_type": "large"}
+        return about | {"blocks": [*blocks, gap]} | more
+
+    mib = 1 << 20
+    entries = [
+        entry("segment_alloc", 100 * mib, 20 * mib),
+        entry("alloc", 100 * mib, 4 * mib - 12),
+        entry("segment_alloc", 200 * mib, 2 * mib, stream=7),
+        entry("alloc", 200 * mib, 500, stream=7),
+        entry("free_requested", 200 * mib, 500, stream=7),
+        entry("free_completed", 200 * mib, 500, stream=7),
+        entry("segment_free", 200 * mib, 2 * mib, stream=7),
+        entry("alloc", 400 * mib, 1012),
+    ]
+    segments = [
+        segment(100 * mib, 20 * mib, 4 * mib),
+        segment(300 * mib, 30 * mib, 30 * mib, stream=7),
+        segment(400 * mib, 2 * mib, 1024, segment_type="small", segment_pool_id=(0, 3)),
+        segment(0, 2 * mib, 0, device=1, stream=9),
+    ]
+    path = tmp_path / "streams.json"
+    path.write_text(json.dumps({"segments": segments, "device_traces": [entries]}))
+    (trace,) = read(path)[0].traces()
+    check(trace)
+    large, side, private = AllocatorPool(0, "large"), AllocatorPool(7, "large"), AllocatorPool(0, "small", (0, 3))
+    ledger, passing = Ledger(trace), AllocatorPool(7, "small")
+    expected = [(large, 20 * mib, 4 * mib, 12), (side, 30 * mib, 30 * mib, 12), (private, 2 * mib, 1024, 12)]
+    assert ledger.pools(3) == [*expected, (passing, 0, 0, 0)]
+    assert ledger.pools(1)[-1] == (passing, 2 * mib, 512, 12) and ledger.pools(1)[2] == (private, 2 * mib, 0, 0)
+    assert ledger.pools(-1)[0] == (large, 0, 0, 0), "its segment came with the first event"
+
+
 # --- on our screens -----------------------------------------------------------------------
 
 
@@ -352,13 +395,16 @@ def test_a_snapshot_of_a_gpu_is_its_allocators_count(tmp_path: Path) -> None:
         torch.cuda.synchronize()
         torch.cuda.memory._dump_snapshot(str(path))
         allocated, peak = torch.cuda.memory_allocated(), torch.cuda.max_memory_allocated()
+        reserved = torch.cuda.memory_reserved()
     finally:
         record(None)
     (run,) = read(path)
     folded = [Ledger(trace) for trace in run.traces()]
     last = folded[-1]
     assert int(last.total[-1]) == allocated == run.gauge.allocated_bytes
-    assert run.gauge.reserved_bytes == torch.cuda.memory_reserved()
+    assert run.gauge.reserved_bytes == reserved
+    pools = last.pools(len(last.trace.events) - 1)
+    assert [sum(sizes) for sizes in zip(*(held[1:3] for held in pools), strict=True)] == [reserved, allocated]
     assert max(ledger.peak.bytes for ledger in folded) == pytest.approx(peak, rel=0.005)
     assert last.trace.step == STEPS
     parameters = sum(p.nbytes for p in model.parameters())

@@ -49,7 +49,7 @@ def _read(file: BinaryIO, size: int, work: Work) -> Snapshot:
         _take(snapshot, PickleReader(file, snapshot, tell).read(), size)
     else:
         raise RefusedError("it is neither a pickle nor JSON")
-    if not snapshot.devices and not snapshot.reserved:
+    if not snapshot.devices and not snapshot.segments:
         raise RefusedError("it has neither segments nor traces")
     work.share = 1.0
     return snapshot

@@ -10,14 +10,19 @@ from array import array
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
-ALLOC, FREE_REQUESTED, FREE_COMPLETED, OUT_OF_MEMORY = range(4)
+from ..events import AllocatorPool
+
+ALLOC, FREE_REQUESTED, FREE_COMPLETED, OUT_OF_MEMORY, RESERVED, GIVEN_BACK = range(6)
 ACTIONS = {
     "alloc": ALLOC, "free_requested": FREE_REQUESTED, "free": FREE_REQUESTED, "free_completed": FREE_COMPLETED,
-    "oom": OUT_OF_MEMORY,
+    "oom": OUT_OF_MEMORY, "segment_alloc": RESERVED, "segment_map": RESERVED, "segment_free": GIVEN_BACK,
+    "segment_unmap": GIVEN_BACK,
 }  # fmt: skip
-"""Those that are kept; the allocator's segments say nothing of who holds what."""
+"""Those that are kept."""
 
 LARGEST = 1 << 62
+MOST_POOLS = 1 << 14
+"""More than any program has, and fewer than the column of a trace can number."""
 
 
 class Frame(NamedTuple):
@@ -105,10 +110,11 @@ class DeviceTrace:
     """The entries of one device, in order.
 
     Attributes:
-        columns: Action, address, bytes, microseconds, index of the stack, index of the text; one after another.
+        columns: Action, address, bytes, microseconds, index of the stack, index of the text, stream; one after
+            another.
     """
 
-    FIELDS = 6
+    FIELDS = 7
 
     def __init__(self) -> None:
         self.columns = array("q")
@@ -149,7 +155,8 @@ class Snapshot:
     Attributes:
         devices: By index.
         alive: Allocated at the end, by device.
-        reserved: Bytes of the segments, by device.
+        segments: Of each device as the snapshot was taken: address, bytes and number of the pool; one after another.
+        pools: Numbers of the segments' pools.
         stacks: What the columns index.
         texts: What the columns index.
     """
@@ -157,7 +164,8 @@ class Snapshot:
     def __init__(self) -> None:
         self.devices: list[DeviceTrace] = []
         self.alive: dict[int, list[Alive]] = {}
-        self.reserved: dict[int, int] = {}
+        self.segments: dict[int, array[int]] = {}
+        self.pools: dict[AllocatorPool, int] = {}
         self.stacks, self.texts = Stacks(), Texts()
         self._asked = False
 
@@ -179,9 +187,10 @@ class Snapshot:
             return None
         address = plain["device_free"] if action == OUT_OF_MEMORY else plain["addr"]
         numbers = address, plain["size"], plain.get("time_us", 0)
-        if not all(type(n) is int and 0 <= n < LARGEST for n in numbers):
-            raise ValueError("an entry's address, size or time is no number")
-        return action, *numbers, self.stacks.index(plain.get("frames")), self._said(plain)
+        stream = plain.get("stream", 0)
+        if not all(type(n) is int and 0 <= n < LARGEST for n in (*numbers, stream)):
+            raise ValueError("an entry's address, size, time or stream is no number")
+        return action, *numbers, self.stacks.index(plain.get("frames")), self._said(plain), stream
 
     def block(self, plain: Mapping[str, Any]) -> Block:
         """One block of a segment.
@@ -210,11 +219,18 @@ class Snapshot:
             ValueError: It is not what PyTorch writes.
         """
         device, address, total, listed = (plain[key] for key in ("device", "address", "total_size", "blocks"))
-        if not all(type(n) is int and 0 <= n < LARGEST for n in (device, address, total)):
-            raise ValueError("a segment's device, address or size is no number")
+        stream, private = plain.get("stream", 0), tuple(plain.get("segment_pool_id", (0, 0)))
+        if not all(type(n) is int and 0 <= n < LARGEST for n in (device, address, total, stream, *private)):
+            raise ValueError("a segment's device, address, size, stream or pool is no number")
+        if len(private) != 2:
+            raise ValueError("a segment's pool has no identity")
+        size_class = "small" if plain.get("segment_type") == "small" else "large"
         if len(listed) > most_blocks:
             raise ValueError("a segment has more blocks than the file has room for")
-        self.reserved[device] = self.reserved.get(device, 0) + total
+        pool = self.pools.setdefault(AllocatorPool(stream, size_class, private), len(self.pools))
+        if len(self.pools) > MOST_POOLS:
+            raise ValueError("there are more pools than any program has")
+        self.segments.setdefault(device, array("q")).extend((address, total, pool))
         alive = self.alive.setdefault(device, [])
         for found in listed:
             block = found if isinstance(found, Block) else self.block(found)

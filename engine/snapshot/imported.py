@@ -19,6 +19,7 @@ from ..events import BLOCK, EVENT, MARK, OWNER, Category, Phase, PhaseSpan, Step
 from ..module_names import LOSS
 from .entries import ALLOC, FREE_COMPLETED, FREE_REQUESTED, OUT_OF_MEMORY, DeviceTrace, Snapshot
 from .frames import Tag, tag
+from .pools import Pooled, Segments, pooled
 
 ROUNDED = 512
 """The allocator hands out multiples of this."""
@@ -35,11 +36,13 @@ class Columns(NamedTuple):
         events: dtype EVENT; marks are to come.
         begin: dtype BLOCK, alive before the first event.
         kinds: Of the events and, behind them, of `begin`: indices into the tags.
+        pooled: Of the pools.
     """
 
     events: npt.NDArray[Any]
     begin: npt.NDArray[Any]
     kinds: Ints
+    pooled: Pooled
 
 
 class Tags:
@@ -97,14 +100,14 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
     table = (
         np.frombuffer(trace.columns, np.int64).reshape(-1, DeviceTrace.FIELDS)
         if len(trace)
-        else np.empty((0, 6), np.int64)
+        else np.empty((0, DeviceTrace.FIELDS), np.int64)
     )
+    entries = table
     freed = FREE_REQUESTED if (table[:, 0] == FREE_REQUESTED).any() else FREE_COMPLETED
     table = table[(table[:, 0] == ALLOC) | (table[:, 0] == freed)]
     alive = np.array(snapshot.alive.get(device, []), np.int64).reshape(-1, 5)
     is_alloc, exact = table[:, 0] == ALLOC, snapshot.says_owners
     events = np.zeros(len(table), EVENT)
-    events["pool"] = -1
     events["address"], events["time_us"] = table[:, 1], table[:, 3]
     events["bytes"] = np.where(is_alloc, table[:, 2], -table[:, 2])
     events["slack"] = 0 if exact else np.where(is_alloc, 1, -1) * (-table[:, 2] % ROUNDED)
@@ -114,18 +117,27 @@ def _columns(snapshot: Snapshot, device: int, tags: Tags) -> Columns:
     stacks, said = table[:, 4], table[:, 5]
     kinds = tags.of(np.concatenate([stacks, begin[:, 3]]), np.concatenate([said, begin[:, 4]]))
     blocks = np.zeros(len(begin), BLOCK)
-    blocks["pool"] = -1
     blocks["address"], blocks["bytes"], blocks["slack"] = begin[:, 0], begin[:, 1], begin[:, 2]
-    return Columns(events, blocks, kinds)
+    found = pooled(entries, freed, begin[:, [0, 1, 5]], _segments(snapshot, device))
+    events["pool"], blocks["pool"] = found.of_events, found.of_begin
+    return Columns(events, blocks, kinds, found)
+
+
+def _segments(snapshot: Snapshot, device: int) -> Segments:
+    return Segments(np.array(snapshot.segments.get(device, ()), np.int64).reshape(-1, 3), [*snapshot.pools])
 
 
 def _begin(table: Ints, is_alloc: npt.NDArray[np.bool_], alive: Ints, exact: bool) -> Ints:
-    """Blocks from before the trace: freed in it without having been made in it, or there all along."""
+    """Blocks from before the trace: freed in it without having been made in it, or there all along.
+
+    Fields of `Alive`, and the stream (-1: that of its segment).
+    """
     _, first = np.unique(table[:, 1], return_index=True)
     freed = table[first[~is_alloc[first]]]
     slack = np.zeros(len(freed), np.int64) if exact else -freed[:, 2] % ROUNDED
-    before = np.column_stack([freed[:, 1], freed[:, 2], slack, np.zeros(len(freed), np.int64), freed[:, 5]])
-    return np.concatenate([before, alive[~np.isin(alive[:, 0], table[:, 1])]])
+    before = np.column_stack([freed[:, 1], freed[:, 2], slack, np.zeros(len(freed), np.int64), freed[:, 5:7]])
+    there = alive[~np.isin(alive[:, 0], table[:, 1])]
+    return np.concatenate([before, np.column_stack([there, np.full(len(there), -1)])])
 
 
 def _slack_at_end(events: npt.NDArray[Any], is_alloc: npt.NDArray[np.bool_], alive: Ints) -> None:
@@ -224,7 +236,18 @@ def _step(
     owners["name"], owners["made"] = owner[columns.kinds[place]], -1
     spans = _spans(phases[begin:end], micro, events["time_us"])
     most = int(micro.max(initial=0)) + 1
-    return StepTrace(number, events, marks, alive, owners, tuple(tags.names), spans, micro_batches=most)
+    return StepTrace(
+        number,
+        events,
+        marks,
+        alive,
+        owners,
+        tuple(tags.names),
+        spans,
+        micro_batches=most,
+        segments=columns.pooled.segments_of(begin, end),
+        pools=columns.pooled.pools,
+    )
 
 
 def _micro_batches(phases: Ints) -> Ints:

@@ -31,15 +31,15 @@ def runs_of(path: Path, name: str = "", work: Work | None = None) -> list[Run]:
         UserError: It cannot be read, or is no snapshot.
     """
     snapshot = read(path, work)
-    devices = [d for d in range(max(len(snapshot.devices), *(d + 1 for d in snapshot.reserved), 0))
-               if snapshot.reserved.get(d) or (d < len(snapshot.devices) and len(snapshot.devices[d]))]  # fmt: skip
+    devices = [d for d in range(max(len(snapshot.devices), *(d + 1 for d in snapshot.segments), 0))
+               if snapshot.segments.get(d) or (d < len(snapshot.devices) and len(snapshot.devices[d]))]  # fmt: skip
     return [_run(snapshot, device, name or path.stem) for device in devices]
 
 
 def _run(snapshot: Snapshot, device: int, name: str) -> Run:
     steps = steps_of(snapshot, device)
     place = f"cuda:{device}"
-    reserved = snapshot.reserved.get(device, 0)
+    reserved = sum(snapshot.segments.get(device, ())[1::3])
     failed = refused_bytes(snapshot, device)
     # The snapshot does not tell the GPU's memory; it had at least this.
     total = reserved + (failed[1] if failed else 0)
