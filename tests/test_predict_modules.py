@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.prediction.convolutions import TILE_BYTES
 from gpumem_tui.engine.prediction.public import Prediction, Training, predict
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.watch.watcher import watch
@@ -261,16 +262,31 @@ def test_the_examples_are_predicted(training: Training) -> None:
     assert found.notes == ()
 
 
-def test_convolutions_may_take_workspaces_that_the_bound_has_and_the_peak_has_not() -> None:
-    """The peak of one large convolution is where it runs: nobody knows what cuDNN takes there."""
+def convolved(gpu: str = "H100 80GB", format: torch.memory_format = torch.contiguous_format) -> Prediction:
+    """A step of one large convolution: the peak is where it runs."""
 
-    def summing(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
         model(x).sum().backward()
         optimizer.step()
 
-    found = predict(lambda: nn.Conv2d(4, 4, 3, padding=1), sgd, lambda: torch.randn(8, 4, 128, 128), summing)
-    image = 8 * 4 * 128 * 128 * 4
-    assert 0 < found.unsure_bytes <= 3 * image + 4096
+    def batch() -> Tensor:
+        return torch.randn(8, 4, 128, 128, device="cuda").contiguous(memory_format=format)
+
+    return predict(lambda: nn.Conv2d(4, 4, 3, padding=1).cuda(), sgd, batch, step, gpu=gpu)
+
+
+def test_convolutions_on_tensor_cores_copy_images_to_have_their_channels_last() -> None:
+    """A GPU without tensor cores for float32, or images that have their channels last already: no copies."""
+    image, weight = 8 * 4 * 128 * 128 * 4, 4 * 4 * 3 * 3 * 4
+    assert convolved().by_phase["forward"]["temporaries"] == 2 * image + weight
+    for found in (convolved("T4"), convolved(format=torch.channels_last)):
+        assert found.by_phase["forward"].get("temporaries", 0) == 0
+
+
+def test_parts_of_a_convolution_that_are_added_up_are_in_the_bound_alone() -> None:
+    """Nobody knows into how many parts cuDNN cuts it: each multiprocessor may have one."""
+    found = convolved()
+    assert 0 < found.unsure_bytes <= 132 * TILE_BYTES
     assert found.safe_bound_bytes >= found.peak_bytes + found.unsure_bytes
     assert "cuDNN" in str(found)
 

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator_settings import MIN_BLOCK_BYTES
-from . import attention, recurrent_cells
+from . import attention, convolutions, recurrent_cells
 from .gpus import Gpu
 from .reduction import scratch_bytes
 
@@ -35,6 +35,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
     reductions = (aten.sum.default, aten.sum.dim_IntList, aten.mean.default, aten.mean.dim, aten.amax.default)
     return {
         **attention.KERNELS,
+        **convolutions.kernels(gpu),
         **recurrent_cells.kernels(gpu),
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
@@ -52,8 +53,6 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten.mm.dtype_out: _into_out,
         aten.addmm.dtype_out: _into_out,
         aten.embedding_dense_backward.default: _embedding_backward,
-        aten.convolution.default: _convolution,
-        aten.convolution_backward.default: _convolution_backward,
         aten._fft_r2c.default: _fourier,
         aten._fft_c2r.default: _fourier,
         aten._fft_c2c.default: _fourier,
@@ -201,28 +200,6 @@ def _nonzero(tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
     (tensor,) = args
     tracker.assume("how many elements are selected depends on data: none is taken to be")
     return aten.empty.memory_format([0, tensor.dim()], dtype=torch.int64, device=tensor.fake_device)
-
-
-def _convolution(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    """cuDNN's workspace is what its heuristics choose for this GPU and version: at the most a copy of each tensor.
-
-    Its kernels on tensor cores want channels last, and transform what has another layout in their workspace.
-    """
-    out = func(*args, **kwargs)
-    tracker.see(out)
-    tracker.may_take(_copies_bytes(*args[:2], out))
-    return out
-
-
-def _convolution_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
-    """Scratch as in forward, for each of the gradients; the weight's is added up in float32."""
-    grads = func(*args, **kwargs)
-    for grad in grads:
-        if grad is not None:
-            tracker.see(grad)
-    weight = args[2]
-    tracker.may_take(_copies_bytes(*args[:3]) + weight.numel() * 4)
-    return grads
 
 
 def _fourier(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
