@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from ..config import UserError, one_line
 from .bits import FORMATS, RUN, Bits
-from .tensors import CHUNK, ModelWeights, stored_transposed
+from .tensors import CHUNK, GLIMPSED, ModelWeights, stored_transposed
 
 INDEX = "model.safetensors.index.json"
 LARGEST_HEADER = 100_000_000
@@ -63,6 +63,11 @@ class FileTensor:
                 part = buffer[: min(CHUNK, numel - start) * size]
                 self._read(file.fileno(), part, start * size)
                 yield self._bits(part)
+
+    def glimpse(self) -> Bits:
+        """From places drawn at random, the same ones each time: none that recur with the columns."""
+        places = np.random.default_rng(0).integers(0, math.prod(self.shape) // RUN, GLIMPSED)
+        return self.runs(np.sort(places))
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:
         """Each read where it lies."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future
 from typing import Any
 
 import msgspec
@@ -22,14 +22,9 @@ def entries(name: str, weights: ModelWeights, schemes: Sequence[Scheme], exact: 
     Raises:
         UserError: A tensor cannot be read, or holds NaN or an infinity.
     """
-    from ..prediction.libraries_loading import libraries_loading
     from .lens import reports
     from .quantizable import among, quantizable_modules
 
-    with libraries_loading():
-        import torch
-
-    torch.set_num_threads(1)  # tensors are measured side by side
     unavailable = {scheme.key: why for scheme in schemes if (why := scheme.unavailable) is not None}
     yield ModelHead(
         model=name,
@@ -42,11 +37,13 @@ def entries(name: str, weights: ModelWeights, schemes: Sequence[Scheme], exact: 
         unavailable=unavailable,
     )
     names = [tensor.name for tensor in weights.tensors]
-    with ThreadPoolExecutor(1) as beside:
-        modules = beside.submit(quantizable_modules, weights.config)
-        for report in reports(weights.tensors, [s for s in schemes if s.key not in unavailable], exact):
-            yield Measured(report=report)
-        quantized = among(modules.result(), names)
+    measured = [scheme for scheme in schemes if scheme.key not in unavailable]
+    modules: Future[frozenset[str] | None] = Future()
+    for report in reports(
+        weights.tensors, measured, exact, lambda: modules.set_result(quantizable_modules(weights.config))
+    ):
+        yield Measured(report=report)
+    quantized = among(modules.result(), names)
     kept = () if quantized is None else tuple(name for name in names if name not in quantized)
     yield ModelEnd(architecture_known=quantized is not None, kept=kept)
 

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .piece import Piece, piece_of
+from .piece import Piece, Pieces
 from .report import Fidelity, TensorReport, known, short
 from .scheme import Scheme
-from .survey import Part, Survey
+from .survey import Survey
 from .totals import decibels
 
 DENSITY_BINS = 1024
@@ -45,7 +45,7 @@ class _Sums:
         self.noise += piece.sum_of_squares(error)
         self.largest = max(self.largest, float(error.abs_().amax()))
         self.counts += piece.histogram(found.codes, 256)
-        typical = slice(None) if scheme.error_follows == "nothing" else piece.typical
+        typical = slice(None) if scheme.elementwise else piece.typical
         codes = found.codes.reshape(found.restored.shape)[typical].reshape(-1)
         restored = found.restored[typical].reshape(-1)
         self.typical_counts += torch.bincount(codes, minlength=256).numpy()
@@ -76,23 +76,23 @@ def measure(survey: Survey, schemes: Sequence[Scheme]) -> TensorReport:
     unsuited = {scheme.key: reason for scheme in schemes if (reason := scheme.unsuited(rows, columns))}
     sums = {scheme: _Sums() for scheme in schemes if scheme.key not in unsuited}
     whole = _Whole(survey)
-    ordered = torch.from_numpy(_ordered(survey))
-    for part in survey.parts():
-        piece = piece_of(survey, part, ordered)
-        whole.add(part, piece)
-        for scheme, its in sums.items():
-            its.add(piece, scheme)
+    for piece, its_schemes, is_whole in _pieces(survey, list(sums)):
+        if is_whole:
+            whole.add(piece)
+        for scheme in its_schemes:
+            sums[scheme].add(piece, scheme)
     return whole.report({scheme.key: _fidelity(scheme, survey, its) for scheme, its in sums.items()}, unsuited)
 
 
-def _ordered(survey: Survey) -> NDArray[np.float32]:
-    """Sampled weights in ascending order, of runs of which each stands for as many as any other."""
-    most = max(float(part.stands_for.max()) for part in survey.sample)
-    chosen = []
-    for part in survey.sample:
-        reached = np.cumsum(part.stands_for / most)
-        chosen.append(part.values[np.searchsorted(reached, np.arange(0.5, reached[-1]))].reshape(-1))
-    return np.sort(np.concatenate(chosen))
+def _pieces(survey: Survey, schemes: Sequence[Scheme]) -> Iterator[tuple[Piece, Sequence[Scheme], bool]]:
+    """Pieces to measure, each with its schemes and whether moments are taken of it."""
+    pieces = Pieces(survey)
+    if survey.exact:
+        yield from ((pieces.of(part), schemes, True) for part in survey.parts())
+        return
+    yield pieces.of_values(), [scheme for scheme in schemes if scheme.elementwise], True
+    placed = [scheme for scheme in schemes if not scheme.elementwise]
+    yield from ((pieces.of(part), placed, False) for part in survey.parts())
 
 
 class _Whole:
@@ -103,12 +103,12 @@ class _Whole:
         self.sums = np.zeros(5)
         self.density = np.zeros(DENSITY_BINS)
 
-    def add(self, part: Part, piece: Piece) -> None:
-        """One more part, and what it stands for."""
-        values = part.values
+    def add(self, piece: Piece) -> None:
+        """One more piece, and what it stands for."""
+        values, stands_for = piece.values.numpy(), piece.stands_for.numpy()
         square = values * values
         powers = (np.ones_like(values), values, square, square * values, square * square)
-        self.sums += [part.stands_for @ power.sum(1, dtype=np.float64) for power in powers]
+        self.sums += [stands_for @ power.sum(1, dtype=np.float64) for power in powers]
         low, high = self.survey.low, self.survey.high
         bins = ((piece.values - low) * (DENSITY_BINS / ((high - low) or 1.0))).to(torch.int16)
         self.density += piece.histogram(bins.clamp_(max=DENSITY_BINS - 1), DENSITY_BINS)

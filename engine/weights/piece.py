@@ -11,10 +11,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from .survey import Part, Survey
+from .sample import Floats, Part
+from .survey import Survey
 
 T = TypeVar("T")
 
+QUANTILES = 256
 TYPICAL, TYPICAL_RUNS = 1.25, 128
 """Times the median of the runs' largest weights; how many runs of a piece say where a scheme's levels lie."""
 
@@ -32,7 +34,7 @@ class Piece:
         row_absmax: float32 [rows, 1]: the largest magnitude of every row.
         typical: Places of some runs whose largest weight is not far from that of most.
         absmax_mean: Mean over blocks of 64 weights of their largest magnitude.
-        ordered: float32, ascending: weights that stand for all of the tensor alike.
+        quantiles: float32 [256], ascending: of the tensor's weights, each in the middle of 1/256 of them.
         shared: What schemes of one family work out once for all of them.
     """
 
@@ -44,7 +46,7 @@ class Piece:
     row_absmax: torch.Tensor
     typical: torch.Tensor
     absmax_mean: float
-    ordered: torch.Tensor
+    quantiles: torch.Tensor
     shared: dict[str, Any] = field(default_factory=dict)
 
     def once(self, name: str, make: Callable[[Piece], T]) -> T:
@@ -98,18 +100,36 @@ class Piece:
         return parts, self.row_absmax[torch.div(firsts.reshape(-1), self.columns, rounding_mode="floor")]
 
 
-def piece_of(survey: Survey, part: Part, ordered: torch.Tensor) -> Piece:
-    """One part of a tensor for the schemes."""
-    values = torch.from_numpy(part.values)
-    near = values.abs().amax(1) <= TYPICAL * survey.typical
-    return Piece(
-        values=values,
-        stands_for=torch.from_numpy(part.stands_for),
-        starts=torch.from_numpy(part.starts),
-        columns=survey.geometry.columns,
-        bounds=torch.tensor([[survey.low, survey.high]]),
-        row_absmax=torch.from_numpy(survey.row_absmax)[:, None],
-        typical=near.nonzero()[:TYPICAL_RUNS, 0],
-        absmax_mean=survey.absmax_mean,
-        ordered=ordered,
-    )
+class Pieces:
+    """The pieces of a surveyed tensor."""
+
+    def __init__(self, survey: Survey) -> None:
+        middles = (np.arange(QUANTILES) + 0.5) / QUANTILES
+        self.survey = survey
+        self.quantiles = torch.from_numpy(survey.values.quantiles(middles))
+        self.bounds = torch.tensor([[survey.low, survey.high]])
+        self.row_absmax = torch.from_numpy(survey.row_absmax)[:, None]
+
+    def of(self, part: Part) -> Piece:
+        """The runs of one part."""
+        return self._piece(part.values, part.stands_for, part.starts)
+
+    def of_values(self) -> Piece:
+        """The values that stand for all, each a run of its own: for schemes that need no places."""
+        values = self.survey.values
+        return self._piece(values.values[:, None], values.counts, np.zeros(0, np.int64))
+
+    def _piece(self, values: Floats, stands_for: NDArray[np.float64], starts: NDArray[np.int64]) -> Piece:
+        tensor = torch.from_numpy(values)
+        near = tensor.abs().amax(1) <= TYPICAL * self.survey.typical
+        return Piece(
+            values=tensor,
+            stands_for=torch.from_numpy(stands_for),
+            starts=torch.from_numpy(starts),
+            columns=self.survey.geometry.columns,
+            bounds=self.bounds,
+            row_absmax=self.row_absmax,
+            typical=near.nonzero()[:TYPICAL_RUNS, 0],
+            absmax_mean=self.survey.absmax_mean,
+            quantiles=self.quantiles,
+        )

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from .bits import FORMATS, RUN, Bits
-from .tensors import CHUNK, ModelWeights, stored_transposed
+from .tensors import CHUNK, GLIMPSED, ModelWeights, stored_transposed
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 
@@ -56,6 +56,11 @@ class RandomTensor:
             rounded = part.to(getattr(torch, kind))
             integers = rounded.view(torch.int32 if rounded.itemsize == 4 else torch.int16)
             yield integers.numpy().view(FORMATS[self.dtype].unsigned)
+
+    def glimpse(self) -> Bits:
+        """The first: one is like the other."""
+        bits = next(self.chunks())
+        return bits[: len(bits) // RUN * RUN].reshape(-1, RUN)[:GLIMPSED]
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:
         """Found by drawing all up to the last of them again."""

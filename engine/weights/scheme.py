@@ -54,6 +54,7 @@ class Scheme:
         setting: What `quantization` is set to for a run to store its weights so; empty: no run can.
         error_follows: What a weight's error is in proportion to: the weights around it, the largest of its
             row, or nothing, since every step of the tensor is the same.
+        elementwise: Whether levels are the whole tensor's: the code of a weight depends on its value alone.
         usual: Whether it is measured where nobody names schemes.
     """
 
@@ -71,6 +72,7 @@ class Scheme:
     unsuited: Callable[[int, int], str | None] = _suits_all
     setting: tuple[tuple[str, str | bool], ...] = ()
     error_follows: Literal["weights", "row", "nothing"] = "weights"
+    elementwise: bool = False
     usual: bool = True
 
     @property

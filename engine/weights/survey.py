@@ -1,9 +1,7 @@
-"""One pass over a tensor: its extremes, whether all of it is finite, and which runs of it are measured.
+"""One pass over a tensor: its extremes, whether all of it is finite, and what of it is measured.
 
 A scale that covers a tensor or a row depends on its largest weight, which no
-sample finds; so every weight is looked at once, as bits. Errors are averages,
-for which a sample is enough if runs with large weights, of which a few can make
-most of the error, are in it more often, and count the less for it.
+sample finds; so every weight is looked at once, as bits.
 """
 
 from __future__ import annotations
@@ -16,37 +14,15 @@ from numpy.typing import NDArray
 
 from ..config import UserError
 from .bits import LARGEST, RUN, Bits, as_float32, magnitudes, range_of, row_maxima, run_maxima
+from .sample import SAMPLED_RUNS, Floats, Part, Tail, Values, all_parts, by_value, sampled
 from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 
-Floats = NDArray[np.float32]
-
-SAMPLED_RUNS = 896
-"""Runs of 256 weights sampled in each tensor."""
-ALWAYS = 32
-"""So many of them are those with the largest weights."""
-MOST = 0.7
-"""Share of the runs beyond whose largest weights the tails are."""
 BLOCK = 64
 """Weights to one scale of NF4 and FP4."""
 SQUARED_RUNS = 8192
 """At least so many of a tensor's runs, if it has them, tell the mean square of its weights."""
 ALIKE_BITS = 3
 """Runs are alike whose largest weights agree to so many bits of the mantissa."""
-
-
-@dataclass(frozen=True, slots=True)
-class Part:
-    """Runs of neighbouring weights, each of which stands for some of the tensor's.
-
-    Attributes:
-        values: [n, RUN], or one row that is shorter.
-        starts: Place of each run's first weight in the flat tensor [n].
-        stands_for: Runs of the tensor that each of these stands for [n].
-    """
-
-    values: Floats
-    starts: NDArray[np.int64]
-    stands_for: NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,6 +39,7 @@ class Survey:
         typical: Median of its runs' largest magnitudes.
         absmax_mean: Mean over blocks of 64 weights of their largest magnitude.
         sample: Some runs that stand for all.
+        values: What stands for all of them where places do not matter.
         exact: Whether all of the tensor is to be measured, and not the sample.
     """
 
@@ -75,11 +52,12 @@ class Survey:
     typical: float
     absmax_mean: float
     sample: tuple[Part, ...]
+    values: Values
     exact: bool
 
     def parts(self) -> Iterator[Part]:
         """The parts to measure."""
-        yield from _all_parts(self.tensor) if self.exact else self.sample
+        yield from all_parts(self.tensor) if self.exact else self.sample
 
 
 def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
@@ -92,19 +70,22 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
     Raises:
         UserError: It cannot be read, or holds NaN or an infinity.
     """
-    shape = geometry(tensor)
+    shape, form = geometry(tensor), format_of(tensor)
     extremes = _Extremes(tensor, shape)
     squares = _Squares(tensor, 1 if exact else max(1, shape.whole_runs // SQUARED_RUNS))
+    tail = Tail(tensor) if shape.whole_runs > SAMPLED_RUNS else None
     block_sum = 0.0
     for number, bits in enumerate(tensor.chunks()):
-        extremes.add(bits, number * CHUNK)
+        found = magnitudes(bits, form)
+        extremes.add(bits, found, number * CHUNK)
         squares.add(bits, number * CHUNK // RUN)
+        if tail is not None:
+            tail.add(bits, found)
         if exact:
             block_sum += _block_absmax(as_float32(bits, tensor.read_as)[None]).sum(dtype=np.float64)
     largest = extremes.of_runs[: shape.whole_runs]
-    run_absmax, row_absmax = as_float32(largest, tensor.read_as), as_float32(extremes.of_rows(), tensor.read_as)
-    order = np.argsort(largest, kind="stable")
-    sample = _sample(tensor, order, run_absmax, row_absmax, bits)
+    row_absmax = as_float32(extremes.of_rows(), tensor.read_as)
+    sample = sampled(tensor, largest, row_absmax, bits[len(bits) // RUN * RUN :].copy())
     low, high = extremes.bounds()
     return Survey(
         tensor,
@@ -113,9 +94,10 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
         high=high,
         row_absmax=row_absmax,
         mean_square=squares.total(largest) / shape.numel,
-        typical=float(run_absmax[order[len(order) // 2]]) if len(order) else np.inf,
+        typical=_median(largest, tensor.read_as),
         absmax_mean=block_sum / -(-shape.numel // BLOCK) if exact else _mean_absmax(sample),
         sample=sample,
+        values=_all_values(sample, tensor) if tail is None else tail.values(tensor, sample),
         exact=exact,
     )
 
@@ -134,8 +116,8 @@ class _Extremes:
         self._by_row = np.zeros(0 if self._rows_are_runs else shape.rows, self.form.unsigned)
         self._low = self._high = 0
 
-    def add(self, bits: Bits, start: int) -> None:
-        """A chunk that begins with that weight.
+    def add(self, bits: Bits, found: Bits, start: int) -> None:
+        """A chunk that begins with that weight, and its magnitudes.
 
         Raises:
             UserError: It holds NaN or an infinity.
@@ -144,7 +126,6 @@ class _Extremes:
         if max(high, low) > self.form.largest:
             raise _no_weight(self.tensor, bits, start)
         self._high, self._low = max(self._high, high), max(self._low, low)
-        found = magnitudes(bits, self.form)
         runs = run_maxima(found)
         self.of_runs[start // RUN : start // RUN + len(runs)] = runs
         if not self._rows_are_runs:
@@ -206,65 +187,17 @@ def _mean_absmax(sample: tuple[Part, ...]) -> float:
     return total / sum(float(stands_for.sum()) * int(found.shape[1]) for stands_for, found in blocks)
 
 
-def _sample(
-    tensor: WeightTensor, order: NDArray[np.int64], largest: Floats, row_absmax: Floats, last: Bits
-) -> tuple[Part, ...]:
-    """Some runs, spread evenly over all of them in the order of their largest weights.
-
-    Args:
-        tensor: Which.
-        order: Its whole runs by their largest weights.
-        largest: Those weights' magnitudes, by run.
-        row_absmax: Of its rows.
-        last: Its last chunk, which ends with what is too short to be a run.
-    """
-    if len(order) <= SAMPLED_RUNS:
-        return tuple(_all_parts(tensor))
-    rows = row_absmax[order * RUN // geometry(tensor).columns]
-    chance = _chances(largest[order], rows)
-    reached = np.cumsum(chance, dtype=np.float64)
-    picked = np.searchsorted(reached, np.arange(0.5, reached[-1]))
-    by_place = picked[np.argsort(order[picked])]
-    runs = order[by_place]
-    parts = [Part(as_float32(tensor.runs(runs), tensor.read_as), runs * RUN, 1 / chance[by_place].astype(np.float64))]
-    if short := len(last) % RUN:
-        parts.append(Part(as_float32(last[-short:], tensor.read_as)[None], np.array([len(order) * RUN]), np.ones(1)))
-    return tuple(parts)
+def _median(largest: Bits, read_as: str) -> float:
+    if not len(largest):
+        return np.inf
+    middle = len(largest) // 2
+    return float(as_float32(np.partition(largest, middle)[middle, None], read_as)[0])
 
 
-def _chances(largest: Floats, rows: Floats) -> Floats:
-    """The probability of each run to be in the sample.
-
-    In equal shares: alike for all, as errors are where one step is the whole
-    tensor's; in proportion to the square of its largest weight, as where scales
-    are blocks'; of its row's, as where they are rows'; of what it has beyond most,
-    as where the outermost level ends.
-
-    Args:
-        largest: Magnitude of each run's largest weight, ascending.
-        rows: That of its row's.
-    """
-    scale = largest[-1] or 1.0  # the square of a float32 may be none
-    largest, rows = largest / scale, rows / scale
-    beyond = np.maximum(largest - largest[int(MOST * len(largest))], 0)
-    errors = [(error, error.sum(dtype=np.float64)) for error in (largest * largest, rows * rows, beyond * beyond)]
-    known = [(error, total) for error, total in errors if total]
-    chance = np.full_like(largest, SAMPLED_RUNS / (len(known) + 1) / len(largest))
-    for error, total in known:
-        chance += error * np.float32(SAMPLED_RUNS / (len(known) + 1) / total)
-    chance[-ALWAYS:] = 1
-    found: Floats = np.minimum(chance, 1)
-    return found
-
-
-def _all_parts(tensor: WeightTensor) -> Iterator[Part]:
-    for number, bits in enumerate(tensor.chunks()):
-        values, start = as_float32(bits, tensor.read_as), number * CHUNK
-        whole = len(values) // RUN * RUN
-        if whole:
-            yield Part(values[:whole].reshape(-1, RUN), start + np.arange(0, whole, RUN), np.ones(whole // RUN))
-        if len(values) > whole:
-            yield Part(values[None, whole:], np.array([start + whole]), np.ones(1))
+def _all_values(parts: tuple[Part, ...], tensor: WeightTensor) -> Values:
+    """The values of a tensor whose parts have all been taken."""
+    bits = np.concatenate([part.bits.reshape(-1) for part in parts])
+    return by_value(bits, np.ones(len(bits)), tensor)
 
 
 def _no_weight(tensor: WeightTensor, bits: Bits, start: int) -> UserError:

@@ -16,6 +16,9 @@ from .bits import FORMATS, RUN, Bits, Format
 CHUNK = RUN * 8192
 """Numbers read at a time: 4 MiB of 16-bit floats, which a processor's cache holds."""
 
+GLIMPSED = 256
+"""Runs that a glimpse of a tensor is made of."""
+
 
 class WeightTensor(Protocol):
     """Weights of one parameter, none of them in memory."""
@@ -47,6 +50,10 @@ class WeightTensor(Protocol):
 
     def chunks(self) -> Iterator[Bits]:
         """The weights as quantizers get them, flat, CHUNK at a time; a chunk is valid until the next is asked for."""
+        ...
+
+    def glimpse(self) -> Bits:
+        """Some whole runs [n, RUN] from all over a tensor that has any, soon read."""
         ...
 
     def runs(self, indices: NDArray[np.int64]) -> Bits:

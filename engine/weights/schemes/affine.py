@@ -107,6 +107,7 @@ SCHEMES = (
         package="torchao",
         quantize=lambda piece: _tensor(piece, -128, asymmetric=True),
         error_follows="nothing",
+        elementwise=True,
         storage_bytes=lambda rows, columns: rows * columns + SCALE_BYTES + ZERO_POINT_BYTES,
     ),
     Scheme(
@@ -123,6 +124,7 @@ SCHEMES = (
         package="torchao",
         quantize=lambda piece: _tensor(piece, -127, asymmetric=False),
         error_follows="nothing",
+        elementwise=True,
         storage_bytes=lambda rows, columns: rows * columns + SCALE_BYTES,
     ),
     Scheme(

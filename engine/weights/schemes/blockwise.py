@@ -20,20 +20,17 @@ BLOCK = 256
 def _quantile(piece: Piece) -> Quantized:
     """A level at the middle of each of 256 equally full bins; what lies beyond the outermost is drawn to it.
 
-    bitsandbytes scales a block by its largest weight. A column is added that
-    holds the tensor's, so that all blocks have that scale.
+    bitsandbytes scales a block by its largest weight. One is added that is as
+    large as the tensor's, and all is one block.
     """
     import torch
 
     from ..blockwise_8bit import quantize_blockwise
 
-    middles = (torch.arange(LEVELS) + 0.5) / LEVELS
-    levels = piece.ordered[(middles * len(piece.ordered)).long()]
-    largest = piece.bounds.abs().amax().clamp(min=torch.finfo(torch.float32).tiny)
-    values = torch.cat([piece.values, largest.expand(len(piece.values), 1)], 1)
-    codes, _ = quantize_blockwise(values, code=levels / largest, blocksize=values.shape[1])
-    codes = codes[:, :-1].contiguous()
-    return Quantized(codes, levels[codes.int()])
+    levels, largest = piece.quantiles, piece.bounds.abs().amax(1).clamp(min=torch.finfo(torch.float32).tiny)
+    values = torch.cat([piece.values.reshape(-1), largest])
+    codes = quantize_blockwise(values, code=levels / largest, blocksize=len(values))[0][:-1]
+    return Quantized(codes, levels[codes.int()].reshape(piece.values.shape))
 
 
 @cache
@@ -67,6 +64,8 @@ SCHEMES = (
         source="https://arxiv.org/abs/2110.02861",
         package="bitsandbytes",
         quantize=_quantile,
+        error_follows="nothing",
+        elementwise=True,
         storage_bytes=lambda rows, columns: rows * columns + 4 * LEVELS,
     ),
     Scheme(

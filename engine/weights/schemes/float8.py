@@ -42,6 +42,7 @@ def _scheme(key: str, title: str, order: int, by_row: bool) -> Scheme:
         package="torch",
         quantize=lambda piece: _quantize(piece, by_row),
         storage_bytes=lambda rows, columns: rows * columns + 4 * (rows if by_row else 1),
+        elementwise=not by_row,
     )
 
 
