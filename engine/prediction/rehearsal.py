@@ -42,6 +42,7 @@ from .layer_extrapolation import extrapolate
 from .layer_passes import UnlikeError
 from .layers import Layers, shortened
 from .libraries_loading import libraries_loading
+from .micro_batch_extrapolation import TRACED, UnlikeMicroBatchesError, extrapolate_micro_batches
 from .op_cache import op_cache
 from .outcome import Verdict
 from .steady_state import repeat
@@ -99,8 +100,8 @@ def rehearse(
         config: The run.
         gpu: Where it would run.
         steps: How many to go through, from 2 on.
-        every_layer: Trace each layer, also those that are alike. The result is
-            the same and takes longer.
+        every_layer: Trace each layer, also those that are alike, and each micro-batch. The
+            result is the same and takes longer.
         ranks: Processes of the job.
         rank: Number of the one that is rehearsed.
 
@@ -113,13 +114,17 @@ def rehearse(
     # DeepSpeed's buckets are cut regardless of layers, so that no layer does what another does.
     alike = not every_layer and not config.text("parallel").startswith("zero")
     short, layers = shortened(plan) if alike else (plan, None)
+    few = not every_layer and _repeats_micro_batches(plan)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
         with _job(plan, ranks, rank):
-            try:
-                return _Rehearsing(config, gpu, short, layers).run()
-            except UnlikeError:
-                return _Rehearsing(config, gpu, plan, None).run()
+            while True:
+                try:
+                    return _Rehearsing(config, gpu, short, layers, few).run()
+                except UnlikeMicroBatchesError:
+                    few = False
+                except UnlikeError:
+                    short, layers = plan, None
     except UserError:
         raise
     except Exception as error:  # whatever a library says to this model and these settings
@@ -127,6 +132,15 @@ def rehearse(
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def _repeats_micro_batches(plan: Plan) -> bool:
+    """True if the micro-batches of a step may be told from `TRACED` of them.
+
+    Not where rows have several lengths; nor beside other ranks, to whom the last micro-batch sends the gradients.
+    """
+    recipe, config = plan.recipe, plan.config
+    return recipe.accumulation > TRACED and recipe.packing == "off" and config["parallel"] == "none"
 
 
 def _job(plan: Plan, ranks: int, rank: int) -> AbstractContextManager[None]:
@@ -174,6 +188,7 @@ def rehearsed(
     layers: Layers | None = None,
     max_positions: int = 0,
     settings: AllocatorSettings | None = None,
+    micro_batches: int = 0,
 ) -> Rehearsal:
     """Give every block its place on a GPU.
 
@@ -186,12 +201,16 @@ def rehearsed(
         layers: Which of them stand for others; None: each is there.
         max_positions: Tokens in a row that the model was made for; 0: not said.
         settings: Of the allocator; None: those of the environment.
+        micro_batches: Of each step, of which `TRACED` are there; 0: all are.
 
     Raises:
         UnlikeError: The layers do not all do the same.
+        UnlikeMicroBatchesError: The micro-batches do not.
     """
     if layers is not None:
         requests = extrapolate(requests, layers)
+    if micro_batches:
+        requests = extrapolate_micro_batches(requests, micro_batches)
     settings = of_environment() if settings is None else settings
     played, reserved = _replay(requests, _allocator(settings))
     inside = (played.allocated[start : start + len(trace.events)] for start, trace in requests.traces)
@@ -225,10 +244,14 @@ class _Rehearsing:
         gpu: Where it would run.
         plan: What to build; of fewer layers, if some stand for others.
         layers: Which those are.
+        few: Whether `TRACED` micro-batches of a step stand for all.
     """
 
-    def __init__(self, config: RunConfig, gpu: Gpu, plan: Plan, layers: Layers | None) -> None:
-        self.config, self.gpu, self.plan, self.layers = config, gpu, plan, layers
+    def __init__(self, config: RunConfig, gpu: Gpu, plan: Plan, layers: Layers | None, few: bool) -> None:
+        self.config, self.gpu, self.layers = config, gpu, layers
+        self.micro_batches = plan.recipe.accumulation if few else 0
+        recipe = dataclasses.replace(plan.recipe, accumulation=TRACED) if few else plan.recipe
+        self.plan = dataclasses.replace(plan, recipe=recipe)
         self.traces: list[StepTrace] = []
         self.steps: list[StepResult] = []
         self.recomputes: list[Recompute] = []
@@ -270,6 +293,7 @@ class _Rehearsing:
             self.layers,
             self.plan.positions,
             self.plan.recipe.allocator,
+            self.micro_batches,
         )
         return dataclasses.replace(done, shapes=self.shapes)
 
@@ -292,6 +316,8 @@ class _Rehearsing:
         """Go through the loop."""
 
         def on_step(result: StepResult) -> None:
+            if self.micro_batches:
+                result = _of_all(result, self.micro_batches)
             self.steps.append(result)
             if result.step == self.config.steps:  # while the loop still holds what it holds between steps
                 recorder.close()
@@ -320,6 +346,12 @@ class _Rehearsing:
             managed,
             recorder.pinned.peak_bytes,
         )
+
+
+def _of_all(step: StepResult, micro_batches: int) -> StepResult:
+    """The result of a step of so many micro-batches, from one of `TRACED`."""
+    tokens = None if step.tokens is None else step.tokens // TRACED * micro_batches
+    return dataclasses.replace(step, rows=step.rows // TRACED * micro_batches, tokens=tokens)
 
 
 def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replayed) -> StepResult:
