@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
+import numpy as np
 import numpy.typing as npt
 
 from ..events import Recompute, StepTrace
@@ -50,3 +51,19 @@ class AllocRequests:
     recomputes: Sequence[Recompute]
     inputs: Sequence[InputBlocks]
     kept: Sequence[Kept] = ()
+
+
+def born_at(rows: npt.NDArray[Any], blocks: npt.NDArray[Any]) -> npt.NDArray[np.int64]:
+    """The rows where blocks are made; -1: they are made elsewhere.
+
+    Args:
+        rows: dtype EVENT.
+        blocks: Their numbers.
+    """
+    made = np.flatnonzero(rows["bytes"] > 0)
+    if not len(made):
+        return np.full(len(blocks), -1, np.int64)
+    numbers = rows["address"][made]
+    order = np.argsort(numbers, kind="stable")
+    at = order[np.minimum(np.searchsorted(numbers, blocks, sorter=order), len(made) - 1)]
+    return np.where(numbers[at] == blocks, made[at], -1)

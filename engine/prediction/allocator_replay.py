@@ -55,28 +55,30 @@ class _Played(NamedTuple):
 class _Player:
     """One pass over a list of requests's rows."""
 
-    def __init__(self, allocator: CachingAllocator, blocks: int) -> None:
+    def __init__(self, allocator: CachingAllocator) -> None:
         self.allocator = allocator
-        self.place = np.zeros(blocks, np.uint64)
+        self.place: dict[int, int] = {}
         self.allocated, self.reserved = array("q"), array("q")
         self.possible_peak_bytes = 0
 
     def play(self, rows: npt.NDArray[Any]) -> _Played:
         """Returns what became of the rows: of an instruction nothing, or what warming up takes and gives back."""
         allocator, place = self.allocator, self.place
+        allocate, free, pool_of = allocator.allocate, allocator.free, allocator.pool_of
+        tell_allocated, tell_reserved = self.allocated.append, self.reserved.append
         became: list[Row] = []
         segments: list[tuple[int, int, int]] = []
         begins = []
         for block, size, said, mark, time_us, stream in rows.tolist():
             begins.append(len(became))
             if size > 0:
-                address, handed_out = allocator.allocate(size, stream)
+                address, handed_out = allocate(size, stream)
                 place[block] = address
-                became.append((address, size, handed_out - size, mark, time_us, allocator.pool_of(address)))
+                became.append((address, size, handed_out - size, mark, time_us, pool_of(address)))
             elif size < 0:
-                address = int(place[block])
-                pool = allocator.pool_of(address)
-                _, handed_out = allocator.free(address)
+                address = place[block]
+                pool = pool_of(address)
+                _, handed_out = free(address)
                 became.append((address, size, -size - handed_out, mark, time_us, pool))
             elif said < 0:
                 self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - said)
@@ -84,9 +86,10 @@ class _Player:
                 became += self._warm_up(said, mark, time_us)
             else:
                 allocator.empty_cache()
-            segments += ((begins[-1], *grown) for grown in allocator.grown())
-            self.allocated.append(allocator.allocated_bytes)
-            self.reserved.append(allocator.reserved_bytes)
+            if grown := allocator.grown():
+                segments += [(begins[-1], pool, size) for pool, size in grown]
+            tell_allocated(allocator.allocated_bytes)
+            tell_reserved(allocator.reserved_bytes)
         last = len(became) - 1
         segments = [(min(event, last), pool, size) for event, pool, size in segments]
         begins.append(len(became))
@@ -112,7 +115,7 @@ def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
         requests: As rehearsed.
         allocator: New; afterwards as the requests's last row has left it.
     """
-    player = _Player(allocator, int(requests.rows["address"].max(initial=0)) + 1)
+    player = _Player(allocator)
     traces: list[StepTrace] = []
     recomputes: list[Recompute] = []
     done, waiting = 0, iter(requests.recomputes)
@@ -127,7 +130,7 @@ def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
         owned = trace.owners["address"]
         events, begins, segments = player.play(trace.events)
         owners = trace.owners.copy()
-        owners["address"] = player.place[owned]
+        owners["address"] = [player.place.get(block, 0) for block in owned.tolist()]
         phases = tuple(s._replace(begin=int(begins[s.begin]), end=int(begins[s.end])) for s in trace.phases)
         placed = dataclasses.replace(trace, events=events, begin=begin, owners=owners, phases=phases)
         curve = placed.held_bytes

@@ -186,7 +186,8 @@ def _math(
 
 def cudnn_forward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Seed, offset, output, log-sum-exp; a workspace of 256 bytes."""
-    seed, offset = (torch.empty((), dtype=torch.int64, device=args[0].device) for _ in range(2))
+    empty = tracker.cached(aten.empty.memory_format)
+    seed, offset = (empty((), dtype=torch.int64, device=args[0].device) for _ in range(2))
     out = func(*args, **kwargs)
     for tensor in (seed, offset, out[0], out[1]):
         tracker.see(tensor)

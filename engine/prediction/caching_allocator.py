@@ -9,7 +9,8 @@ what is not found is taken from CUDA in segments, which stay their stream's.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import cache
 
 from ..allocator_settings import MIN_BLOCK_BYTES, AllocatorSettings
 from ..events import AllocatorPool, CacheState
@@ -78,10 +79,11 @@ class _Pool:
             last_resort: Address of a block that counts as larger than all: it
                 can grow.
         """
-        at = bisect_left(self.free, (size, 0))
-        if at + 1 < len(self.free) and self.free[at][1] == last_resort:
+        free = self.free
+        at = bisect_left(free, (size, 0))
+        if last_resort is not None and at + 1 < len(free) and free[at][1] == last_resort:
             at += 1
-        return self.free.pop(at)[1] if at < len(self.free) else None
+        return free.pop(at)[1] if at < len(free) else None
 
 
 class CachingAllocator:
@@ -111,7 +113,7 @@ class CachingAllocator:
     ) -> None:
         self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
         self.capacity_bytes, self.expandable = capacity_bytes, expandable
-        self._rounded_bytes = AllocatorSettings(expandable, divisions).rounded_bytes
+        self._rounded_bytes = cache(AllocatorSettings(expandable, divisions).rounded_bytes)
         self._place = place or self._below
         self._lowest_address = LAST_ADDRESS
         self._pools: dict[tuple[int, bool], _Pool] = {}
@@ -145,14 +147,14 @@ class CachingAllocator:
         requested, size = block.requested, block.size
         self.allocated_bytes -= size
         block.free, block.requested = True, 0
-        for other in (block.before, block.after):
-            if other is not None and other.free:
-                self._take_out(other)
-        if block.after is not None and block.after.free:
+        before, after = block.before, block.after
+        if after is not None and after.free:
+            self._take_out(after)
             self._absorb(block)
-        if block.before is not None and block.before.free:
-            block = block.before
-            self._absorb(block)
+        if before is not None and before.free:
+            self._take_out(before)
+            self._absorb(before)
+            block = before
         insort(block.pool.free, (block.size, block.address))
         return requested, size
 
@@ -185,8 +187,10 @@ class CachingAllocator:
         """Bytes held from CUDA by each pool, by number."""
         return [pool.reserved_bytes for pool in self._pools.values()]
 
-    def grown(self) -> list[tuple[int, int]]:
+    def grown(self) -> Sequence[tuple[int, int]]:
         """Pools that have taken memory or given it back since this was last asked, and how many bytes, in order."""
+        if not self._grown:
+            return ()
         grown, self._grown = self._grown, []
         return grown
 
@@ -222,9 +226,10 @@ class CachingAllocator:
     # --- segments -----------------------------------------------------------
 
     def _pool(self, stream: int, small: bool) -> _Pool:
-        if (stream, small) not in self._pools:
-            self._pools[stream, small] = _Pool(len(self._pools), stream, small)
-        return self._pools[stream, small]
+        pool = self._pools.get((stream, small))
+        if pool is None:
+            pool = self._pools[stream, small] = _Pool(len(self._pools), stream, small)
+        return pool
 
     def _more(self, rounded: int, pool: _Pool) -> _Block:
         """A new segment, or more of an expandable one."""

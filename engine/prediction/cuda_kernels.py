@@ -119,9 +119,13 @@ def _add(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
         return func(*args, **kwargs)
     if not tracker.called_by_autograd():
         return func(*args, **kwargs)
-    if tracker.sole_owner(mine) and mine.shape == other.shape and mine.dtype == torch.result_type(mine, other):
-        return mine.add_(other)
+    if tracker.sole_owner(mine) and mine.shape == other.shape and _keeps_dtype(mine, other):
+        return tracker.cached(aten.add_.Tensor)(mine, other)
     return func(*args, **kwargs)
+
+
+def _keeps_dtype(mine: Tensor, other: Tensor) -> bool:
+    return mine.dtype == other.dtype or mine.dtype == torch.result_type(mine, other)
 
 
 def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

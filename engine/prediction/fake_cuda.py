@@ -89,12 +89,12 @@ class FakeCuda(OpTracker):
             return NotImplemented  # it calls the operator on its local tensor, which then comes here
         kernel = self._kernels.get(func)
         if kernel is not None:
-            out = kernel(self, self._cached(func), args, kwargs or {})
+            out = kernel(self, self.cached(func), args, kwargs or {})
         elif self.libraries and func.namespace in self.libraries:
             out = self._of_library(func, args, kwargs or {})
         elif self._in_library and _is_composite(func):
             with self:  # outside of a library, autograd has taken it apart before it comes here
-                out = func.decompose(*args, **(kwargs or {}))
+                out = func._op_dk(_COMPOSITE, *args, **(kwargs or {}))
         else:
             out = self._cache.call(func, args, kwargs or {})
         if isinstance(out, torch.Tensor):
@@ -107,7 +107,14 @@ class FakeCuda(OpTracker):
                     self.see(part, args, nth)
         return out
 
-    def _cached(self, func: Any) -> Callable[..., Any]:
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """No: nothing is compiled over fake tensors, and the wrapper against it costs as much as many an operator."""
+        return False
+
+    def cached(self, func: Any) -> Callable[..., Any]:
+        """An operator that is answered from memory, for kernels: nothing of it is seen."""
+
         def call(*args: Any, **kwargs: Any) -> Any:
             return self._cache.call(func, args, kwargs)
 
@@ -306,6 +313,10 @@ def _callers(frame: FrameType | None, outermost: CodeType | None) -> tuple[CodeT
 @cache
 def _is_composite(func: Any) -> bool:
     return bool(torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CompositeImplicitAutograd"))
+
+
+_COMPOSITE = torch._C.DispatchKey.CompositeImplicitAutograd  # type: ignore[attr-defined]
+"""Its kernel is what takes an operator apart on a GPU; `decompose` prefers those written in Python."""
 
 
 _DEVICE_OF = torch.ops.prim.device.default

@@ -21,9 +21,10 @@ from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 
 from ..events import MARK, OWNER, Phase, PhaseSpan, Recompute, StepTrace
-from .alloc_requests import AllocRequests
+from .alloc_requests import AllocRequests, born_at
 from .layer_passes import MIDDLE, LayerPasses, LayerRun, UnlikeError
 from .layers import GROUPS, Layers
 
@@ -121,8 +122,10 @@ class _Extrapolating:
 
     def requests(self) -> AllocRequests:
         """The requests of all layers, put together again."""
-        rows = self.passes.rows[np.array(self.origin, np.int64)]
+        origin = np.array(self.origin, np.int64)
+        rows = self.passes.rows[origin]
         rows["address"] = self.block
+        marks, at_work = self._at_work(origin)
         traces: list[tuple[int, StepTrace]] = []
         recomputes: list[Recompute] = []
         waiting = iter(self.old.recomputes)
@@ -131,12 +134,14 @@ class _Extrapolating:
             end = self._new_row(start + len(trace.events) - 1, 0) + 1
             rows["mark"][begin:end] = np.arange(end - begin)
             names = {name: i for i, name in enumerate(self.layers.all_of(trace.names))}
-            marks = self._marks(begin, end, names)
-            owners = self._owners(trace, begin, end, names)
+            used, place = np.unique(marks["module"][begin:end], return_inverse=True)
+            called = [names.setdefault(self._named(*at_work[n]), len(names)) for n in used.tolist()]
+            marks["module"][begin:end] = np.array(called, np.int64)[place]
+            owners = self._owners(trace, rows[begin:end], names)
             phases, again = self._phases(start, trace, begin, waiting)
             recomputes += again
             extrapolated = dataclasses.replace(
-                trace, events=rows[begin:end], marks=marks, owners=owners, names=tuple(names), phases=phases
+                trace, events=rows[begin:end], marks=marks[begin:end], owners=owners, names=tuple(names), phases=phases
             )
             traces.append((begin, extrapolated))
         copies = self.layers.copies
@@ -153,29 +158,37 @@ class _Extrapolating:
             return layers.final(name)
         return layers.shifted(name, (0, copy, layers.copies)[group] * layers.period)
 
-    def _marks(self, begin: int, end: int, names: dict[str, int]) -> Any:
-        """One mark a row: what was at work."""
-        passes, known = self.passes, {}
-        marks: list[tuple[int, int, int]] = []
-        for row, copy in zip(self.origin[begin:end], self.copy[begin:end], strict=True):
-            key = passes.module[row], passes.runs[passes.run_of[row]].group, copy
-            if key not in known:
-                known[key] = names.setdefault(self._named(*key), len(names))
-            marks.append((passes.phase[row], passes.micro[row], known[key]))
-        return np.array(marks, MARK)
+    def _at_work(self, origin: npt.NDArray[np.int64]) -> tuple[Any, list[tuple[str, int, int]]]:
+        """One mark a row: what was at work; and by the number of a module there, its name, group and copy."""
+        passes = self.passes
+        numbers: dict[tuple[str, int], int] = {}
+        old = [numbers.setdefault(key, len(numbers)) for key in zip(passes.module, passes.group_of(), strict=True)]
+        marks = np.empty(len(origin), MARK)
+        marks["phase"] = np.array(passes.phase, np.uint8)[origin]
+        marks["micro_batch"] = np.array(passes.micro, np.int16)[origin]
+        copies = self.layers.copies + 1
+        marks["module"] = np.array(old, np.int64)[origin] * copies + np.array(self.copy, np.int64)
+        return marks, [(*key, copy) for key in numbers for copy in range(copies)]
 
-    def _owners(self, trace: StepTrace, begin: int, end: int, names: dict[str, int]) -> Any:
+    def _owners(self, trace: StepTrace, rows: npt.NDArray[Any], names: dict[str, int]) -> Any:
         """The owners of blocks, from the mark of the block's own row on."""
-        born = {self.block[row]: row - begin for row in range(begin, end) if self.passes.sizes[self.origin[row]] > 0}
-        made: list[tuple[int, int, int, int, int]] = []
+        blocks: list[int] = []
+        said: list[tuple[int, int, int]] = []
+        called: dict[tuple[int, int | None], list[int]] = {}
         for block, _, category, name, description in trace.owners.tolist():
             place = self.passes.place(block)
             group = place.group if place else None
-            for copy in range(self.layers.copies + 1) if group == MIDDLE else (0,):
-                number = self._copy_of(block, copy)
-                called = names.setdefault(self._named(trace.names[name], group, copy), len(names))
-                made.append((number, born.get(number, -1), category, called, description))
-        return np.array(made, OWNER)
+            copies = range(self.layers.copies + 1) if group == MIDDLE else range(1)
+            if (name, group) not in called:
+                found = (self._named(trace.names[name], group, copy) for copy in copies)
+                called[name, group] = [names.setdefault(each, len(names)) for each in found]
+            blocks += [self._copy_of(block, copy) for copy in copies]
+            said += [(category, each, description) for each in called[name, group]]
+        owners = np.empty(len(blocks), OWNER)
+        owners["address"] = blocks
+        owners["mark"] = born_at(rows, owners["address"])
+        owners["category"], owners["name"], owners["made"] = np.array(said, np.int64).reshape(-1, 3).T
+        return owners
 
     def _phases(
         self, start: int, trace: StepTrace, begin: int, waiting: Iterator[Recompute]

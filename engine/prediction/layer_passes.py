@@ -99,6 +99,10 @@ class LayerPasses:
         """True if a row is the middle group's."""
         return self.runs[self.run_of[row]].group == MIDDLE
 
+    def group_of(self) -> list[int]:
+        """By row, the group of layers that it belongs to, or `NO_LAYER`."""
+        return [self.runs[index].group for index in self.run_of]
+
     def goes_up(self, layer_pass: int) -> bool:
         """True if a pass comes from the first layer."""
         return self.runs[layer_pass - 1].group < MIDDLE

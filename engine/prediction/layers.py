@@ -3,7 +3,7 @@
 A model of 32 equal layers is predicted from one of six. Which layers are alike
 is read off the modules, never off a model's name:
 
-    head   at least the first two: the first has no layer before it, which the second may notice
+    head   at least the first; the first two where the second notices that the first has no layer before it
     group  three times a period of layers; the middle one stands for what was left out
     tail   at least the last; all that are treated otherwise, and the one before them
 
@@ -51,6 +51,7 @@ class Layers:
     tail: int
     copies: int
     _pattern: re.Pattern[str] = field(init=False, repr=False, compare=False)
+    _known: dict[str, tuple[str, int, str] | None] = field(init=False, repr=False, compare=False, default_factory=dict)
 
     def __post_init__(self) -> None:
         # A KV cache numbers the model's layers on its own (`owners.of_outputs`).
@@ -70,8 +71,8 @@ class Layers:
 
     def layer(self, name: str) -> int | None:
         """The layer that a module's or an owner's name lies in."""
-        found = self._pattern.match(name)
-        return int(found[2]) if found else None
+        parts = self._parts(name)
+        return parts[1] if parts is not None else None
 
     def contains_all(self, module: str) -> bool:
         """True if a module is one that has all layers inside it."""
@@ -87,7 +88,15 @@ class Layers:
 
     def shifted(self, name: str, layers: int) -> str:
         """The same name in a layer so much further on."""
-        return self._pattern.sub(lambda found: f"{found[1]}{int(found[2]) + layers}", name) if layers else name
+        parts = self._parts(name) if layers else None
+        return f"{parts[0]}{parts[1] + layers}{parts[2]}" if parts is not None else name
+
+    def _parts(self, name: str) -> tuple[str, int, str] | None:
+        """The name up to the layer's number, that, and the rest; None: it lies in no layer."""
+        if name not in self._known:
+            found = self._pattern.match(name)
+            self._known[name] = (found[1], int(found[2]), name[found.end() :]) if found else None
+        return self._known[name]
 
     def final(self, name: str) -> str:
         """The name in the model as it is; of what stands for several, the first of them."""
@@ -111,9 +120,18 @@ class Layers:
                 yield from (self.shifted(name, copy * self.period) for name in group)
 
 
-def shortened(plan: Plan) -> tuple[Plan, Layers | None]:
-    """A plan of fewer layers for the same prediction; the plan itself where that cannot be."""
-    found = _alike(plan.shell, plan.architecture, plan.recipe.layer_period, plan.recipe.last_layers)
+HEADS = (1, 2)
+"""The shortest heads to try: whether the second layer is like the third is known when both have been traced."""
+
+
+def shortened(plan: Plan, head: int = HEADS[0]) -> tuple[Plan, Layers | None]:
+    """A plan of fewer layers for the same prediction; the plan itself where that cannot be.
+
+    Args:
+        plan: Of all layers.
+        head: Layers of it, at the least.
+    """
+    found = _alike(plan, head)
     if found is None:
         return plan, None
     layers, kept, signatures = found
@@ -128,10 +146,9 @@ def shortened(plan: Plan) -> tuple[Plan, Layers | None]:
     return dataclasses.replace(plan, architecture=architecture, shell=shell), layers
 
 
-def _alike(
-    shell: Any, architecture: Any, layer_period: int, last_layers: int
-) -> tuple[Layers, list[int], list[Any]] | None:
+def _alike(plan: Plan, least_head: int) -> tuple[Layers, list[int], list[Any]] | None:
     """The shortest head and period that the layers have; which to keep; all signatures."""
+    shell, architecture, layer_period = plan.shell, plan.architecture, plan.recipe.layer_period
     count = int(getattr(architecture, "num_hidden_layers", 0) or 0)
     lists = [
         name for name, m in shell.named_modules() if isinstance(m, torch.nn.ModuleList) and count and len(m) == count
@@ -139,8 +156,8 @@ def _alike(
     if len(lists) != 1:
         return None
     signatures = [_signature(i, layer) for i, layer in enumerate(shell.get_submodule(lists[0]))]
-    shortest_tail = last_layers + 1
-    shortest_head = -(-2 // layer_period) * layer_period
+    shortest_tail = plan.recipe.last_layers + 1
+    shortest_head = -(-least_head // layer_period) * layer_period
     for head in range(shortest_head, shortest_head + LONGEST_HEAD, layer_period):
         for shortest in range(1, LONGEST_PERIOD + 1):
             period = math.lcm(shortest, layer_period)

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ..events import MARK, Phase, PhaseSpan, Recompute, StepTrace
-from .alloc_requests import AllocRequests
+from .alloc_requests import AllocRequests, born_at
 
 TRACED = 3
 BETWEEN = 1
@@ -70,6 +70,7 @@ class _Extrapolating:
         origin: By new row, the old one.
         copy: By new row, in which copy of the micro-batch it is, from 1; 0: in none.
         at: By old row, the new one.
+        born: By old row, where its block is made; -1: nowhere.
         inserted: By old row, how many copies of it follow.
     """
 
@@ -77,9 +78,7 @@ class _Extrapolating:
         self.old, self.copies, rows = requests, copies, requests.rows
         self.blocks = rows["address"].astype(np.int64)
         self.sizes: Ints = rows["bytes"]
-        made = np.flatnonzero(self.sizes > 0)
-        self.born = np.full(int(self.blocks.max(initial=0)) + 1, -1, np.int64)
-        self.born[self.blocks[made]] = made
+        self.born = born_at(rows, rows["address"])
         self.turn = _turns(self.sizes)
         self._read_marks()
         self.steps: list[_Step] = []
@@ -107,8 +106,9 @@ class _Extrapolating:
         rows = last - between
         if ends[0] - last != rows:
             raise UnlikeMicroBatchesError(f"{rows} rows, and {ends[0] - last} in the last micro-batch")
-        before = self.steps[-1].first_block + self.steps[-1].rows * self.copies if self.steps else len(self.born)
-        step = _Step(between, last, rows, before)
+        before = self.steps[-1] if self.steps else None
+        free = before.first_block + before.rows * self.copies if before else int(self.blocks.max(initial=0)) + 1
+        step = _Step(between, last, rows, free)
         self._compare(step)
         return step
 
@@ -123,14 +123,14 @@ class _Extrapolating:
     def _freed(self, begin: int, rows: int) -> Ints:
         """The rows where what is freed by some rows was made."""
         some = slice(begin, begin + rows)
-        found: Ints = self.born[self.blocks[some][self.sizes[some] < 0]]
+        found: Ints = self.born[some][self.sizes[some] < 0]
         return found
 
     def _says(self, begin: int, rows: int) -> tuple[Any, ...]:
         """A micro-batch in words that fit each; frees with no allocation between them in any order."""
         some = slice(begin, begin + rows)
         sizes, turn = self.sizes[some], self.turn[some] - self.turn[begin]
-        own = self.born[self.blocks[some]] - begin
+        own = self.born[some] - begin
         own = np.where((sizes < 0) & (own >= 0), own, -1)
         order = np.lexsort((sizes, own, turn))
         marks = self.marks[some]
@@ -168,14 +168,14 @@ class _Extrapolating:
         """
         end = step.last + step.rows
         later = end + np.flatnonzero(self.sizes[end:] < 0)
-        made = self.born[self.blocks[later]]
+        made = self.born[later]
         of_between = later[(made >= step.between) & (made < step.last)]
         of_last = later[(made >= step.last) & (made < end)]
-        beside = {int(self.born[self.blocks[row]]) - step.last: int(row) for row in of_last}
+        beside = {int(self.born[row]) - step.last: int(row) for row in of_last}
         left = self._left(step)
         found = []
         for row in of_between.tolist():
-            nth = int(self.born[self.blocks[row]]) - step.between
+            nth = int(self.born[row]) - step.between
             other = beside.get(nth)
             if other is None or self.turn[other] != self.turn[row]:
                 raise UnlikeMicroBatchesError("what one micro-batch leaves is not freed beside what another does")
@@ -198,7 +198,7 @@ class _Extrapolating:
 
     def _number(self, step: _Step) -> None:
         """Say which blocks the rows of a step's copies, of its last micro-batch and of what follows speak of."""
-        made, copy = self.born[self.blocks[self.origin]], self.copy
+        made, copy = self.born[self.origin], self.copy
         inside = (self.origin >= step.last) & (self.origin < step.last + step.rows)
         own = inside & (made >= step.last) & (made < step.last + step.rows)
         others = inside & (made >= step.between) & (made < step.last)
@@ -216,9 +216,6 @@ class _Extrapolating:
         rows = self.old.rows[self.origin]
         rows["address"] = self.block
         marks = self._marks()
-        self.new_born = np.full(int(self.block.max(initial=0)) + 1, -1, np.int64)
-        made = np.flatnonzero(rows["bytes"] > 0)
-        self.new_born[self.block[made]] = made
         follow = np.bincount(self.origin[self.copy > 0], minlength=len(self.at))
         for step in self.steps:  # copies of a micro-batch stand before it
             follow[step.last : step.last + step.rows] = 0
@@ -237,7 +234,7 @@ class _Extrapolating:
                 trace,
                 events=rows[begin:end],
                 marks=marks[begin:end],
-                owners=self._owners(trace, begin, end),
+                owners=self._owners(trace, rows[begin:end]),
                 phases=tuple(span for span, _ in spans),
                 micro_batches=trace.micro_batches + (self.copies if trace.micro_batches == TRACED else 0),
             )
@@ -255,22 +252,21 @@ class _Extrapolating:
         marks["micro_batch"][of_last] = BETWEEN + 1 + copy[of_last]
         return marks
 
-    def _owners(self, trace: StepTrace, begin: int, end: int) -> Any:
+    def _owners(self, trace: StepTrace, rows: npt.NDArray[Any]) -> Any:
         """The owners of blocks, from the mark of the block's own row on, with the blocks of the copies."""
         owners = trace.owners
         blocks = owners["address"].astype(np.int64)
+        made = born_at(self.old.rows, owners["address"])
         origin, block = [np.arange(len(owners))], [blocks]
         for step in self.steps:
-            made = self.born[blocks]
             found = np.flatnonzero((made >= step.between) & (made < step.last))
             for copy in range(1, self.copies + 1):
                 origin.append(found)
                 block.append(self._copied(step, made[found] - step.between, np.full(len(found), copy)))
         order = np.argsort(np.concatenate(origin), kind="stable")
         extrapolated, numbers = owners[np.concatenate(origin)[order]], np.concatenate(block)[order]
-        made = self.new_born[numbers]
         extrapolated["address"] = numbers
-        extrapolated["mark"] = np.where((made >= begin) & (made < end), made - begin, -1)
+        extrapolated["mark"] = born_at(rows, extrapolated["address"])
         return extrapolated
 
     def _spans(

@@ -15,6 +15,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 META = torch.device("meta")
+_make_subclass: Any = torch.Tensor._make_subclass
+"""As it is without what predictions of bitsandbytes put in its place, which leaves fake tensors alone."""
 _PLAIN = (int, float, bool, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
 
 
@@ -36,6 +38,10 @@ class _Made(NamedTuple):
     state: dict[str, Any] | None = None
 
 
+_Recipe = tuple[type | None, tuple[_Made | int | None, ...]]
+"""The container of what is returned, if any, and its parts: tensors, numbers, nothing."""
+
+
 class OpCache:
     """Results of operators by their arguments.
 
@@ -45,7 +51,7 @@ class OpCache:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[Any, tuple[type | None, tuple[_Made | None, ...]] | None] = {}
+        self._known: dict[Any, _Recipe | None] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator, or make what it would return."""
@@ -121,10 +127,10 @@ def _recipe(out: Any, tensors: list[Any], storages: list[int], key: Any) -> Any:
     container = None if isinstance(out, torch.Tensor) or out is None else type(out)
     if container not in (None, tuple, list):
         return None
-    made: list[_Made | None] = []
+    made: list[_Made | int | None] = []
     for tensor in (out,) if container is None else out:
-        if tensor is None:
-            made.append(None)
+        if tensor is None or type(tensor) is int:
+            made.append(tensor)
             continue
         if type(tensor) is not FakeTensor or tensor.constant is not None:
             same = next((i for i, t in enumerate(tensors) if t is tensor), None)
@@ -156,9 +162,11 @@ def _one(tensor: FakeTensor, tensors: list[Any], storages: list[int]) -> _Made |
     return _Made(-1, False, shape, stride, 0, tensor.dtype, tensor.fake_device, state)
 
 
-def _make(recipe: tuple[type | None, tuple[_Made | None, ...]], tensors: list[Any]) -> Any:
+def _make(recipe: _Recipe, tensors: list[Any]) -> Any:
     container, made = recipe
-    out = [None if one is None else tensors[one.argument] if one.same else _tensor(one, tensors) for one in made]
+    out = [
+        (tensors[one.argument] if one.same else _tensor(one, tensors)) if type(one) is _Made else one for one in made
+    ]
     return out[0] if container is None else container(out)
 
 
@@ -168,8 +176,6 @@ def _tensor(one: _Made, tensors: list[Any]) -> Any:
         plain = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device=META)
         if one.argument >= 0:
             plain.set_(tensors[one.argument].untyped_storage(), one.offset, one.shape, one.stride)
-        tensor: Any = torch.Tensor._make_subclass(
-            FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=one.device
-        )
+        tensor: Any = _make_subclass(FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=one.device)
     vars(tensor).update(one.state)
     return tensor

@@ -14,7 +14,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -40,7 +40,7 @@ from .fake_streams import fake_streams
 from .gpus import Gpu
 from .layer_extrapolation import extrapolate
 from .layer_passes import UnlikeError
-from .layers import Layers, shortened
+from .layers import HEADS, Layers, shortened
 from .libraries_loading import libraries_loading
 from .micro_batch_extrapolation import TRACED, UnlikeMicroBatchesError, extrapolate_micro_batches
 from .op_cache import op_cache
@@ -113,7 +113,8 @@ def rehearse(
     plan = planned(config)
     # DeepSpeed's buckets are cut regardless of layers, so that no layer does what another does.
     alike = not every_layer and not config.text("parallel").startswith("zero")
-    short, layers = shortened(plan) if alike else (plan, None)
+    shorter = _shorter(plan) if alike else iter(())
+    short, layers = next(shorter, (plan, None))
     few = not every_layer and _repeats_micro_batches(plan)
     gc.freeze()  # so that collecting afterwards looks at what was made here only
     try:
@@ -124,7 +125,7 @@ def rehearse(
                 except UnlikeMicroBatchesError:
                     few = False
                 except UnlikeError:
-                    short, layers = plan, None
+                    short, layers = next(shorter, (plan, None))
     except UserError:
         raise
     except Exception as error:  # whatever a library says to this model and these settings
@@ -132,6 +133,16 @@ def rehearse(
     finally:
         gc.collect()
         gc.unfreeze()
+
+
+def _shorter(plan: Plan) -> Iterator[tuple[Plan, Layers | None]]:
+    """Plans of fewer layers, each to be tried where the one before has turned out to have other layers."""
+    before = None
+    for head in HEADS:
+        short, layers = shortened(plan, head)
+        if layers is not None and layers != before:
+            yield short, layers
+        before = layers
 
 
 def _repeats_micro_batches(plan: Plan) -> bool:
