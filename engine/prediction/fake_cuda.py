@@ -109,7 +109,7 @@ class FakeCuda(OpTracker):
 
     @classmethod
     def _should_skip_dynamo(cls) -> bool:
-        """No: nothing is compiled over fake tensors, and the wrapper against it costs as much as many an operator."""
+        """False: nothing is compiled over fake tensors, and the wrapper against it takes its time."""
         return False
 
     def cached(self, func: Any) -> Callable[..., Any]:

@@ -186,7 +186,7 @@ class _Extrapolating:
         return found
 
     def _left(self, step: _Step) -> set[int]:
-        """What the one between has made and neither it nor the last one has freed, by its row in it."""
+        """Rows, from 0, in which the one between makes what neither it nor the last one frees."""
         made = np.flatnonzero(self.sizes[step.between : step.last] > 0)
         freed = np.concatenate([self._freed(begin, step.rows) for begin in (step.between, step.last)])
         return {*made.tolist()} - {*(freed - step.between).tolist()}
