@@ -135,8 +135,8 @@ class _Extrapolating:
         order = np.lexsort((sizes, own, turn))
         marks = self.marks[some]
         at_work = np.where(sizes < 0, -1, marks["module"])
-        told = self.old.rows["slack"][some]
-        return tuple(column[order] for column in (sizes, own, turn, marks["phase"], at_work, told))
+        told, pool = self.old.rows["slack"][some], self.old.rows["pool"][some]
+        return tuple(column[order] for column in (sizes, own, turn, marks["phase"], at_work, told, pool))
 
     # --- rows -------------------------------------------------------------------------
 
@@ -239,7 +239,10 @@ class _Extrapolating:
                 micro_batches=trace.micro_batches + (self.copies if trace.micro_batches == TRACED else 0),
             )
             traces.append((begin, extrapolated))
-        return AllocRequests(rows, traces, recomputes, self.old.inputs)
+        kept = [
+            each._replace(begin=int(self.at[each.begin]), end=int(self.behind[each.end]) - 1) for each in self.old.kept
+        ]
+        return AllocRequests(rows, traces, recomputes, self.old.inputs, kept)
 
     def _marks(self) -> Any:
         """One mark a row: what was at work."""
