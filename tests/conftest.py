@@ -58,6 +58,13 @@ def small_run(base: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
     return replace(config, trace="every")
 
 
+def smaller() -> dict[str, Any]:
+    """The tiny profile cut once more, for what takes its time or is done often."""
+    config = TINY | {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 512}
+    fields = run_fields("tiny")
+    return fields | {"architecture": replace(fields["architecture"], config=config)}
+
+
 class Engine:
     """One session for many runs, as in the app; each run comes back as its document."""
 
@@ -167,6 +174,14 @@ def seen(monkeypatch: pytest.MonkeyPatch) -> Seen:
 
     monkeypatch.setattr(WatchedSource, "__init__", begin)
     return made
+
+
+@pytest.fixture
+def interruptible() -> Iterator[None]:
+    """SIGINT as a program in a terminal has it: in a shell's background it is ignored, by children too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
 
 
 def wait_until(condition: Callable[[], bool], session: Session, seconds: float = 60.0) -> None:

@@ -98,7 +98,14 @@ class Terminal:
 
     def sees(self, text: str) -> None:
         """Wait for a text: written in one piece, or put together on the screen from the cells that differed."""
-        until(lambda: text.encode() in self.output or text in self.screen(), lambda: self.output[-2000:])
+        looked_at = -1
+
+        def is_there() -> bool:
+            nonlocal looked_at
+            before, looked_at = looked_at, len(self.output)
+            return before != looked_at and (text.encode() in self.output or text in self.screen())
+
+        until(is_there, lambda: self.output[-2000:])
 
     def screen(self) -> str:
         """What is on the screen now."""

@@ -232,8 +232,8 @@ def test_qlora_of_8b_comes_to_fit_a_24_gib_card_with_the_same_batch_sequence_and
         return [predict(one, card) for one in configs]
 
     harmless = [c for c in advice.single_changes(config) if _keeps_everything(config, c)]
-    assert {"loss": "chunked"} in harmless and {"offload": "checkpoints"} in harmless
-    few = [c for c in harmless if {"loss", "offload", "keep_outputs"} & c.keys()]  # a second each
+    few: list[Mapping[str, Value]] = [{"loss": "chunked"}, {"offload": "checkpoints"}]  # a second each
+    assert all(changes in harmless for changes in few)
     monkeypatch.setattr(advice, "single_changes", lambda _: few)
     monkeypatch.setattr(advice, "MOST_ROUNDS", 1)
     monkeypatch.setattr(advice, "EACH_ROUND", 1)

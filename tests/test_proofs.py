@@ -22,7 +22,7 @@ from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 
 from .benchmarks import exactness
-from .conftest import Engine, small_run
+from .conftest import Engine, small_run, smaller
 
 DATA = Path(__file__).parent / "data"
 
@@ -97,7 +97,7 @@ def test_activations_are_what_autograd_saves(settings: dict[str, Any]) -> None:
 @pytest.fixture(scope="module")
 def profiled() -> tuple[Ledger, Any]:
     """Two steps of the loop under `torch.profiler`."""
-    loop = Loop(small_run())
+    loop = Loop(small_run(smaller()))
     activities = [torch.profiler.ProfilerActivity.CPU]
     profiler = torch.profiler.profile(
         activities=activities, profile_memory=True, record_shapes=True, with_stack=True

@@ -20,16 +20,17 @@ from gpumem_tui.engine.technique import Effect
 from gpumem_tui.engine.workload import build, prepare
 from gpumem_tui.profiles import run_fields
 
-from .conftest import LAYERS, TINY, Engine, small_run
+from .conftest import LAYERS, TINY, Engine, small_run, smaller
 from .covering import covering
 
+FIELDS = run_fields("tiny")
 VARIANTS = {name: [dict(v) for v in t.variants] for name, t in techniques.registry().items()}
 CPU = environment(torch.device("cpu"))
 
 
 def runs_on(settings: dict[str, Any], machine: Environment) -> bool:
     try:
-        techniques.check(configured(settings), machine)
+        techniques.check(configured(settings, FIELDS), machine)
     except UserError:
         return False
     return True
@@ -39,23 +40,13 @@ def configured(settings: dict[str, Any], base: dict[str, Any] | None = None) -> 
     return small_run(base, **{name.replace(".", "__"): value for name, value in settings.items()})
 
 
-PAIR_LAYERS = 3
-
-
-def smaller() -> dict[str, Any]:
-    """The tiny profile cut once more: there are many pairs."""
-    config = TINY | {"num_hidden_layers": PAIR_LAYERS, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 512}
-    fields = run_fields("tiny")
-    return fields | {"architecture": replace(fields["architecture"], config=config)}
-
-
 def _label(settings: dict[str, Any]) -> str:
     return " ".join(f"{k}={v}" for k, v in settings.items()) or "defaults"
 
 
 def possible(settings: dict[str, Any]) -> bool:
     try:
-        configured(settings)
+        configured(settings, FIELDS)
     except UserError:
         return False
     return True

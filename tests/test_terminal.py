@@ -14,6 +14,7 @@ import pytest
 
 from .benchmarks.terminal import RECORDING, TUI, Terminal
 from .terminal import Terminal as Program
+from .viewing import SMALL
 from .vt import Screen
 
 COLOUR = re.compile(rb"\x1b\[(?:[0-9;]*;)?(?:3[0-8]|4[0-8]|9[0-7]|10[0-7])(?:;[0-9;]*)?m")
@@ -30,7 +31,7 @@ def opened(*flags: str, **environment: str) -> Iterator[Terminal]:
         os.environ.clear()
         os.environ.update(before)
     try:
-        assert terminal.read_for(30, until=b"parameters") is not None, terminal.tail
+        assert terminal.read_for(60, until=b"parameters") is not None, terminal.tail
         yield terminal
     finally:
         terminal.close()
@@ -47,7 +48,7 @@ def test_no_color_sends_no_colour_on_any_screen_nor_in_the_palette() -> None:
         seen = terminal.tail
         for key, expected in (("2", b"largest now"), ("3", b"all at once"), ("4", b"if changed"), (":", b"Search")):
             terminal.press(key)
-            assert terminal.read_for(30, until=expected) is not None, terminal.tail
+            assert terminal.read_for(60, until=expected) is not None, terminal.tail
             seen += terminal.tail
         assert not COLOUR.findall(seen)
 
@@ -65,7 +66,7 @@ def test_nothing_is_written_when_nothing_changes_and_q_ends_it() -> None:
         assert 0 in quiet, "it never comes to rest"
         assert terminal.bytes_in(5) == 0
         terminal.press("q")
-        terminal.read_for(30, until=b"\x1b[?1049l")
+        terminal.read_for(60, until=b"\x1b[?1049l")
         assert terminal.process.wait(30) == 0
 
 
@@ -90,7 +91,7 @@ def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypat
             ("i", b"saved"),
         ):
             terminal.press(key)
-            assert not expected or terminal.read_for(30, until=expected) is not None, (key, terminal.tail)
+            assert not expected or terminal.read_for(60, until=expected) is not None, (key, terminal.tail)
             terminal.read_for(0.3)
             screen.feed(terminal.tail.decode())
         (saved,) = tmp_path.glob("gpumem-techniques-*.txt")
@@ -104,16 +105,14 @@ def test_the_screen_is_on_the_terminal_though_errors_go_to_a_file(tmp_path: Path
     command = shlex.join([*TUI, "open", str(RECORDING)])
     terminal = Terminal(["sh", "-c", f"exec {command} 2> {errors}"], (80, 24))
     try:
-        assert terminal.read_for(30, until=b"parameters") is not None, terminal.tail
+        assert terminal.read_for(60, until=b"parameters") is not None, terminal.tail
     finally:
         terminal.close()
     assert errors.read_bytes() == b""
 
 
 def test_ctrl_c_ends_a_run_without_the_app_in_order(tmp_path: Path) -> None:
-    terminal = Program(
-        "run", "--profile", "tiny", "--device", "cpu", "--steps", "100000", environment={}, folder=tmp_path
-    )
+    terminal = Program("run", *SMALL, "--steps", "100000", environment={}, folder=tmp_path)
     try:
         terminal.sees("step 2")
         terminal.press("\x03")

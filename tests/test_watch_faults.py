@@ -124,6 +124,7 @@ def test_exceptions_of_the_script_are_the_scripts(seen: Seen) -> None:
 TORCH_FRAME = re.compile(r'^[ |]*File "[^"]*/torch/[^"]*", line \d+, in .*\n(?:[ |]* {4}(?!\+)(?!.*File ").*\n)*', re.M)
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_errors_of_a_script_are_printed_and_end_it_as_without_watching() -> None:
     """Traceback, cause, notes and exit code; KeyboardInterrupt among them."""
     raising = [sys.executable, str(EXAMPLES / "raising.py")]

@@ -261,6 +261,7 @@ def test_nothing_of_ours_runs_where_an_interrupt_would_be_lost() -> None:
     assert tracker.allocated_bytes() == 0
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_interrupts_end_a_watched_loop() -> None:
     """Wherever they arrive; `tests.benchmarks.watched_interrupts` tries 200."""
     model, optimizer = small()

@@ -129,7 +129,7 @@ def test_a_python_of_another_environment_is_told_which_one_to_use(tmp_path: Path
     venv.create(tmp_path, with_pip=False)
     other = tmp_path / "bin" / "python"
     script = run_under_exec(str(other), "-c", "print('it runs all the same')")
-    out, said = script.communicate(timeout=60)
+    out, said = script.communicate(timeout=100)
     assert script.returncode == 0 and "it runs all the same" in out
     (line,) = said.splitlines()
     assert line.startswith(f"gpumem-tui: not installed for {other}, which is not watched: activate the environment")
@@ -143,14 +143,14 @@ def test_a_script_that_watches_itself_is_watched_once_under_exec() -> None:
         "with watch(model, optimizer, name='mine'):\n"
         "    for _ in range(3): model(torch.ones(2, 8)).sum().backward(); optimizer.step(); optimizer.zero_grad()\n"
     ))  # fmt: skip
-    out, err = watched.communicate(timeout=60)
+    out, err = watched.communicate(timeout=100)
     assert (watched.returncode, out) == (0, "")
     assert err == "gpumem-tui: watching Linear; to see it: gpumem-tui attach mine\n"
 
 
 def test_a_script_under_exec_ends_as_it_would_without() -> None:
     script = run_under_exec(sys.executable, str(EXAMPLES / "unedited.py"), "3")
-    out, err = script.communicate(timeout=60)
+    out, err = script.communicate(timeout=100)
     assert (script.returncode, out) == (0, "trained 3\n")
     assert err == "gpumem-tui: watching Net; to see it: gpumem-tui attach unedited\n"
     other = run_under_exec(sys.executable, "-c", "import sys; sys.exit('no training here')")

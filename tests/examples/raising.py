@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import os
 import signal
 import sys
@@ -143,6 +144,9 @@ def loop(kind: Callable[[Net], None]) -> None:
             if step:
                 kind(model)
 
+
+gc.collect()
+gc.freeze()  # each watch looks for other models among all objects
 
 for kind in ENDS:
     child = os.fork()
