@@ -60,7 +60,7 @@ def small_run(base: dict[str, Any] | None = None, **settings: Any) -> RunConfig:
 
 def smaller() -> dict[str, Any]:
     """The tiny profile cut once more, for what takes its time or is done often."""
-    config = TINY | {"num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 512}
+    config = {**TINY, "num_hidden_layers": 3, "hidden_size": 64, "intermediate_size": 256, "vocab_size": 512}
     fields = run_fields("tiny")
     return fields | {"architecture": replace(fields["architecture"], config=config)}
 
