@@ -7,6 +7,7 @@ GPU waits; here it runs while the GPU computes.
 
 from __future__ import annotations
 
+import threading
 import time
 from array import array
 from collections import deque
@@ -43,6 +44,9 @@ MODULE_BITS = 24
 
 # A tracer further ahead than this waits: what is not assembled yet is memory on the host.
 PENDING = 2
+
+# The longest that the thread keeps still: a run that is held before its first step shows how it was loaded.
+STILL_S = 0.5
 
 
 @dataclass
@@ -119,6 +123,8 @@ class Assembler:
         self._recorder, self._publish = recorder, publish
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="assembly")
         self._pending: deque[Future[None]] = deque()
+        self._may_work = threading.Event()
+        self._may_work.set()
         self._begin = Seen(np.empty(0, BLOCK))
         self._so_far = Seen(np.empty(0, EVENT))
         self._made = np.empty(0, MADE)
@@ -135,17 +141,27 @@ class Assembler:
         """
         self._submit(self._assemble, taken)
 
+    def keep_still(self) -> None:
+        """Leave the interpreter to the loop for now: what is taken waits for `go_on`, or `STILL_S`."""
+        self._may_work.clear()
+
+    def go_on(self) -> None:
+        """Do what waits."""
+        self._may_work.set()
+
     def settle(self) -> None:
         """Wait until everything taken has been published.
 
         Raises:
             Exception: Whatever went wrong with one of them.
         """
+        self.go_on()
         while self._pending:
             self._pending.popleft().result()
 
     def close(self) -> None:
         """End the thread when it has done what there is to do."""
+        self.go_on()
         self._pool.shutdown()
         self._pending.clear()
 
@@ -161,12 +177,14 @@ class Assembler:
     # --- on the thread --------------------------------------------------------
 
     def _start(self, started: Raw) -> None:
+        self._may_work.wait(STILL_S)
         began = time.thread_time()
         self._begin = self._recorder.alive(started)
         self._so_far = Seen(np.empty(0, EVENT), self._begin.segments)
         self.cost_s += time.thread_time() - began
 
     def _assemble(self, taken: Taken) -> None:
+        self._may_work.wait(STILL_S)
         began = time.thread_time()
         trace = self._trace(taken)
         self.cost_s += time.thread_time() - began

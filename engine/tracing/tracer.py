@@ -192,6 +192,8 @@ class Tracer:
         """
         self._writer.number = number
         self._refusals.begin_step(held)
+        if number > 1:
+            self._assembler.go_on()
         if not traced and self.last_traced == number - 1:
             self._tagging.off()
             self.recorder.stop()
@@ -292,6 +294,7 @@ class Tracer:
         with self._costing():
             writer.own_gradients()
             self._take(writer.step, OPEN)
+        self._assembler.go_on()
         writer.due_s = time.perf_counter() + self._publish_every_s
 
     def _end_step(self, held: Callable[[], Iterable[owners.Owned]], ending: Ending) -> None:
@@ -301,6 +304,8 @@ class Tracer:
                 writer.own_model(anew=writer.step.number <= SETTLED_AFTER)
                 writer.own_all(held())
                 self._take(writer.step, ending)
+        if not writer.number:
+            self._assembler.keep_still()  # a run's first step launches all that it can launch as fast as Python can
         writer.end()
         self._refusals.forget_step()
         self._recomputes.flush(wait=ending is COMPLETE)
