@@ -153,14 +153,13 @@ class OwnerRegistry:
         stand_ins = sharding.stand_ins()
         held = (*sharding.sharded_parameters(), *zero.master_weights())
         named = {id(tensor): (name, tensor) for name, tensor in held}
-        for prefix, each in models:
+        found = [(prefix, owners.ModelTensors(each)) for prefix, each in models]
+        for prefix, tensors in found:
             own = (
-                owned
-                for owned in owners.of_model(each)
-                if not (id(owned[2]) in stand_ins or zero.is_partitioned(owned[2]))
+                owned for owned in tensors.owned() if not (id(owned[2]) in stand_ins or zero.is_partitioned(owned[2]))
             )
             self.note(rows, mark, ((c, prefix + strip_wrappers(name), t) for c, name, t in own))
-            for name, parameter in each.named_parameters():
+            for name, parameter in tensors.parameters:
                 named.setdefault(id(parameter), (prefix + strip_wrappers(name), parameter))
         for optimizer in optimizers:
             for name, tensor in owners.parameters_of(optimizer):
@@ -173,7 +172,9 @@ class OwnerRegistry:
             self.note(rows, mark, owners.of_scaler(scaler))
         self.note(rows, mark, owners.of_libraries())
         self._int8 = [
-            (p + strip_wrappers(name), weakref.ref(m)) for p, each in models for name, m in owners.int8_modules(each)
+            (prefix + strip_wrappers(name), weakref.ref(module))
+            for prefix, tensors in found
+            for name, module in tensors.int8_modules
         ]
         name_of, describe = self._labels.name, self._labels.tensor
         self._trained = {key: (name_of(name), describe("", p), weakref.ref(p)) for key, (name, p) in named.items()}

@@ -9,7 +9,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 
@@ -19,31 +19,53 @@ from ..module_names import LOGITS, OUTPUT_LOSS
 INT8_WEIGHT = ("CB", "SCB")
 
 Owned = tuple[Category, str, torch.Tensor]
+T = TypeVar("T", bound=torch.Tensor)
 
 
-def of_model(model: torch.nn.Module) -> Iterator[Owned]:
-    """Parameters with their quantization state, and buffers."""
-    for name, parameter in model.named_parameters():
-        yield Category.PARAMETERS, name, parameter
-        for part, tensor in _quantized_parts(parameter):
-            yield Category.PARAMETERS, f"{name}.{part}", tensor
-    for name, module in int8_modules(model):
-        for part, tensor in tensors_in(vars(module.state)):
-            if part in INT8_WEIGHT:
+class ModelTensors:
+    """The tensors of a model, all found in one pass over its modules.
+
+    Attributes:
+        parameters: By their names, each once.
+        buffers: Likewise.
+        int8_modules: bitsandbytes' Linear8bitLt: weight, scales and more live on its `state`.
+    """
+
+    def __init__(self, model: torch.nn.Module) -> None:
+        self.parameters: list[tuple[str, torch.nn.Parameter]] = []
+        self.buffers: list[tuple[str, torch.Tensor]] = []
+        self.int8_modules: list[tuple[str, Any]] = []
+        self._prompts = getattr(model, "prompt_tokens", {})  # PEFT's, of a prompt that is trained
+        known: set[int] = set()
+        for name, module in model.named_modules():
+            prefix = f"{name}." if name else ""
+            self.parameters += _unknown(known, prefix, module._parameters)
+            self.buffers += _unknown(known, prefix, module._buffers)
+            if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state"):  # PEFT's wrapper has none
+                self.int8_modules.append((name, module))
+
+    def owned(self) -> Iterator[Owned]:
+        """Parameters with their quantization state, and buffers."""
+        for name, parameter in self.parameters:
+            yield Category.PARAMETERS, name, parameter
+            for part, tensor in _quantized_parts(parameter):
                 yield Category.PARAMETERS, f"{name}.{part}", tensor
-    for name, buffer in model.named_buffers():
-        yield Category.BUFFERS, name, buffer
-    for name, tensor in tensors_in(getattr(model, "prompt_tokens", {})):  # PEFT's, of a prompt that is trained
-        yield Category.BUFFERS, f"prompt_tokens.{name}", tensor
+        for name, module in self.int8_modules:
+            for part, tensor in tensors_in(vars(module.state)):
+                if part in INT8_WEIGHT:
+                    yield Category.PARAMETERS, f"{name}.{part}", tensor
+        for name, buffer in self.buffers:
+            yield Category.BUFFERS, name, buffer
+        for name, tensor in tensors_in(self._prompts):
+            yield Category.BUFFERS, f"prompt_tokens.{name}", tensor
 
 
-def int8_modules(model: torch.nn.Module) -> list[tuple[str, torch.nn.Module]]:
-    """bitsandbytes' Linear8bitLt: weight, scales and more live on its `state`."""
-    return [
-        (name, module)
-        for name, module in model.named_modules()
-        if type(module).__name__ == "Linear8bitLt" and hasattr(module, "state")  # PEFT's wrapper has none
-    ]
+def _unknown(known: set[int], prefix: str, held: Mapping[str, T | None]) -> Iterator[tuple[str, T]]:
+    """Tensors of a module that no other has had, by their whole names."""
+    for name, tensor in held.items():
+        if tensor is not None and id(tensor) not in known:
+            known.add(id(tensor))
+            yield prefix + name, tensor
 
 
 def of_last_batch(modules: Iterable[tuple[str, torch.nn.Module]]) -> Iterator[Owned]:
