@@ -67,6 +67,11 @@ class Meter:
             pinned_bytes=self.pinned_bytes(),
         )
 
+    @property
+    def context_is_known(self) -> bool:
+        """True if it has been measured, or there is none."""
+        return self._nvml is None or self._context_bytes is not None
+
     def measure_context(self, recorder: Recorder) -> bool:
         """Take what this process holds on the device beyond torch's and NCCL's bytes for its context and libraries.
 
@@ -77,7 +82,7 @@ class Meter:
             self._nccl_bytes = nccl.held_bytes(self._nvml.device)
             beyond = self.read(0.0, recorder, None, 0).beyond_torch_bytes
             self._context_bytes = None if beyond is None else max(0, beyond - (self._nccl_bytes or 0))
-        return self._nvml is None or self._context_bytes is not None
+        return self.context_is_known
 
     def pinned_bytes(self) -> int:
         """Bytes that torch's host allocator has page-locked, cached blocks included; 0 on a CPU."""

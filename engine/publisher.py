@@ -280,8 +280,13 @@ class RunPublisher:
         while not closing.wait(GAUGE_EVERY_S) and (gauge := read()) is not None:
             self.feed.publish_gauge(gauge)
 
+    @property
+    def context_is_known(self) -> bool:
+        """True if it has been measured, in this run or before."""
+        return self._meter is not None and self._meter.context_is_known
+
     def measure_context(self) -> None:
-        """Kernels are loaded when they are first used: once at a run's start, and again after its first steps."""
+        """Kernels load when they are first used: once before the first run, and again after the first steps of each."""
         if self._meter is None or self.recorder is None:
             return
         if not self._meter.measure_context(self.recorder) and self.steps == 1:

@@ -68,7 +68,8 @@ class TrainedRun:
         described = min(DESCRIBED, config.steps or DESCRIBED)
         self._tracer = Tracer(recorder, publisher.publish_trace, publisher.recomputed, publish_every_s, described)
         publisher.attach(recorder, self._tracer, config.trace == "every")
-        publisher.measure_context()
+        if peers is not None or not publisher.context_is_known:  # of ranks, NCCL has changed as well
+            publisher.measure_context()
 
     def train(self) -> str | None:
         """Load and train.
@@ -181,7 +182,7 @@ class TrainedRun:
         began = time.perf_counter()
 
         def on_step(result: StepResult) -> None:
-            if result.step == 1:
+            if result.step == 1 and self._config.text("optimizer").startswith("paged"):
                 self._managed = paged(workload.optimizer)
                 self._publisher.managed_bytes = sum(allocation.bytes for allocation in self._managed)
                 self._note_paging()
@@ -198,7 +199,7 @@ class TrainedRun:
                 train(self._config, workload, self._tracer, *told)
 
     def _note_paging(self) -> None:
-        if self._config.text("optimizer").startswith("paged") and not self._publisher.managed_bytes:
+        if not self._publisher.managed_bytes:
             self._feed.tell(
                 Note(text="paged optimizer: nothing was paged; bitsandbytes pages tensors of 100,000 elements or more")
             )

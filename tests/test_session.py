@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,9 +13,11 @@ import pytest
 import torch
 
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, EndKind, Phase
+from gpumem_tui.engine.events import Category, EndKind, Phase, StepTrace
 from gpumem_tui.engine.feed import Feed, Pause, Start, Stop
 from gpumem_tui.engine.ledger import Ledger
+from gpumem_tui.engine.meter import Meter
+from gpumem_tui.engine.publisher import RunPublisher
 from gpumem_tui.engine.run import EventLog
 from gpumem_tui.engine.run_events import (
     Loaded,
@@ -28,6 +31,9 @@ from gpumem_tui.engine.run_events import (
     StepEnded,
 )
 from gpumem_tui.engine.session import Session
+from gpumem_tui.engine.tracing import assembly
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.workload import prepare
 from gpumem_tui.profiles import run_fields
 
@@ -237,6 +243,67 @@ def test_pause_holds_the_loop_and_resume_lets_it_go_on(session: Session) -> None
     session.command(Pause(False))
     steps = kinds(session).count(StepEnded)
     wait_until(lambda: kinds(session).count(StepEnded) > steps + 1, session)
+
+
+def test_the_first_step_has_the_interpreter_to_itself(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its trace and that of loading are assembled when it has ended."""
+    monkeypatch.setattr(assembly, "STILL_S", 60.0)
+    published = Published()
+    tracer = Tracer(OpTracker(), published, lambda _: None, 1e9)
+    with tracer.step(0, 1, True, tuple):
+        pass
+    with tracer.step(1, 1, True, tuple):
+        assert not published.any.wait(0.1)
+    with tracer.step(2, 1, True, tuple):
+        assert published.any.wait(10)
+    tracer.settle()
+    tracer.release()
+    assert published.steps == [0, 1, 2]
+
+
+def test_a_run_that_is_held_before_its_first_step_shows_how_it_was_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(assembly, "STILL_S", 0.01)
+    published = Published()
+    tracer = Tracer(OpTracker(), published, lambda _: None, 1e9)
+    with tracer.step(0, 1, True, tuple):
+        pass
+    assert published.any.wait(10)
+    tracer.release()
+
+
+class Card:
+    """NVML's figures of a card."""
+
+    device = torch.device("cpu")
+
+    def process_bytes(self) -> int:
+        return 2 << 30
+
+    def used_bytes(self) -> int:
+        return 3 << 30
+
+
+@pytest.mark.parametrize(("card", "known"), [(Card(), False), (None, True)], ids=["GPU", "CPU"])
+def test_the_context_is_measured_before_the_first_run_alone(card: Any, known: bool) -> None:
+    """NVML takes milliseconds: what the run before has measured will do for one that begins."""
+    publisher = RunPublisher(Feed())
+    publisher._meter = Meter(card, 80 << 30)
+    assert publisher.context_is_known is known
+    publisher.recorder = OpTracker(memory_limit_bytes=80 << 30)
+    publisher.measure_context()
+    assert publisher.context_is_known
+
+
+class Published:
+    """Steps whose traces have been assembled."""
+
+    def __init__(self) -> None:
+        self.steps: list[int] = []
+        self.any = threading.Event()
+
+    def __call__(self, trace: StepTrace) -> None:
+        self.steps.append(trace.step)
+        self.any.set()
 
 
 def test_a_step_takes_no_longer_because_the_run_was_held(engine: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
