@@ -21,7 +21,7 @@ import shutil
 import stat
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -266,10 +266,18 @@ def find(wanted: str | None) -> Job:
         if len(there) > 1:
             raise UserError(f"several engines are running, name one: {names}")
         return there[0]
-    for job in there:
-        if wanted == job.name or any(_is(engine_dir, wanted) for engine_dir in job.members):
-            return job
-    raise UserError(f"no engine is called {wanted}; running: {names}")
+    job = job_of(wanted, there)
+    if job is None:
+        raise UserError(f"no engine is called {wanted}; running: {names}")
+    return job
+
+
+def job_of(wanted: str, there: Sequence[Job]) -> Job | None:
+    """The job of a name, or of an engine's name or process id; None if it is not there."""
+    return next(
+        (job for job in there if wanted == job.name or any(_is(engine_dir, wanted) for engine_dir in job.members)),
+        None,
+    )
 
 
 def _is(engine_dir: EngineDir, wanted: str) -> bool:

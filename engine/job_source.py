@@ -35,6 +35,7 @@ class JobSource:
     Args:
         launch: Starts engines; None: none can be started from here.
         take: Command them, whoever does now.
+        only_look: Never command them, and do not count among their viewers.
         version: Of this program, for the line about another version's engine.
         ask_every_s: How often they are asked.
 
@@ -45,9 +46,16 @@ class JobSource:
     live = True
 
     def __init__(
-        self, launch: Launcher | None = None, *, take: bool = False, version: str = "", ask_every_s: float = ASK_EVERY_S
+        self,
+        launch: Launcher | None = None,
+        *,
+        take: bool = False,
+        only_look: bool = False,
+        version: str = "",
+        ask_every_s: float = ASK_EVERY_S,
     ) -> None:
-        self._launch, self._take, self._version, self._ask_every_s = launch, take, version, ask_every_s
+        self._launch, self._take, self._only_look = launch, take, only_look
+        self._version, self._ask_every_s = version, ask_every_s
         self.members: tuple[Remote, ...] = ()
         self._before: list[Run] = []
         self._log = Feed()
@@ -158,6 +166,15 @@ class JobSource:
         """
         self._join(job.members)
 
+    def wait_up_to_date(self) -> None:
+        """Wait until everything is here that the engines have to show.
+
+        Raises:
+            UserError: One has ended before.
+        """
+        for member in self.members:
+            member.wait_up_to_date()
+
     def close(self) -> None:
         """Detach."""
         self._closing = True
@@ -213,8 +230,8 @@ class JobSource:
         members: list[Remote] = []
         for engine_dir in engines:
             member = Remote(
-                engine_dir, take=self._take, version=self._version, ask_every_s=self._ask_every_s,
-                after_run=last, after_s=late_s, on_lost=self._one_has_ended,
+                engine_dir, take=self._take, only_look=self._only_look, version=self._version,
+                ask_every_s=self._ask_every_s, after_run=last, after_s=late_s, on_lost=self._one_has_ended,
             )  # fmt: skip
             members.append(member)
             member.attach()

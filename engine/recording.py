@@ -128,7 +128,7 @@ def save(command: Save, runs: Sequence[Run]) -> RunEvent:
     """
     path, work = command.path, command.work
     try:
-        chosen = _of_all_ranks(command.run or (runs[-1] if runs else None), runs)
+        chosen = of_all_ranks(command.run or (runs[-1] if runs else None), runs)
         if command.format and chosen:
             from .exports import export, format_named
             from .exports.exported_run import named
@@ -144,7 +144,7 @@ def save(command: Save, runs: Sequence[Run]) -> RunEvent:
     return Saved(text=f"saved {path}", path=str(path))
 
 
-def _of_all_ranks(chosen: Run | None, runs: Sequence[Run]) -> list[Run]:
+def of_all_ranks(chosen: Run | None, runs: Sequence[Run]) -> list[Run]:
     """A run with those that the other ranks of its job have of it, rank 0 last."""
     if chosen is None:
         return []

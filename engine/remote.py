@@ -57,6 +57,7 @@ class Remote(Published):
     Args:
         engine_dir: Of a running engine.
         take: Command it, whoever does now.
+        only_look: Never command it, and do not count among its viewers.
         version: Of this program, for the line about another version's engine.
         ask_every_s: How often the engine is asked.
         after_run: Number of the run that its first follows.
@@ -74,13 +75,14 @@ class Remote(Published):
         engine_dir: EngineDir,
         *,
         take: bool = False,
+        only_look: bool = False,
         version: str = "",
         ask_every_s: float = ASK_EVERY_S,
         after_run: int = 0,
         after_s: float = 0.0,
         on_lost: Callable[[], None] = lambda: None,
     ) -> None:
-        self.engine_dir, self._take, self._version = engine_dir, take, version
+        self.engine_dir, self._take, self._only_look, self._version = engine_dir, take, only_look, version
         self._ask_every_s, self._on_lost = ask_every_s, on_lost
         self.lost: Lost | None = None
         self._feed = Feed(engine_dir.name)
@@ -88,7 +90,8 @@ class Remote(Published):
         self._connection: socket.socket | None = None
         self._commands: deque[wire.Do] = deque()
         self._commanding: bool | None = None  # not told yet
-        self._taking = self._closing = False
+        self._taking = self._closing = self._is_up_to_date = False
+        self._told = threading.Event()
         self._goodbye: EngineEnded | None = None
         self._since = self._last_trace = self._last_run = 0
         self._run_offset, self._clock_offset_s = after_run, after_s
@@ -165,6 +168,16 @@ class Remote(Published):
             self._thread.join(timeout_s)
         return self.lost is not None
 
+    def wait_up_to_date(self) -> None:
+        """Wait until everything is here that the engine has to show.
+
+        Raises:
+            UserError: The engine has ended before.
+        """
+        self._told.wait()
+        if self.lost is not None and not self._is_up_to_date:
+            raise UserError(f"{self.engine_dir.name}: {self.lost.why}")
+
     # --- the thread -----------------------------------------------------------
 
     def _wake(self) -> None:
@@ -181,6 +194,7 @@ class Remote(Published):
         except Exception as error:  # an answer that decodes and still says what cannot be
             self._lose(f"the engine's answer makes no sense: {one_line(error)}")
         finally:
+            self._told.set()
             if self._connection is not None:
                 self._connection.close()
                 self._connection = None
@@ -193,7 +207,7 @@ class Remote(Published):
             if not wire.is_ours(connection):
                 connection.close()
                 raise UserError(f"{engine_dir.name}: its socket belongs to somebody else")
-            connection.sendall(wire.frame(wire.Hello(wire.PROTOCOL, self._version, self._take)))
+            connection.sendall(wire.frame(self._greeting()))
             answer = wire.read_answer(connection, wire.LARGEST_ASK, ANSWERS_WITHIN_S)
         except (OSError, EOFError, wire.MalformedError) as error:
             connection.close()
@@ -205,6 +219,11 @@ class Remote(Published):
             connection.close()
             raise UserError(f"{engine_dir.name} does not answer: it is no engine")
         self._welcome, self._connection = answer, connection
+
+    def _greeting(self) -> wire.Hello | wire.Look:
+        if self._only_look:
+            return wire.Look(wire.PROTOCOL, self._version)
+        return wire.Hello(wire.PROTOCOL, self._version, self._take)
 
     def _ask_forever(self) -> None:
         connection = self._connection
@@ -221,6 +240,9 @@ class Remote(Published):
                 raise wire.MalformedError("an answer to something else")
             self._take_in(answer)
             self._taking &= not took
+            if not answer.more:
+                self._is_up_to_date = True
+                self._told.set()
             if not answer.more and not self._commands:
                 self._pause(connection)
 
@@ -264,7 +286,10 @@ class Remote(Published):
         if run is not None:
             run.config = config
         else:
-            self._feed.add_run(Run(told.id._replace(number=number), config, told.environment, told.kind))
+            run = Run(told.id._replace(number=number), config, told.environment, told.kind)
+            if told.gauge is not None:
+                run.training_gauge = replace(told.gauge, time_s=told.gauge.time_s + self._clock_offset_s)
+            self._feed.add_run(run)
 
     def _run(self, number: int) -> Run | None:
         return next((run for run in reversed(self._feed.runs()) if run.id.number == number), None)

@@ -46,6 +46,7 @@ class _Viewer:
 
     Attributes:
         attached: It has said hello and may ask.
+        only_looks: It never commands, and is not counted.
         take: It wants to command as soon as it has said hello.
         answer: What has not been sent yet of the answer on its way.
         closing: It ends when that is sent.
@@ -57,10 +58,16 @@ class _Viewer:
     since_s: float
     inbox: wire.Inbox = field(default_factory=wire.Inbox)
     attached: bool = False
+    only_looks: bool = False
     answer: memoryview = field(default_factory=lambda: memoryview(b""))
     closing: bool = False
     refused: str = ""
     heard_s: float = 0.0
+
+    @property
+    def counts(self) -> bool:
+        """True if the engine goes on for it."""
+        return self.attached and not self.only_looks
 
 
 class Server:
@@ -109,7 +116,7 @@ class Server:
     @property
     def viewers(self) -> int:
         """Number of viewers attached."""
-        return sum(viewer.attached for viewer in self._viewers)
+        return sum(viewer.counts for viewer in self._viewers)
 
     def wake(self) -> None:
         """Have `serve` return soon; from any thread or signal handler."""
@@ -217,7 +224,7 @@ class Server:
         self._viewers.remove(viewer)
         if self._commander is viewer:
             self._commander = None
-        if viewer.attached and not self.viewers:
+        if viewer.counts and not self.viewers:
             self.alone_since_s = time.monotonic()
 
     def _drop_silent(self) -> None:
@@ -229,7 +236,7 @@ class Server:
 
     def _reply(self, viewer: _Viewer, request: wire.Request) -> wire.Answer | None:
         match request:
-            case wire.Hello():
+            case wire.Hello() | wire.Look():
                 return self._welcome(viewer, request)
             case wire.Peek():
                 return self._status()
@@ -237,17 +244,21 @@ class Server:
                 raise wire.MalformedError("said no hello")
             case wire.Ask():
                 return self._news(viewer, request)
+            case wire.Do() if viewer.only_looks:
+                raise wire.MalformedError("it only looks")
             case wire.Do():
                 self._do(viewer, request)
         return None
 
-    def _welcome(self, viewer: _Viewer, hello: wire.Hello) -> wire.Answer:
+    def _welcome(self, viewer: _Viewer, hello: wire.Hello | wire.Look) -> wire.Answer:
         if hello.protocol != wire.PROTOCOL:
             viewer.closing = True
             return wire.Refused(version_problem(self.info, hello.version))
-        viewer.attached, self.alone_since_s = True, None
-        if hello.take or self._commander is None:
-            self._commander = viewer
+        viewer.attached, viewer.only_looks = True, isinstance(hello, wire.Look)
+        if isinstance(hello, wire.Hello):
+            self.alone_since_s = None
+            if hello.take or self._commander is None:
+                self._commander = viewer
         info = self.info
         return wire.Welcome(wire.PROTOCOL, info.version, info.name, info.kind, info.pid, str(self.log))
 

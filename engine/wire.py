@@ -28,8 +28,8 @@ from .run import Run, RunId, RunKind
 from .run_events import AnyRunEvent
 from .trace_check import COLUMNS
 
-PROTOCOL = 4
-"""Grows with every change of the messages. `Hello`, `Peek` and `Refused` stay as they are for ever."""
+PROTOCOL = 5
+"""Grows with every change of the messages. `Hello`, `Look`, `Peek` and `Refused` stay as they are for ever."""
 TAKE_OVER: Final = "take over"
 LARGEST_ASK = 1 << 18
 """Bytes that an engine reads in one message."""
@@ -44,6 +44,13 @@ class Hello(msgspec.Struct, tag="hello", forbid_unknown_fields=True):
     protocol: int
     version: str
     take: bool = False
+
+
+class Look(msgspec.Struct, tag="look", forbid_unknown_fields=True):
+    """Instead of `Hello`: be told all that a viewer is, and be none: never command, keep no engine alive."""
+
+    protocol: int
+    version: str
 
 
 class Peek(msgspec.Struct, tag="peek"):
@@ -69,7 +76,7 @@ class Do(msgspec.Struct, tag="do"):
 
 
 class Welcome(msgspec.Struct, tag="welcome"):
-    """The answer to `Hello`."""
+    """The answer to `Hello` and to `Look`."""
 
     protocol: int
     version: str
@@ -123,6 +130,7 @@ class RunTold(msgspec.Struct):
     Attributes:
         number: Grows with every run told, and with every change.
         id: See `Run`; likewise the others.
+        gauge: The last reading from within a training step, for a viewer that was not there then.
     """
 
     number: int
@@ -130,6 +138,7 @@ class RunTold(msgspec.Struct):
     kind: RunKind
     config: dict[str, Any]
     environment: Environment
+    gauge: Gauge | None = None
 
 
 class News(msgspec.Struct, tag="news"):
@@ -163,7 +172,7 @@ class WholeRun(msgspec.Struct):
     traces: list[Trace]
 
 
-Request = Hello | Peek | Ask | Do
+Request = Hello | Look | Peek | Ask | Do
 Answer = Welcome | Refused | Status | News
 Message = TypeVar("Message")
 
@@ -310,7 +319,7 @@ def unpack_trace(packed: Trace) -> StepTrace:
 
 def pack_run(number: int, run: Run) -> RunTold:
     """The description of a run that a viewer needs before its events and traces come."""
-    return RunTold(number, run.id, run.kind, run.config.as_dict(), run.environment)
+    return RunTold(number, run.id, run.kind, run.config.as_dict(), run.environment, run.training_gauge)
 
 
 def pack_whole_run(run: Run) -> bytes:

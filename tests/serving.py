@@ -41,14 +41,16 @@ def an_engine_served(config: RunConfig) -> Iterator[tuple[EngineDir, Engine]]:
 
     thread = threading.Thread(target=serve)
     thread.start()
-    yield engine_lock.engine_dir, engine
-    over.set()
-    server.wake()
-    thread.join()
-    server.close()
-    engine_lock.release()
-    engine.session.close()
-    shutil.rmtree(base)
+    try:
+        yield engine_lock.engine_dir, engine
+    finally:
+        over.set()
+        server.wake()
+        thread.join()
+        server.close()
+        engine_lock.release()
+        engine.session.close()
+        shutil.rmtree(base)
 
 
 def raw(engine_dir: EngineDir) -> socket.socket:

@@ -28,6 +28,9 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import read, write
 from gpumem_tui.tui.cli import main
 
+from .conftest import small_run
+from .serving import an_engine_served
+
 RECORDINGS = Path(__file__).parent / "recordings"
 ALL = ("full", "checkpointed", "lora", "h100-tiny", "h100-tiny-lora")
 
@@ -326,6 +329,31 @@ def test_a_prediction_is_exported_like_any_run(tmp_path: Path) -> None:
     assert run["peak"] == json.loads(estimate.read_text())["peak"]
 
 
+def test_a_running_engine_is_exported_by_its_name_or_process(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with an_engine_served(small_run(steps=2)) as (engine_dir, engine):
+        monkeypatch.setenv("XDG_RUNTIME_DIR", str(engine_dir.folder.parent.parent))
+        info, run = engine_dir.info(), engine.session.run
+        assert info is not None and run is not None
+        for wanted in ("tiny", str(info.pid)):
+            assert main(["export", wanted, "-f", "json"]) == 0
+            assert capsys.readouterr().out == "tiny.json\n"
+            (told,) = json.loads(Path("tiny.json").read_text())["runs"]
+            assert told == json.loads(written("json", ExportedRun(run, "tiny")))["runs"][0]
+
+        write(Path("tiny.gpumem"), [run])
+        assert main(["export", "tiny", "tiny.gpumem", "-f", "json", "-o", "both.json"]) == 0
+        both = json.loads(Path("both.json").read_text())["runs"]
+        assert [run["name"] for run in both] == ["tiny", "tiny (running)"]
+        assert both[0]["peak"] == both[1]["peak"]
+
+        assert main(["export", "tini", "-f", "json", "-o", "none.json"]) == 2
+        assert capsys.readouterr().err == "gpumem-tui: tini: neither a file nor a running engine; running: tiny\n"
+        assert not Path("none.json").exists()
+
+
 @pytest.mark.parametrize("name", sorted(exports.registry()))
 def test_a_full_disk_is_one_line(name: str, capsys: Any) -> None:
     assert main(["export", str(RECORDINGS / "full.gpumem"), "-f", name, "-o", "/dev/full"]) == 2
@@ -340,9 +368,9 @@ def test_what_cannot_be_exported_is_one_line_and_leaves_nothing(tmp_path: Path, 
     for arguments, complaint in (
         ([good, "-f", "perfeto"], "--format perfeto: there is no such format; did you mean perfetto?"),
         ([good], f"--format: say which: {', '.join(exports.registry())}"),
-        (["-f", "csv"], "name a recording to export"),
+        (["-f", "csv"], "name a recording or a running engine to export"),
         ([str(cut), "-f", "csv"], f"{cut}: not a gpumem recording, or a damaged one"),
-        ([str(tmp_path / "none"), "-f", "csv"], f"{tmp_path / 'none'}: No such file or directory"),
+        ([str(tmp_path / "none"), "-f", "csv"], f"{tmp_path / 'none'}: neither a file nor a running engine"),
         ([good, "-f", "csv", "--step", "9"], "full: step 9 is not in it; it has 0, 1, 2, 3"),
         ([good, "-f", "csv", "-o", str(tmp_path)], f"{tmp_path}: not written: it is a folder"),
         ([good, "-f", "csv", "-o", str(tmp_path / "file" / "x")], f"{tmp_path / 'file' / 'x'}: not written: "),

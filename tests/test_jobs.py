@@ -208,6 +208,10 @@ def test_a_key_goes_from_one_gpu_to_two_ranks_and_back_and_nothing_leaks(viewers
     listed = cli("ps").stdout.splitlines()
     assert [line.split()[0] for line in listed] == ["NAME", "tiny", *names]
     assert "2 ranks" in listed[1] and "training" in listed[1]
+    exported = json.loads(cli("export", listed[1].split()[0], "-f", "json", "-o", "-").stdout)["runs"]
+    assert [(run["name"], run["number"], run["rank"]) for run in exported] == [
+        ("tiny rank 0", 1, 0), ("tiny rank 1", 1, 1),
+    ]  # fmt: skip
 
     # The same processes run what is of as many ranks.
     job.command(Start(wanted.with_({"parallel": "ddp", "parallel.ranks": 0})))

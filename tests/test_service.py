@@ -134,7 +134,9 @@ def test_the_first_commands_and_the_others_look_until_one_takes_over(
     assert kinds(second).count(RunStarted) == runs
 
     info = first.engine_dir.info() if first.engine_dir else None
-    for viewer in viewers.all:
+    attached = [*viewers.all]
+    viewers.attach(first.engine_dir, only_look=True).wait_up_to_date()  # an engine does not go on for this one
+    for viewer in attached:
         viewer.close()
     assert info is not None
     until(lambda: gone(info.pid))

@@ -18,6 +18,7 @@ import psutil
 import pytest
 
 from gpumem_tui.engine import wire
+from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import EngineDir
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import Save, ViewerRole
@@ -31,6 +32,8 @@ from .conftest import Engine, small_run
 from .serving import HELLO, an_engine_served, ends, pack, raw
 from .terminal import until
 from .viewing import Viewers, kinds
+
+READ_ANSWER = wire.read_answer
 
 
 @pytest.fixture(scope="module")
@@ -175,6 +178,38 @@ def test_a_fault_in_answering_one_viewer_is_that_viewers_alone(
         assert ends(connection)
     assert "a viewer could not be answered: division by zero" in caplog.text
     assert peek(engine_dir) is not None
+
+
+def test_who_only_looks_is_told_everything_and_is_no_viewer(served: EngineDir, viewers: Viewers) -> None:
+    """Nobody finds the command taken because something has read the engine just then."""
+    before = peek(served)
+    looking = viewers.attach(served, only_look=True)
+    looking.wait_up_to_date()
+    assert looking.role is ViewerRole.READ_ONLY and looking.run is not None and len(looking.run.traces()) == 4
+    assert before is not None and (status := peek(served)) is not None and status.viewers == before.viewers
+    late = viewers.attach(served)
+    late.wait_up_to_date()
+    assert late.role is ViewerRole.ATTACHED
+    with raw(served) as connection:
+        connection.sendall(pack(HELLO | {"type": "look"}) + pack({"type": "do", "name": "take over"}))
+        assert isinstance(wire.read_answer(connection), wire.Welcome)
+        assert ends(connection)
+    assert late.role is ViewerRole.ATTACHED
+
+
+def test_who_only_looks_at_an_engine_that_dies_is_told_so(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
+    looking = Remote(served, only_look=True)
+    monkeypatch.setattr(wire, "read_answer", _cut_after_the_welcome)
+    looking.attach()
+    with pytest.raises(UserError, match=r"tiny: the engine's process [0-9]+ has ended"):
+        looking.wait_up_to_date()
+    looking.close()
+
+
+def _cut_after_the_welcome(connection: socket.socket, *limits: float) -> wire.Answer:
+    if not limits:  # of an answer, which may be long
+        raise EOFError
+    return READ_ANSWER(connection, *limits)  # type: ignore[arg-type]
 
 
 def test_who_commands_never_reads_read_only(served: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:

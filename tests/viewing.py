@@ -67,9 +67,9 @@ class Viewers:
         source.attach(job)
         return source
 
-    def attach(self, engine_dir: EngineDir | None, take: bool = False) -> Remote:
+    def attach(self, engine_dir: EngineDir | None, take: bool = False, only_look: bool = False) -> Remote:
         assert engine_dir is not None
-        remote = Remote(engine_dir, take=take)
+        remote = Remote(engine_dir, take=take, only_look=only_look)
         self.all.append(remote)
         remote.attach()
         return remote

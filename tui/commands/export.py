@@ -4,11 +4,18 @@ from __future__ import annotations
 
 import argparse
 import json
+import os.path
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from ...engine.config import UserError, one_line
 from .common import opened, telling_how_far
+
+if TYPE_CHECKING:
+    from ...engine.engine_registry import Job
+    from ...engine.run import Run
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -23,7 +30,9 @@ def add(parser: argparse.ArgumentParser) -> None:
         "runs",
         metavar="RUN",
         nargs="*",
-        help="a .gpumem recording, or a snapshot of PyTorch's; several go into one file",
+        help="a .gpumem recording (also of a prediction: estimate --save), a snapshot of PyTorch's, or the name or "
+        "PID of a running engine (see: gpumem-tui ps): its run as it is now, of a job all ranks; several go into one "
+        "file",
     )
     parser.add_argument("-f", "--format", help="see below")
     parser.add_argument("-o", "--output", metavar="FILE", help="where; - for standard output (default: beside you)")
@@ -47,13 +56,19 @@ def main(flags: argparse.Namespace) -> int:
         raise UserError("--format: say which: " + ", ".join(exports.registry()))
     made = exports.format_named(flags.format)
     if not flags.runs:
-        raise UserError("name a recording to export: gpumem-tui export RUN.gpumem --format " + made.name)
+        raise UserError(
+            f"name a recording or a running engine to export: gpumem-tui export RUN.gpumem --format {made.name}"
+        )
     work = Work()
-    runs = named(opened([Path(name) for name in flags.runs]).runs(), flags.step)
+    files, jobs = _files_and_jobs(flags.runs)
+    recorded = opened(files).runs()
+    taken = {run.id.engine for run in recorded}
+    runs = named([*recorded, *(run for job in jobs for run in _runs_of(job, taken))], flags.step)
     if flags.output == "-":
         exports.write(runs, made, sys.stdout.buffer)
         return 0
-    path = Path(flags.output) if flags.output else Path(f"{Path(flags.runs[0]).stem}{made.suffix}")
+    first = files[0].stem if files else jobs[0].name
+    path = Path(flags.output or f"{first}{made.suffix}")
     try:
         with telling_how_far(f"writing {path}", work):
             exports.export(runs, made, path, work)
@@ -61,3 +76,55 @@ def main(flags: argparse.Namespace) -> int:
         raise UserError(f"{path}: not written: {error.strerror or one_line(error)}") from None
     sys.stdout.write(f"{path}\n")
     return 0
+
+
+def _files_and_jobs(names: Sequence[str]) -> tuple[list[Path], list[Job]]:
+    """What each name stands for: a file, if there is one, or else an engine.
+
+    Raises:
+        UserError: It is neither.
+    """
+    from ...engine import engine_registry
+
+    files: list[Path] = []
+    jobs: dict[str, Job] = {}
+    for name in names:
+        if os.path.exists(name) and not os.path.isdir(name):  # noqa: PTH110, PTH112 (no name is too long for them)
+            files.append(Path(name))
+            continue
+        there = engine_registry.jobs()
+        job = engine_registry.job_of(name, there)
+        if job is None:
+            running = f"; running: {', '.join(job.name for job in there)}" if there else ""
+            raise UserError(f"{name}: neither a file nor a running engine{running}")
+        jobs[job.name] = job
+    return files, [*jobs.values()]
+
+
+def _runs_of(job: Job, taken: set[str]) -> Sequence[Run]:
+    """The run of an engine that is under way or begun last, on all of its ranks, as it is now.
+
+    Args:
+        job: The engine; it is read as viewers read it, and knows of none more.
+        taken: What the recordings beside it are called.
+
+    Raises:
+        UserError: It cannot be read, or has no run.
+    """
+    from ...engine.job_source import JobSource
+    from ...engine.recording import of_all_ranks
+    from ...engine.service import version
+
+    source = JobSource(only_look=True, version=version())
+    source.attach(job)
+    try:
+        source.wait_up_to_date()
+    finally:
+        source.close()
+    runs = of_all_ranks(source.run, source.runs())
+    if not runs:
+        raise UserError(f"{job.name}: no run has begun in it, so there is nothing to export")
+    name = f"{job.name} (running)" if job.name in taken else job.name
+    for run in runs:
+        run.id = run.id._replace(engine=name)
+    return runs
