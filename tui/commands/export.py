@@ -79,7 +79,7 @@ def main(flags: argparse.Namespace) -> int:
 
 
 def _files_and_jobs(names: Sequence[str]) -> tuple[list[Path], list[Job]]:
-    """What each name stands for: a file, if there is one, or else an engine.
+    """Files and running engines by name; where there is a file of a name, it is the file.
 
     Raises:
         UserError: It is neither.
