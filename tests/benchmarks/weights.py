@@ -66,6 +66,18 @@ def write_model(folder: Path) -> int:
     return offset // 2
 
 
+def resident_kib(pid: int) -> int:
+    """The most that a process has had in memory so far, and its children too; what they share counts for each."""
+    try:
+        # Not ru_maxrss: a process begins with that of the one it was forked from.
+        said = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{pid}/status").read_text())
+        children = Path(f"/proc/{pid}/task").glob("*/children")
+        below = [int(child) for listed in children for child in listed.read_text().split()]
+    except FileNotFoundError:  # it has ended
+        return 0
+    return (int(said[1]) if said else 0) + sum(map(resident_kib, below))
+
+
 def run(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
     """A document, and what it took."""
     began = time.perf_counter()
@@ -74,9 +86,7 @@ def run(*arguments: str) -> tuple[dict[str, Any], dict[str, float]]:
         child = subprocess.Popen(command, stdout=out)
         peak = 0
         while not (ended := os.wait4(child.pid, os.WNOHANG))[0]:
-            # Not ru_maxrss: a process begins with that of the one it was forked from.
-            said = re.search(r"VmHWM:\s*(\d+)", Path(f"/proc/{child.pid}/status").read_text())
-            peak = max(peak, int(said[1]) if said else 0)
+            peak = max(peak, resident_kib(child.pid))
             time.sleep(0.05)
         _, status, usage = ended
         taken = time.perf_counter() - began
