@@ -35,6 +35,8 @@ from .forks import in_child
 SOCKET_PATH_MAX = 107
 """Bytes in the path of a Unix socket on Linux (sun_path, without its zero)."""
 LONGEST_NAME = 40
+JOB, WARM = "job", "warm"
+"""Kinds of processes that are no engines."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,7 +47,7 @@ class EngineInfo:
         name: Of its folder.
         pid: The process.
         kind: `run`: a process of its own; `watch`: inside somebody's script; `job`: what has started the ranks
-            of a job, and listens to nobody.
+            of a job, and listens to nobody; `warm`: predicts for other commands.
         protocol: Of its socket.
         version: Of this program.
         started_s: Unix time.
@@ -216,10 +218,22 @@ def clean() -> None:
 
 def engines() -> list[EngineDir]:
     """The engines that are alive and listen, oldest first."""
-    alive = [engine_dir for engine_dir in _engine_dirs(runtime_folder()) if engine_dir.alive()]
-    known = {engine_dir: info for engine_dir in alive if (info := engine_dir.info())}
-    listen = [engine_dir for engine_dir in alive if engine_dir not in known or known[engine_dir].kind != "job"]
-    return sorted(listen, key=lambda engine_dir: known[engine_dir].started_s if engine_dir in known else 0.0)
+    return [engine_dir for engine_dir, kind in _alive() if kind not in (JOB, WARM)]
+
+
+def warm_servers() -> list[EngineDir]:
+    """The servers that `gpumem-tui warm` has started and that are alive, oldest first; none where none can be."""
+    try:
+        return [engine_dir for engine_dir, kind in _alive() if kind == WARM]
+    except UserError:
+        return []
+
+
+def _alive() -> list[tuple[EngineDir, str]]:
+    """The folders whose processes are alive, oldest first, and of what kind each is; "": it does not say."""
+    alive = [(engine_dir, engine_dir.info()) for engine_dir in _engine_dirs(runtime_folder()) if engine_dir.alive()]
+    alive.sort(key=lambda pair: pair[1].started_s if pair[1] is not None else 0.0)
+    return [(engine_dir, info.kind if info is not None else "") for engine_dir, info in alive]
 
 
 @dataclass(frozen=True, slots=True)
@@ -252,13 +266,19 @@ def jobs() -> list[Job]:
     ]
 
 
-def find(wanted: str | None) -> Job:
+def find(wanted: str | None, servers: bool = False) -> Job:
     """The job of a name, or of an engine's name or process id; the only one there is if none is given.
+
+    Args:
+        wanted: Name or process id.
+        servers: Whether a server that predicts will do as well: by its name, or where there is no engine.
 
     Raises:
         UserError: There is none, or it is not clear which.
     """
     there = jobs()
+    if servers and (wanted is not None or not there):
+        there += [Job(server.name, (server,)) for server in warm_servers()]
     names = ", ".join(job.name for job in there)
     if not there:
         raise UserError("no engine is running; gpumem-tui starts one")

@@ -59,6 +59,7 @@ COMMANDS = (
     ("exec", "exec:add", "watch a training script of your own, without editing it"),
     ("ps", "ps:add", "the engines that are running"),
     ("stop", "stop:add", "end an engine"),
+    ("warm", "warm:add", "keep ready what predictions load, so that they begin at once"),
     ("run", "run:add", "one run without the app: a table, JSON, a recording"),
     ("sweep", "sweep:add", "every row of a preset, published and measured side by side"),
     ("estimate", "estimate:add", "a run's memory before it is run, on a GPU that need not be here"),

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable
+from functools import cache
 
-from ..config import RunConfig
+from ..config import RunConfig, UserError
 from .capacity import largest_that_fit
 from .gpus import Gpu
 from .libraries_loading import libraries_loading
 from .outcome import Prediction
 from .prediction_store import PredictionStore
+from .predictor import Answer, PredictingProcess
 from .several import several
+from .warm_server import warm_process
 
 
 def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Prediction:
@@ -20,14 +24,28 @@ def predicted(config: RunConfig, gpu: Gpu, rank: int | None = None) -> Predictio
         UserError: As `predict`.
     """
     store = PredictionStore(gpu)
-    found = store.get(config, rank)
+    found: Answer | None = store.get(config, rank)
+    if found is None and (process := _warm()) is not None:
+        found = process.predict(config, gpu, rank)
     if found is None:
         with libraries_loading():
             from .predict import predict
 
         found = predict(config, gpu, rank=rank)
         store.put(config, found.packed(), rank)
+    if isinstance(found, UserError):
+        raise found
     return found
+
+
+@cache
+def _warm() -> PredictingProcess | None:
+    """A copy of the server that `gpumem-tui warm` has left, for this process's questions; None: there is none.
+
+    A process that has torch needs none.
+    """
+    there = warm_process(niceness=0) if "torch" not in sys.modules else None
+    return PredictingProcess(niceness=0, there=there) if there is not None else None
 
 
 def largest_known(prediction: Prediction, predict: Callable[[RunConfig], Prediction], gpu: Gpu) -> dict[str, int]:

@@ -14,6 +14,7 @@ import os
 from functools import cache
 from importlib import metadata
 from pathlib import Path
+from typing import Any
 
 import msgspec
 
@@ -104,12 +105,16 @@ def key_of(config: RunConfig, gpu: Gpu, rank: int | None = None) -> str | None:
             "pretrained": pretrained,
             "gpu": dataclasses.asdict(dataclasses.replace(gpu, count=1)),
             "rank": [rank, ranks(config, gpu.count)],
-            "libraries": {name: _version(name) for name in LIBRARIES},
             "allocator": [os.environ.get(name, "") for name in ALLOCATOR_SETTINGS],
-            "code": _code(),
-        },
+        }
+        | programs(),
         sort_keys=True,
     )
+
+
+def programs() -> dict[str, Any]:
+    """The versions of all code that a prediction runs."""
+    return {"libraries": {name: _version(name) for name in LIBRARIES}, "code": _code()}
 
 
 def _config_json(model: str) -> str | None:

@@ -12,27 +12,20 @@ prediction at a time, so what is no longer wanted is never begun.
 from __future__ import annotations
 
 import contextlib
-import os
-import signal
-import struct
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
-from pathlib import Path
-from typing import IO, Any, TypeVar
+from collections.abc import Sequence
 
-import msgspec
-
-from .. import techniques
-from ..config import RunConfig, UserError, kind_and_line
+from ..config import RunConfig, UserError
 from ..techniques import memory_key
 from .forked_process import ForkedProcess
 from .gpus import Gpu
-from .libraries_loading import libraries_loading
 from .outcome import Prediction
 from .prediction_store import PredictionStore
+from .questions import ANSWERS, Question, answer_all, environment, framed, read, serve
+from .warm_server import WarmProcess, warm_process
 
 NICENESS = 10
 """The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
@@ -44,7 +37,6 @@ LONGEST_REST_S = 5.0
 """The first answer takes as long as loading the libraries."""
 
 Answer = Prediction | UserError
-Message = TypeVar("Message")
 
 
 class Predictor:
@@ -147,6 +139,8 @@ class Predictor:
 class PredictingProcess:
     """A process that predicts, started with the first question; used by one thread at a time.
 
+    Where `gpumem-tui warm` has left a server, it is a copy of that one.
+
     What it finds out is kept for every other process of this user.
 
     Args:
@@ -154,19 +148,27 @@ class PredictingProcess:
         longest_s: It ends by itself after so many seconds; 0: when it is told to. An interpreter that ends can
             start no thread to see to that.
         forked: It is a copy of this process (`forked_process.can_fork`), of the same niceness.
+        there: It is there already.
 
     Attributes:
         ended: It has, before all was answered, and no other is started.
     """
 
-    def __init__(self, niceness: int | None = None, longest_s: int = 0, forked: bool = False) -> None:
+    def __init__(
+        self,
+        niceness: int | None = None,
+        longest_s: int = 0,
+        forked: bool = False,
+        there: WarmProcess | None = None,
+    ) -> None:
         self._niceness = NICENESS if niceness is None else niceness
         self._longest_s, self.ended, self._forked = longest_s, False, forked
-        self._process: subprocess.Popen[bytes] | ForkedProcess | None = None
+        self._process: subprocess.Popen[bytes] | ForkedProcess | WarmProcess | None = there
         self._closed = False
+        self._warm = longest_s == 0
 
-    def predict(self, config: RunConfig, gpu: Gpu) -> Answer:
-        """A prediction, or why there can be none."""
+    def predict(self, config: RunConfig, gpu: Gpu, rank: int | None = None) -> Answer:
+        """A prediction, or why there can be none; `rank` as of `predict.predict`."""
         if self._closed:
             return UserError("nothing is predicted any more")
         process = self._started()
@@ -174,19 +176,22 @@ class PredictingProcess:
             process.kill()
         assert process.stdin is not None and process.stdout is not None
         try:
-            process.stdin.write(_framed(Question(config.as_dict(), gpu)))
+            process.stdin.write(framed(Question(config.as_dict(), gpu, rank)))
             process.stdin.flush()
-            answer = _read(process.stdout, _answers)
+            answer = read(process.stdout, ANSWERS)
         except OSError:
             answer = None
         if answer is None:
             _bury(process)
             self._process = None  # the next wish starts another one, unless its time is over
+            if isinstance(process, WarmProcess) and not self._closed:
+                self._warm = False  # its server has been stopped
+                return self.predict(config, gpu, rank)
             self.ended = self._closed = self._closed or self._longest_s > 0
             return UserError("the process that predicts has ended")
         if answer.error:
             return UserError(answer.error)
-        PredictionStore(gpu).put(config, answer.prediction)
+        PredictionStore(gpu).put(config, answer.prediction, rank)
         return Prediction.unpacked(answer.prediction, config)
 
     def known_or_predicted(self, config: RunConfig, gpu: Gpu) -> Prediction:
@@ -217,121 +222,30 @@ class PredictingProcess:
         """Start it before there is a question: a copy can be made only while there is one thread."""
         self._started()
 
-    def _started(self) -> subprocess.Popen[bytes] | ForkedProcess:
+    def _started(self) -> subprocess.Popen[bytes] | ForkedProcess | WarmProcess:
         if self._process is None:
             # In place of a copy that has ended comes a process from scratch: by now there are threads.
             if self._forked:
-                self._process, self._forked = ForkedProcess(_answer_all), False
+                self._process, self._forked = ForkedProcess(answer_all), False
                 return self._process
-            code = f"from {__name__} import serve; serve({self._niceness}, {self._longest_s})"
+            self._process = warm_process(self._niceness) if self._warm else None
+        if self._process is None:
+            code = f"from {serve.__module__} import serve; serve({self._niceness}, {self._longest_s})"
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
                 start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
-                env=_environment(),
+                env=environment(),
             )
         return self._process
 
 
-def _environment() -> dict[str, str]:
-    """The environment of a process that predicts.
-
-    It models a GPU; the one that may be here is the training's. Where this
-    process is watched without having been edited, that one is not.
-    """
-    watching = str(Path(__file__).parents[1] / "watch" / "autoload")
-    path = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder != watching]
-    changed = {"CUDA_VISIBLE_DEVICES": "", "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(path)}
-    return os.environ | changed
-
-
-def _bury(process: subprocess.Popen[bytes] | ForkedProcess) -> None:
+def _bury(process: subprocess.Popen[bytes] | ForkedProcess | WarmProcess) -> None:
     """Wait for a process that has ended and close its pipes."""
     process.wait()
     for pipe in (process.stdin, process.stdout):
         if pipe is not None:
             with contextlib.suppress(OSError):  # an unsent question
                 pipe.close()
-
-
-class Question(msgspec.Struct):
-    """A question to the process: a configuration as `RunConfig.as_dict`, and the GPU."""
-
-    config: dict[str, Any]
-    gpu: Gpu
-
-
-class Told(msgspec.Struct):
-    """The answer.
-
-    Attributes:
-        error: Why there is none; empty otherwise.
-        prediction: As `Prediction.packed` packs it.
-    """
-
-    error: str = ""
-    prediction: bytes = b""
-
-
-_LENGTH = struct.Struct("!I")
-_encoder = msgspec.msgpack.Encoder()
-_questions, _answers = msgspec.msgpack.Decoder(Question), msgspec.msgpack.Decoder(Told)
-
-
-def _framed(message: Question | Told) -> bytes:
-    body = _encoder.encode(message)
-    return _LENGTH.pack(len(body)) + body
-
-
-def _read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[Message]) -> Message | None:
-    """The next message of a pipe; None at its end."""
-    head = pipe.read(_LENGTH.size)
-    if len(head) < _LENGTH.size:
-        return None
-    (length,) = _LENGTH.unpack(head)
-    body = pipe.read(length)
-    return decoder.decode(body) if len(body) == length else None
-
-
-def serve(niceness: int, longest_s: int) -> None:
-    """The process: one question after the other on standard input, one answer to each on standard output.
-
-    Args:
-        niceness: It gives way to others by so much.
-        longest_s: The signal that ends it comes after so many seconds; 0: none does.
-    """
-    signal.alarm(longest_s)
-    if niceness:
-        _give_way(niceness)
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # whatever a library prints is no answer
-    _answer_all(sys.stdin.buffer, answers)
-
-
-def _answer_all(questions: IO[bytes], answers: IO[bytes]) -> None:
-    """Answer questions until there are no more."""
-    with libraries_loading():
-        from .predict import predict
-
-    while (question := _read(questions, _questions)) is not None:
-        answers.write(_framed(_answer(question, predict)))
-        answers.flush()
-
-
-def _answer(question: Question, predict: Callable[[RunConfig, Gpu], Prediction]) -> Told:
-    try:
-        prediction = predict(techniques.parse_config(question.config, "the request"), question.gpu)
-    except UserError as error:
-        return Told(error=str(error))
-    except Exception as error:  # one configuration that breaks must not end the others
-        return Told(error=f"this cannot be predicted: {kind_and_line(error)}")
-    return Told(prediction=prediction.packed())
-
-
-def _give_way(niceness: int) -> None:
-    """Let others go first, those of other sessions too."""
-    os.nice(niceness)
-    with contextlib.suppress(OSError):
-        Path("/proc/self/autogroup").write_text(str(niceness))

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import sys
 import threading
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from ..config import RunConfig, UserError
+from ..engine_registry import warm_servers
 from .forked_process import can_fork
 from .gpus import Gpu
 from .outcome import Prediction
@@ -40,7 +42,7 @@ class Several:
         """Their predictions in order, an error for what cannot run."""
         waiting = deque(enumerate(configs))
         answers: dict[int, Answer] = {}
-        if len(configs) > 1 and (can_fork() or self._longest_s * len(configs) > WORTH_S):
+        if len(configs) > 1 and (_at_once() or self._longest_s * len(configs) > WORTH_S):
             self._start()
         threads = [
             threading.Thread(target=_work, args=(waiting, answers, self._there(process)), daemon=True)
@@ -55,7 +57,7 @@ class Several:
 
     def another(self) -> Callable[[RunConfig], Prediction] | None:
         """Predictions by another process, on another thread than this; None if it would take longer than it saves."""
-        if can_fork():
+        if _at_once():
             self._start()
         if not self._processes:
             return None
@@ -90,6 +92,11 @@ class Several:
                 return error
 
         return ask
+
+
+def _at_once() -> bool:
+    """True if another process begins without loading anything."""
+    return can_fork() or ("torch" not in sys.modules and bool(warm_servers()))
 
 
 @contextmanager

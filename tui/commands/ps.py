@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import time
 from collections.abc import Iterator
 
 from ...engine import engine_registry
@@ -23,6 +24,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(_flags: argparse.Namespace) -> int:
     """Print a line an engine, and one for each rank below its job's."""
     rows = [HEAD, *(row for job in engine_registry.jobs() for row in _rows(job))]
+    rows += map(_server_row, engine_registry.warm_servers())
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     if len(rows) == 1:
         sys.stdout.write("no engine is running\n")
@@ -44,6 +46,13 @@ def _rows(job: Job) -> Iterator[tuple[str, ...]]:
     yield (job.name, "", *first[2:4], f"{job.ranks} ranks{here}", first[5], first[6], "", first[8], "")
     for row in rows:
         yield (f"  {row[0]}", row[1], "", "", *row[4:8], "", row[9])
+
+
+def _server_row(engine_dir: EngineDir) -> tuple[str, ...]:
+    """The row of a server that predicts."""
+    info = engine_dir.info()
+    pid, age = (str(info.pid), clock(time.time() - info.started_s)) if info is not None else ("", "")
+    return tuple(map(printable, (engine_dir.name, pid, "", "", "", "warm: predicts", "", "", age, "")))
 
 
 def _row(engine_dir: EngineDir) -> tuple[str, ...]:

@@ -1,4 +1,4 @@
-"""`gpumem-tui stop`: end an engine, whatever its version."""
+"""`gpumem-tui stop`: end an engine, whatever its version, or a server that `gpumem-tui warm` has left."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """End it; returns when nothing of it is left."""
-    job = engine_registry.find(flags.engine)
+    job = engine_registry.find(flags.engine, servers=True)
     pids = {engine_dir: _pid(engine_dir) for engine_dir in job.members}
     for number in (signal.SIGTERM, signal.SIGKILL):  # the second for what is stopped, or deep in a driver
         for engine_dir, pid in pids.items():
