@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -18,15 +18,19 @@ _COMPRESSED = {
 }
 
 
-def parts_of(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+def parts_of(tensor: torch.Tensor) -> Iterable[torch.Tensor]:
     """The tensor itself, if it has a storage; otherwise those that it consists of.
 
     A wrapper (DTensor, torchao's quantized tensors) has its inner tensors, a sparse
     tensor its indices and values, one of `torch.func` the tensor that it wraps.
     """
     if type(tensor) in _PLAIN and tensor.layout is torch.strided and not _is_transformed(tensor):
-        yield tensor
-    elif is_traceable_wrapper_subclass(tensor):
+        return (tensor,)
+    return _inner_parts(tensor)
+
+
+def _inner_parts(tensor: torch.Tensor) -> Iterator[torch.Tensor]:
+    if is_traceable_wrapper_subclass(tensor):
         for name in tensor.__tensor_flatten__()[0]:
             inner = getattr(tensor, name)
             if isinstance(inner, torch.Tensor):
