@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from . import techniques
+from .categories import Category
 from .config import RunConfig, show
-from .events import Category
 from .feed import Command, Start
 from .ledger import Bytes, Ledger
 from .run import Run, highest_of

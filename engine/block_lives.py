@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .events import EVENT, Category, StepTrace
+from .categories import Category
+from .events import EVENT, StepTrace
 
 BLOCK_ROW = np.dtype(
     [

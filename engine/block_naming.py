@@ -7,7 +7,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from .events import Category, Phase, StepTrace
+from .categories import Category
+from .events import Phase, StepTrace
 from .module_names import LOGITS, LOSS, OUTPUT_LOSS
 
 Blocks = npt.NDArray[Any]

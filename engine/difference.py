@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from .events import Category
+from .categories import Category
 from .ledger import Ledger
 from .module_names import NAMES, strip_wrappers
 

@@ -18,67 +18,6 @@ Whole = Annotated[int, msgspec.Meta(ge=-(2**62), le=2**62)]
 """A whole number whose sums, too, 64 bits hold; what arrives beyond is refused."""
 
 
-class Category(enum.IntEnum):
-    """The use of a byte. The order is the order of the stacked bars."""
-
-    PARAMETERS = 0
-    BUFFERS = 1
-    GRADIENTS = 2
-    OPTIMIZER_STATE = 3
-    GATHERED = 4
-    ACTIVATIONS = 5
-    RECOMPUTED = 6
-    KV_CACHE = 7
-    LOGITS_LOSS = 8
-    INPUTS = 9
-    TEMPORARIES = 10
-    COMMUNICATION = 11
-    WORKSPACE = 12
-    HELD_BY_SCRIPT = 13
-    SLACK = 14
-    UNKNOWN = 15
-
-    @property
-    def info(self) -> CategoryInfo:
-        """Letter, name and definition, the same everywhere."""
-        return CATEGORIES[self]
-
-    @property
-    def key(self) -> str:
-        """The name in JSON and CSV: `optimizer_state`."""
-        return self.name.lower()
-
-
-class CategoryInfo(NamedTuple):
-    """A category as it is shown, and its meaning."""
-
-    letter: str
-    title: str
-    meaning: str
-
-
-CATEGORIES: dict[Category, CategoryInfo] = {
-    Category.PARAMETERS: CategoryInfo("P", "parameters", "The model's weights, quantized ones with their scales."),
-    Category.BUFFERS: CategoryInfo("B", "buffers", "Tensors registered with the model that are not trained."),
-    Category.GRADIENTS: CategoryInfo("G", "gradients", "The .grad of trainable parameters."),
-    Category.OPTIMIZER_STATE: CategoryInfo("O", "optimizer", "The optimizer's own tensors: AdamW's two moments."),
-    Category.GATHERED: CategoryInfo("U", "gathered", "Parameters of all ranks, unsharded while their layer computes."),
-    Category.ACTIVATIONS: CategoryInfo("A", "activations", "Made in forward and kept until backward has used them."),
-    Category.RECOMPUTED: CategoryInfo("R", "recomputed", "Activations made again in backward by checkpointing."),
-    Category.KV_CACHE: CategoryInfo("K", "KV cache", "Keys and values kept for generation; useless in training."),
-    Category.LOGITS_LOSS: CategoryInfo("L", "logits, loss", "Scores over the vocabulary, the loss, their gradients."),
-    Category.INPUTS: CategoryInfo("I", "inputs", "Token ids and labels of the batch."),
-    Category.TEMPORARIES: CategoryInfo("T", "temporaries", "Made and freed within one phase."),
-    Category.COMMUNICATION: CategoryInfo("C", "communication", "Buckets and buffers that ranks send and reduce."),
-    Category.WORKSPACE: CategoryInfo("W", "workspace", "Kept by cuBLAS and other libraries."),
-    Category.HELD_BY_SCRIPT: CategoryInfo("H", "held by script", "Variables of a watched script: of no model."),
-    Category.SLACK: CategoryInfo("s", "slack", "Rounding: what the allocator hands out beyond what was asked."),
-    Category.UNKNOWN: CategoryInfo("?", "unknown", "What no rule could name. The goal is 0 bytes."),
-}  # fmt: skip
-
-N_CATEGORIES = len(Category)
-
-
 class Phase(enum.IntEnum):
     """A part of the training loop."""
 

@@ -19,8 +19,9 @@ from typing import Any
 
 import torch
 
+from .categories import Category
 from .config import RunConfig
-from .events import Category, Phase
+from .events import Phase
 from .kv_caches import grow, kv_cache
 from .tracing import owners
 from .tracing.tracer import Tracer

@@ -18,7 +18,8 @@ import numpy.typing as npt
 from .allocation_keys import described
 from .block_lives import paired
 from .block_naming import name_by_life, name_owned
-from .events import N_CATEGORIES, AllocatorPool, Category, Made, Phase, StepTrace
+from .categories import N_CATEGORIES, Category
+from .events import AllocatorPool, Made, Phase, StepTrace
 from .module_names import CACHED, LOSS, OUTPUT_LOSS, layer_of, numbered_layers
 from .pool_bytes import PoolBytes, by_pool
 

@@ -26,12 +26,12 @@ import numpy.typing as npt
 from . import techniques
 from .archive import Archive, regular_file
 from .atomic_file import replacing
+from .categories import Category
 from .config import UserError, one_line, printable
 from .events import (
     COMPLETE,
     OWNER,
     AllocatorPool,
-    Category,
     Counted,
     Ending,
     Environment,

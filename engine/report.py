@@ -8,8 +8,9 @@ from typing import Any, Self, TypeVar
 
 import msgspec
 
+from .categories import Category
 from .difference import owned
-from .events import Category, Environment, Phase, StepTrace
+from .events import Environment, Phase, StepTrace
 from .ledger import Bytes, Ledger
 from .run import Run, outweighs
 from .run_events import Loaded, OutOfMemory, Recomputed, RunEnded, RunFailed, StepEnded

@@ -7,8 +7,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from .categories import Category
 from .config import Option, RunConfig, Value, show
-from .events import Category, Environment
+from .events import Environment
 
 if TYPE_CHECKING:
     from .recipe import Model, Recipe

@@ -10,7 +10,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from .events import BLOCK, EVENT, MADE, MARK, N_CATEGORIES, OWNER, SEGMENT, Phase, StepTrace
+from .categories import N_CATEGORIES
+from .events import BLOCK, EVENT, MADE, MARK, OWNER, SEGMENT, Phase, StepTrace
 
 COLUMNS = {"events": EVENT, "marks": MARK, "begin": BLOCK, "owners": OWNER, "made": MADE, "segments": SEGMENT}
 MOST_BYTES = 1 << 60

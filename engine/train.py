@@ -26,8 +26,9 @@ from typing import Any
 
 import torch
 
+from .categories import Category
 from .config import RunConfig
-from .events import Category, Phase
+from .events import Phase
 from .module_names import LOSS
 from .tracing import owners
 from .tracing.tracer import Tracer

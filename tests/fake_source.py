@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError
 from gpumem_tui.engine.events import (
     BLOCK,
@@ -22,7 +23,6 @@ from gpumem_tui.engine.events import (
     MARK,
     OPEN,
     OWNER,
-    Category,
     Ending,
     EndKind,
     Environment,

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import CATEGORIES
+from gpumem_tui.engine.categories import CATEGORIES
 from gpumem_tui.tui.app import GpumemApp
 from gpumem_tui.tui.changes import offered
 from gpumem_tui.tui.draw import Row

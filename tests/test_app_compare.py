@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, write

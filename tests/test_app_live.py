@@ -10,8 +10,9 @@ from itertools import pairwise
 import numpy as np
 import pytest
 
+from gpumem_tui.engine.categories import CATEGORIES, Category
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import CATEGORIES, SEGMENT, AllocatorPool, CacheState, Category, Phase
+from gpumem_tui.engine.events import SEGMENT, AllocatorPool, CacheState, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.draw import wrap

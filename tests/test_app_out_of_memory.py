@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from msgspec.structs import replace
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError, Value
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.feed import Start, ViewerRole
 from gpumem_tui.engine.out_of_memory.report import Fix, LargestTensor, OutOfMemoryReport, Pool, Verdict
 from gpumem_tui.engine.prediction.gpus import Gpu

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.ledger import Ledger, LiveBlock
 from gpumem_tui.engine.recording import Recording, read, write
 from gpumem_tui.engine.run_events import OutOfMemory

@@ -10,7 +10,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.tui.cli import main
 from gpumem_tui.tui.commands import check_report
 from gpumem_tui.tui.commands.check_report import Checked, Limits

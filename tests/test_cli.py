@@ -15,8 +15,8 @@ from typing import Any
 
 import pytest
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import WORKLOAD_OPTIONS
-from gpumem_tui.engine.events import Category
 from gpumem_tui.tui.cli import main, parser
 from gpumem_tui.tui.commands.app import goes_on
 from gpumem_tui.tui.commands.common import config_from

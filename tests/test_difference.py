@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.difference import Owned, compare, difference, from_document, owned, owner_kind
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu_of
 from gpumem_tui.engine.prediction.predict import predict

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.tui.draw import Row, whole_clauses
 from gpumem_tui.tui.palette import Palette

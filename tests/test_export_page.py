@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.exports.exported_run import ExportedRun
 from gpumem_tui.engine.run import RunKind
 from gpumem_tui.engine.run_events import StepEnded

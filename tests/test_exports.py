@@ -18,10 +18,10 @@ import numpy as np
 import pytest
 
 from gpumem_tui.engine import exports
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Ending, EndKind
+from gpumem_tui.engine.events import Ending, EndKind
 from gpumem_tui.engine.exports.exported_run import ExportedRun
-from gpumem_tui.engine.exports.memory_viz import legend
 from gpumem_tui.engine.exports.number_text import text_rows
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
@@ -82,7 +82,7 @@ def test_memory_viz_is_replayed_to_the_recordings_figures(run: ExportedRun) -> N
     ledger = run.ledger
     expected = Counter[str]()
     for category, size in ledger.peak.by_category.items():
-        expected[legend(category)] += size
+        expected[category.info.legend] += size
     assert (peak, end) == (ledger.peak.bytes, int(ledger.total[-1]))
     assert +at_peak == +expected
     assert len({e["category"] for e in entries if "category" in e}) <= 10, "the viewer has ten colours"

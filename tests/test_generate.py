@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.kv_caches import RESIDUAL, FourBitLayer, grow, kv_cache
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu

@@ -15,9 +15,10 @@ import torch
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.allocator_settings import MIN_BLOCK_BYTES
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.device import environment
-from gpumem_tui.engine.events import EVENT, MARK, OWNER, AllocatorPool, Category, Phase, StepTrace
+from gpumem_tui.engine.events import EVENT, MARK, OWNER, AllocatorPool, Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.out_of_memory.pools import pool_of
 from gpumem_tui.engine.run_events import Note, OutOfMemory, RunEnded, RunFailed, StepEnded

@@ -14,9 +14,10 @@ import torch
 from torch.nn import functional
 
 from gpumem_tui.engine import device, engine_registry, techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.engine_registry import find
-from gpumem_tui.engine.events import Category, StepTrace
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import End, Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.job_source import JobSource
 from gpumem_tui.engine.parallelism import group

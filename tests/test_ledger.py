@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.events import (
     BLOCK,
     COMPLETE,
@@ -19,7 +20,6 @@ from gpumem_tui.engine.events import (
     OWNER,
     SEGMENT,
     AllocatorPool,
-    Category,
     Ending,
     EndKind,
     Phase,

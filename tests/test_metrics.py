@@ -17,8 +17,8 @@ import torch
 from transformers import Trainer, TrainerCallback, TrainingArguments
 from transformers.trainer_callback import CallbackHandler
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.metrics import published
 from gpumem_tui.engine.prediction.gpus import gpu_of

@@ -14,8 +14,9 @@ from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from gpumem_tui.engine import activation_offload, techniques
 from gpumem_tui.engine.activation_offload import ActivationsOnHost
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.module_names import layer_of
 from gpumem_tui.engine.prediction.gpus import gpu

@@ -12,9 +12,10 @@ import pytest
 import torch
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.device import environment
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.optimizer_in_backward import OptimizerInBackward
 from gpumem_tui.engine.prediction.gpus import gpu

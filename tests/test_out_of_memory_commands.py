@@ -12,8 +12,8 @@ from typing import Any
 import pytest
 import torch
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.out_of_memory import telling
 from gpumem_tui.engine.out_of_memory.kept import latest
 from gpumem_tui.engine.out_of_memory.report import Fix

@@ -8,8 +8,9 @@ from collections.abc import Callable
 import pytest
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.events import Category, Environment
+from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.out_of_memory.fixes import EXPANDABLE, FixSearch, beyond_prediction
 from gpumem_tui.engine.out_of_memory.report import Fix, OutOfMemoryReport, Verdict
 from gpumem_tui.engine.prediction.gpus import Gpu, gpu

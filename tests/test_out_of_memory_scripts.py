@@ -11,7 +11,7 @@ import weakref
 import pytest
 import torch
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.out_of_memory.report import OutOfMemoryReport, Verdict
 from gpumem_tui.engine.publisher import RunPublisher

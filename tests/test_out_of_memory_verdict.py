@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.out_of_memory.growth import LiveBytes, Rise
 from gpumem_tui.engine.out_of_memory.refusal import Refused
 from gpumem_tui.engine.out_of_memory.report import Pool, Verdict

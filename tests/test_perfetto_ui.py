@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.exports.exported_run import named
 from gpumem_tui.engine.recording import read
 

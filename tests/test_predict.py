@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict

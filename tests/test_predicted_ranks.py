@@ -11,8 +11,9 @@ import pytest
 import torch
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError
-from gpumem_tui.engine.events import Category, Environment, Phase
+from gpumem_tui.engine.events import Environment, Phase
 from gpumem_tui.engine.feed import End, Save, Start
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.parallelism import zero

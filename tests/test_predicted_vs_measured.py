@@ -14,8 +14,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import Architecture, RunConfig
-from gpumem_tui.engine.events import Category, Environment
+from gpumem_tui.engine.events import Environment
 from gpumem_tui.engine.feed import ViewerRole
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.recording import Recording

@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig
-from gpumem_tui.engine.events import Category, Phase, StepTrace
+from gpumem_tui.engine.events import Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 from gpumem_tui.engine.tracing.op_tracker import OpTracker

@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 
 from gpumem_tui.engine import recording
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category
 from gpumem_tui.engine.feed import Save, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, save, write

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from rich.console import COLOR_SYSTEMS
 from textual.strip import Strip
 
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.tui.draw import Row
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.themes import THEMES

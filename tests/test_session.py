@@ -12,8 +12,9 @@ from typing import Any
 import pytest
 import torch
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, EndKind, Phase, StepTrace
+from gpumem_tui.engine.events import EndKind, Phase, StepTrace
 from gpumem_tui.engine.feed import Feed, Pause, Start, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.meter import Meter

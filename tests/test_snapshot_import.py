@@ -20,8 +20,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from gpumem_tui.engine import snapshot
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import AllocatorPool, Category, Phase, StepTrace
+from gpumem_tui.engine.events import AllocatorPool, Phase, StepTrace
 from gpumem_tui.engine.feed import Work
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import read, write

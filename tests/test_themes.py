@@ -9,10 +9,10 @@ import numpy.typing as npt
 import pytest
 from rich.color import Color
 
-from gpumem_tui.engine.events import CATEGORIES, Category
+from gpumem_tui.engine.categories import CATEGORIES, Category
 from gpumem_tui.tui.palette import Palette
 from gpumem_tui.tui.terminal_background import from_answer, from_environment
-from gpumem_tui.tui.themes import DARK, LIGHT, TEXTURES, THEMES, XTERM, Theme, contrast
+from gpumem_tui.tui.themes import DARK, LIGHT, THEMES, XTERM, Theme, contrast
 
 MINIMUM = 4.5
 TEXTS = ("dim", "good", "busy", "bad", "accent")
@@ -87,7 +87,7 @@ def test_neighbours_are_told_apart_also_by_colour_blind_readers(theme: Theme, si
 
 def test_every_category_has_a_letter_a_texture_and_a_colour_of_its_own() -> None:
     assert len({info.letter for info in CATEGORIES.values()}) == len(Category)
-    assert len(set(TEXTURES.values())) == len(Category)
+    assert len({info.texture for info in CATEGORIES.values()}) == len(Category)
     for theme in THEMES.values():
         assert len(set(theme.colours.values())) == len(Category)
 

@@ -8,7 +8,8 @@ import pytest
 import torch
 from transformers.modeling_outputs import ImageClassifierOutputWithNoAttention
 
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.run_events import Recomputed, Refused, RunStarted, StepEnded
 from gpumem_tui.engine.tracing import owners
 from gpumem_tui.engine.watch import loop

@@ -15,8 +15,9 @@ import pytest
 import torch
 
 from gpumem_tui.engine import engine_registry
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.feed import Pause, Save, Start, Stop, ViewerRole
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording

@@ -11,7 +11,7 @@ import torch
 from torch.utils.checkpoint import noop_context_fn
 
 from gpumem_tui.engine import techniques
-from gpumem_tui.engine.events import Category
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.tui.screens.header import summary
 from gpumem_tui.watch import watch
 

@@ -12,7 +12,8 @@ import torch
 from torch.nn.modules import module as torch_module
 from torch.optim import optimizer as torch_optimizer
 
-from gpumem_tui.engine.events import Category, Phase, StepTrace
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import Phase, StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run_events import RunEvent, StepEnded
 from gpumem_tui.engine.watch.leftovers import SCRIPT

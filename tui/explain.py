@@ -6,7 +6,8 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 
-from ..engine.events import Category, Phase
+from ..engine.categories import Category
+from ..engine.events import Phase
 from ..engine.ledger import Bytes, Ledger, Peak
 from .units import Unit
 

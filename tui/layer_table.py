@@ -8,21 +8,13 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..engine.events import Category
+from ..engine.categories import Category
 from ..engine.ledger import Ints, Ledger
 from ..engine.module_names import numbered_layers, strip_wrappers
 
-_OTHER = (
-    Category.KV_CACHE, Category.LOGITS_LOSS, Category.INPUTS, Category.COMMUNICATION, Category.WORKSPACE,
-    Category.HELD_BY_SCRIPT, Category.UNKNOWN,
-)  # fmt: skip
-GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = (
-    ("par", (Category.PARAMETERS, Category.BUFFERS, Category.GATHERED)),
-    ("grad", (Category.GRADIENTS,)),
-    ("opt", (Category.OPTIMIZER_STATE,)),
-    ("act", (Category.ACTIVATIONS, Category.RECOMPUTED)),
-    ("tmp", (Category.TEMPORARIES,)),
-    ("other", _OTHER),
+COLUMNS = ("par", "grad", "opt", "act", "tmp", "other")
+GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = tuple(
+    (column, tuple(category for category in Category if category.info.column == column)) for column in COLUMNS
 )
 """Columns of the table. Activations made again count as activations, gathered parameters as parameters."""
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from functools import cached_property
 
 from ..engine import techniques
+from ..engine.categories import CATEGORIES, Category, CategoryInfo
 from ..engine.config import RunConfig
-from ..engine.events import CATEGORIES, Category, CategoryInfo
 from ..engine.out_of_memory.fixes import OF_A_GPU, settings_text
 from ..engine.out_of_memory.report import Fix, OutOfMemoryReport, Verdict
 from .draw import Row, wrap

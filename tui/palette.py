@@ -12,7 +12,7 @@ from typing import ClassVar
 from rich.color import Color, blend_rgb
 from rich.style import Style
 
-from ..engine.events import Category
+from ..engine.categories import Category
 from .themes import DARK, Theme, contrast, letter_on
 
 EIGHTHS_ACROSS = " ▏▎▍▌▋▊▉█"

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
 from ..engine import techniques
+from ..engine.categories import Category
 from ..engine.config import RunConfig, show
 from ..engine.difference import Owned, owned
-from ..engine.events import Category, Phase, StepTrace
+from ..engine.events import Phase, StepTrace
 from ..engine.ledger import Bytes, Ledger
 from ..engine.module_names import OTHER_MODEL
 from ..engine.run import Run, RunKind, highest_of

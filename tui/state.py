@@ -9,8 +9,9 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from ..engine.categories import Category
 from ..engine.config import RunConfig
-from ..engine.events import Category, Environment, Gauge, Phase, StepTrace
+from ..engine.events import Environment, Gauge, Phase, StepTrace
 from ..engine.feed import Source, ViewerRole
 from ..engine.ledger import Bytes, Ledger
 from ..engine.run import Run

@@ -2,7 +2,7 @@
 
 The text has the terminal's own colour, so that any background looks like
 itself; what is coloured is legible (4.5:1) on every background a theme is for.
-The categories' colours are those of `engine.category_colours`.
+The categories' colours are those of `engine.categories`.
 """
 
 from __future__ import annotations
@@ -10,9 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from ..engine import category_colours
-from ..engine.category_colours import by_category
-from ..engine.events import Category
+from ..engine.categories import Category
 
 
 @dataclass(frozen=True)
@@ -45,7 +43,7 @@ class Theme:
 DARK = Theme(
     "dark",
     ("#000000", "#2b2b2b"),
-    category_colours.DARK,
+    {category: category.info.dark for category in Category},
     {"c": "#6f7780", "x": "#a0a0a0", "n": "#a3be8c", "o": "#5f5f5f", "m": "#b48ead", "h": "#8fbcbb", "u": "#d08770"},
     dim="#a3a3a3", good="#7fd88f", busy="#f0c040", bad="#ff8f85", accent="#6cc8f0",
 )  # fmt: skip
@@ -53,7 +51,7 @@ DARK = Theme(
 LIGHT = Theme(
     "light",
     ("#f2eee2", "#ffffff"),
-    category_colours.LIGHT,
+    {category: category.info.light for category in Category},
     {"c": "#a8b0b8", "x": "#8a8a8a", "n": "#5b7f2b", "o": "#c4c4c4", "m": "#8f5f88", "h": "#3f7f7c", "u": "#a8552f"},
     dim="#5f5f5f", good="#1d6b2f", busy="#7a5200", bad="#b3261e", accent="#00608f",
 )  # fmt: skip
@@ -61,17 +59,11 @@ LIGHT = Theme(
 ANSI = Theme(
     "ansi",
     (),
-    by_category(
-        "blue", "bright_blue", "yellow", "magenta", "bright_black", "green", "bright_yellow", "cyan",
-        "red", "bright_green", "bright_magenta", "bright_white", "bright_cyan", "white", "black", "bright_red",
-    ),
+    {category: category.info.ansi for category in Category},
     {"c": "bright_black", "x": "white", "n": "green", "o": "bright_black", "m": "magenta", "h": "cyan", "u": "red"},
 )  # fmt: skip
 
 THEMES = {theme.name: theme for theme in (DARK, LIGHT, ANSI)}
-
-TEXTURES = by_category(" ", ".", "/", "-", "%", "\\", "x", "|", "=", ":", "+", "^", "'", "*", "~", "?")
-"""Fills of a category's area between its letters: told apart without colours, and a byte a cell."""
 
 XTERM = {
     "black": "#000000", "red": "#cd0000", "green": "#00cd00", "yellow": "#cdcd00", "blue": "#0000ee",

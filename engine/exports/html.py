@@ -13,8 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from string import Template
 
-from ..category_colours import DARK, LIGHT
-from ..events import Category
+from ..categories import Category
 from .exported_run import ExportedRun, Format, Sink
 from .json import document, encoded
 
@@ -52,7 +51,7 @@ def _colours() -> str:
     """A category's fill, and the ink that is legible on it, on light and on dark."""
     rules = []
     for category in Category:
-        fills = _softened(LIGHT[category]), DARK[category]
+        fills = _softened(category.info.light), category.info.dark
         inks = map(_ink_on, fills)
         rules.append(
             f"--c-{category.key}:light-dark({','.join(fills)});--on-{category.key}:light-dark({','.join(inks)});"

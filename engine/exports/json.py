@@ -14,7 +14,7 @@ import msgspec
 import numpy as np
 import numpy.typing as npt
 
-from ..events import Category
+from ..categories import Category
 from ..ledger import Ledger
 from ..report import Composition, PeakFigures, RunDocument, composition, mapping_as_dict, peak_of
 from .exported_run import ExportedRun, Format, Sink

@@ -17,7 +17,8 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import numpy.typing as npt
 
-from ..events import AllocatorPool, Category, Phase
+from ..categories import Category
+from ..events import AllocatorPool, Phase
 from ..ledger import Ledger, LiveBlock
 from .blocks import Actions, BlockTexts, chunks
 from .exported_run import ExportedRun, Format, Sink
@@ -26,21 +27,6 @@ from .number_text import digits, page, unpadded
 SEGMENT = 2 << 20
 """The CUDA allocator takes memory in multiples of this."""
 
-LEGEND = {
-    Category.PARAMETERS: "parameters, buffers",
-    Category.BUFFERS: "parameters, buffers",
-    Category.GRADIENTS: "gradients",
-    Category.OPTIMIZER_STATE: "optimizer state",
-    Category.GATHERED: "parameters, buffers",
-    Category.ACTIVATIONS: "activations",
-    Category.RECOMPUTED: "recomputed",
-    Category.KV_CACHE: "KV cache",
-    Category.LOGITS_LOSS: "logits, loss",
-    Category.TEMPORARIES: "temporaries",
-    Category.UNKNOWN: "unknown",
-}
-"""The viewer has ten colours: what has one of its own, or shares one. The category itself is in a block's details."""
-OTHERS = "workspace and others"
 _NO_POOL = AllocatorPool(0, "large")
 
 _PLACE = b'"addr":%,"size":%,"stream":%,"time_us":%'
@@ -51,11 +37,6 @@ _DETAILS = b"\1"
 """The place of a block's details, which are not of one width; no text in JSON has this byte."""
 _BLOCK = b'{"address":%d,"size":%d,"requested_size":%d,"state":"active_allocated",'
 _GAP = b'{"address":%d,"size":%d,"requested_size":0,"state":"inactive","frames":[]}'
-
-
-def legend(category: Category) -> str:
-    """The name a category has in the viewer's legend."""
-    return LEGEND.get(category, OTHERS)
 
 
 def write(runs: Sequence[ExportedRun], sink: Sink) -> None:
@@ -141,8 +122,10 @@ def _details(block: LiveBlock, layer: str) -> bytes:
 
 def _text(category: Category, known: dict[str, str], frames: tuple[tuple[str, str], ...]) -> bytes:
     """The rest of an entry; frames are innermost first."""
-    listed = [{"filename": where, "line": 0, "name": what} for where, what in (*frames, (legend(category), "bytes"))]
-    rest = {"category": legend(category), "user_metadata": known, "frames": listed}
+    listed = [
+        {"filename": where, "line": 0, "name": what} for where, what in (*frames, (category.info.legend, "bytes"))
+    ]
+    rest = {"category": category.info.legend, "user_metadata": known, "frames": listed}
     return json.dumps(rest, separators=(",", ":")).encode()[1:] + b"\n"
 
 

@@ -13,7 +13,8 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..events import Category, Phase
+from ..categories import Category
+from ..events import Phase
 from ..ledger import Ledger
 from .exported_run import ExportedRun, Format, Sink
 

@@ -8,7 +8,7 @@ from typing import Any
 import msgspec
 import numpy as np
 
-from ..events import Category
+from ..categories import Category
 from ..ledger import Ledger
 from .exported_run import ExportedRun, Format, Sink
 

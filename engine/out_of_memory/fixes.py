@@ -14,8 +14,9 @@ from typing import NamedTuple
 
 from .. import techniques
 from ..advice import OF_WORKLOAD
+from ..categories import Category
 from ..config import RunConfig, UserError, Value, show
-from ..events import Category, Environment, Phase, StepTrace
+from ..events import Environment, Phase, StepTrace
 from ..prediction.advice import LEAST_SAVING_BYTES, could_help
 from ..prediction.gpus import Gpu, gpu_of
 from ..prediction.outcome import Prediction

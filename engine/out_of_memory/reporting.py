@@ -8,7 +8,8 @@ import msgspec
 import numpy as np
 
 from ..allocator_settings import MIN_BLOCK_BYTES
-from ..events import Category, Gauge, Made
+from ..categories import Category
+from ..events import Gauge, Made
 from ..ledger import Ledger, LiveBlock
 from ..prediction.caching_allocator import rounded_bytes
 from ..run import Run

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
-from ..events import Category
+from ..categories import Category
 from ..tracing.block_layout import SMALL_SEGMENT_BYTES
 from .growth import Rise
 from .refusal import Refused

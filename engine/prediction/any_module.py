@@ -30,8 +30,9 @@ from torch._subclasses.fake_tensor import (
 )
 from torch.utils import _pytree as pytree
 
+from ..categories import Category
 from ..config import RunConfig, UserError, Value, kind_and_line, one_line
-from ..events import Category, Phase, Recompute, StepTrace
+from ..events import Phase, Recompute, StepTrace
 from ..tracing import owners
 from ..tracing.hooks import unguarded
 from ..tracing.module_hooks import module_hooks

@@ -25,7 +25,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from ..events import Category
+from ..categories import Category
 from ..module_names import strip_wrappers
 from ..tracing.owners import Owned
 from .caching_allocator import rounded_bytes

@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from ..categories import Category
 from ..config import UserError
-from ..events import Category
 from ..tracing import zero
 from ..tracing.owners import Owned
 from .fake_coordinator import Coordinator, Limits

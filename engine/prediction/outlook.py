@@ -10,8 +10,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ..categories import Category
 from ..config import Value
-from ..events import Category, Phase
+from ..events import Phase
 from ..technique import Effect
 from .outcome import Prediction
 

@@ -7,8 +7,9 @@ import textwrap
 from collections.abc import Sequence
 
 from .. import techniques
+from ..categories import CATEGORIES, Category
 from ..config import RunConfig
-from ..events import CATEGORIES, AllocatorPool, Category
+from ..events import AllocatorPool
 from ..ledger import Ledger
 from ..pool_bytes import PoolBytes, by_stream
 from ..techniques import describe

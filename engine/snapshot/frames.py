@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 
-from ..events import Category, Phase
+from ..categories import Category
+from ..events import Phase
 from ..module_names import LOSS
 from .entries import Frame
 

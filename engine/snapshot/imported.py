@@ -15,7 +15,8 @@ import numpy as np
 import numpy.typing as npt
 
 from ..block_lives import paired
-from ..events import BLOCK, EVENT, MARK, OWNER, Category, Phase, PhaseSpan, StepTrace
+from ..categories import Category
+from ..events import BLOCK, EVENT, MARK, OWNER, Phase, PhaseSpan, StepTrace
 from ..module_names import LOSS
 from .entries import ALLOC, FREE_COMPLETED, FREE_REQUESTED, OUT_OF_MEMORY, DeviceTrace, Snapshot
 from .frames import Tag, tag

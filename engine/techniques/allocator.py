@@ -6,8 +6,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..allocator_settings import AllocatorSettings, in_force, of_environment
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category, Environment
+from ..events import Environment
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:

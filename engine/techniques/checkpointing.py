@@ -8,8 +8,8 @@ from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from .. import recompute
+from ..categories import Category
 from ..config import Option, RunConfig, UserError, Value
-from ..events import Category
 from ..module_names import layer_of
 from ..technique import Group, Technique
 

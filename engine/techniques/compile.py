@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category, Environment
+from ..events import Environment
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:

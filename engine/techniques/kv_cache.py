@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:

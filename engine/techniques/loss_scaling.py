@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from ..categories import Category
 from ..config import Option, RunConfig, UserError
-from ..events import Category
 from ..technique import Group, Technique
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category, Environment
+from ..events import Environment
 from ..recompute import checkpoint_function
 from ..technique import Group, Technique
 

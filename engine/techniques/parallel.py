@@ -7,8 +7,9 @@ from collections.abc import Mapping
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category, Environment
+from ..events import Environment
 from ..missing_package import not_installed
 from ..technique import Group, Mathematics, Technique
 

@@ -6,8 +6,9 @@ import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category, Environment
+from ..events import Environment
 from ..missing_package import not_installed
 from ..quantized_modules import convertible_modules, keep_in, left_as_they_are
 from ..technique import Group, Mathematics, Technique

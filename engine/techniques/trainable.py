@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
+from ..categories import Category
 from ..config import Option, RunConfig, Value
-from ..events import Category
 from ..model_layers import decoder_layers
 from ..technique import Group, Mathematics, Technique
 

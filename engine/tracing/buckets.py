@@ -21,7 +21,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from ..events import OWNER, Category, StepTrace
+from ..categories import Category
+from ..events import OWNER, StepTrace
 from ..ledger import Ledger
 from .wrapped_functions import WrappedFunctions, wrap
 

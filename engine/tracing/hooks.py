@@ -17,7 +17,8 @@ import torch
 from torch._C import _current_graph_task_id
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from ..events import Category, Phase
+from ..categories import Category
+from ..events import Phase
 from ..module_names import LOGITS, LOSS
 from .module_hooks import module_hooks
 

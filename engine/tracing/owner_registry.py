@@ -12,7 +12,8 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from ..events import OWNER, Category
+from ..categories import Category
+from ..events import OWNER
 from ..module_names import strip_wrappers
 from . import owners, sharding, zero
 from .labels import Labels

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple, TypeVar
 
 import torch
 
-from ..events import Category
+from ..categories import Category
 from ..module_names import LOGITS, OUTPUT_LOSS
 
 INT8_WEIGHT = ("CB", "SCB")

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from ..events import Category
+from ..categories import Category
 from ..module_names import strip_wrappers
 from .owners import Owned
 from .wrapped_functions import WrappedFunctions, wrap

@@ -15,7 +15,8 @@ from typing import Any
 
 import torch
 
-from ..events import COMPLETE, OPEN, Category, Counted, Ending, Made, Phase
+from ..categories import Category
+from ..events import COMPLETE, OPEN, Counted, Ending, Made, Phase
 from . import owners
 from .assembly import MODULE_BITS, Span, Taken, pack
 from .buckets import BUCKETS, buckets_of

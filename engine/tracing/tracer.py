@@ -15,7 +15,8 @@ from typing import Any
 import torch
 
 from .. import activation_offload, recompute
-from ..events import COMPLETE, OPEN, Category, Ending, Phase
+from ..categories import Category
+from ..events import COMPLETE, OPEN, Ending, Phase
 from ..module_names import LOSS
 from ..out_of_memory.refusal import Refusal
 from . import owners, sharding, zero

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..events import Category
+from ..categories import Category
 from ..module_names import strip_wrappers
 from .owners import Owned, tensors_in
 from .wrapped_functions import WrappedFunctions, wrap

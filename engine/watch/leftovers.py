@@ -6,7 +6,8 @@ import dataclasses
 
 import numpy as np
 
-from ..events import OWNER, Category, StepTrace
+from ..categories import Category
+from ..events import OWNER, StepTrace
 from ..ledger import Ledger
 
 SCRIPT = "held by the script"

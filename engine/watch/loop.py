@@ -17,8 +17,9 @@ from typing import Any, Protocol
 
 import torch
 
+from ..categories import Category
 from ..config import RunConfig, Value
-from ..events import OPEN, Category, Phase
+from ..events import OPEN, Phase
 from ..module_names import LOGITS, OUTPUT_LOSS
 from ..recompute import in_backward
 from ..tracing import owners

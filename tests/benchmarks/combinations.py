@@ -18,8 +18,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError, Value
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.profiles import run_fields
 

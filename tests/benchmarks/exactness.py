@@ -21,7 +21,8 @@ from typing import Any
 import torch
 
 from gpumem_tui.engine import techniques
-from gpumem_tui.engine.events import Category, StepTrace
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import Start
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run_events import OutOfMemory, Recomputed, Refused, RunEnded, RunFailed

@@ -16,7 +16,8 @@ import time
 import numpy as np
 import psutil
 
-from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Category, Phase, StepTrace
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import BLOCK, EVENT, MARK, OWNER, Phase, StepTrace
 from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.run_events import StepEnded

@@ -14,7 +14,8 @@ import sys
 
 import torch
 
-from gpumem_tui.engine.events import Category, StepTrace
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.watch.leftovers import name_leftovers
 from gpumem_tui.engine.watch.watched_source import WatchedSource

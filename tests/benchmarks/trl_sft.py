@@ -23,8 +23,9 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpumem_tui.engine import techniques
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import RunConfig, UserError, one_line, show
-from gpumem_tui.engine.events import Category, StepTrace
+from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpu_here import gpu_here
 from gpumem_tui.engine.prediction.gpus import gpu

@@ -443,7 +443,7 @@ def _measure_nccl(told: Told, scale: Scale) -> None:
 
 def _run(told: Told, scale: Scale) -> None:
     """Run a case, and tell what was seen of it."""
-    from gpumem_tui.engine.events import Category
+    from gpumem_tui.engine.categories import Category
     from gpumem_tui.engine.ledger import Ledger
 
     source = CASES[told.case](scale).source

@@ -19,7 +19,8 @@ from torch.distributed.fsdp._fully_shard._fsdp_param_group import FSDPParamGroup
 from torch.distributed.fsdp.wrap import ModuleWrapPolicy
 from torch.nn.parallel import DistributedDataParallel
 
-from gpumem_tui.engine.events import Category, Phase
+from gpumem_tui.engine.categories import Category
+from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.watch import watch
 

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Any
 from xml.etree import ElementTree
 
+from ...engine.categories import Category
 from ...engine.difference import Part, difference, from_document
-from ...engine.events import Category
 from ..units import GIB, MIB, UNKNOWN, Unit
 from ..units import difference as signed
 

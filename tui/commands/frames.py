@@ -107,7 +107,7 @@ def text(board: Board) -> str:
 
 def frame(state: ViewState) -> dict[str, Any]:
     """The figures of the live screen, for programs; sizes in whole bytes, null if not known."""
-    from ...engine.events import Category
+    from ...engine.categories import Category
 
     run, gauge, peak = state.run, state.gauge, state.peak.peak if state.peak else None
     now = state.latest

@@ -6,9 +6,10 @@ import sys
 from contextlib import closing
 from typing import Any
 
+from ...engine.categories import Category
 from ...engine.config import RunConfig, UserError
 from ...engine.difference import compare
-from ...engine.events import Category, Environment
+from ...engine.events import Environment
 from ...engine.prediction.gpus import Understood, gpu_of, understand
 from ...engine.prediction.predictor import Predictor
 from ..layer_table import NO_LAYER

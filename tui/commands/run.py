@@ -10,8 +10,8 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from ...engine.categories import CATEGORIES, Category
 from ...engine.config import RunConfig, UserError
-from ...engine.events import CATEGORIES, Category
 from ...engine.job_source import JobSource, ranks_of
 from ...engine.metrics import published
 from ...engine.out_of_memory.fixes import settings_text

@@ -11,8 +11,8 @@ import sys
 from typing import Any
 
 from ...engine import techniques
+from ...engine.categories import Category
 from ...engine.config import RunConfig, UserError
-from ...engine.events import Category
 from ...engine.report import Report
 from ...engine.session import Session
 from ...profiles import PresetRow, preset

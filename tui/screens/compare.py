@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from ...engine.categories import Category
 from ...engine.difference import Part
 from ...engine.difference import difference as difference_of
-from ...engine.events import Category, Phase
+from ...engine.events import Phase
 from ..actions import Action, moves
 from ..draw import Row, paragraph
 from ..layer_table import NO_LAYER, shared_prefix

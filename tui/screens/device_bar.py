@@ -6,7 +6,8 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple
 
-from ...engine.events import CacheState, Category, Gauge, StepTrace
+from ...engine.categories import Category
+from ...engine.events import CacheState, Gauge, StepTrace
 from ...engine.ledger import Bytes
 from ...engine.pool_bytes import by_stream
 from ..draw import Row

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 
 from rich.style import Style
 
-from ...engine.events import CATEGORIES
+from ...engine.categories import CATEGORIES
 from ..actions import KEYS_WIDTH, Action, help_lines, moves, offered_here
 from ..control import Control
 from ..draw import Row, wrap

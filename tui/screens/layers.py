@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from ...engine.events import Category
+from ...engine.categories import Category
 from ...engine.ledger import Ledger, LiveBlock
 from ..actions import Action, moves
 from ..draw import Row

@@ -7,8 +7,9 @@ from collections import deque
 from collections.abc import Sequence
 from functools import partial
 
+from ...engine.categories import Category
 from ...engine.config import Option
-from ...engine.events import Category, Phase, StepTrace
+from ...engine.events import Phase, StepTrace
 from ...engine.ledger import Bytes
 from ...engine.module_names import numbered_layers
 from ...engine.run_events import RunEvent
@@ -24,7 +25,7 @@ from ..widgets.ticks import ticks
 from .best_change import best_change
 from .device_bar import device_rows
 from .page import Page, Table, Topic
-from .topics import MORE, OTHERS, PARTS
+from .topics import OTHERS, PARTS
 
 SMALL = (Category.BUFFERS, Category.INPUTS, Category.WORKSPACE, Category.SLACK)
 """Together in one row, `OTHERS`, where there is no room for a row each."""
@@ -71,7 +72,7 @@ class LivePage(Page):
         """The part selected."""
         if isinstance(self.focus, Category):
             info = self.focus.info
-            return Topic(f"{info.letter} {info.title}", f"{info.meaning} {MORE.get(self.focus, '')}".strip())
+            return Topic(f"{info.letter} {info.title}", f"{info.meaning} {info.note}".strip())
         if self.focus is not None:
             return Topic(self.focus, PARTS[self.focus])
         return Topic(

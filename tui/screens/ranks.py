@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from ...engine.categories import Category
 from ...engine.difference import difference
-from ...engine.events import Category
 from ...engine.ledger import Bytes
 from ...engine.run import Run
 from ..actions import Action, moves

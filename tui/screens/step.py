@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from ...engine.events import N_CATEGORIES, Category, Phase, StepTrace
+from ...engine.categories import N_CATEGORIES, Category
+from ...engine.events import Phase, StepTrace
 from ...engine.ledger import Ints, Ledger
 from ..actions import Action, calling
 from ..draw import Row

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from ...engine.events import Category
-
 OTHERS = "all others"
 
 PARTS = {
@@ -33,17 +31,3 @@ PARTS = {
     ),
 }
 """Parts of this screen that are no category, and what `?` says of them."""
-
-MORE: dict[Category, str] = {
-    Category.PARAMETERS: "Quantization shrinks them where LoRA has frozen them.",
-    Category.GRADIENTS: "As large as the trainable parameters; LoRA has next to none.",
-    Category.OPTIMIZER_STATE: "Twice the trainable parameters; 8-bit or LoRA shrink it.",
-    Category.GATHERED: "A layer's at a time under FSDP and ZeRO-3; without resharding all layers'.",
-    Category.ACTIVATIONS: "They grow with batch and sequence; checkpointing keeps only each layer's input.",
-    Category.RECOMPUTED: "One segment's at a time: the price of checkpointing, beside the time.",
-    Category.KV_CACHE: "Switch it off; c.",
-    Category.LOGITS_LOSS: "Batch x sequence x vocabulary; the loss holds it several times for a moment.",
-    Category.TEMPORARIES: "AdamW's foreach holds a copy of all gradients for a moment; fused AdamW does not.",
-    Category.COMMUNICATION: "DDP's buckets are one more copy of the gradients, but for gradient_as_bucket_view.",
-}
-"""Notes on a category beyond its meaning: what it follows, and what lowers it."""

@@ -5,11 +5,10 @@ from __future__ import annotations
 import numpy as np
 from rich.style import Style
 
-from ...engine.events import N_CATEGORIES, Category
+from ...engine.categories import N_CATEGORIES, Category
 from ...engine.ledger import Ints
 from ..draw import Row
 from ..palette import EIGHTHS_UP, Palette
-from ..themes import TEXTURES
 
 EIGHTHS = 8
 
@@ -81,7 +80,7 @@ def _cell(share: Ints, largest: int, filled: int, lettered: bool, palette: Palet
         visible = 2 * filled >= EIGHTHS
         return (category.info.letter, palette.texture[category]) if visible else (" ", Palette.plain)
     if share[largest] == EIGHTHS:
-        return (category.info.letter if lettered else TEXTURES[category]), palette.texture[category]
+        return (category.info.letter if lettered else category.info.texture), palette.texture[category]
     if filled < EIGHTHS:
         return EIGHTHS_UP[filled], palette.ink[category]
     # Of three or more in one cell, the two largest are drawn.

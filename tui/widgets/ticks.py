@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from collections.abc import Set as AbstractSet
 from itertools import groupby
 
-from ...engine.events import Category
+from ...engine.categories import Category
 from ..draw import Row
 from ..palette import Palette
 
