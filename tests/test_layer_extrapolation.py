@@ -64,7 +64,7 @@ def assert_same(few: Rehearsal, all_: Rehearsal) -> None:
     [
         ("gpt2", {}),
         ("gpt2", {"accumulation": 2, "keep_outputs": False, "kv_cache": False}),
-        ("gpt2", {"lora": True, "checkpointing": "layers"}),
+        ("gpt2", {"lora": True, "checkpointing": "layers", "optimizer": "cpu-offload"}),
         ("gpt2", {"checkpointing": "input", "optimizer": "adamw-single"}),
         ("gpt2", {"dtype": "mixed", "optimizer": "adamw-fused"}),
         ("gpt2", {"optimizer": "paged-adamw-8bit", "attention": "eager"}),

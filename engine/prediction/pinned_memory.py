@@ -9,8 +9,13 @@ from typing import Any
 import torch
 
 
+def taken_bytes(tensor: torch.Tensor) -> int:
+    """Bytes that PyTorch's host allocator takes for a tensor: the next power of two."""
+    return 1 << max(0, tensor.untyped_storage().nbytes() - 1).bit_length()
+
+
 class PinnedMemory:
-    """Counts tensors made with `pin_memory`, at what PyTorch's host allocator takes: the next power of two.
+    """Counts tensors made with `pin_memory`, at what PyTorch's host allocator takes.
 
     Attributes:
         times: How many like it the next one stands for.
@@ -26,7 +31,7 @@ class PinnedMemory:
     def see(self, tensor: torch.Tensor) -> None:
         """Count a new tensor for as long as it lives."""
         storage = tensor.untyped_storage()
-        size = self.times() * (1 << max(0, storage.nbytes() - 1).bit_length())
+        size = self.times() * taken_bytes(tensor)
         key = storage._cdata
 
         def gone(_: weakref.ref[Any]) -> None:

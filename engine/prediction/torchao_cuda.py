@@ -84,18 +84,22 @@ class _LowBitAdamW(torch.optim.Optimizer):
 
 
 class _OffloadedAdamW(torch.optim.Optimizer):
-    """A pinned copy of each weight and of its gradient on the host; what is small is stepped on the device."""
+    """A pinned copy of each weight and of its gradient on the host; what is small is stepped on the device.
+
+    Attributes:
+        pinned_copies: By weight.
+    """
 
     def __init__(self, parameters: list[Tensor], lr: float) -> None:
         trained = [p for p in parameters if p.requires_grad]
         small = [p for p in trained if p.numel() < LEAST_NUMBERS]
         self.d_opt = torch.optim.AdamW(small, lr=lr, fused=True) if small else None
         host = {"device": "cpu", "pin_memory": True}
-        self._pinned = [
-            [torch.empty(p.shape, dtype=p.dtype, **host) for _ in range(2)]  # type: ignore[call-overload]
+        self.pinned_copies = {
+            p: [torch.empty(p.shape, dtype=p.dtype, **host) for _ in range(2)]  # type: ignore[call-overload]
             for p in trained
             if p.numel() >= LEAST_NUMBERS
-        ]
+        }
         self.optim_dict: dict[Tensor, Any] = {}
         self._parameters = trained
 
