@@ -74,20 +74,31 @@ class Advised:
 
 
 def advise(config: RunConfig, predict_all: PredictAll) -> Advised:
-    """Find the changes that save most at the predicted peak.
+    """Find the changes that save most at the predicted peak; see `stages`."""
+    *_, found = stages(config, predict_all)
+    return found
+
+
+def stages(config: RunConfig, predict_all: PredictAll) -> Iterator[Advised]:
+    """Find the changes that save most at the predicted peak, and tell of them as they become known.
 
     Args:
         config: The run as it is.
         predict_all: Predicts several configurations; an error for one that cannot run.
 
+    Yields:
+        The run as it is; with all single changes; with their combinations.
+
     Raises:
         UserError: The run as it is cannot be predicted.
     """
     search = _Search(config, predict_all)
+    yield search.result()
     search.alone()
+    yield search.result()
     search.beside_others()
     search.together()
-    return search.result()
+    yield search.result()
 
 
 def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:

@@ -17,7 +17,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
 
@@ -37,9 +37,13 @@ COMMANDS = {
     "estimate 1.3B": ["estimate", "--profile", "polyglot-ko-1.3b", *GPU],
     "estimate 8B QLoRA": ["estimate", *QLORA],
     "estimate 8B QLoRA, known": ["estimate", *QLORA],
+    "estimate 8B QLoRA, warm": ["estimate", *QLORA],
     "advise 8B QLoRA": ["advise", *QLORA],
+    "advise 8B QLoRA, warm": ["advise", *QLORA],
+    "check 1.3B": ["check", "--profile", "polyglot-ko-1.3b", "--budget", "80GiB", *GPU],
 }
-"""One that is known has been asked for before, by the command before it."""
+"""One that is known has been asked for before, by the command before it; one that is warm has a server of
+`gpumem-tui warm` beside it, whose processor time is not its own, and which older commits have not."""
 
 
 class Took(NamedTuple):
@@ -71,9 +75,26 @@ def checked_out(commit: str | None) -> Iterator[Path]:
                 subprocess.run(["git", "worktree", "remove", "--force", source], cwd=ROOT, check=True)
 
 
+def environment_of(packages: Path, cache: str) -> dict[str, str]:
+    """The environment of a command of a side, with nothing of this user's."""
+    Path(cache).mkdir(parents=True, exist_ok=True)
+    ours = {"PYTHONPATH": str(packages), "XDG_CACHE_HOME": cache, "XDG_RUNTIME_DIR": cache, "CUDA_VISIBLE_DEVICES": ""}
+    return os.environ | ours
+
+
+@contextmanager
+def warm(packages: Path, arguments: list[str], cache: str) -> Iterator[bool]:
+    """A server for a command, as long as the block lasts; False: this code has none."""
+    command, environment = [sys.executable, "-m", "gpumem_tui.tui"], environment_of(packages, cache)
+    started = subprocess.run([*command, "warm", *arguments[1:]], env=environment, capture_output=True, check=False)
+    yield started.returncode == 0
+    if started.returncode == 0:
+        subprocess.run([*command, "stop"], env=environment, stdout=subprocess.DEVNULL, check=True)
+
+
 def took(packages: Path, arguments: list[str], cache: str) -> Took:
     """Run a command and read its output as it comes."""
-    environment = os.environ | {"PYTHONPATH": str(packages), "XDG_CACHE_HOME": cache, "CUDA_VISIBLE_DEVICES": ""}
+    environment = environment_of(packages, cache)
     began = time.perf_counter()
     command = [sys.executable, "-m", "gpumem_tui.tui", *arguments]
     process = subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
@@ -102,8 +123,12 @@ def measured(sides: dict[str, Path], rounds: int) -> Iterator[tuple[str, str, To
             for name, arguments in COMMANDS.items():
                 for side, packages in sides.items():
                     cache = Path(folder) / side / (name.removesuffix(", known"))
-                    now = took(packages, arguments, str(cache))
-                    best[name, side] = min(best.get((name, side), now), now, key=lambda one: one.cpu_s)
+                    with (
+                        warm(packages, arguments, str(cache)) if name.endswith(", warm") else nullcontext(True) as able
+                    ):
+                        if able:
+                            now = took(packages, arguments, str(cache))
+                            best[name, side] = min(best.get((name, side), now), now, key=lambda one: one.cpu_s)
     for (name, side), least in best.items():
         yield name, side, least
 

@@ -11,7 +11,7 @@ from itertools import groupby
 from typing import Any
 
 from ...engine.config import RunConfig
-from ...engine.prediction.advice import Advice, Advised, advise
+from ...engine.prediction.advice import Advice, Advised, stages
 from ...engine.prediction.fewest_gpus import COUNTS, Fewest, fewest_gpus
 from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
@@ -39,10 +39,21 @@ def main(flags: argparse.Namespace) -> int:
     config, card = config_from(flags), chosen_gpu(flags.gpu)
     refuse_unwritable("json", flags.json)
     predict = telling(predicted, card)
+
+    def say(text: str) -> None:
+        end_progress()
+        if flags.json != "-":
+            sys.stdout.write(text)
+            sys.stdout.flush()  # each answer as soon as it is known
+
     with several(card, predict) as predictions:
-        advised = advise(config, predictions.all_of)
+        known = stages(config, predictions.all_of)
+        say(_now(config, next(known)))
+        say(_lines(_table("one change", next(known).alone)))
+        advised = next(known)
+    say(_lines(_together(advised)))
     fewest = fewest_gpus(config, predict)
-    end_progress()
+    say(_gpus(fewest))
     with ExitStack() as results:  # what cannot be written takes nothing away from what can be printed
         if flags.json:
             document = {
@@ -58,8 +69,6 @@ def main(flags: argparse.Namespace) -> int:
                 else {"gpus": fewest.gpus, "changes": fewest.changes, **_figures(fewest.prediction)},
             }
             results.callback(write_document, document, flags.json)
-        if flags.json != "-":
-            sys.stdout.write(_text(config, advised) + _gpus(fewest))
     return 0
 
 
@@ -83,22 +92,27 @@ def _entry(advice: Advice) -> dict[str, Any]:
     }
 
 
-def _text(config: RunConfig, advised: Advised) -> str:
-    now, combined = advised.now, advised.combined
+def _now(config: RunConfig, advised: Advised) -> str:
+    now = advised.now
+    fits = "fits" if now.fits else "does not fit"
+    return f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, {fits}\n"
+
+
+def _lines(lines: list[str]) -> str:
+    """A part of the answer; nothing of none."""
+    return "".join(f"{line}\n" for line in ["", *lines]) if lines else ""
+
+
+def _together(advised: Advised) -> list[str]:
+    combined = advised.combined
     fits = [advice for advice in combined if advice.prediction.fits]
-    lines = [
-        f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, "
-        + ("fits" if now.fits else "does not fit"),
-        "",
-        *_table("one change", advised.alone),
-    ]
     if fits:
-        lines += ["", *_table("together, what fits", fits)]
-    elif combined:
-        lines += ["", *_table("together; nothing that was tried fits", combined)]
-    elif not now.fits and not any(advice.prediction.fits for advice in advised.alone):
-        lines += ["", "No combination that was tried fits."]
-    return "\n".join(lines) + "\n"
+        return _table("together, what fits", fits)
+    if combined:
+        return _table("together; nothing that was tried fits", combined)
+    if not advised.now.fits and not any(advice.prediction.fits for advice in advised.alone):
+        return ["No combination that was tried fits."]
+    return []
 
 
 def _gpus(fewest: Fewest | None) -> str:
