@@ -43,7 +43,7 @@ def test_letters_are_legible_on_their_fill(name: str, kind: str) -> None:
 
 
 def _hex(color: Color) -> str:
-    return XTERM.get(color.name, color.name)
+    return XTERM.get(color.name) or color.get_truecolor().hex
 
 
 # What a reader with protanopia or deuteranopia sees, in linear RGB: Machado, Oliveira
