@@ -89,21 +89,7 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[i
         The exit code, and the change that it is to be retried with.
     """
     with ExitStack() as results:  # each is tried, whatever becomes of the others
-
-        def started(add: Callable[[Any], None]) -> Session:
-            session = Session(flags.device, add)
-            if flags.metrics:
-                results.enter_context(published(session, flags.metrics, config.model))
-            return session
-
-        source: Session | JobSource
-        if ranks_of(config) == 1:
-            document, source = reported_run(started, config, progress)
-        else:
-            source = results.enter_context(job_of(config))
-            if flags.metrics:
-                results.enter_context(published(source, flags.metrics, config.model))
-            document = reported_job(source, progress)
+        document, source = _reported(flags, config, results)
         end_progress()
         results.callback(source.close)
         if document["failure"]:
@@ -124,6 +110,33 @@ def _run(flags: argparse.Namespace, config: RunConfig, retries: bool) -> tuple[i
             if flags.predict is not None:
                 sys.stdout.write(f"\n{predicted_vs_measured.table(document)}\n")
     return code, None
+
+
+def _reported(
+    flags: argparse.Namespace, config: RunConfig, results: ExitStack
+) -> tuple[dict[str, Any], Session | JobSource]:
+    """Run to the end, here or as the ranks of a job; the run's document and where its runs are.
+
+    Args:
+        flags: Parsed.
+        config: The run.
+        results: Told what has to end when everything is written.
+    """
+
+    def publish(source: Session | JobSource) -> None:
+        if flags.metrics:
+            results.enter_context(published(source, flags.metrics, config.model))
+
+    def started(add: Callable[[Any], None]) -> Session:
+        session = Session(flags.device, add)
+        publish(session)
+        return session
+
+    if ranks_of(config) == 1:
+        return reported_run(started, config, progress)
+    job = results.enter_context(job_of(config))
+    publish(job)
+    return reported_job(job, progress), job
 
 
 def _out_of_memory(runs: Sequence[Run], retries: bool) -> Fix | None:
