@@ -9,7 +9,7 @@ import re
 import resource
 import zipfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -20,7 +20,7 @@ from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.feed import Save, Stop
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, save, write
-from gpumem_tui.engine.run_events import Note, Saved
+from gpumem_tui.engine.run_events import AnyRunEvent, Note, RunEvent, Saved
 from gpumem_tui.engine.trace_check import COLUMNS
 
 from .benchmarks.attacks import recordings as attacks
@@ -46,6 +46,10 @@ def test_a_replay_is_the_run(engine: Engine, recorded: Path) -> None:
         np.testing.assert_array_equal(Ledger(ours).curve, Ledger(theirs).curve)
         assert Ledger(ours).peak == Ledger(theirs).peak
         assert (ours.names, ours.phases) == (theirs.names, theirs.phases)
+
+
+def test_every_kind_of_event_is_read_again() -> None:
+    assert {*get_args(AnyRunEvent)} == {*RunEvent.__subclasses__()}
 
 
 def test_a_replay_takes_no_commands(recorded: Path) -> None:
