@@ -16,6 +16,7 @@ from gpumem_tui.engine.weights import lens
 from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
 from gpumem_tui.engine.weights.schemes import registry
+from gpumem_tui.engine.weights.survey import survey
 from gpumem_tui.engine.workload import build, prepare
 
 from .conftest import small_run
@@ -120,6 +121,15 @@ def test_a_sample_is_within_a_tenth_of_a_decibel(tmp_path: Path, weights: Draw, 
     assert sampled.std == pytest.approx(exact.std, rel=0.02)
     assert sampled.high == exact.high == drawn.max()
     assert sampled.low == exact.low == drawn.min()
+
+
+def test_columns_that_recur_with_the_runs_are_all_squared(tmp_path: Path) -> None:
+    """Three runs are two rows of 384: every third run would see the same 256 columns of each."""
+    sizes = torch.where(torch.arange(384) < 256, 1.0, 3.0)
+    weights = (torch.randn(32768, 384, generator=torch.Generator().manual_seed(0)) * sizes).bfloat16()
+    save_file({"w.weight": weights}, tmp_path / "model.safetensors")
+    (tensor,) = open_checkpoint(str(tmp_path)).tensors
+    assert survey(tensor).mean_square == pytest.approx(float(weights.float().square().mean()), rel=2e-3)
 
 
 def test_processes_survey_as_threads_do(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

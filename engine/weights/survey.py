@@ -6,8 +6,10 @@ sample finds; so every weight is looked at once, as bits.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import count
 
 import numpy as np
 from numpy.typing import NDArray
@@ -147,7 +149,9 @@ class _Squares:
 
     def __init__(self, tensor: WeightTensor, stride: int) -> None:
         self.read_as, self.form = tensor.read_as, format_of(tensor)
-        self.stride = stride | 1  # odd: never always the same columns
+        # Runs begin at the same columns again after so many; never always at the same ones.
+        recurring = (shape := geometry(tensor)).columns // math.gcd(shape.columns, RUN)
+        self.stride = next(s for s in count(stride) if math.gcd(s, recurring) == 1)
         self.of_runs: list[NDArray[np.float32]] = []
         self.rest = 0.0
 
