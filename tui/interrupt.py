@@ -8,6 +8,7 @@ with no clean-up but the kernel's, unless a part of it has said what is to be do
 
 from __future__ import annotations
 
+import gc
 import os
 import signal
 import sys
@@ -61,6 +62,7 @@ def leave(code: int) -> NoReturn:
     """End the program; when it was interrupted, without waiting for threads that are inside of torch."""
     if code == INTERRUPTED:
         end()
+    gc.freeze()  # or Python looks through everything that libraries made for what else could be freed: a second
     sys.exit(code)
 
 
