@@ -300,13 +300,13 @@ class Tracer:
 
     def _end_step(self, held: Callable[[], Iterable[owners.Owned]], ending: Ending) -> None:
         writer = self._writer
+        if not writer.number:
+            self._assembler.keep_still()  # Python launches a run's first step, and is slower than the device
         if not self._refusals.end_step(ending) and writer.step is not None:
             with self._costing():
                 writer.own_model(anew=writer.step.number <= SETTLED_AFTER)
                 writer.own_all(held())
                 self._take(writer.step, ending)
-        if not writer.number:
-            self._assembler.keep_still()  # a run's first step launches all that it can launch as fast as Python can
         writer.end()
         self._refusals.forget_step()
         self._recomputes.flush(wait=ending is COMPLETE)
