@@ -111,6 +111,16 @@ def test_the_backward_of_softmax_makes_a_product_first_that_of_its_logarithm_doe
     assert allocations(lambda h: h.softmax(0)) - allocations(lambda h: h.log_softmax(0)) == 1
 
 
+@pytest.mark.parametrize("softmax", [torch.softmax, torch.log_softmax])
+def test_a_softmax_copies_what_is_not_contiguous(softmax: Callable[..., Tensor]) -> None:
+    """As if the script had done so."""
+
+    def turned(h: Tensor) -> Tensor:
+        return h.view(20, 50).t()
+
+    assert allocations(lambda h: softmax(turned(h), 1)) == allocations(lambda h: softmax(turned(h).contiguous(), 1))
+
+
 def test_cross_entropy_under_autocast_keeps_its_softmax_in_16_bit(capfd: pytest.CaptureFixture[str]) -> None:
     """CUDA's autocast leaves it to its parts, a CPU's casts its input: measured on an H100, block by block."""
     rows, classes = 64, 1000

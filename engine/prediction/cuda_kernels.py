@@ -43,6 +43,8 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten._to_copy.default: _to_copy,
         aten.add.Tensor: _add,
         aten.native_layer_norm.default: _layer_norm,
+        aten._softmax.default: _softmax,
+        aten._log_softmax.default: _softmax,
         aten._softmax_backward_data.default: _softmax_backward,
         aten.cumsum.default: _cumsum,
         aten._grouped_mm.default: _grouped_mm,
@@ -132,6 +134,16 @@ def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Mean and deviation are in float32; a CPU's have the input's dtype."""
     out, mean, deviation = func(*args, **kwargs)
     return out, mean.float(), deviation.float()
+
+
+def _softmax(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """Scores of another layout, such as those of images with their channels last, are copied (`SoftMax.cu`)."""
+    (x, *_) = args
+    out = func(*args, **kwargs)
+    tracker.see(out)
+    if not x.is_contiguous():
+        tracker.scratch(x.numel() * x.element_size())
+    return out
 
 
 def _softmax_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
