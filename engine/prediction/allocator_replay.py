@@ -34,10 +34,6 @@ class Replayed:
     possible_peak_bytes: int
 
 
-Row = tuple[int, int, int, int, int, int]
-"""An event's fields."""
-
-
 class _Played(NamedTuple):
     """Events that some rows became.
 
@@ -66,37 +62,51 @@ class _Player:
         allocator, place = self.allocator, self.place
         allocate, free, pool_of = allocator.allocate, allocator.free, allocator.pool_of
         tell_allocated, tell_reserved = self.allocated.append, self.reserved.append
-        became: list[Row] = []
+        origin, sizes, addresses, slack, pools, begins = (array("q") for _ in range(6))
         segments: list[tuple[int, int, int]] = []
-        begins = []
-        for block, size, said, mark, time_us, stream in rows.tolist():
-            begins.append(len(became))
-            if size > 0:
-                address, handed_out = allocate(size, stream)
-                place[block] = address
-                became.append((address, size, handed_out - size, mark, time_us, pool_of(address)))
-            elif size < 0:
+        columns = (rows[name].tolist() for name in ("address", "bytes", "slack", "pool"))
+        for row, (block, size, said, stream) in enumerate(zip(*columns, strict=True)):
+            begins.append(len(origin))
+            if size:
+                if size > 0:
+                    place[block], handed_out = allocate(size, stream)
                 address = place[block]
-                pool = pool_of(address)
-                _, handed_out = free(address)
-                became.append((address, size, -size - handed_out, mark, time_us, pool))
+                pools.append(pool_of(address))
+                if size < 0:
+                    handed_out = -free(address)[1]
+                origin.append(row)
+                sizes.append(size)
+                addresses.append(address)
+                slack.append(handed_out - size)
             elif said < 0:
                 self.possible_peak_bytes = max(self.possible_peak_bytes, allocator.allocated_bytes - said)
             elif said:
-                became += self._warm_up(said, mark, time_us)
+                for address, taken, beyond, pool in self._warm_up(said):
+                    origin.append(row)
+                    sizes.append(taken)
+                    addresses.append(address)
+                    slack.append(beyond)
+                    pools.append(pool)
             else:
                 allocator.empty_cache()
             if grown := allocator.grown():
-                segments += [(begins[-1], pool, size) for pool, size in grown]
+                segments += [(begins[-1], *each) for each in grown]
             tell_allocated(allocator.allocated_bytes)
             tell_reserved(allocator.reserved_bytes)
-        last = len(became) - 1
+        begins.append(len(origin))
+        events = rows[np.array(origin)]
+        for name, column in (("bytes", sizes), ("address", addresses), ("slack", slack), ("pool", pools)):
+            events[name] = np.array(column)
+        last = len(origin) - 1
         segments = [(min(event, last), pool, size) for event, pool, size in segments]
-        begins.append(len(became))
-        return _Played(np.array(became, rows.dtype), np.array(begins, np.int64), np.array(segments, SEGMENT))
+        return _Played(events, np.array(begins), np.array(segments, SEGMENT))
 
-    def _warm_up(self, wanted: int, mark: int, time_us: int) -> list[Row]:
-        """transformers takes one large block for all weights from an empty cache and gives it back."""
+    def _warm_up(self, wanted: int) -> list[tuple[int, int, int, int]]:
+        """transformers takes one large block for all weights from an empty cache and gives it back.
+
+        Returns:
+            Address, bytes, slack and pool of what it takes, and of what it gives back.
+        """
         unused = self.allocator.reserved_bytes - self.allocator.allocated_bytes
         size = int((wanted - unused) // 2) * 2  # it counts in 16-bit elements
         if wanted - unused <= unused:
@@ -105,7 +115,7 @@ class _Player:
         pool = self.allocator.pool_of(address)
         self.allocator.free(address)
         slack = handed_out - size
-        return [(address, size, slack, mark, time_us, pool), (address, -size, -slack, mark, time_us, pool)]
+        return [(address, size, slack, pool), (address, -size, -slack, pool)]
 
 
 def play(requests: AllocRequests, allocator: CachingAllocator) -> Replayed:
