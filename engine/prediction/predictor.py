@@ -34,7 +34,7 @@ UNHURRIED_SHARE = 0.5
 """Share of the time that it works while nobody waits: a training beside it feels a busy core, even another one."""
 
 LONGEST_REST_S = 5.0
-"""The first answer takes as long as loading the libraries."""
+"""The most, however long an answer took: where every layer has to be traced, many seconds."""
 
 Answer = Prediction | UserError
 
@@ -110,8 +110,11 @@ class Predictor:
             if memory_key(wanted[0]) in self._known:
                 continue
             began = time.monotonic()
-            self._learn(wanted[0], self._ask(wanted[0]))
-            rest_s = min(LONGEST_REST_S, (time.monotonic() - began) * (1 / UNHURRIED_SHARE - 1))
+            answer = self._ask(wanted[0])
+            # Loading the libraries is no prediction: no rest afterwards makes up for it.
+            worked_s = answer.seconds if isinstance(answer, Prediction) else time.monotonic() - began
+            self._learn(wanted[0], answer)
+            rest_s = min(LONGEST_REST_S, worked_s * (1 / UNHURRIED_SHARE - 1))
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
 
