@@ -62,7 +62,8 @@ def leave(code: int) -> NoReturn:
     """End the program; when it was interrupted, without waiting for threads that are inside of torch."""
     if code == INTERRUPTED:
         end()
-    gc.freeze()  # or Python looks through everything that libraries made for what else could be freed: a second
+    if "torch" in sys.modules:
+        gc.freeze()  # or Python looks through all that it has made for what else could be freed: a second
     sys.exit(code)
 
 
