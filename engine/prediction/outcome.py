@@ -143,6 +143,7 @@ class Prediction:
             "reserved_band_bytes": list(self.reserved_band_bytes),
             "outside_torch_bytes": self.outside_torch_bytes,
             "unsure_bytes": self.unsure_bytes,
+            "max_positions": self.max_positions,
             "notes": list(self.notes),
         }
 

@@ -102,7 +102,7 @@ def main(flags: argparse.Namespace) -> int:
     with answered_by(leave):
         document |= largest_known(prediction, predict, card)
     end_progress()
-    say(_largest(document))
+    say("\n".join([*filled([_largest(document, config)]), ""]))
     _write(flags, kinds, document)
     return 0
 
@@ -128,12 +128,16 @@ def _write(flags: argparse.Namespace, kinds: Sequence[Prediction], document: dic
             results.callback(save_runs, job.runs(kinds), Path(flags.save))
 
 
-def _largest(document: dict[str, Any]) -> str:
+def _largest(document: dict[str, Any], config: RunConfig) -> str:
+    """The largest values that fit, and where it is the model's positions and not memory that end them."""
     said = [f"Largest batch size that fits: {document['max_batch_size'] or 'none'}"]
-    for name, title in (("max_sequence_length", "sequence length"), ("max_new_tokens", "number of new tokens")):
+    of_new = "max_new_tokens", "number of new tokens", config.seq_len
+    for name, title, before in (("max_sequence_length", "sequence length", 0), of_new):
         if name in document:
-            said.append(f"largest {title} at this batch size: {document[name] or 'none'}")
-    return "; ".join(said) + ".\n"
+            positions = document["max_positions"]
+            ended = f", all the {positions} positions that the model has" * (document[name] + before == positions)
+            said.append(f"largest {title} at this batch size: {document[name] or 'none'}{ended}")
+    return "; ".join(said) + "."
 
 
 def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
