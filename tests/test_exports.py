@@ -319,6 +319,20 @@ def test_a_file_named_after_the_run(tmp_path: Path, monkeypatch: pytest.MonkeyPa
     assert [path.name for path in tmp_path.iterdir()] == ["full.speedscope.json"]
 
 
+def test_a_file_that_is_there_is_written_over_only_where_it_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    runs = [str(RECORDINGS / f"{name}.gpumem") for name in ("full", "lora")]
+    Path("full.json").write_text("mine")
+    assert main(["export", *runs, "-f", "json"]) == 2
+    complaint = "full.json: it is there already; -o full.json writes over it, or name another file with -o"
+    assert capsys.readouterr().err == f"gpumem-tui: {complaint}\n"
+    assert Path("full.json").read_text() == "mine"
+    assert main(["export", *runs, "-f", "json", "-o", "full.json"]) == 0
+    assert capsys.readouterr().out == "full.json (2 runs)\n"
+
+
 def test_a_prediction_is_exported_like_any_run(tmp_path: Path) -> None:
     recording, estimate, exported = (tmp_path / name for name in ("run.gpumem", "estimate.json", "export.json"))
     quick = ["--profile", "tiny", "--batch-size", "2", "--seq-len", "16", "--gpu", "A100 40GB"]
@@ -342,6 +356,7 @@ def test_a_running_engine_is_exported_by_its_name_or_process(
             assert capsys.readouterr().out == "tiny.json\n"
             (told,) = json.loads(Path("tiny.json").read_text())["runs"]
             assert told == json.loads(written("json", ExportedRun(run, "tiny")))["runs"][0]
+            Path("tiny.json").unlink()
 
         write(Path("tiny.gpumem"), [run])
         assert main(["export", "tiny", "tiny.gpumem", "-f", "json", "-o", "both.json"]) == 0

@@ -35,7 +35,8 @@ def add(parser: argparse.ArgumentParser) -> None:
         "file",
     )
     parser.add_argument("-f", "--format", help="see below")
-    parser.add_argument("-o", "--output", metavar="FILE", help="where; - for standard output (default: beside you)")
+    about = "where; - for standard output (default: a new file here, named after the first run)"
+    parser.add_argument("-o", "--output", metavar="FILE", help=about)
     parser.add_argument("--step", metavar="N", type=int, help="of which step (default: the one with the highest peak)")
     parser.add_argument("--schema", action="store_true", help="print the JSON schema of --format json, and end")
     parser.set_defaults(command=main)
@@ -69,12 +70,15 @@ def main(flags: argparse.Namespace) -> int:
         return 0
     first = files[0].stem if files else jobs[0].name
     path = Path(flags.output or f"{first}{made.suffix}")
+    if not flags.output and path.exists():
+        raise UserError(f"{path}: it is there already; -o {path} writes over it, or name another file with -o")
     try:
         with telling_how_far(f"writing {path}", work):
             exports.export(runs, made, path, work)
     except OSError as error:
         raise UserError(f"{path}: not written: {error.strerror or one_line(error)}") from None
-    sys.stdout.write(f"{path}\n")
+    several = f" ({len(runs)} runs)" if len(runs) > 1 else ""
+    sys.stdout.write(f"{path}{several}\n")
     return 0
 
 
