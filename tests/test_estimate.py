@@ -79,8 +79,12 @@ def test_the_verdict_says_what_has_to_fit_and_how_much_is_left_or_missing_of_wha
         f"It fits with 1.00 GiB to spare: up to {needed / gib:.2f} GiB are reserved, {allocated / gib:.2f} GiB of them "
         f"allocated, of {room} ({(needed + gib + H100.context_bytes) / gib:.2f} GiB less 0.83 GiB for CUDA's context)."
     )
-    assert on(allocated - gib // 2).startswith(
-        f"It does not fit: up to {allocated / gib:.2f} GiB are allocated at once, 0.50 GiB more than the "
+    half = f"{allocated / 2 / gib:.2f}"
+    assert on(allocated // 2).startswith(
+        f"It does not fit: up to {allocated / gib:.2f} GiB are allocated at once, {half} GiB more than the {half} GiB "
+    )
+    assert on(-gib // 2) == (
+        "It does not fit: of the 0.33 GiB on H100 80GB nothing is left for torch after 0.83 GiB for CUDA's context."
     )
 
 

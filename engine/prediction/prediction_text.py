@@ -80,6 +80,8 @@ def verdict(prediction: Prediction) -> str:
     """The verdict, fits or not, by which figure, and what is left or missing of what torch can have."""
     room = _room(prediction)
     allocated, reserved = _gib(prediction.safe_bound_bytes), _gib(prediction.reserved_bound_bytes)
+    if prediction.available_bytes <= 0:
+        return f"It does not fit: {room}."
     if prediction.verdict is Verdict.TOO_LARGE:
         missing = _gib(-prediction.margin_bytes)
         return f"It does not fit: up to {allocated} are allocated at once, {missing} more than {room}."
@@ -103,12 +105,14 @@ def verdict(prediction: Prediction) -> str:
 
 
 def _room(prediction: Prediction) -> str:
-    """The bytes that torch can have on the GPU, and what has been taken off."""
+    """The bytes that torch can have on the GPU, if any, and what has been taken off."""
     whole = prediction.available_bytes + prediction.outside_torch_bytes
     outside = "CUDA and NCCL, estimated" if prediction.ranks > 1 else "CUDA's context"
+    taken = f"{_gib(prediction.outside_torch_bytes)} for {outside}"
+    if prediction.available_bytes <= 0:
+        return f"of the {_gib(whole)} on {prediction.gpu} nothing is left for torch after {taken}"
     return (
-        f"the {_gib(prediction.available_bytes)} that torch can have on {prediction.gpu} "
-        f"({_gib(whole)} less {_gib(prediction.outside_torch_bytes)} for {outside})"
+        f"the {_gib(prediction.available_bytes)} that torch can have on {prediction.gpu} ({_gib(whole)} less {taken})"
     )
 
 
