@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import math
+import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from bitsandbytes import functional
@@ -12,7 +15,7 @@ from safetensors.torch import save_file
 
 from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.device import select
-from gpumem_tui.engine.weights import lens
+from gpumem_tui.engine.weights import lens, survey_processes
 from gpumem_tui.engine.weights.checkpoint import open_checkpoint
 from gpumem_tui.engine.weights.lens import reports
 from gpumem_tui.engine.weights.schemes import registry
@@ -149,6 +152,13 @@ def test_what_a_process_finds_wrong_is_told_as_a_thread_tells_it(
     monkeypatch.setattr(lens, "WORTH_PROCESSES", 0)
     with pytest.raises(UserError, match=r"^b\.weight holds NaN at \[3, 5\]"):
         list(reports(open_checkpoint(str(tmp_path)).tensors, [HERE["nf4"]]))
+
+
+@pytest.mark.parametrize("received", [0, 100])
+def test_a_process_that_is_killed_is_told_in_one_line(received: int) -> None:
+    answer = pickle.dumps(np.zeros(1000))[:received]
+    with pytest.raises(UserError, match="was killed"):
+        survey_processes._received(io.BytesIO(answer))
 
 
 # --- trained weights ----------------------------------------------------------------------

@@ -12,6 +12,7 @@ from contextlib import ExitStack, contextmanager, suppress
 from itertools import cycle
 from typing import IO
 
+from ..config import UserError
 from .survey import Survey, survey
 from .tensors import WeightTensor
 
@@ -58,8 +59,8 @@ def _process(undo: ExitStack, tensors: Sequence[WeightTensor], exact: bool) -> t
 def _received(answers: IO[bytes]) -> Survey:
     try:
         found: Survey | Exception = pickle.load(answers)
-    except EOFError:
-        raise RuntimeError("a process that reads weights was killed") from None
+    except (EOFError, pickle.UnpicklingError):  # nothing more, or a part of an answer
+        raise UserError("a process that reads the weights was killed: is there memory left?") from None
     if isinstance(found, Exception):
         raise found
     return found
