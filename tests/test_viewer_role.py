@@ -56,6 +56,41 @@ async def test_quitting_asks_what_becomes_of_the_run(answer: str, ends: bool, st
     assert not any(isinstance(command, Pause) for command in engine.told), "an answer is no other key as well"
 
 
+@pytest.mark.parametrize("case", ["between two runs", "paused between two runs", "another run on the screens"])
+async def test_quitting_asks_about_the_run_there_is_and_not_about_the_one_that_is_seen(case: str) -> None:
+    engine = source(ViewerRole.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("r")
+        engine.end("stopped")
+        app.tick()
+        if case != "between two runs":
+            if "paused" in case:
+                await pilot.press("space")
+                assert "the view is paused before the restart can be seen" in shown(app)
+            engine.obey()
+            app.tick()
+        if case == "another run on the screens":
+            app.control.look_at_run(app.state.run_list.runs[0])
+            assert not app.state.run.running
+        await pilot.press("q")
+        assert "d detach, the run goes on" in shown(app), shown(app)
+        assert "view paused" not in shown(app)
+        assert (app.return_code, engine.told) == (None, [Start(app.state.config)])
+
+
+@pytest.mark.parametrize("key", ["r", "l", "x"])
+async def test_a_paused_view_goes_on_with_what_is_told_the_engine(key: str) -> None:
+    engine = source(ViewerRole.ATTACHED)
+    app = GpumemApp(engine, refresh_hz=0)
+    async with app.run_test(size=(80, 24)) as pilot:
+        await pilot.press("space")
+        assert "view paused" in shown(app)
+        await pilot.press(key)
+        assert "view paused" not in shown(app) and len(engine.told) == 1
+        assert ("stopping" if key == "x" else "restarting") in shown(app).splitlines()[0]
+
+
 async def test_ctrl_c_in_the_first_seconds_is_the_end_without_a_question() -> None:
     app = GpumemApp(source(ViewerRole.ATTACHED), refresh_hz=0)
     async with app.run_test(size=(80, 24)) as pilot:

@@ -253,8 +253,10 @@ class GpumemApp(App[None], inherit_bindings=False):
             self.exit()
 
     def _commands_a_run(self) -> bool:
-        run = self.state.run
-        return self.source.role is ViewerRole.ATTACHED and (run.running or run.status == "starting")
+        """True if there is a run to lose: the engine's, whichever is looked at, or one to come."""
+        self._freeze(False)  # it is about the engine as it is, and not as a paused view has it
+        self._update(time.monotonic())
+        return self.source.role is ViewerRole.ATTACHED and self.state.under_way_or_to_come
 
     def _answer(self, key: str, return_code: int = 0) -> None:
         """The answer to what becomes of the run; any other key stays."""
@@ -304,6 +306,8 @@ class GpumemApp(App[None], inherit_bindings=False):
     def toggle_freeze(self) -> None:
         """Freeze the view while data goes on, or catch up."""
         self._freeze(not self.board.frozen)
+        if self.board.frozen and self.state.requested is not None:
+            self.state.say("the view is paused before the restart can be seen; the same key again goes on")
 
     def _unfreeze(self) -> None:
         self._freeze(False)

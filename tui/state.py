@@ -277,6 +277,13 @@ class ViewState:
         """True if what is on the screens is the engine's latest run, or a rank of the latest job."""
         return self.live and self.shown is not None and self.run_list.is_of_latest(self.shown)
 
+    @property
+    def under_way_or_to_come(self) -> bool:
+        """True if the engine has a run under way, whichever is looked at, or will have one: asked for, or its first."""
+        latest = [self.run_list.state_of(run) for run in self.run_list.runs if self.run_list.is_of_latest(run)]
+        asked = self.requested is not None or any(state.running for state in latest)
+        return asked or (not latest and self.run.status == "starting")
+
     def forget(self, index: int) -> None:
         """Drop one of `runs` that is not on the screens."""
         self.run_list.forget(index)
