@@ -210,6 +210,20 @@ async def test_help_defines_every_category() -> None:
         assert driver.line("P parameters")
 
 
+@pytest.mark.parametrize("width", [60, 80, 120])
+async def test_the_footer_cuts_no_word_and_names_the_screen_that_is_on(width: int) -> None:
+    """Where there is no room the rate goes first, then names; the digit stays."""
+    async with shown(trained(1), (width, 24)) as driver:
+        driver.app.board.rate = "10 Hz"
+        words = {page.title for page in driver.app.board.pages} | {"?", "help", "q", "quit", "space", "pause"}
+        for page in driver.app.board.pages:
+            await driver.press(str(page.place))
+            said = driver.lines[-1].replace("10 Hz", "").split()
+            assert page.title in said and {"?", "help"} < set(said)
+            assert {word for word in said if not word.isdigit()} <= words
+            assert [word for word in said if word.isdigit()] == [str(n) for n in range(1, 8 + (page.place == 8))]
+
+
 @pytest.mark.parametrize("size", [(60, 20), (80, 24)])
 async def test_a_row_of_keys_and_an_answer_end_with_a_whole_part(size: tuple[int, int]) -> None:
     source = trained(2)

@@ -27,8 +27,6 @@ from .state import ViewState
 from .units import shorten, whole_parts
 
 MIN_WIDTH, MIN_HEIGHT = 60, 20
-CUT_TITLE = 4
-"""Letters of the other screens' names where they do not fit whole."""
 
 ASCII = str.maketrans({**dict(zip("…–·↑↓×─│▲◆", "~--^vx-|^*", strict=True)), "→": "->", "←": "<-"})
 """Replacements for terminals and fonts that have ASCII only."""
@@ -277,11 +275,13 @@ class Board:
         return [page for page in self.pages if page.in_footer or page is self.page]
 
     def _titles(self, width: int) -> list[str]:
-        """The names of the screens behind their digits: whole, cut, or only of the one that is on."""
-        for cut in (None, CUT_TITLE, 0):
-            titles = [f" {page.title[: None if page is self.page else cut]}".rstrip() for page in self._in_footer()]
+        """The names of the screens behind their digits; of those without room, the last ones first, the digit alone."""
+        pages = self._in_footer()
+        titles = [f" {page.title}" for page in pages]
+        for n in reversed([n for n, page in enumerate(pages) if page is not self.page]):
             if sum(len(title) + len("1 ") for title in titles) + len(" ? help") + 1 < width:
                 break
+            titles[n] = ""
         return titles
 
 
