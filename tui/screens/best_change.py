@@ -20,8 +20,9 @@ def best_change(forecasts: Forecasts, cells: int) -> list[str]:
 
     Where nothing can be predicted, the reason.
 
-    The change that keeps the mathematics comes first. Changes that save still more follow, in a line of their own
-    where there is no room in the first, and say what they do to the training.
+    The change that keeps the mathematics comes first, and of such the one of the fewest settings: where others save
+    more, it is only what to try first. These follow, in a line of their own where there is no room in the first, and
+    say what they do to the training.
 
     Args:
         forecasts: The changes and their savings.
@@ -41,7 +42,8 @@ def best_change(forecasts: Forecasts, cells: int) -> list[str]:
     on = f" on {predictions.gpu_name}" * (not (state.environment and state.environment.on_gpu))
     so_far = "" if done else f" so far ({best.tried} of {best.of})"
     training = ", as another training" * (first.effect is Effect.TRAINING)
-    heads = [f"saves most{on}{so_far}{training}", f"saves most{so_far}{training}", f"saves most{training}"]
+    most = "try first" if more else "saves most"
+    heads = [f"{most}{on}{so_far}{training}", f"{most}{so_far}{training}", f"{most}{training}"]
     names = _names(forecasts, first, first.effect is Effect.NUMERICS)
     line = _fitting([*(f"{head}: {names[0]}" for head in heads), *(f"{heads[-1]}: {name}" for name in names)], cells)
     if not more:
@@ -49,11 +51,11 @@ def best_change(forecasts: Forecasts, cells: int) -> list[str]:
     # Of several, the one that saves most is the last.
     several = ["; ".join(_names(forecasts, one, one.effect is not Effect.NONE)[0] for one in more[n:])
                for n in range(len(more))]  # fmt: skip
-    whole = f"{heads[0]}: {names[0]}; more: {several[0]}"
+    whole = f"{heads[0]}: {names[0]}; saves more: {several[0]}"
     if len(whole) <= cells:
         return [whole]
     last = _names(forecasts, more[-1], more[-1].effect is not Effect.NONE)
-    return [line, _fitting([f"more: {text}" for text in (*several, *last)], cells)]
+    return [line, _fitting([f"saves more: {text}" for text in (*several, *last)], cells)]
 
 
 def _fitting(texts: Sequence[str], cells: int) -> str:
