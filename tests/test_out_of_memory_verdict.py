@@ -59,7 +59,8 @@ def test_the_verdict_follows_from_what_is_free_where(verdict: Verdict, of: Refus
 
 def test_the_reason_names_bytes_and_culprits() -> None:
     _, moved = judge(refused(2 * GIB), CARD._replace(came=STATE))
-    assert "step 1 fitted" in moved and "since then optimizer (8.00 GiB) have come" in moved
+    assert moved.startswith("step 1 fitted; new since then, and there to stay: optimizer (8.00 GiB); ")
+    assert (Verdict.MOVED.value, Verdict.MOVED.words) == ("moved", "came later")
     _, grown = judge(refused(2 * GIB), CARD._replace(rise=LEAK, grows="held by script"))
     assert "with every step 1.00 GiB more stay alive (held by script)" in grown
     _, stranded = judge(refused(2 * GIB, GIB, (pool(3 * GIB, 3 * GIB, stream=7),)), CARD)

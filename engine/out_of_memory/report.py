@@ -34,7 +34,8 @@ class Verdict(enum.StrEnum):
     @property
     def words(self) -> str:
         """Words for people: `somebody else's`."""
-        return "somebody else's" if self is Verdict.SOMEBODY_ELSES else self.value.replace("_", " ")
+        said = {Verdict.SOMEBODY_ELSES: "somebody else's", Verdict.MOVED: "came later"}
+        return said.get(self, self.value.replace("_", " "))
 
 
 class LargestTensor(msgspec.Struct, frozen=True, kw_only=True):

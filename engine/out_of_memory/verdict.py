@@ -75,7 +75,8 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
     if whole is not None or cached + free < needed <= cached + free + stranded:
         return Verdict.STRANDED, f"{_elsewhere(refused, whole or elsewhere[0], stranded)}; for this one {said}"
     if sum(around.came.values()) >= lacking:
-        return Verdict.MOVED, f"step {around.step - 1} fitted; since then {_come(around)} have come and stay; {little}"
+        text = f"step {around.step - 1} fitted; new since then, and there to stay: {_come(around)}; {little}"
+        return Verdict.MOVED, text
     if cached + free >= needed and not _is_small(refused):  # of less than a segment there are always pieces
         text = f"{said}, together enough for {taken}, but the largest cached piece is {size_text(largest)}"
         return Verdict.FRAGMENTED, text
