@@ -107,7 +107,8 @@ def config_from(
     elif base["model"].startswith(("/", ".", "~")) and not os.path.isdir(base["model"]):  # noqa: PTH112 (no name is too long for it)
         raise UserError(f"--model {base['model']}: no such folder")
     if flags.data is not None and not os.path.isfile(flags.data):  # noqa: PTH113
-        raise UserError(f"--data {flags.data}: no such file")
+        problem = "it is a folder" if os.path.isdir(flags.data) else "no such file"  # noqa: PTH112
+        raise UserError(f"--data {flags.data}: {problem}")
     return techniques.configure(base, settings)
 
 
