@@ -118,8 +118,8 @@ class Option:
         if isinstance(self.default, str):
             return "one of " + ", ".join(map(show, self.choices)) + ", or your own" if self.choices else "text"
         kind = "a whole number" if isinstance(self.default, int) else "a number"
-        low = "" if self.minimum is None else f" from {self.minimum:.12g}"
-        high = "" if self.maximum is None else f" to {self.maximum:.12g}"
+        low = "" if self.minimum is None else f" from {_digits(self.minimum)}"
+        high = "" if self.maximum is None else f" to {_digits(self.maximum)}"
         return kind + low + high
 
     def _convert(self, raw: object) -> Value | None:
@@ -158,6 +158,11 @@ class Option:
             return value in self.choices
         above = self.minimum is None or value >= self.minimum
         return above and (self.maximum is None or value <= self.maximum)
+
+
+def _digits(limit: float) -> str:
+    """A limit for people: a whole number with all of its digits."""
+    return str(limit) if isinstance(limit, int) else f"{limit:.12g}"
 
 
 def _whole(raw: float | str, number: float) -> int | None:

@@ -175,6 +175,7 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["run", "--model", "/no/such/folder"], "--model /no/such/folder: no such folder"),
         (["run", "--data", "/no/such/file.txt", *QUICK], "no such file"),
         (["run", "--data", "x" * 300, *QUICK], "no such file"),
+        (["run", "--data", ".", *QUICK], "--data .: it is a folder"),
         (["run", "--model", "/" + "x" * 300, *QUICK], "no such folder"),
         (["run", "--json", "x" * 300, *QUICK], "cannot write there"),
         (["run", "--json", "/no/such/folder/out.json"], "cannot write there"),
@@ -186,7 +187,7 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
         (["--once", "--hz", "1e9"], "--hz 1e+09: takes a number from 0.1 to 60"),
         (["--once", "--hz", "nan"], "takes a number from 0.1 to 60"),
         (["exec", "--", ""], "exec: what is to be run?"),
-        (["run", "--steps", "1e999"], "steps takes a whole number"),
+        (["run", "--steps", "1e999"], "steps takes a whole number from 0 to 1099511627776"),
         (["run", "--set", "rows=1e9", "--seq-len", "1048576"], "does not fit: 1000000000 rows"),
     ],
 )
