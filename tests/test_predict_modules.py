@@ -309,6 +309,8 @@ def test_a_script_is_predicted_from_the_shell(capsys: pytest.CaptureFixture[str]
     for function, said in (("nothing", "Training"), ("broken", "mine.py:10: ZeroDivisionError"), ("none", "'none'")):
         assert main(["estimate", "--script", f"{script}:{function}"]) == 2
         assert said in capsys.readouterr().err
+    assert main(["estimate", "--script", str(script)]) == 2
+    assert f"say which of its functions returns the training: {script}:FUNCTION" in capsys.readouterr().err
 
 
 @pytest.mark.gpu

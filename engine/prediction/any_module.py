@@ -133,6 +133,8 @@ def training_of(script: str) -> Training:
         UserError: There is no such file or function, it raises, or it returns no training.
     """
     path, _, function = script.rpartition(":")
+    if Path(script).is_file():
+        raise UserError(f"--script {script}: say which of its functions returns the training: {script}:FUNCTION")
     if not path or not Path(path).is_file():
         raise UserError(f"--script {script}: write it as FILE:FUNCTION; there is no file {path or script}")
     spec = importlib.util.spec_from_file_location(Path(path).stem, path)
