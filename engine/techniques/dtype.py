@@ -22,6 +22,8 @@ UNSCALED = "float16 without loss scaling; bfloat16 and mixed need none, float16 
 
 _BFLOAT16 = "slower on GPUs below compute capability 8.0, which have no bfloat16 tensor cores"
 
+_FLOAT16 = "what exceeds 65,504 overflows"
+
 
 def apply(config: RunConfig, recipe: Recipe) -> None:
     """Set the dtype the weights are loaded in, and autocast for `mixed`."""
@@ -80,10 +82,10 @@ TECHNIQUE = Technique(
     cost={
         "profile": "",
         "float32": "slower: tensor cores multiply 16-bit numbers several times as fast",
-        "float16": "without loss scaling gradients vanish and the loss can become nan",
+        "float16": _FLOAT16,
         "bfloat16": _BFLOAT16,
         "mixed": f"{_BFLOAT16}; weights are converted in every pass",
-        "mixed-float16": "without loss scaling gradients vanish",
+        "mixed-float16": f"{_FLOAT16}; weights are converted in every pass",
     },
     order=10,
     options=(
