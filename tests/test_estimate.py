@@ -75,9 +75,11 @@ def test_the_verdict_says_what_has_to_fit_and_how_much_is_left_or_missing_of_wha
 
     needed, allocated = plenty.reserved_bound_bytes, plenty.safe_bound_bytes
     room = f"the {(needed + gib) / gib:.2f} GiB that torch can have on H100 80GB"
+    whole = (needed + gib + H100.context_bytes) / gib
     assert on(needed + gib) == (
-        f"It fits with 1.00 GiB to spare: up to {needed / gib:.2f} GiB are reserved, {allocated / gib:.2f} GiB of them "
-        f"allocated, of {room} ({(needed + gib + H100.context_bytes) / gib:.2f} GiB less 0.83 GiB for CUDA's context)."
+        f"It fits with 1.00 GiB to spare: up to {needed / gib:.2f} GiB are reserved, at most {allocated / gib:.2f} GiB "
+        f"of them allocated ({plenty.peak_bytes / gib:.2f} GiB expected), of {room} ({whole:.2f} GiB less 0.83 GiB for "
+        "CUDA's context)."
     )
     half = f"{allocated / 2 / gib:.2f}"
     assert on(allocated // 2).startswith(

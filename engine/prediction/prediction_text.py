@@ -88,7 +88,8 @@ def verdict(prediction: Prediction) -> str:
     if prediction.verdict is Verdict.FITS:
         spare = _gib(prediction.available_bytes - prediction.reserved_bound_bytes)
         return (
-            f"It fits with {spare} to spare: up to {reserved} are reserved, {allocated} of them allocated, of {room}."
+            f"It fits with {spare} to spare: up to {reserved} are reserved, at most {allocated} of them allocated "
+            f"({_gib(prediction.peak_bytes)} expected), of {room}."
         )
     hint, expandable = "", prediction.expandable_bytes
     if expandable is not None:
