@@ -46,14 +46,19 @@ class Combination(frozenset[Change]):
     """Changes of different techniques."""
 
     @property
+    def ordered(self) -> list[Change]:
+        """The changes by technique: a set's own order is another in every process, and advice would be with it."""
+        return sorted(self, key=lambda change: change.technique)
+
+    @property
     def settings(self) -> dict[str, Value]:
         """All settings of the changes, by name."""
-        return {name: value for change in self for name, value in change.settings}
+        return {name: value for change in self.ordered for name, value in change.settings}
 
     def parts(self) -> Iterator[Combination]:
         """The combinations of some of its changes, largest first; the last is of none."""
-        sizes = range(len(self) - 1, -1, -1)
-        return map(Combination, chain.from_iterable(combinations(self, size) for size in sizes))
+        ordered, sizes = self.ordered, range(len(self) - 1, -1, -1)
+        return map(Combination, chain.from_iterable(combinations(ordered, size) for size in sizes))
 
 
 class Outlook:
@@ -79,7 +84,7 @@ class Outlook:
         """Take in a combination's prediction; of a pair one of which is new, also that change's share."""
         self.known[combination] = prediction
         self._moments[combination] = _moments(prediction)
-        new = [change for change in combination if change not in self._shares]
+        new = [change for change in combination.ordered if change not in self._shares]
         rest = Combination(combination - {*new})
         if len(new) == 1 and rest in self._moments:
             self._shares[new[0]] = self._moments[combination] / self._moments[rest]
@@ -111,7 +116,7 @@ class Outlook:
     def expected_peak_bytes(self, combination: Combination) -> int:
         """The peak expected of a combination whose changes are all known."""
         start = next(part for part in combination.parts() if part in self._moments)
-        shares = np.stack([self._shares[change] for change in combination - start])
+        shares = np.stack([self._shares[change] for change in combination.ordered if change not in start])
         together = np.minimum(shares, 1).prod(axis=0) * np.maximum(shares, 1).max(axis=0)
         return int((self._moments[start] * together).sum(axis=1).max())
 
