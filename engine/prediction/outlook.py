@@ -114,11 +114,19 @@ class Outlook:
         return useful
 
     def expected_peak_bytes(self, combination: Combination) -> int:
-        """The peak expected of a combination whose changes are all known."""
-        start = next(part for part in combination.parts() if part in self._moments)
-        shares = np.stack([self._shares[change] for change in combination.ordered if change not in start])
+        """The peak expected of a combination whose changes are all known.
+
+        Of its largest known parts that counts which promises most: what is not tried for a bad promise
+        stays unknown, and what is tried for a good one does not.
+        """
+        known = [part for part in combination.parts() if part in self._moments]
+        return min(self._expected_from(part, combination) for part in known if len(part) == len(known[0]))
+
+    def _expected_from(self, part: Combination, combination: Combination) -> int:
+        """The peak expected of a combination beside a part of it that is known."""
+        shares = np.stack([self._shares[change] for change in combination.ordered if change not in part])
         together = np.minimum(shares, 1).prod(axis=0) * np.maximum(shares, 1).max(axis=0)
-        return int((self._moments[start] * together).sum(axis=1).max())
+        return int((self._moments[part] * together).sum(axis=1).max())
 
 
 def _moments(prediction: Prediction) -> Moments:
