@@ -23,6 +23,7 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.engine.remote import Remote
 from gpumem_tui.engine.run_events import EngineEnded, RunEnded, RunEvent, Saved, StepEnded
+from gpumem_tui.engine.watch.exec_report import NOTHING_WATCHED
 from gpumem_tui.watch import watch
 
 from .terminal import until
@@ -155,4 +156,15 @@ def test_a_script_under_exec_ends_as_it_would_without() -> None:
     assert (script.returncode, out) == (0, "trained 3\n")
     assert err == "gpumem-tui: watching Net; to see it: gpumem-tui attach unedited\n"
     other = run_under_exec(sys.executable, "-c", "import sys; sys.exit('no training here')")
-    assert other.communicate() == ("", "no training here\n") and other.returncode == 1
+    assert other.communicate() == ("", f"no training here\n{NOTHING_WATCHED}") and other.returncode == 1
+
+
+def test_nothing_watched_is_said_by_the_command_alone_and_not_where_a_worker_was() -> None:
+    worker = (
+        "import torch; model = torch.nn.Linear(4, 4); optimizer = torch.optim.SGD(model.parameters());"
+        "model(torch.ones(1, 4)).sum().backward(); optimizer.step()"
+    )
+    command = "import os, subprocess, sys; os.fork() or sys.exit(); subprocess.run([sys.executable, '-c', sys.argv[1]])"
+    for code, said in (("print('helps')", True), (worker, False)):
+        out, err = run_under_exec(sys.executable, "-c", command, code).communicate(timeout=100)
+        assert (out, err.count(NOTHING_WATCHED)) == ("" if not said else "helps\n", said)

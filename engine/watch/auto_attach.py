@@ -18,6 +18,7 @@ from typing import Any
 
 from .. import nccl
 from ..config import kind_and_line
+from .exec_report import note_watched, tell_at_exit
 
 OPTIMIZERS = "torch.optim.optimizer"
 PARALLEL = "torch.nn.parallel.distributed"
@@ -58,6 +59,7 @@ class _Waiting:
 
 def wait_for_torch() -> None:
     """Look for optimizers, and for NCCL, as soon as torch is imported, if it ever is."""
+    tell_at_exit()
     sys.meta_path[:0] = [_Waiting(OPTIMIZERS, note_optimizers), _Waiting(PARALLEL, lambda _: nccl.observe())]
 
 
@@ -118,6 +120,7 @@ class Finder:
 
     def _give_up(self, error: Exception) -> None:
         """The script is left alone, with one line that says so."""
+        note_watched()
         with contextlib.suppress(Exception):
             sys.stderr.write(f"gpumem-tui: not watched, the run goes on: {kind_and_line(error)}\n")
         self._stop()

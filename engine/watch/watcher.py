@@ -28,6 +28,7 @@ from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from .checkpoints import observed_checkpoints
 from .describe import accumulation_of, device_of, optimizers_in
+from .exec_report import note_watched
 from .loop import WatchedLoop
 from .recorders import GuardedOpTracker, LateAllocatorTrace
 from .tracebacks import hide_our_frames, our_frames_hidden
@@ -108,6 +109,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
                 that is beginning now, for which hooks come too late.
         """
         watch.begun = True
+        note_watched()
         self.barrier.guard(self._begin)(forward)
         if self.barrier.off:
             self._remove()

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import argparse
 import os
+import secrets
 import sys
+import tempfile
 from importlib import util
 from pathlib import Path
 
 from ...engine.config import MEMORY_LIMIT_VARIABLE, UserError, parse_bytes
+from ...engine.watch.exec_report import FILE_VARIABLE, PROCESS_VARIABLE
 
 PYTHON_VARIABLE = "GPUMEM_PYTHON"
 """The environment variable with the interpreter to name to another that this program is not installed for.
@@ -43,6 +46,8 @@ def main(flags: argparse.Namespace) -> int:
         parse_bytes(flags.memory_limit, "--memory-limit")
         os.environ[MEMORY_LIMIT_VARIABLE] = flags.memory_limit
     os.environ[PYTHON_VARIABLE] = sys.executable
+    os.environ[PROCESS_VARIABLE] = str(os.getpid())  # the command's, too
+    os.environ[FILE_VARIABLE] = os.path.join(tempfile.gettempdir(), f"gpumem-watched-{secrets.token_hex(8)}")  # noqa: PTH118
     path = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(autoload), *([path] if path else [])])
     try:
