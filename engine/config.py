@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import difflib
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Self
@@ -47,6 +48,19 @@ def printable(text: str, longest: int = 300) -> str:
     """Text from elsewhere as one line that moves no cursor and is not too long."""
     text = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in " ".join(text.split()))
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def did_you_mean(name: str, known: Iterable[str], otherwise: str = "", least: float = 0.6) -> str:
+    """A question about the known name that is nearest to one that is not known.
+
+    Args:
+        name: As typed.
+        known: What it may be.
+        otherwise: Said where nothing is near.
+        least: The likeness from which on a name is near, of 1.
+    """
+    close = difflib.get_close_matches(name, list(known), 1, least)
+    return f"did you mean {close[0]}?" if close else otherwise
 
 
 MEMORY_LIMIT_VARIABLE = "GPUMEM_MEMORY_LIMIT"

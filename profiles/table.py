@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import math
 import reprlib
 import tomllib
@@ -11,7 +10,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any, TypeVar
 
-from ..engine.config import UserError
+from ..engine.config import UserError, did_you_mean
 
 T = TypeVar("T")
 
@@ -101,8 +100,7 @@ class Table:
         known = list(dict.fromkeys([*self._known, *optional]))
         for key in self.values:
             if key not in known:
-                close = difflib.get_close_matches(key, known, 1)
-                hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
+                hint = did_you_mean(key, known, "known: " + ", ".join(known))
                 inside = self.prefix.rstrip(".: ")
                 raise self.error(f"{inside + ': ' if inside else ''}there is no key {key!r}; {hint}")
 

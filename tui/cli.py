@@ -8,12 +8,13 @@ from __future__ import annotations
 import argparse
 import importlib
 import os
+import re
 import sys
 import textwrap
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from ..engine.config import UserError
+from ..engine.config import UserError, did_you_mean
 from .commands import app
 from .commands.common import USER_MISTAKE
 from .interrupt import INTERRUPTED
@@ -34,9 +35,31 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **settings: Any) -> None:
         super().__init__(**{"formatter_class": _Help} | settings)
+        self._negative_number_matcher = re.compile(r"-\.?\d")  # as from Python 3.14 on: -5GB is a value, no flag
+
+    def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
+        flags, left = self.parse_known_args(args, namespace)
+        if left:
+            hint = did_you_mean(left[0].partition("=")[0], self._flags(args), least=0.75)
+            self.error(f"unrecognized arguments: {' '.join(left)}{hint and f'; {hint}'}")
+        return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see: {self.prog} --help)")
+
+    def _flags(self, words: Sequence[str]) -> list[str]:
+        """The flags of the command that is among the words; without one, of this itself."""
+        below = (a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
+        commands = [made for choices in below for name, made in choices.items() if name in words]
+        return commands[0]._flags(words) if commands else list(self._option_string_actions)
+
+    def _check_value(self, action: argparse.Action, value: Any) -> None:
+        """As argparse does, with the nearest choice instead of all of them where one is near."""
+        if action.choices is not None and value not in action.choices:
+            hint = did_you_mean(str(value), map(str, action.choices))
+            if hint:
+                raise argparse.ArgumentError(action, f"invalid choice: {value!r}; {hint}")
+        super()._check_value(action, value)
 
 
 class _Command(_Parser):

@@ -5,7 +5,6 @@ Adding a format is adding a file here; nothing else has to be edited.
 
 from __future__ import annotations
 
-import difflib
 import importlib
 import pkgutil
 from collections.abc import Mapping, Sequence
@@ -15,7 +14,7 @@ from types import MappingProxyType
 from typing import BinaryIO
 
 from ..atomic_file import replacing
-from ..config import UserError
+from ..config import UserError, did_you_mean
 from ..feed import Work
 from .exported_run import ExportedRun, Format, Sink
 
@@ -36,8 +35,7 @@ def format_named(name: str) -> Format:
     """
     known = registry()
     if name not in known:
-        close = difflib.get_close_matches(name, known, 1)
-        hint = f"did you mean {close[0]}?" if close else "known: " + ", ".join(known)
+        hint = did_you_mean(name, known, "known: " + ", ".join(known))
         raise UserError(f"--format {name}: there is no such format; {hint}")
     return known[name]
 

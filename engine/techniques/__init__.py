@@ -6,7 +6,6 @@ Adding a technique is adding a file here; nothing else has to be edited.
 from __future__ import annotations
 
 import dataclasses
-import difflib
 import importlib
 import json
 import pkgutil
@@ -15,7 +14,18 @@ from functools import cache
 from types import MappingProxyType
 from typing import Any
 
-from ..config import TRACES, WORKLOAD_OPTIONS, Architecture, Option, RunConfig, UserError, Value, excerpt, show
+from ..config import (
+    TRACES,
+    WORKLOAD_OPTIONS,
+    Architecture,
+    Option,
+    RunConfig,
+    UserError,
+    Value,
+    did_you_mean,
+    excerpt,
+    show,
+)
 from ..events import Environment
 from ..technique import Effect, Group, Technique
 
@@ -69,8 +79,7 @@ def parse(settings: Mapping[str, object], where: str) -> dict[str, Value]:
     values: dict[str, Value] = {}
     for name, raw in settings.items():
         if name not in known:
-            close = difflib.get_close_matches(str(name), known, 1)
-            hint = f"did you mean {close[0]}?" if close else "gpumem-tui techniques lists them"
+            hint = did_you_mean(str(name), known, "gpumem-tui techniques lists them")
             raise UserError(f"{where}: there is no setting {excerpt(name)!r}; {hint}")
         values[name] = known[name].parse(raw, where)
     return values
