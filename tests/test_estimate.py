@@ -170,12 +170,14 @@ def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
     ("arguments", "says"),
     [
         (["--profile", "tiny", "--gpu", "Voodoo 2"], "--gpu Voodoo 2"),
-        (["--profile", "tiny", "--gpu", ""], "not a GPU known here"),
+        (["--profile", "tiny", "--gpu", ""], "--gpu '': not a GPU known here"),
+        (["--profile", "tiny", "--gpu", "24"], "--gpu 24: not a GPU known here; did you mean 24GB?"),
+        (["--profile", "tiny", "--gpu=-5GB"], "--gpu -5GB: not a GPU known here; known: B200,"),
         (["--model", "."], ".: Unrecognized model"),
         (["--profile", "tiny", "--set", "quantization=nf4"], "lora=on"),
         (["--profile", "tiny", "--json", "/nowhere/x.json"], "cannot write there"),
     ],
-    ids=["gpu", "no name", "folder without a config", "combination", "json"],
+    ids=["gpu", "no name", "no unit", "negative", "folder without a config", "combination", "json"],
 )
 @pytest.mark.parametrize("command", ["estimate", "advise"])
 def test_what_cannot_be_is_one_clear_line(

@@ -145,7 +145,7 @@ def _named(wanted: str, name: str) -> Understood:
     if whole is not None:
         return Understood(whole)
     words, sizes = _words(name)
-    if len(sizes) > 1 or not (words or sizes):
+    if len(sizes) > 1 or not (words or sizes) or name.lstrip().startswith("-"):
         raise _unknown(wanted, name)
     if not words:
         return _of_size(wanted, sizes[0])
@@ -228,7 +228,11 @@ def _unknown(wanted: str, name: str) -> UserError:
     close = [one for plain, one in known.items() if _plain(name) and _plain(name) in plain]
     close = close or [known[k] for k in difflib.get_close_matches(_plain(name), known, 3, 0.4)]
     hint = f"did you mean {' or '.join(close)}? " if close else ""
-    return UserError(f"--gpu {wanted}: not a GPU known here; {hint}known: {', '.join(gpus())}")
+    if name.lstrip().startswith("-"):
+        hint = ""
+    elif re.fullmatch(r"\s*\d+(\.\d+)?\s*", name):
+        hint = f"did you mean {name.strip()}GB? "
+    return UserError(f"--gpu {wanted.strip() or repr(wanted)}: not a GPU known here; {hint}known: {', '.join(gpus())}")
 
 
 def gpu_of(environment: Environment) -> Gpu:
