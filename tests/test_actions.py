@@ -120,7 +120,8 @@ async def test_keys_are_remapped() -> None:
 @pytest.mark.parametrize(
     ("keys", "problem"),
     [
-        ({"sav": ("S",)}, "keys.sav: there is no such action"),
+        ({"sav": ("S",)}, "keys.sav: there is no such action; did you mean save[?]"),
+        ({"foo": ("S",)}, "keys.foo: there is no such action; known: change[.]…, compare[.]…, copy, "),
         ({"save": ("ctrl+b",)}, "ctrl[+]b belongs to tmux"),
         ({"save": ("q",)}, "keys.save: q is quit's already"),
         ({"stop": ("p",)}, "keys.stop: p is step.peak's already"),

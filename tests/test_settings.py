@@ -322,7 +322,8 @@ def test_config_shows_sets_and_says_where(home: Path, capsys: pytest.CaptureFixt
 @pytest.mark.parametrize(
     ("words", "problem"),
     [
-        (["set", "theme"], "key=value"), (["set", "theme=blue"], "theme takes auto"),
+        (["set", "theme"], "key=value"), (["set", "theme=blue"], "gpumem-tui: config: theme=blue is not allowed"),
+        (["set", "keys.foo=x"], "gpumem-tui: config: keys.foo: there is no such action; "),
         (["set", "x=1"], "no setting 'x'"),
         (["set", "keys.save=q"], "q is quit's already"), (["set", "profile=gpt9"], "gpt9"),
     ],

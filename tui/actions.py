@@ -5,12 +5,13 @@ Screens list the actions of their own; those here hold on every screen.
 
 from __future__ import annotations
 
+import re
 import string
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import groupby
 from typing import Any, NamedTuple
 
-from ..engine.config import Option, UserError
+from ..engine.config import Option, UserError, did_you_mean
 from ..engine.technique import Technique
 from .draw import wrap
 
@@ -181,15 +182,17 @@ def check_keys(scopes: Mapping[str, Sequence[Action]], keys: Mapping[str, tuple[
     Args:
         scopes: By screen, everything that can be done there, remapped.
         keys: What the config file says.
-        where: The config file.
+        where: The config file, or what was typed.
 
     Raises:
-        UserError: One line that names file and key.
+        UserError: One line that names this and the key.
     """
     names = {action.name for actions in scopes.values() for action in actions}
     for name, wanted in keys.items():
         if name not in names:
-            raise UserError(f"{where}: keys.{name}: there is no such action; known: {', '.join(sorted(names))}")
+            known = sorted({re.sub(r"[.].*", ".…", one) for one in names})
+            hint = did_you_mean(name, names, f"known: {', '.join(known)}")
+            raise UserError(f"{where}: keys.{name}: there is no such action; {hint}")
         if taken := set(wanted) & set(RESERVED):
             raise UserError(f"{where}: keys.{name}: {min(taken)} belongs to tmux, screen or the terminal")
     for actions in scopes.values():

@@ -12,7 +12,6 @@ What is set in the app is written back here; comments and order stay.
 
 from __future__ import annotations
 
-import difflib
 import json
 import os
 import re
@@ -23,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from ..engine.atomic_file import replacing
-from ..engine.config import Option, UserError, Value
+from ..engine.config import Option, UserError, Value, did_you_mean
 from ..engine.user_folders import user_folder
 from .interrupt import answered_by, raise_interrupt
 
@@ -67,11 +66,16 @@ class Settings:
         path: The file; None: there is nowhere to have one, and what is set holds for this session only.
         values: By name, all of them.
         keys: Of actions that have other keys than by default.
+        where: Named in errors: the file, or what was typed.
     """
 
     path: Path | None
     values: dict[str, Value] = field(default_factory=lambda: {option.name: option.default for option in OPTIONS})
     keys: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    where: str = ""
+
+    def __post_init__(self) -> None:
+        self.where = self.where or str(self.path or "settings")
 
     @classmethod
     def load(cls, path: Path | None = None) -> Settings:
@@ -98,11 +102,6 @@ class Settings:
         """A setting's value."""
         return self.values[name]
 
-    @property
-    def where(self) -> str:
-        """The file, or what there is instead of one, for errors."""
-        return str(self.path or "settings")
-
     def set(self, name: str, raw: object) -> None:
         """Change one setting, here and in the file.
 
@@ -125,7 +124,7 @@ class Settings:
         """
         action = name.removeprefix("keys.")
         if action == name:
-            self.values[name] = _option(name, "gpumem-tui config").default
+            self.values[name] = _option(name, "config").default
             self._write(lambda text: without_key(text, "", name))
         else:
             self.keys.pop(action, None)
@@ -144,7 +143,7 @@ class Settings:
         if action and not table:
             keys = self.keys[action] = tuple(str(raw).split())
             return "keys", json.dumps(action), json.dumps(keys[0] if len(keys) == 1 else keys)
-        value = self.values[name] = _option(name, "gpumem-tui config").parse(raw, "gpumem-tui config")
+        value = self.values[name] = _option(name, "config").parse(raw, "config")
         return "", name, json.dumps(value)
 
     def _write(self, edit: Callable[[str], str]) -> None:
@@ -179,8 +178,7 @@ def _parse(text: str, path: Path) -> Mapping[str, Any]:
 
 def _option(name: str, where: str) -> Option:
     if name not in NAMED:
-        close = difflib.get_close_matches(name, NAMED, 1)
-        hint = f"did you mean {close[0]}?" if close else f"known: {', '.join(NAMED)}, keys.<action>"
+        hint = did_you_mean(name, NAMED, f"known: {', '.join(NAMED)}, keys.<action>")
         raise UserError(f"{where}: there is no setting {name!r}; {hint}")
     return NAMED[name]
 

@@ -62,9 +62,10 @@ def change(flags: argparse.Namespace) -> int:
     for item in flags.settings:
         name, equals, value = item.partition("=")
         if not equals:
-            raise UserError(f"gpumem-tui config set {item}: write it as key=value")
+            raise UserError(f"config set {item}: write it as key=value")
         changes.append((name.strip(), value.strip()))
     tried = Settings.load()
+    tried.where = "config"
     for name, value in changes:
         tried.take(name, value)
     _check(tried)
