@@ -44,6 +44,15 @@ def test_quantile_levels_are_used_alike(tmp_path: Path) -> None:
     assert found.wasted_bits == pytest.approx(8 - found.entropy_bits)
 
 
+def test_a_higher_code_is_a_higher_level(tmp_path: Path) -> None:
+    """So is GGUF's Q4_0, whose blocks with a positive scale and with a negative one have opposite orders."""
+    for key, found in measured(tmp_path, normal()).schemes.items():
+        if found.levels == 16:
+            values = [value for value in found.level_values if value is not None]
+            assert values == sorted(values), key
+            assert values[-1] > 1.5 > -1.5 > values[0], key
+
+
 @pytest.mark.parametrize("weights", [with_outliers, unlike_rows])
 def test_quantile_levels_are_those_of_all_weights(tmp_path: Path, weights: Draw) -> None:
     """Most of the error is that of the few weights beyond the outermost level, so it is sensitive to where that is."""

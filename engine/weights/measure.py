@@ -47,7 +47,8 @@ class _Sums:
         self.counts += piece.histogram(found.codes, 256)
         typical = slice(None) if scheme.elementwise else piece.typical
         codes = found.codes.reshape(found.restored.shape)[typical].reshape(-1)
-        restored = found.restored[typical].reshape(-1)
+        ascending = found.restored if found.ascending is None else found.ascending
+        restored = ascending[typical].reshape(-1)
         self.typical_counts += torch.bincount(codes, minlength=256).numpy()
         self.typical_restored += torch.bincount(codes, restored, minlength=256).numpy()
         if found.scales is not None:

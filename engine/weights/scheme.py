@@ -23,11 +23,13 @@ class Quantized:
         codes: uint8, flat: what each weight is stored as: one of the scheme's.
         restored: float32 [n, w]: the weights as they are computed with.
         scales: The constants as they should be and as they are stored, if those are quantized too.
+        ascending: float32 [n, w]: the restored weights, mirrored in blocks whose lowest code is the highest level.
     """
 
     codes: torch.Tensor
     restored: torch.Tensor
     scales: tuple[torch.Tensor, torch.Tensor] | None = None
+    ascending: torch.Tensor | None = None
 
 
 def _suits_all(_rows: int, _columns: int) -> str | None:

@@ -23,11 +23,19 @@ def _quantize(piece: Piece, kind: str) -> Quantized:
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
         stored = quants.quantize(piece.values.numpy().reshape(1, -1), which)  # it works row by row, 16 at a time
         restored = quants.dequantize(stored, which)
-    packed = stored.reshape(piece.values.numel() // BLOCK, -1)[:, 2:]  # after the scale in float16
-    codes = packed.view(np.int8).astype(np.int16) + 127 if kind == "Q8_0" else np.stack([packed & 15, packed >> 4])
+    blocks = stored.reshape(piece.values.numel() // BLOCK, -1)
+    packed, ascending = blocks[:, 2:], None  # after the scale in float16
+    if kind == "Q8_0":
+        codes = packed.view(np.int8).astype(np.int16) + 127
+    else:
+        codes = np.stack([packed & 15, packed >> 4], 1)  # a byte is of one weight of either half
+        # The scale is negative where the largest weight is positive: then the lowest code is the highest level.
+        mirrored = np.ascontiguousarray(blocks[:, :2]).view(np.float16) < 0
+        ascending = np.where(mirrored, -restored.reshape(-1, BLOCK), restored.reshape(-1, BLOCK))
     return Quantized(
         torch.from_numpy(codes.astype(np.uint8).reshape(-1)),
         torch.from_numpy(restored.reshape(piece.values.shape)),
+        ascending=None if ascending is None else torch.from_numpy(ascending.reshape(piece.values.shape)),
     )
 
 
