@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,9 +106,18 @@ def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatc
     assert predictor.get(unhurried) is None
 
 
-def test_asking_loads_no_torch() -> None:
-    import subprocess
+def test_it_ends_with_whoever_asks_in_the_middle_of_an_answer() -> None:
+    code = (
+        "import time; from gpumem_tui.engine.prediction import questions;"
+        "questions.answer_all = lambda *_: time.sleep(60); questions.serve(0, 0)"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
+        assert process.stdin is not None
+        process.stdin.close()  # as of an asker that was killed
+        assert process.wait(30) == 0
 
+
+def test_asking_loads_no_torch() -> None:
     code = (
         "import sys, gpumem_tui.engine.prediction.predictor, gpumem_tui.engine.prediction.advice;"
         "import gpumem_tui.tui.commands.estimate, gpumem_tui.tui.commands.advise;"

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import contextlib
 import os
+import select
 import signal
 import struct
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any, TypeVar
@@ -20,6 +22,9 @@ from .libraries_loading import libraries_loading
 from .outcome import Prediction
 
 Message = TypeVar("Message")
+
+LOOK_EVERY_MS = 1000
+"""Not every kernel wakes who waits for nothing but a hang-up."""
 
 
 def environment() -> dict[str, str]:
@@ -84,6 +89,8 @@ def read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[Message]) -> Message 
 def serve(niceness: int, longest_s: int) -> None:
     """The process: one question after the other on standard input, one answer to each on standard output.
 
+    It ends at once with whoever asks, even in the middle of an answer.
+
     Args:
         niceness: It gives way to others by so much.
         longest_s: The signal that ends it comes after so many seconds; 0: none does.
@@ -91,9 +98,19 @@ def serve(niceness: int, longest_s: int) -> None:
     signal.alarm(longest_s)
     if niceness:
         give_way(niceness)
+    threading.Thread(target=_end_with_asker, args=(sys.stdin.fileno(),), name="asker", daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
     answer_all(sys.stdin.buffer, answers)
+
+
+def _end_with_asker(questions: int) -> None:
+    """End this process when nobody has the other end of the pipe any more: the answer would be nobody's."""
+    end = select.poll()
+    end.register(questions, 0)
+    while not end.poll(LOOK_EVERY_MS):
+        continue
+    os._exit(0)
 
 
 def answer_all(questions: IO[bytes], answers: IO[bytes]) -> None:
