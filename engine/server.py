@@ -19,14 +19,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from . import wire
-from .config import RunConfig, UserError, one_line, show
+from .config import RunConfig, UserError, one_line
 from .engine_registry import EngineInfo
 from .events import StepTrace
 from .feed import Command, End, Source
 from .forks import in_child
 from .run import Run
 from .run_events import Loaded, Paused, Refused, Resumed, RunEnded, RunStarted, StepEnded
-from .techniques import notable
+from .techniques import label
 
 log = logging.getLogger("gpumem_tui.server")
 
@@ -313,7 +313,7 @@ class Server:
             info.kind,
             info.pid,
             model=config.model if config else "",
-            techniques=" ".join(f"{name}={show(value)}" for name, value in notable(config)) if config else "",
+            techniques=label(config) if config else "",
             device=environment.device if environment else "",
             step=gauge.step if gauge else 0,
             allocated_bytes=gauge.allocated_bytes if gauge else 0,

@@ -29,7 +29,7 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
     async with shown(source) as driver:
         await restarted(driver, "k")
         await driver.press("5")
-        assert "run 1  B8" in driver.text
+        assert "run 1  B8×S256" in driver.text
         assert "run 2, now  checkpointing=layers" in driver.text
         first, second = driver.app.state.runs
         a, b = first.peak[Category.OPTIMIZER_STATE], second.peak[Category.OPTIMIZER_STATE]
@@ -176,7 +176,7 @@ async def test_the_reference_experiments_table_from_ones_own_runs() -> None:
         assert "after step" in driver.text
         ledger = {trace.step: Ledger(trace) for trace in source.run.traces()}
         loaded, peak = sum(ledger[0].end.values()), max(one.peak.bytes for one in ledger.values())
-        row = driver.line("run 2 B8 lora").split()
+        row = driver.line("run 2 B8×S256 lora").split()
         assert (row[4], row[-1]) == (f"{loaded / MIB:.1f}", f"{peak / MIB:.1f}")
         assert row[5] == "0.0", "LoRA has no gradients here"
 

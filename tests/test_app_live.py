@@ -15,12 +15,13 @@ from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import SEGMENT, AllocatorPool, CacheState, Phase
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording
+from gpumem_tui.engine.techniques import label
 from gpumem_tui.tui.draw import wrap
 from gpumem_tui.tui.explain import explain, explanations
 from gpumem_tui.tui.screens.device_bar import shares
 from gpumem_tui.tui.units import IN_GIB, IN_MIB, percent
 
-from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, shown, trained
+from .app_driver import GPU_UNIT, RECORDINGS, SIZES, Oracle, restarted, shown, trained
 from .fake_source import GPU, MIB, FakeSource, Sim
 
 
@@ -322,12 +323,19 @@ def test_device_shares_when_nvml_sees_no_processes() -> None:
     assert {s.title: s.bytes for s in shares(blind, 0, True)}["free"] is None
 
 
-async def test_the_header_shows_first_what_differs_from_the_run_before() -> None:
-    source = trained(2, lora=True, quantization="nf4", kv_cache=False)
-    source.start(lora=True, quantization="nf4", kv_cache=False, checkpointing="layers")
-    source.finish_step()
-    async with shown(source) as driver:
-        assert "B8×S256 checkpointing=layers" in driver.lines[0]
+async def test_a_configuration_is_described_alike_everywhere_and_undone_it_is_as_it_was() -> None:
+    async with shown(trained(), (120, 40)) as driver:
+        before = driver.lines[0]
+        assert before.rstrip().endswith("B8×S256")
+        await restarted(driver, "l")
+        assert driver.lines[0].rstrip().endswith("B8×S256 lora")
+        await restarted(driver, "k")
+        said = driver.lines[0].strip().split("  ")[-1]
+        assert said == label(driver.app.state.config) == "B8×S256 lora checkpointing=layers"
+        assert driver.app.state.runs[-1].label == said
+        await restarted(driver, "z")
+        await restarted(driver, "z")
+        assert driver.lines[0] == before
 
 
 async def test_the_edge_is_the_largest_usable_block_and_gaps_are_shown_where_they_cost_something() -> None:

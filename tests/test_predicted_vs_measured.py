@@ -404,8 +404,6 @@ def test_who_comes_later_finds_the_runs_before(engine: Engine) -> None:
         here.update(engine.session, 0.0)  # one that was there all along
     later = ViewState()
     later.update(engine.session, 0.0)
-    assert (
-        [run.label for run in later.runs] == [run.label for run in here.runs] == ["B2 seq_len=16", "B2 seq_len=16 lora"]
-    )
+    assert [run.label for run in later.runs] == [run.label for run in here.runs] == ["B2×S16", "B2×S16 lora"]
     for one, other in zip(later.runs, here.runs, strict=True):
         assert one._replace(by_phase={}) == other._replace(by_phase={})

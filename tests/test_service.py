@@ -66,7 +66,7 @@ def test_a_dropped_connection_costs_nothing(home: Path) -> None:
     third.press("!", "l")
     until(lambda: "lora" in getattr(peek(engine_dir), "techniques", ""), lambda: third.output[-2000:])
     listed = cli("ps").stdout.splitlines()
-    assert re.match(r"tiny +\d+ +tiny +batch_size=2 .*lora=on.* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
+    assert re.match(r"tiny +\d+ +tiny +B2×S\d+ .*lora .* cpu +\w+ +\d+ +\d+\.\d .* 2$", listed[1])
 
     second.process.send_signal(signal.SIGSTOP)
     seen = step_of(engine_dir)

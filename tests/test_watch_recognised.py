@@ -12,7 +12,7 @@ from torch.utils.checkpoint import noop_context_fn
 
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.categories import Category
-from gpumem_tui.tui.screens.header import summary
+from gpumem_tui.engine.techniques import label
 from gpumem_tui.watch import watch
 
 from .examples import strangers
@@ -34,7 +34,7 @@ def test_an_sft_trainer_with_its_defaults(seen: Seen) -> None:
     check_exact(seen, script_bytes_max=16_384)
     config = seen.sources[-1].run.config
     assert config is not None
-    said = summary(config)
+    said = label(config)
     for setting in (
         "B8×S",
         "dtype=mixed",
@@ -104,7 +104,7 @@ def test_whether_a_loop_keeps_its_outputs(seen: Seen, keeps: bool) -> None:
             optimizer.zero_grad()
     config = seen.sources[-1].run.config
     assert config is not None and config["keep_outputs"] is keeps
-    assert ("keep outputs" in summary(config) or "keep_outputs" in summary(config)) is not keeps
+    assert ("keep outputs" in label(config) or "keep_outputs" in label(config)) is not keeps
 
 
 @pytest.mark.filterwarnings("ignore")  # of TRL's and of datasets' own there are many
@@ -138,7 +138,7 @@ def test_a_loss_scaler_beside_the_optimizer(seen: Seen) -> None:
     check_exact(seen, script_bytes_max=4096)
     config = seen.sources[-1].run.config
     assert config is not None
-    assert "dtype=mixed-float16" in summary(config) and "loss_scaling" in summary(config)
+    assert "dtype=mixed-float16" in label(config) and "loss_scaling" in label(config)
     last = seen.ledgers[-1]
     names = last.by_name(len(last.trace.events) - 1, Category.OPTIMIZER_STATE)
     assert names["GradScaler.scale"] == names["GradScaler.growth_tracker"] == 4
@@ -152,7 +152,7 @@ def test_a_scaler_beside_bfloat16_is_no_loss_scaling(seen: Seen) -> None:
     with watch(model, optimizer), torch.autocast("cpu", torch.bfloat16):
         model(input_ids=torch.randint(0, 64, (2, 16)))
         run = seen.sources[-1].run
-    assert run is not None and "dtype=mixed" in summary(run.config) and "loss_scaling" not in summary(run.config)
+    assert run is not None and "dtype=mixed" in label(run.config) and "loss_scaling" not in label(run.config)
     techniques.check(run.config)
 
 
@@ -182,7 +182,7 @@ def test_a_loss_scaler_from_before_the_loop_is_known_with_the_first_pass(seen: S
     with watch(model, optimizer), torch.autocast("cpu", torch.float16):
         model(input_ids=torch.randint(0, 64, (2, 16)))
         run = seen.sources[-1].run
-    assert run is not None and run.config is not None and "loss_scaling" in summary(run.config)
+    assert run is not None and run.config is not None and "loss_scaling" in label(run.config)
 
 
 @pytest.mark.parametrize("kind", ["off", "padded", "packed"])

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from ..engine import techniques
 from ..engine.categories import Category
-from ..engine.config import RunConfig, show
+from ..engine.config import RunConfig
 from ..engine.difference import Owned, owned
 from ..engine.events import Phase, StepTrace
 from ..engine.ledger import Bytes, Ledger
@@ -29,7 +29,7 @@ class RunSummary(NamedTuple):
 
     Attributes:
         run: Whose.
-        label: Short; what tells it from the others' defaults: `B8 lora k=layers`.
+        label: Short; what tells it from the others' defaults: `B8×S256 lora`.
         origin: `run 2`, or a recording's file name.
         config: What it ran.
         loaded: Composition after loading; None: not known.
@@ -80,15 +80,6 @@ class RunSummary(NamedTuple):
         return sum(self.peak.values())
 
 
-def label(config: RunConfig) -> str:
-    """A run's name in a narrow column: the batch, then each setting that is not the default."""
-    words = [f"B{config.batch_size}"]
-    for name, value in techniques.notable(config):
-        if name != "batch_size":
-            words.append(name if value is True else f"{name}={show(value)}")
-    return " ".join(words)
-
-
 def summarize(
     run: Run, origin: str, state: RunState | None = None, fold: Callable[[StepTrace], Ledger] = Ledger
 ) -> RunSummary:
@@ -111,7 +102,7 @@ def summarize(
             by_phase[phase] = max(by_phase.get(phase, 0), most)
     return RunSummary(
         run=run,
-        label=label(run.config),
+        label=techniques.label(run.config),
         origin=origin,
         config=run.config,
         loaded=complete[0].end if 0 in complete else None,

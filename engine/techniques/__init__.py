@@ -228,6 +228,19 @@ def notable(config: RunConfig) -> Iterable[tuple[str, Value]]:
     return ((name, value) for name, value in changed(config) if name not in ROUTINE)
 
 
+def label(config: RunConfig) -> str:
+    """A configuration in a few words, the same everywhere: `B8×S256 lora checkpointing=layers`.
+
+    Rows and tokens of a batch, then every setting that is not the default. Rows of
+    one token are as a rule no tokens: a watched script's images.
+    """
+    words = [f"B{config.batch_size}" + f"×S{config.seq_len}" * (config.seq_len > 1)]
+    for name, value in notable(config):
+        if name not in ("batch_size", "seq_len"):
+            words.append(name if value is True else f"{name}={show(value)}")
+    return " ".join(words)
+
+
 def describe(config: RunConfig) -> str:
     """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
     said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(changed(config))

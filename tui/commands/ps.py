@@ -60,9 +60,8 @@ def _row(engine_dir: EngineDir) -> tuple[str, ...]:
     if status is None:
         return (engine_dir.name, str(info.pid if info else ""), "", "", "", "does not answer", "", "", "", "")
     state = f"{status.state}, own script" if status.kind == "watch" else status.state
-    techniques = status.techniques or ("as by default" if status.model else UNKNOWN)  # a script has not begun yet
     cells = (
-        status.name, str(status.pid), status.model or UNKNOWN, techniques, status.device, state,
+        status.name, str(status.pid), status.model or UNKNOWN, status.techniques or UNKNOWN, status.device, state,
         str(status.step), IN_MIB.show(status.allocated_bytes), clock(status.age_s), str(status.viewers),
     )  # fmt: skip
     return tuple(map(printable, cells))

@@ -96,15 +96,15 @@ def document(report: OutOfMemoryReport, found: FoundFixes) -> dict[str, Any]:
 
 def text(path: Path, run: Run, report: OutOfMemoryReport, found: FoundFixes) -> str:
     """The report for people, as wide as the terminal."""
+    from ...engine.techniques import label
     from ..draw import Row
     from ..out_of_memory_rows import ReportRows
-    from ..screens.header import summary
 
     palette = Palette(mono=True, ascii=not frames.prints_unicode())
     width = max(NARROWEST, min(shutil.get_terminal_size((100, 40)).columns, WIDEST))
     drawn = ReportRows(report, run.config, palette, width)
     rows = [
-        Row().add(f" {run.config.model}  {summary(run.config)}"),
+        Row().add(f" {run.config.model}  {label(run.config)}"),
         drawn.title(),
         drawn.asked(),
         Row(),

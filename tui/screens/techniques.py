@@ -6,14 +6,13 @@ from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
 from ...engine.technique import Technique
-from ...engine.techniques import memory_key
+from ...engine.techniques import label, memory_key
 from ..actions import Action, changes, moves
 from ..changes import choices, offered
 from ..draw import Row, whole_clauses, wrap
 from ..state import Message
 from ..units import UNKNOWN, difference, shorten
 from .best_change import best_change
-from .header import summary
 from .page import Page, Table, Topic, scrolled
 from .technique_groups import Kind, ListRow, Told, arranged, folded_row, tabs_row
 
@@ -110,7 +109,7 @@ class TechniquesPage(Page):
         elif (before := self.control.before) is None or self.state.message is self._announced is not None:
             self.control.go_back()
         else:
-            self.state.say(f"nothing collected; once more restarts with the configuration before: {summary(before)}")
+            self.state.say(f"nothing collected; once more restarts with the configuration before: {label(before)}")
             self._announced = self.state.message
 
     def toggle(self) -> None:
