@@ -181,6 +181,7 @@ def main(idle_s: float) -> None:
         server.serve()
     finally:
         server.close()
+    os._exit(0)  # with its folder it is gone: an interpreter that takes leave of its libraries takes its time
 
 
 class _Server:
