@@ -64,6 +64,7 @@ ARGUMENTS: dict[str, list[str]] = {
     "techniques": ["techniques"],
     "doctor": ["doctor"],
     "config": ["config", "set", "units=GB"],
+    "warm": ["warm", "--for", "1s", "--profile", "tiny"],
     "completion": ["completion", "bash"],
 }
 """By command, or by what is asked of the app."""
