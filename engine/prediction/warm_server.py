@@ -32,7 +32,19 @@ from ..config import UserError
 from ..engine_registry import WARM, EngineDir, EngineLock, warm_servers
 from .forked_process import can_fork
 from .prediction_store import programs
-from .questions import ANSWERS, QUESTIONS, Question, Told, answer, answer_all, environment, framed, give_way, read
+from .questions import (
+    ANSWERS,
+    LOOK_EVERY_MS,
+    QUESTIONS,
+    Question,
+    Told,
+    answer,
+    answer_all,
+    environment,
+    framed,
+    give_way,
+    read,
+)
 
 DECIDES = re.compile(r"(HF|HUGGINGFACE|TRANSFORMERS|PYTORCH|TORCH|BNB)_|(PYTHONPATH|HOME|XDG_CACHE_HOME)$")
 """Names of variables of the environment that libraries may decide by."""
@@ -316,5 +328,6 @@ def _end_with(connection: int, life: int) -> None:
     ends = poll()
     ends.register(connection, POLLRDHUP)
     ends.register(life, POLLHUP)
-    ends.poll()
+    while not ends.poll(LOOK_EVERY_MS):
+        continue
     os._exit(0)
