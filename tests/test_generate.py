@@ -118,7 +118,7 @@ def test_a_quantized_cache_that_grows_at_once_is_about_to_fill_what_it_keeps_as_
 def test_estimate_generate_says_how_the_cache_grows(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     arguments = ["--profile", "tiny", "--generate", "2", "--batch-size", "2", "--seq-len", "16", "--gpu", "T4"]
     assert main(["estimate", *arguments, "--json", str(tmp_path / "estimate.json")]) == 0
-    shown = capsys.readouterr().out
+    shown = " ".join(capsys.readouterr().out.split())
     assert "tokens in a row" in shown and "largest number of new tokens at this batch size" in shown
     document = json.loads((tmp_path / "estimate.json").read_text())
     assert document["max_new_tokens"] > 2 and document["max_batch_size"] > 2
