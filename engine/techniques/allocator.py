@@ -26,7 +26,8 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
 
 def unavailable(value: Value, environment: Environment) -> str | None:
     """Only CUDA's has segments."""
-    return "a CPU has no caching allocator, a GPU has" if value != "default" and not environment.on_gpu else None
+    why = "a CPU has no caching allocator; where its memory is limited, a GPU's is modelled, set as by default"
+    return why if value != "default" and not environment.on_gpu else None
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
