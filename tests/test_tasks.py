@@ -14,6 +14,7 @@ from gpumem_tui.engine.config import Architecture, RunConfig, UserError
 from gpumem_tui.engine.prediction.capacity import largest_that_fit
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.prediction_text import heading
 from gpumem_tui.engine.workload import prepare
 from gpumem_tui.profiles import run_fields
 from gpumem_tui.tui.cli import main
@@ -129,6 +130,7 @@ def test_what_a_task_cannot_is_said_in_a_line(model: str, settings: dict[str, An
 
 def test_images_have_a_size_and_no_sequence() -> None:
     small, large = (predict(tiny("vit", image_size=size), H100) for size in (32, 64))
+    assert heading(small) == "vit batch_size=2 image_size=32 rows=4 steps=2 on H100 80GB, predicted"
     assert large.by_category["inputs"] == pytest.approx(4 * small.by_category["inputs"], rel=0.01)
     assert set(largest_that_fit(small, lambda config: predict(config, H100), H100)) == {"max_batch_size"}
 
