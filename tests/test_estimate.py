@@ -122,6 +122,17 @@ def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFix
     assert "K-bit preparation makes embeddings, head and norms float32" in said
 
 
+def test_a_device_on_which_nothing_is_run_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--device", "cuda", "--gpu", "L4", "--json", "-"]) == 0
+    said = "--device cuda: nothing is run there; the prediction is for --gpu 'L4 24GB'\n"
+    assert capsys.readouterr().err == said
+
+
+def test_a_flag_is_blamed_by_its_own_name(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["estimate", "--profile", "tiny", "--generate", "0"]) == 2
+    assert capsys.readouterr().err.startswith("gpumem-tui: --generate: new_tokens=0 is not allowed")
+
+
 def test_layers_without_checkpoints_are_cautioned_of_where_there_are_none() -> None:
     qlora = {"lora": True, "quantization": "nf4", "dtype": "mixed"}
     said = {each: cautions(small_run(**qlora, checkpointing=each)) for each in ("off", "layers", "selective")}
@@ -175,9 +186,13 @@ def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
         (["--profile", "tiny", "--gpu=-5GB"], "--gpu -5GB: not a GPU known here; known: B200,"),
         (["--model", "."], ".: Unrecognized model"),
         (["--profile", "tiny", "--set", "quantization=nf4"], "lora=on"),
+        (
+            ["--profile", "tiny", "--set", "new_tokens=64"],
+            "new_tokens=64 is for what is generated: set workload=generate",
+        ),
         (["--profile", "tiny", "--json", "/nowhere/x.json"], "cannot write there"),
     ],
-    ids=["gpu", "no name", "no unit", "negative", "folder without a config", "combination", "json"],
+    ids=["gpu", "no name", "no unit", "negative", "folder without a config", "combination", "no part", "json"],
 )
 @pytest.mark.parametrize("command", ["estimate", "advise"])
 def test_what_cannot_be_is_one_clear_line(

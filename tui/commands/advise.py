@@ -18,8 +18,8 @@ from ...engine.prediction.outcome import Prediction
 from ...engine.prediction.several import several
 from ...engine.techniques import describe
 from ..units import GIB, Unit
-from .common import add_run_flags, config_from, end_progress, refuse_unwritable, telling, write_document
-from .estimate import add_gpu_flag, chosen_gpu
+from .common import add_run_flags, end_progress, refuse_unwritable, telling, write_document
+from .estimate import add_gpu_flag, config_and_gpu
 
 GIB_3 = Unit("GiB", GIB, 3)
 SHOWN = 8
@@ -36,7 +36,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Predict every change; 0 also if nothing fits."""
-    config, card = config_from(flags), chosen_gpu(flags.gpu)
+    config, card = config_and_gpu(flags)
     refuse_unwritable("json", flags.json)
     predict = telling(predicted, card)
 

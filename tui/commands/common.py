@@ -60,7 +60,7 @@ def add_run_flags(parser: argparse.ArgumentParser) -> None:
         values = f"; one of {option.allowed}" if of_words else ""
         metavar = option.name.upper() if of_words else "N"
         parser.add_argument(flag_of(option), metavar=metavar, help=f"{option.summary}{values}")
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:<i> (default: auto)")
+    parser.add_argument("--device", default="auto", help="to run on: auto, cpu, cuda or cuda:<i> (default: auto)")
     parser.add_argument(
         "--memory-limit", metavar="SIZE", help="have the device behave as one with so much memory: 24GiB"
     )
@@ -109,7 +109,10 @@ def config_from(
     if flags.data is not None and not os.path.isfile(flags.data):  # noqa: PTH113
         problem = "it is a folder" if os.path.isdir(flags.data) else "no such file"  # noqa: PTH112
         raise UserError(f"--data {flags.data}: {problem}")
-    return techniques.configure(base, settings)
+    config = techniques.configure(base, settings)
+    if "new_tokens" in settings and not config.generates:
+        raise UserError(f"new_tokens={config.new_tokens} is for what is generated: set workload=generate")
+    return config
 
 
 def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:

@@ -19,7 +19,7 @@ from ...engine.prediction.known import largest_known, predicted
 from ...engine.prediction.libraries_loading import libraries_loading
 from ...engine.prediction.outcome import Prediction
 from ...engine.prediction.prediction_text import cautions, filled, of_ranks
-from ...engine.techniques import describe
+from ...engine.techniques import all_options, describe
 from ..interrupt import answered_by, end
 from ..units import GIB, Unit
 from .common import (
@@ -33,6 +33,7 @@ from .common import (
 )
 
 DEFAULT_GPU = "H100 80GB"
+_NEW_TOKENS = all_options()["new_tokens"]
 
 
 def add(parser: argparse.ArgumentParser) -> None:
@@ -73,11 +74,23 @@ def chosen_gpu(name: str | None) -> Gpu:
     return gpu_here() or gpu(DEFAULT_GPU)
 
 
+def config_and_gpu(flags: argparse.Namespace) -> tuple[RunConfig, Gpu]:
+    """The run that is predicted, and the GPU it is predicted for; a device, on which nothing is run, is told of.
+
+    Raises:
+        UserError: Whatever in the flags cannot be.
+    """
+    config, card = config_from(flags), chosen_gpu(flags.gpu)
+    if flags.device != "auto":
+        sys.stderr.write(f"--device {flags.device}: nothing is run there; the prediction is for --gpu {card.name!r}\n")
+    return config, card
+
+
 def main(flags: argparse.Namespace) -> int:
     """Predict; 0 also if it does not fit."""
     if flags.generate is not None:
-        flags.settings += ["workload=generate", f"new_tokens={flags.generate}"]
-    config, card = config_from(flags), chosen_gpu(flags.gpu)
+        flags.settings += ["workload=generate", f"new_tokens={_NEW_TOKENS.parse(flags.generate, '--generate')}"]
+    config, card = config_and_gpu(flags)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
     if flags.script:
