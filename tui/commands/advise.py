@@ -10,13 +10,12 @@ from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
 
-from ...engine.config import RunConfig
 from ...engine.prediction.advice import Advice, Advised, stages
 from ...engine.prediction.fewest_gpus import COUNTS, Fewest, fewest_gpus
 from ...engine.prediction.known import predicted
 from ...engine.prediction.outcome import Prediction
+from ...engine.prediction.prediction_text import heading
 from ...engine.prediction.several import several
-from ...engine.techniques import describe
 from ..units import GIB, Unit
 from .common import add_run_flags, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, config_and_gpu
@@ -48,7 +47,7 @@ def main(flags: argparse.Namespace) -> int:
 
     with several(card, predict) as predictions:
         known = stages(config, predictions.all_of)
-        say(_now(config, next(known)))
+        say(_now(next(known)))
         say(_lines(_table("one change", next(known).alone)))
         advised = next(known)
     say(_lines(_together(advised)))
@@ -92,10 +91,10 @@ def _entry(advice: Advice) -> dict[str, Any]:
     }
 
 
-def _now(config: RunConfig, advised: Advised) -> str:
+def _now(advised: Advised) -> str:
     now = advised.now
     fits = "fits" if now.fits else "does not fit"
-    return f"{describe(config)} on {now.gpu}, predicted: peak {GIB_3.full(now.peak_bytes)}, {fits}\n"
+    return f"{heading(now)}: peak {GIB_3.full(now.peak_bytes)}, {fits}\n"
 
 
 def _lines(lines: list[str]) -> str:
