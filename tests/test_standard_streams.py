@@ -16,7 +16,8 @@ import pytest
 from gpumem_tui.engine.recording import Recording
 from gpumem_tui.tui.cli import main
 
-QUICK = ["--batch-size", "2", "--seq-len", "16", "--steps", "1", "--device", "cpu"]
+SMALL = ["--batch-size", "2", "--seq-len", "16", "--steps", "1"]
+QUICK = [*SMALL, "--device", "cpu"]
 
 
 def shell(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
@@ -79,8 +80,8 @@ def a_disk_that_is_full() -> Iterator[None]:
     [
         (["run", *QUICK, "--json"], "P parameters"),
         (["run", *QUICK, "--save"], "P parameters"),
-        (["estimate", *QUICK, "--gpu", "A100 40GB", "--json"], "P parameters"),
-        (["estimate", *QUICK, "--gpu", "A100 40GB", "--table", "--json"], "predicted peak in GiB"),
+        (["estimate", *SMALL, "--gpu", "A100 40GB", "--json"], "P parameters"),
+        (["estimate", *SMALL, "--gpu", "A100 40GB", "--table", "--json"], "predicted peak in GiB"),
     ],
 )  # fmt: skip
 def test_a_full_disk_takes_nothing_from_what_is_printed(
