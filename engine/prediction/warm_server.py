@@ -29,7 +29,7 @@ import msgspec
 
 from .. import wire
 from ..config import UserError
-from ..engine_registry import WARM, EngineDir, EngineLock, warm_servers
+from ..engine_registry import WARM, EngineDir, EngineLock, clean, warm_servers
 from .forked_process import can_fork
 from .prediction_store import programs
 from .questions import (
@@ -162,16 +162,20 @@ def start(first: Question, idle_s: float) -> EngineDir:
             process.stdin.flush()
             said = process.stdout.readline()
     except BaseException:
-        process.kill()
-        process.wait()
+        _end(process)
         raise
     for server in warm_servers():
         if said == READY and (info := server.info()) is not None and info.pid == process.pid:
             process.returncode = 0  # no warning about a child that is still running
             return server
+    _end(process)
+    raise UserError(f"nothing can be kept warm: {said.decode(errors='replace').strip() or 'its process has ended'}")
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
     process.kill()
     process.wait()
-    raise UserError(f"nothing can be kept warm: {said.decode(errors='replace').strip() or 'its process has ended'}")
+    clean()  # its folder is there already
 
 
 # --- the server ------------------------------------------------------------------

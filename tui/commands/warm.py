@@ -8,6 +8,7 @@ import sys
 from ...engine.engine_registry import warm_servers
 from ...engine.prediction.questions import Question
 from ...engine.prediction.warm_server import start, warm_process
+from ..interrupt import answered_by, raise_interrupt
 from .common import add_run_flags, config_from, end_progress, seconds, tell
 from .estimate import add_gpu_flag, chosen_gpu
 
@@ -33,7 +34,8 @@ def main(flags: argparse.Namespace) -> int:
         sys.stdout.write(f"it is warm already: {names}; gpumem-tui stop {names} ends it\n")
         return 0
     tell("loading what predictions need")
-    server = start(Question(config.as_dict(), card), idle_s)
+    with answered_by(raise_interrupt):  # what is not ready yet goes with this process
+        server = start(Question(config.as_dict(), card), idle_s)
     end_progress()
     sys.stdout.write(
         f"{server.name}: predictions begin at once, until nobody has asked for {flags.idle}; "
