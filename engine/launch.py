@@ -20,7 +20,7 @@ ORDER = "GPUMEM_TUI_ORDER"
 """The environment's name for what the ranks of a job are to run."""
 STAY = b"stay\n"
 """The message to an engine, after its order, that makes it outlive the process that started it."""
-REAP_WITHIN_S = 2.0
+REAP_WITHIN_S = 15.0
 RANKS_END_WITHIN_S = 5.0
 LOOK_EVERY_S = 0.02
 
