@@ -112,7 +112,7 @@ def test_what_fitted_one_step_and_not_the_next_has_moved(engine: Engine) -> None
     report = report_in(engine.run_events(limited(60 * MIB)))
     assert report.step == 2
     assert report.verdict is Verdict.MOVED, report.reason
-    assert "step 1 fitted; since then optimizer (13." in report.reason
+    assert "step 1 fitted; new since then, and there to stay: optimizer (13." in report.reason
 
 
 def test_a_limit_that_suffices_changes_nothing_but_what_the_gauge_says(engine: Engine) -> None:

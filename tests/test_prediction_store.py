@@ -232,6 +232,15 @@ def test_what_was_searched_for_is_known_as_well() -> None:
         assert store.get_largest(small.config) is None and store._disk.get(key) is None
 
 
+@pytest.fixture
+def alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in a process in which no other test has left a thread."""
+    count = threading.active_count
+    others = count() - 1
+    monkeypatch.setattr(threading, "active_count", lambda: max(1, count() - others))
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_copy_of_this_process_predicts_what_this_one_does() -> None:
     """It ends with its pipe, while another copy made later is still there; a killed one is replaced from scratch."""
     config = small_run()
@@ -253,6 +262,7 @@ def test_a_copy_of_this_process_predicts_what_this_one_does() -> None:
     assert first.ended is False
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_copy_that_dies_is_an_error_of_the_question_and_no_more() -> None:
     assert can_fork()
     process = PredictingProcess(forked=True)
