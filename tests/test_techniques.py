@@ -68,8 +68,8 @@ GPU_PAIRS = covering(GROUPS, possible, lambda pair: not runs_here(pair))
 def check(engine: Engine, settings: dict[str, Any], base: dict[str, Any] | None = None) -> None:
     config = configured(settings, base)
     document = engine.run(config)
-    if document["unknown_bytes_max"] and config.text("parallel") != "none":
-        # A thread of gloo's that waits for its turn still has what it has sent: not twice in a row.
+    if document["unknown_bytes_max"] and config.text("parallel") != "none" and not torch.cuda.is_available():
+        # Seen twice in whole runs and never again: gloo's thread, it seems, still had what it had sent. Not twice.
         document = engine.run(config)
     assert document["failure"] is None
     steps, peak = document["steps"], document["peak"]
