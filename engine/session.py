@@ -15,8 +15,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from . import techniques
+from .cached_memory import CachedMemory
 from .config import RunConfig, UserError, one_line
-from .events import StepTrace
+from .events import Gauge, StepTrace
 from .feed import Command, Feed, Pause, Published, Save, Start, Stop, ViewerRole
 from .out_of_memory.kept import keep
 from .publisher import RunPublisher
@@ -54,7 +55,7 @@ class Session(Published):
     ) -> None:
         self._wanted, self._peers = device, peers
         self._feed = Feed(name, on_trace, peers.rank if peers is not None else 0)
-        self._publisher = RunPublisher(self._feed)
+        self._publisher, self._cached = RunPublisher(self._feed), CachedMemory()
         self._commands: queue.Queue[Start | Stop | None] = queue.Queue()
         self._resume = threading.Event()
         self._resume.set()
@@ -156,7 +157,9 @@ class Session(Published):
             self._feed.tell(Refused(text=self._refused))
             self._idle.set()
             return
-        gauge = threading.Thread(target=self._publisher.gauge_forever, args=(self._closing,), name="gauge", daemon=True)
+        gauge = threading.Thread(
+            target=self._publisher.gauge_forever, args=(self._closing, self._read_gauge), name="gauge", daemon=True
+        )
         gauge.start()
         while not self._lost:
             try:
@@ -164,11 +167,14 @@ class Session(Published):
                     break
                 if isinstance(command, Start):
                     self._run_and_report(command.config)
+                if self._commands.empty():
+                    self._cached.settled()
             except Exception as error:  # a device that has failed fails again when it is cleaned up; a rank has gone
                 self._lost = self._peers is not None
                 self._feed.tell(RunFailed(text=one_line(error), detail=traceback.format_exc()))
             if self._commands.empty():
                 self._idle.set()
+        self._cached.close()
         self._idle.set()
 
     def _next(self) -> Start | Stop | None:
@@ -182,6 +188,10 @@ class Session(Published):
         if peers is not None and not isinstance(command, Stop):  # what is stopped has been left already
             peers.tell(command)
         return command
+
+    def _read_gauge(self) -> Gauge:
+        self._cached.quiet()
+        return self._publisher.read_gauge()
 
     def _look_around(self) -> None:
         from . import device
@@ -226,7 +236,7 @@ class Session(Published):
         assert self._device is not None
         self._recorder = self._recorder_for(config)
         run = TrainedRun(
-            config, self._device, self._recorder, self._feed, self._publisher, self._peers,
+            config, self._device, self._recorder, self._feed, self._publisher, self._cached, self._peers,
             between=self._between, leave_if_asked=self._leave_if_asked,
         )  # fmt: skip
         self._running = True

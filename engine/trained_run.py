@@ -21,6 +21,7 @@ from .techniques.parallel import ranks
 if TYPE_CHECKING:
     import torch
 
+    from .cached_memory import CachedMemory
     from .peers import Peers
     from .tracing.owners import Paged
     from .tracing.recorder import Recorder
@@ -41,6 +42,7 @@ class TrainedRun:
         recorder: The recorder of allocations on it, with nothing of a run in them.
         feed: Gets the events.
         publisher: Publishes the run, which has begun there.
+        cached: Memory that the run before may still be giving back, and this one will.
         peers: The other ranks, if it is one of several.
         between: Called before every micro-batch; holds the loop while it is paused, raises `RunLeft` to end it.
         leave_if_asked: Called before every weight that is loaded; raises `RunLeft` to end the run.
@@ -53,6 +55,7 @@ class TrainedRun:
         recorder: Recorder,
         feed: Feed,
         publisher: RunPublisher,
+        cached: CachedMemory,
         peers: Peers | None,
         between: Callable[[], None],
         leave_if_asked: Callable[[], None],
@@ -60,16 +63,14 @@ class TrainedRun:
         from .tracing.tracer import DESCRIBED, Tracer
 
         self._config, self._device, self._recorder = config, device, recorder
-        self._feed, self._publisher, self._peers = feed, publisher, peers
+        self._feed, self._publisher, self._cached, self._peers = feed, publisher, cached, peers
         self._between, self._leave_if_asked = between, leave_if_asked
         self._managed: list[Paged] = []
-        self._baseline_bytes = recorder.allocated_bytes()
+        self._baseline_bytes: int | None = None
         publish_every_s = GAUGE_EVERY_S if recorder.always_on else 1.0
         described = min(DESCRIBED, config.steps or DESCRIBED)
         self._tracer = Tracer(recorder, publisher.publish_trace, publisher.recomputed, publish_every_s, described)
         publisher.attach(recorder, self._tracer, config.trace == "every")
-        if peers is not None or not publisher.context_is_known:  # of ranks, NCCL has changed as well
-            publisher.measure_context()
 
     def train(self) -> str | None:
         """Load and train.
@@ -106,11 +107,12 @@ class TrainedRun:
         self._tracer.release()
         if self._peers is not None and problem is None:
             self._peers.let_go(self._device)
-        publisher, baseline = self._publisher, self._baseline_bytes
+        publisher, baseline = self._publisher, self._reach_device()
         pinned = publisher.pinned_bytes()
         self._free_all()
         managed, publisher.managed_bytes = publisher.managed_bytes, self._free_paged()
         leaked = self._recorder.allocated_bytes() - baseline + publisher.managed_bytes
+        self._cached.give_back(self._device)
         steps, wanted = publisher.steps, self._config.steps
         reason = "failed" if problem else "stopped" if wanted == 0 or steps < wanted else "done"
         note = f", {baseline / 2**20:.1f} MiB kept by cuBLAS" if baseline else ""
@@ -127,6 +129,16 @@ class TrainedRun:
         )
 
     # --- before the first step --------------------------------------------------------
+
+    def _reach_device(self) -> int:
+        """Wait for the device to be as the run before has left it; returns the bytes that are allocated then."""
+        self._cached.settled()
+        publisher = self._publisher
+        if self._baseline_bytes is None:
+            self._baseline_bytes = self._recorder.allocated_bytes()
+            if self._peers is not None or not publisher.context_is_known:  # of ranks, NCCL has changed as well
+                publisher.measure_context()
+        return self._baseline_bytes
 
     def _plan(self) -> Plan:
         """Everything decided, and what of it is worth a word said."""
@@ -165,6 +177,7 @@ class TrainedRun:
 
         # Outside the recording: importing libraries makes tensors that stay.
         plan = self._plan()
+        self._reach_device()
         gc.freeze()  # so that collecting afterwards looks at what the run has made and not at the libraries
         with (
             applied(plan.recipe.allocator, self._device),
@@ -207,6 +220,7 @@ class TrainedRun:
     # --- behind it ----------------------------------------------------------------------
 
     def _free_all(self) -> None:
+        """Let go of all that the run has made: it is the allocator's again."""
         import torch
 
         from .tracing.owners import drop_library_caches
@@ -217,10 +231,6 @@ class TrainedRun:
         torch.zeros((), requires_grad=True).backward()
         gc.collect()
         gc.unfreeze()
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
-            torch.cuda.empty_cache()
-            torch._C._host_emptyCache()  # pinned memory of what was offloaded
 
     def _free_paged(self) -> int:
         """Give back managed memory; returns the bytes that are still there."""
