@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
-from typing import Any
+import random
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import pytest
@@ -13,10 +13,12 @@ import pytest
 from gpumem_tui.engine import techniques
 from gpumem_tui.engine.config import RunConfig, UserError, Value
 from gpumem_tui.engine.prediction import advice
-from gpumem_tui.engine.prediction.advice import Advised, Answer, advise
+from gpumem_tui.engine.prediction.advice import Advised, advise
+from gpumem_tui.engine.prediction.combination_search import MOST_COMBINATIONS
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.questions_in_order import Answer, Learn, QuestionsInOrder, Work
 from gpumem_tui.engine.run import Run, RunId, RunKind
 from gpumem_tui.engine.technique import Effect
 from gpumem_tui.profiles import preset, run_fields
@@ -47,10 +49,7 @@ class Recorded:
     def effect(self, changes: Mapping[str, Value]) -> Effect:
         return techniques.effect(self.config, self.config.with_(changes))
 
-    def predict_all(self, configs: Sequence[RunConfig]) -> list[Answer]:
-        return [self._predict(config) for config in configs]
-
-    def _predict(self, config: RunConfig) -> Answer:
+    def predict(self, config: RunConfig) -> Answer:
         changes = {name: config[name] for name in techniques.all_options() if config[name] != self.config[name]}
         table = self.bytes.get(frozenset(changes.items()))
         if table is None:  # a combination of more than three
@@ -71,10 +70,22 @@ def outcome(config: RunConfig, by_phase: dict[str, dict[str, int]], memory_bytes
     )
 
 
+def in_turn(answer: Callable[[RunConfig], Answer]) -> Work:
+    """One configuration after the other."""
+
+    def work(first: Sequence[RunConfig], learn: Learn) -> Iterator[None]:
+        questions = QuestionsInOrder(first, learn)
+        while (question := questions.take()) is not None:
+            questions.answer(question[0], answer(question[1]))
+            yield
+
+    return work
+
+
 def searched(name: str, monkeypatch: pytest.MonkeyPatch) -> tuple[Recorded, Advised]:
     recorded = Recorded(name)
     monkeypatch.setattr(advice, "single_changes", lambda _: map(dict, recorded.case.changes))
-    return recorded, advise(recorded.config, recorded.predict_all)
+    return recorded, advise(recorded.config, in_turn(recorded.predict))
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -87,7 +98,7 @@ def test_nothing_that_saves_more_is_missed_among_all_pairs_and_triples(
     best = min(map(recorded.peak_bytes, (c for c in map(dict, recorded.bytes) if recorded.effect(c) <= most)))
     found = [a.prediction.peak_bytes for a in (*advised.alone, *advised.combined) if a.effect <= most]
     assert min([advised.now.peak_bytes, *found]) <= best * 1.01
-    assert recorded.asked <= 1 + len(recorded.case.changes) + advice.MOST_ROUNDS * advice.EACH_ROUND * len(Effect)
+    assert recorded.asked <= 1 + len(recorded.case.changes) + MOST_COMBINATIONS * len(Effect)
     assert recorded.asked < len(recorded.bytes) / 3
 
 
@@ -116,6 +127,34 @@ def test_what_cannot_help_is_not_predicted(monkeypatch: pytest.MonkeyPatch) -> N
     assert recorded.asked <= 17
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_how_long_each_answer_takes_changes_nothing(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process that answers at once asks what several do whose answers come in any order."""
+    recorded = Recorded(name)
+    monkeypatch.setattr(advice, "single_changes", lambda _: map(dict, recorded.case.changes))
+
+    def several(processes: int, chance: random.Random) -> tuple[list[RunConfig], list[str]]:
+        asked: list[RunConfig] = []
+
+        def work(first: Sequence[RunConfig], learn: Learn) -> Iterator[None]:
+            questions, taken = QuestionsInOrder(first, learn), list[tuple[int, RunConfig]]()
+            while questions.waiting or taken:
+                while questions.waiting and len(taken) < processes:
+                    taken += [some] if (some := questions.take()) is not None else []
+                number, config = taken.pop(chance.randrange(len(taken)))
+                asked.append(config)
+                questions.answer(number, recorded.predict(config))
+                yield
+
+        advised = advise(recorded.config, work)
+        asked.sort(key=repr)
+        return asked, [one.text for one in (*advised.alone, *advised.combined)]
+
+    chance = random.Random(name)
+    alone = several(1, chance)
+    assert all(several(processes, chance) == alone for processes in (2, 2, 3, 4, 16))
+
+
 # --- by hand ------------------------------------------------------------------------
 
 
@@ -135,12 +174,8 @@ def pretended(config: RunConfig) -> Answer:
     return outcome(config, by_phase, 60 * GIB)
 
 
-def pretend(configs: Sequence[RunConfig]) -> list[Answer]:
-    return [pretended(config) for config in configs]
-
-
 def test_what_keeps_the_mathematics_comes_first_and_another_optimizer_last() -> None:
-    advised = advise(small_run(), pretend)
+    advised = advise(small_run(), in_turn(pretended))
     assert advised.now.peak_bytes == 100 * GIB
     alone = [(one.text, one.effect, one.saved_bytes // GIB) for one in advised.alone]
     values = [value for value in techniques.registry()["checkpointing"].switch.choices if value != "off"]
@@ -154,7 +189,7 @@ def test_what_keeps_the_mathematics_comes_first_and_another_optimizer_last() -> 
 
 def test_costs_that_are_nothing_are_not_among_others() -> None:
     free, dear = {"kv_cache": False, "optimizer": "adamw-fused"}, {"loss": "chunked"}
-    now = advise(small_run(), pretend).now
+    now = advise(small_run(), in_turn(pretended)).now
     assert advice._costs(free, now) == "nothing to speak of"
     assert advice._costs(free | dear, now) == techniques.registry()["loss"].cost_of("chunked")
 
@@ -162,7 +197,7 @@ def test_costs_that_are_nothing_are_not_among_others() -> None:
 @pytest.mark.parametrize("columns", [30, 40, 60, 80])
 def test_a_setting_is_never_broken_between_lines(columns: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("COLUMNS", str(columns))
-    now = advise(small_run(), pretend).now
+    now = advise(small_run(), in_turn(pretended)).now
     changes: dict[str, Value] = {"optimizer": "cpu-offload", "loss": "linear-cross-entropy", "trainable": "last-layers"}
     one = advice.Advice(changes, now, 1 << 30, Effect.NONE, advice._costs(changes, now))
     words = " ".join(_table("together", [one])).split()
@@ -170,7 +205,7 @@ def test_a_setting_is_never_broken_between_lines(columns: int, monkeypatch: pyte
 
 
 def test_what_needs_another_change_to_be_possible_is_tried_beside_it() -> None:
-    advised = advise(small_run(), pretend)
+    advised = advise(small_run(), in_turn(pretended))
     best = min(advised.combined, key=lambda one: one.prediction.peak_bytes)
     assert set(best.changes) == {"lora", "checkpointing", "quantization"}
     assert best.prediction.peak_bytes == 10 * GIB
@@ -178,7 +213,9 @@ def test_what_needs_another_change_to_be_possible_is_tried_beside_it() -> None:
 
 def test_every_change_of_a_combination_counts() -> None:
     """Adapters leave no optimizer state: another optimizer beside them is no advice."""
-    assert not any({"lora", "optimizer"} <= set(one.changes) for one in advise(small_run(), pretend).combined)
+    assert not any(
+        {"lora", "optimizer"} <= set(one.changes) for one in advise(small_run(), in_turn(pretended)).combined
+    )
 
 
 def test_of_values_that_hold_the_same_one_is_tried() -> None:
@@ -204,23 +241,18 @@ def test_what_another_setting_decides_is_no_advice() -> None:
 
 
 def test_a_saving_under_a_mebibyte_is_none() -> None:
-    def nearly_the_same(configs: Sequence[RunConfig]) -> list[Answer]:
-        answers = pretend(configs)
-        for n, config in enumerate(configs):
-            found = answers[n]
-            if isinstance(found, Prediction) and config["attention"] == "sdpa":
-                answers[n] = dataclasses.replace(found, peak_bytes=found.peak_bytes - 1000)
-        return answers
+    def nearly_the_same(config: RunConfig) -> Answer:
+        found = pretended(config)
+        if isinstance(found, Prediction) and config["attention"] == "sdpa":
+            found = dataclasses.replace(found, peak_bytes=found.peak_bytes - 1000)
+        return found
 
-    assert not any("attention" in one.changes for one in advise(small_run(), nearly_the_same).alone)
+    assert not any("attention" in one.changes for one in advise(small_run(), in_turn(nearly_the_same)).alone)
 
 
 def test_a_run_that_cannot_be_predicted_gets_no_advice() -> None:
-    def nothing(configs: Sequence[RunConfig]) -> list[Any]:
-        return [UserError("this cannot be predicted") for _ in configs]
-
     with pytest.raises(UserError, match="this cannot be predicted"):
-        advise(small_run(), nothing)
+        advise(small_run(), in_turn(lambda _: UserError("this cannot be predicted")))
 
 
 def test_qlora_of_8b_comes_to_fit_a_24_gib_card_with_the_same_batch_sequence_and_mathematics(
@@ -229,17 +261,11 @@ def test_qlora_of_8b_comes_to_fit_a_24_gib_card_with_the_same_batch_sequence_and
     """The logits of 8192 tokens over 128,256 words are what is too much."""
     settings = techniques.parse(preset("qlora").settings | {"batch_size": 2, "seq_len": 4096}, "test")
     config, card = techniques.configure(run_fields("llama-3.1-8b"), settings), gpu("RTX 4090")
-
-    def predicted(configs: Sequence[RunConfig]) -> list[Answer]:
-        return [predict(one, card) for one in configs]
-
     harmless = [c for c in advice.single_changes(config) if _keeps_everything(config, c)]
     few: list[Mapping[str, Value]] = [{"loss": "chunked"}, {"offload": "checkpoints"}]  # a second each
     assert all(changes in harmless for changes in few)
     monkeypatch.setattr(advice, "single_changes", lambda _: few)
-    monkeypatch.setattr(advice, "MOST_ROUNDS", 1)
-    monkeypatch.setattr(advice, "EACH_ROUND", 1)
-    found = advise(config, predicted)
+    found = advise(config, in_turn(lambda one: predict(one, card)))
     assert not found.now.fits
     fitting = [one for one in (*found.alone, *found.combined) if one.prediction.fits]
     assert fitting and all(one.effect is Effect.NONE for one in fitting)

@@ -7,28 +7,16 @@ many to predict, so that what is known of some has to tell which others are wort
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import combinations, product
 
 from .. import techniques
 from ..config import RunConfig, UserError, Value, show
 from ..technique import Effect, Technique
+from .combination_search import CombinationSearch
 from .outcome import Prediction
-from .outlook import LEAST_EFFECT, Change, Combination, Outlook
-
-Answer = Prediction | UserError
-PredictAll = Callable[[Sequence[RunConfig]], Sequence[Answer]]
-
-LARGEST_COMBINATION = 4
-MOST_ROUNDS, EACH_ROUND = 4, 2
-"""In each, what promises most is predicted, and what comes of it is learnt from."""
-
-LEAST_GAIN = 0.01
-"""Share of the peak that a combination has to promise beyond the best known, to be predicted."""
-
-MOST_PESSIMISM = 0.1
-"""Share of the peak: a combination expected to be worse than the best by more is not predicted."""
+from .outlook import LEAST_EFFECT, Change, Combination
+from .questions_in_order import Answer, Work
 
 LEAST_SAVING_BYTES = 1 << 20
 """A saving of less is none."""
@@ -73,18 +61,18 @@ class Advised:
     combined: list[Advice]
 
 
-def advise(config: RunConfig, predict_all: PredictAll) -> Advised:
+def advise(config: RunConfig, work: Work) -> Advised:
     """Find the changes that save most at the predicted peak; see `stages`."""
-    *_, found = stages(config, predict_all)
+    *_, found = stages(config, work)
     return found
 
 
-def stages(config: RunConfig, predict_all: PredictAll) -> Iterator[Advised]:
+def stages(config: RunConfig, work: Work) -> Iterator[Advised]:
     """Find the changes that save most at the predicted peak, and tell of them as they become known.
 
     Args:
         config: The run as it is.
-        predict_all: Predicts several configurations; an error for one that cannot run.
+        work: Has configurations predicted, as `several.Several.work` does.
 
     Yields:
         The run as it is; with all single changes; with their combinations.
@@ -92,13 +80,15 @@ def stages(config: RunConfig, predict_all: PredictAll) -> Iterator[Advised]:
     Raises:
         UserError: The run as it is cannot be predicted.
     """
-    search = _Search(config, predict_all)
-    yield search.result()
-    search.alone()
-    yield search.result()
-    search.beside_others()
-    search.together()
-    yield search.result()
+    search = _Advising(config)
+    told = 0
+    for _ in work([config], search.learn):
+        while told < search.stage:
+            told += 1
+            yield search.result()
+    while told < _STAGES:
+        told += 1
+        yield search.result()
 
 
 def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
@@ -155,130 +145,66 @@ def _made_sound(config: RunConfig, changes: dict[str, Value]) -> dict[str, Value
     return None
 
 
-class _Search:
-    """One search, from the changes alone to their combinations.
+_STAGES = 3
+
+
+class _Advising:
+    """A search from its first question to its advice.
 
     Args:
         config: The run as it is.
-        predict_all: Predicts several configurations.
     """
 
-    def __init__(self, config: RunConfig, predict_all: PredictAll) -> None:
-        self._config, self._predict_all = config, predict_all
-        answer = predict_all([config])[0]
+    def __init__(self, config: RunConfig) -> None:
+        self._config = config
+        self._search: CombinationSearch | None = None
+
+    @property
+    def stage(self) -> int:
+        """Stages that have been reached, but for the last one, which ends it."""
+        return 0 if self._search is None else 1 + self._search.alone_is_known
+
+    def learn(self, answer: Answer) -> Sequence[RunConfig]:
+        """Take in an answer, of the run as it is first of all."""
+        if self._search is not None:
+            return self._search.learn(answer)
         if isinstance(answer, UserError):
             raise answer
-        self.now = answer
-        self._outlook = Outlook(answer)
-        self._asked: set[Combination] = {Combination()}
-        self._effects: dict[Change, Effect] = {}
-        for settings in single_changes(config):
+        effects: dict[Change, Effect] = {}
+        for settings in sorted(single_changes(self._config), key=lambda one: -_micro_batches(self._config, one)):
             change = Change(tuple(settings.items()))
             if could_help(answer, techniques.registry()[change.technique]):
-                self._effects[change] = techniques.effect(config, config.with_(settings))
-
-    def alone(self) -> None:
-        """Predict each change by itself, where it can be."""
-        self._ask([Combination((change,)) for change in self._effects if self._is_allowed([change])])
-
-    def beside_others(self) -> None:
-        """Predict what cannot be by itself beside the change that leaves the least of those that it can be beside."""
-        known = self._outlook.known
-        partners = sorted(self._outlook.changes, key=lambda change: known[Combination((change,))].peak_bytes)
-        pairs = []
-        for change in self._effects:
-            if not self._is_allowed([change]):
-                others = (other for other in partners if other.technique != change.technique)
-                partner = next((other for other in others if self._is_allowed([change, other])), None)
-                pairs += [Combination((change, partner))] if partner is not None else []
-        self._ask(pairs)
-
-    def together(self) -> None:
-        """Predict the combinations that promise most, again and again, until none promises more than what is known."""
-        for _ in range(MOST_ROUNDS):
-            promised = {one: self._outlook.expected_peak_bytes(one) for one in self._combinations()}
-            wanted = [one for effect in Effect for one in self._most_promising(promised, effect)]
-            if not wanted:
-                return
-            self._ask(wanted)
+                effects[change] = techniques.effect(self._config, self._config.with_(settings))
+        self._search = CombinationSearch(self._config, answer, effects)
+        return self._search.alone()
 
     def result(self) -> Advised:
         """The changes found so far."""
-        found = [self._advice(one) for one in self._outlook.known if one and self._counts(one)]
+        assert self._search is not None
+        known, now = self._search.outlook.known, self._search.outlook.known[Combination()]
+        found = [self._advice(one, now) for one in known if one and self._search.counts(one, LEAST_SAVING_BYTES)]
         found.sort(key=lambda advice: (advice.effect, -advice.saved_bytes))
         single = {id(advice) for advice in found if sum(name in techniques.registry() for name in advice.changes) == 1}
         return Advised(
-            self.now,
+            now,
             [advice for advice in found if id(advice) in single],
             [advice for advice in found if id(advice) not in single],
         )
 
-    def _is_allowed(self, changes: Sequence[Change]) -> bool:
-        try:
-            techniques.check(self._config.with_(Combination(changes).settings))
-        except UserError:
-            return False
-        return True
-
-    def _ask(self, wanted: Sequence[Combination]) -> None:
-        new = [one for one in dict.fromkeys(wanted) if one not in self._asked]
-        self._asked.update(new)
-        answers = self._predict_all([self._config.with_(one.settings) for one in new])
-        for one, answer in zip(new, answers, strict=True):
-            if isinstance(answer, Prediction):
-                self._outlook.learn(one, answer)
-
-    def _combinations(self) -> Iterator[Combination]:
-        """Combinations not asked for yet, of changes of different techniques that lower something."""
-        by_technique: dict[str, list[Change]] = {}
-        for change in self._outlook.useful(self._effects):
-            by_technique.setdefault(change.technique, []).append(change)
-        for size in range(2, LARGEST_COMBINATION + 1):
-            for some in combinations(by_technique.values(), size):
-                yield from (one for one in map(Combination, product(*some)) if one not in self._asked)
-
-    def _most_promising(self, promised: Mapping[Combination, int], effect: Effect) -> list[Combination]:
-        """The combinations most worth predicting among those with no more effect than this.
-
-        Those expected to be better than the best known come first. When none is left, those follow that have one
-        change more than the best and are not expected to be much worse: a change may turn out well where another
-        has taken away what it is bad for. Of combinations that promise as much, the smallest is taken.
-        """
-        known = self._outlook.known
-        best = min((one for one in known if self._effect(one) <= effect), key=lambda one: known[one].peak_bytes)
-        peak = known[best].peak_bytes
-        step = max(1, int(peak * LEAST_GAIN))
-        allowed = {one: size for one, size in promised.items() if self._effect(one) <= effect}
-        worth_it = [one for one, size in allowed.items() if size < peak - step]
-        worth_it = worth_it or [
-            one for one, size in allowed.items() if one > best and step < size - peak < peak * MOST_PESSIMISM
-        ]
-        chosen: list[Combination] = []
-        for one in sorted(worth_it, key=lambda one: (promised[one] // step, len(one))):
-            if len(chosen) == EACH_ROUND:
-                break
-            more = any(part < one and promised[part] - promised[one] < step for part in chosen)
-            if not more and self._is_allowed([*one]):
-                chosen.append(one)
-        return chosen
-
-    def _effect(self, one: Combination) -> Effect:
-        return max((self._effects[change] for change in one), default=Effect.NONE)
-
-    def _counts(self, one: Combination) -> bool:
-        """True if it saves something, and more than any part of it that is known."""
-        known = self._outlook.known
-        parts = (known[part].peak_bytes for part in one.parts() if part in known)
-        return min(parts) - known[one].peak_bytes >= LEAST_SAVING_BYTES
-
-    def _advice(self, one: Combination) -> Advice:
-        predicted = self._outlook.known[one]
+    def _advice(self, one: Combination, now: Prediction) -> Advice:
+        assert self._search is not None
+        predicted = self._search.outlook.known[one]
         order = list(techniques.registry())
         ordered = sorted(one, key=lambda change: order.index(change.technique))
         settings = {name: value for change in ordered for name, value in change.settings}
-        saved = self.now.peak_bytes - predicted.peak_bytes
+        saved = now.peak_bytes - predicted.peak_bytes
         effect = techniques.effect(self._config, predicted.config)
         return Advice(settings, predicted, saved, effect, _costs(settings, predicted))
+
+
+def _micro_batches(config: RunConfig, changes: Mapping[str, Value]) -> int:
+    """Micro-batches of a step with a change: predicting it takes as much longer."""
+    return config.with_(changes).integer("accumulation")
 
 
 def _costs(changes: Mapping[str, Value], predicted: Prediction) -> str:

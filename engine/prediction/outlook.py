@@ -79,11 +79,13 @@ class Outlook:
         self.known: dict[Combination, Prediction] = {Combination(): now}
         self._moments: dict[Combination, Moments] = {Combination(): _moments(now)}
         self._shares: dict[Change, Moments] = {}
+        self._expected: dict[Combination, int] = {}
 
     def learn(self, combination: Combination, prediction: Prediction) -> None:
         """Take in a combination's prediction; of a pair one of which is new, also that change's share."""
         self.known[combination] = prediction
         self._moments[combination] = _moments(prediction)
+        self._expected = {one: size for one, size in self._expected.items() if not combination < one}
         new = [change for change in combination.ordered if change not in self._shares]
         rest = Combination(combination - {*new})
         if len(new) == 1 and rest in self._moments:
@@ -119,8 +121,12 @@ class Outlook:
         Of its largest known parts that counts which promises most: what is not tried for a bad promise
         stays unknown, and what is tried for a good one does not.
         """
-        known = [part for part in combination.parts() if part in self._moments]
-        return min(self._expected_from(part, combination) for part in known if len(part) == len(known[0]))
+        found = self._expected.get(combination)
+        if found is None:
+            known = [part for part in combination.parts() if part in self._moments]
+            found = min(self._expected_from(part, combination) for part in known if len(part) == len(known[0]))
+            self._expected[combination] = found
+        return found
 
     def _expected_from(self, part: Combination, combination: Combination) -> int:
         """The peak expected of a combination beside a part of it that is known."""

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 import threading
-from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
@@ -15,6 +14,7 @@ from .forked_process import can_fork
 from .gpus import Gpu
 from .outcome import Prediction
 from .predictor import Answer, PredictingProcess
+from .questions_in_order import Learn, QuestionsInOrder
 
 MOST_PROCESSES = 4
 """Each that is no copy loads the libraries for itself, and half a gigabyte with them."""
@@ -38,22 +38,39 @@ class Several:
         self._processes: list[PredictingProcess] = []
         self._longest_s = 0.0
 
-    def all_of(self, configs: Sequence[RunConfig]) -> list[Answer]:
-        """Their predictions in order, an error for what cannot run."""
-        waiting = deque(enumerate(configs))
-        answers: dict[int, Answer] = {}
-        if len(configs) > 1 and (_at_once() or self._longest_s * len(configs) > WORTH_S):
-            self._start()
-        threads = [
-            threading.Thread(target=_work, args=(waiting, answers, self._there(process)), daemon=True)
-            for process in self._processes[: len(configs) - 1]
-        ]
-        for thread in threads:
-            thread.start()
-        _work(waiting, answers, self._here)
-        for thread in threads:
-            thread.join()
-        return [answers[nth] for nth in range(len(configs))]
+    def work(self, first: Sequence[RunConfig], learn: Learn) -> Iterator[None]:
+        """Have configurations predicted, those first, and whatever `learn` wants beside them.
+
+        Args:
+            first: To predict.
+            learn: See `Learn`; an error is of a configuration that cannot run.
+
+        Yields:
+            Whenever this process has predicted one itself.
+        """
+        questions = QuestionsInOrder(first, learn)
+        threads: list[threading.Thread] = []
+        try:
+            while (question := questions.take()) is not None:
+                if not threads and questions.waiting and self._is_worth_it(1 + questions.waiting):
+                    self._start()
+                    threads = [
+                        threading.Thread(target=_work, args=(questions, self._there(process)), daemon=True)
+                        for process in self._processes
+                    ]
+                    for thread in threads:
+                        thread.start()
+                number, config = question
+                questions.answer(number, self._here(config))
+                yield
+        except BaseException as error:
+            questions.fail(error)
+            for process in self._processes:
+                process.kill()  # nobody waits for the answers that are under way
+            raise
+        finally:
+            for thread in threads:
+                thread.join()
 
     def another(self) -> Callable[[RunConfig], Prediction] | None:
         """Predictions by another process, on another thread than this; None if it would take longer than it saves."""
@@ -63,6 +80,9 @@ class Several:
             return None
         process = self._processes[0]
         return lambda config: process.known_or_predicted(config, self._gpu)
+
+    def _is_worth_it(self, questions: int) -> bool:
+        return _at_once() or self._longest_s * questions > WORTH_S
 
     def _start(self) -> None:
         if not self._processes:
@@ -109,13 +129,11 @@ def several(gpu: Gpu, predict: Callable[[RunConfig], Prediction]) -> Iterator[Se
         made.close()
 
 
-def _work(
-    waiting: deque[tuple[int, RunConfig]], answers: dict[int, Answer], ask: Callable[[RunConfig], Answer]
-) -> None:
-    """Take what waits until nothing does."""
-    while True:
-        try:
-            nth, config = waiting.popleft()
-        except IndexError:
-            return
-        answers[nth] = ask(config)
+def _work(questions: QuestionsInOrder, ask: Callable[[RunConfig], Answer]) -> None:
+    """Answer what waits until there is no more."""
+    try:
+        while (question := questions.take()) is not None:
+            number, config = question
+            questions.answer(number, ask(config))
+    except BaseException as error:
+        questions.fail(error)

@@ -46,7 +46,7 @@ def main(flags: argparse.Namespace) -> int:
             sys.stdout.flush()  # each answer as soon as it is known
 
     with several(card, predict) as predictions:
-        known = stages(config, predictions.all_of)
+        known = stages(config, predictions.work)
         say(_now(next(known)))
         say(_lines(_table("one change", next(known).alone)))
         advised = next(known)
