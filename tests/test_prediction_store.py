@@ -22,10 +22,10 @@ from gpumem_tui.engine.prediction import known, prediction_store
 from gpumem_tui.engine.prediction import predict as predict_module
 from gpumem_tui.engine.prediction.disk_cache import DiskCache
 from gpumem_tui.engine.prediction.forked_process import ForkedProcess, can_fork
-from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.gpus import Gpu, gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.prediction_store import PredictionStore, key_of
-from gpumem_tui.engine.prediction.predictor import PredictingProcess, Predictor
+from gpumem_tui.engine.prediction.predictor import Answer, PredictingProcess, Predictor
 from gpumem_tui.engine.prediction.several import Several
 
 from .conftest import small_run
@@ -158,7 +158,7 @@ def test_what_is_known_is_told_without_torch(kept: Path) -> None:
         import json, sys
         from gpumem_tui.engine import techniques
         from gpumem_tui.engine.prediction.gpu_here import gpu_here
-        from gpumem_tui.engine.prediction.gpus import gpu
+        from gpumem_tui.engine.prediction.gpus import Gpu, gpu
         from gpumem_tui.engine.prediction.known import predicted
         from gpumem_tui.tui.commands import advise, estimate
         config = techniques.parse_config(json.load(sys.stdin), "standard input")
@@ -281,20 +281,48 @@ def test_a_copy_that_dies_is_an_error_of_the_question_and_no_more() -> None:
 
 
 def test_where_there_is_much_to_predict_another_process_predicts_beside(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The answers are in the order of the questions, whoever had them; what cannot run is an error."""
+    """Answers are learnt in the order of the questions, whoever had them; what cannot run is an error."""
     monkeypatch.setattr("gpumem_tui.engine.prediction.several.WORTH_S", 0.0)
     here: list[RunConfig] = []
+    learnt: list[Answer] = []
 
     def predict_here(config: RunConfig) -> Prediction:
         here.append(config)
         return predict_module.predict(config, H100)
 
     configs = [small_run(batch_size=n) for n in (1, 2, 3)] + [small_run(**{"lora": True, "lora.targets": "none_such"})]
+
+    def learn(answer: Answer) -> list[RunConfig]:
+        learnt.append(answer)
+        return configs if len(learnt) == 1 else []
+
     with closing(Several(H100, predict_here, processes=2)) as both:
-        first = both.all_of(configs[:1])
-        answers = both.all_of(configs)
+        assert sum(1 for _ in both.work(configs[:1], learn)) == len(here) < 1 + len(configs)
+    first, *answers = learnt
     assert isinstance(answers[3], UserError)
     assert [one.config.batch_size for one in answers[:3] if isinstance(one, Prediction)] == [1, 2, 3]
-    assert isinstance(first[0], Prediction) and isinstance(answers[0], Prediction)
-    assert first[0].peak_bytes == answers[0].peak_bytes
-    assert len(here) < 1 + len(configs)
+    assert isinstance(first, Prediction) and isinstance(answers[0], Prediction)
+    assert first.peak_bytes == answers[0].peak_bytes
+
+
+def test_what_goes_wrong_beside_is_raised_where_the_questions_come_from() -> None:
+    """It ends the work: what is under way there is nobody's any more."""
+    configs = [small_run(batch_size=n) for n in (1, 2, 3)]
+    at_work = threading.Event()
+
+    def breaks(_process: PredictingProcess, config: RunConfig, _gpu: Gpu) -> Prediction:
+        at_work.set()
+        raise RuntimeError(f"a fault of the program: {config.batch_size}")
+
+    def waits(config: RunConfig) -> Prediction:
+        assert at_work.wait(60)
+        raise UserError("this cannot be predicted")
+
+    with (
+        patch.object(PredictingProcess, "known_or_predicted", breaks),
+        patch.object(PredictingProcess, "start", lambda _: None),
+        closing(Several(H100, waits, processes=2)) as both,
+        patch("gpumem_tui.engine.prediction.several.WORTH_S", -1.0),
+        pytest.raises(RuntimeError, match="a fault of the program: 2"),
+    ):
+        [*both.work(configs, lambda _: [])]

@@ -83,7 +83,8 @@ from gpumem_tui.engine.prediction.several import Several
 card, configs = gpu("H100 80GB"), [techniques.parse_config(one, "the test") for one in json.load(sys.stdin)]
 answers = [predicted(configs[0], card)]
 both = Several(card, lambda config: predicted(config, card), processes=2)
-answers += both.all_of(configs[1:])
+for _ in both.work(configs[1:], lambda answer: answers.append(answer) or []):
+    pass
 print(json.dumps([[one.peak_bytes for one in answers], len(both._processes), "torch" in sys.modules]))
 both.close()
 """
