@@ -38,7 +38,7 @@ def load(plan: Plan, reading: Callable[[str], None]) -> Model:
                     return getattr(transformers, plan.task.auto_class).from_pretrained(config.model, **arguments)
             except OSError as error:
                 raise UserError(f"{config.model}: {one_line(error)}") from None
-        shell, persistent = plan.shell, plan.shell.state_dict()
+        shell, persistent = plan.shell, plan.shell.state_dict(keep_vars=True)
         generator = torch.Generator(device).manual_seed(config.seed)
         weights = {
             name: _RandomWeight(

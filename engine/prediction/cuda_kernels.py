@@ -39,6 +39,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         **recurrent_cells.kernels(gpu),
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
+        aten.lift_fresh.default: _lift_fresh,
         aten.rand.default: _rand,
         aten._to_copy.default: _to_copy,
         aten.add.Tensor: _add,
@@ -78,19 +79,29 @@ def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
     return workspaces
 
 
+_HOST = torch.device("cpu")
+
 CUBLAS_BYTES = 8_519_680
 CUBLAS_BYTES_SM90 = 32 << 20
 CUBLASLT_BYTES = 1 << 20
 
 
-def _item(_tracker: FakeCuda, func: Any, args: Any, _kwargs: Any) -> Any:
+def _item(_tracker: FakeCuda, _func: Any, args: Any, _kwargs: Any) -> Any:
     """A number read from a tensor: what it is where it is known, and otherwise one that changes no course."""
     (tensor,) = args
-    if getattr(tensor, "constant", None) is not None:
-        return func(tensor)
+    if (constant := getattr(tensor, "constant", None)) is not None:
+        with torch._C._DisableTorchDispatch():
+            return constant.item()
     if getattr(tensor, "is_any", False):
         return False
     return True if tensor.dtype is torch.bool else 0.0 if tensor.dtype.is_floating_point else 0
+
+
+def _lift_fresh(tracker: FakeCuda, func: Any, args: Any, _kwargs: Any) -> Any:
+    """A tensor made of the host's numbers."""
+    (made,) = args
+    plain = type(made) is Tensor and made.is_contiguous() and made.device == _HOST and not made.requires_grad
+    return tracker.lifted(func, made) if plain else func(made)
 
 
 def _rand(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

@@ -65,7 +65,7 @@ class FakeCuda(OpTracker):
         self.stream = DEFAULT_STREAM
         self._drained = 0
         self._sizes: dict[int, int] = {}
-        self._kernels = kernels
+        self._kernels = {id(operator): kernel for operator, kernel in kernels.items()}  # operators hash slowly
         self._in_library = False
         self._cache = op_cache()
         self.pinned = PinnedMemory()
@@ -87,7 +87,7 @@ class FakeCuda(OpTracker):
             return args[0].fake_device
         if DTensor in types:
             return NotImplemented  # it calls the operator on its local tensor, which then comes here
-        kernel = self._kernels.get(func)
+        kernel = self._kernels.get(id(func))
         if kernel is not None:
             out = kernel(self, self.cached(func), args, kwargs or {})
         elif self.libraries and func.namespace in self.libraries:
@@ -119,6 +119,10 @@ class FakeCuda(OpTracker):
             return self._cache.call(func, args, kwargs)
 
         return call
+
+    def lifted(self, func: Any, made: torch.Tensor) -> Any:
+        """See `OpCache.lifted`."""
+        return self._cache.lifted(func, made)
 
     def _of_library(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run a library's own function for an operator of its; what that calls is seen as well."""

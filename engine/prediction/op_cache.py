@@ -8,8 +8,10 @@ that too; asking it costs ten times as much as running most operators.
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any, NamedTuple
+from operator import itemgetter
+from typing import Any
 
 import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -18,28 +20,28 @@ META = torch.device("meta")
 _make_subclass: Any = torch.Tensor._make_subclass
 """As it is without what predictions of bitsandbytes put in its place, which leaves fake tensors alone."""
 _PLAIN = (int, float, bool, str, complex, torch.dtype, torch.device, torch.layout, torch.memory_format)
+_PLAIN_TYPES = frozenset(_PLAIN)
+
+_Maker = Callable[[list[Any]], Any]
+"""Makes one part of a result from the tensors among the arguments."""
+_Recipe = tuple[type | None, tuple[_Maker, ...]]
+"""The container of what is returned, if any, and its parts: tensors, numbers, nothing."""
 
 
-class _Made(NamedTuple):
-    """One tensor that an operator returns.
+class _Operator:
+    """One operator, and its results by the descriptions of its arguments; None: they depend on more.
 
     Attributes:
-        argument: Which tensor among the arguments it is or looks into; -1: a new one.
-        same: Whether it is that very tensor.
+        func: Held, so that its number is no other's.
+        returns_nothing: It works in place on what there is.
     """
 
-    argument: int
-    same: bool
-    shape: tuple[int, ...] = ()
-    stride: tuple[int, ...] = ()
-    offset: int = 0
-    dtype: torch.dtype = torch.float32
-    device: torch.device = META
-    state: dict[str, Any] | None = None
+    __slots__ = ("func", "recipes", "returns_nothing")
 
-
-_Recipe = tuple[type | None, tuple[_Made | int | None, ...]]
-"""The container of what is returned, if any, and its parts: tensors, numbers, nothing."""
+    def __init__(self, func: Any) -> None:
+        self.func = func
+        self.recipes: dict[Any, _Recipe | None] = {}
+        self.returns_nothing = not func._schema.returns and func.namespace == "aten"
 
 
 class OpCache:
@@ -51,26 +53,63 @@ class OpCache:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
-        self._known: dict[Any, _Recipe | None] = {}
+        self._operators: dict[int, _Operator] = {}  # by id: operators hash slowly
+        self._remembered = 0
+        self._lifted: dict[Any, tuple[_Maker, bool]] = {}
 
     def call(self, func: Any, args: Any, kwargs: Any) -> Any:
         """Run an operator, or make what it would return."""
-        if not func._schema.returns and func.namespace == "aten" and _known_by_shape_only(args):
-            return None  # works in place on what there is: nothing comes of it here
+        operator = self._operators.get(id(func))
+        if operator is None:
+            operator = self._operators[id(func)] = _Operator(func)
+        if operator.returns_nothing and _known_by_shape_only(args):
+            return None
         tensors: list[Any] = []
-        parts: list[Any] = [func, torch.get_default_dtype()]
+        parts: list[Any] = [torch.get_default_dtype()]
         if not _describe(args, parts, tensors) or (kwargs and not _describe_named(kwargs, parts, tensors)):
             return func(*args, **kwargs)
         key = tuple(parts)
-        if key in self._known:
-            recipe = self._known[key]
-            return func(*args, **kwargs) if recipe is None else _make(recipe, tensors)
-        storages = [tensor.untyped_storage()._cdata for tensor in tensors]
-        out = func(*args, **kwargs)
-        if len(self._known) >= REMEMBERED:
-            self._known.clear()
-        self._known[key] = _recipe(out, tensors, storages, key)
+        recipe = operator.recipes.get(key, _NEVER_ASKED)
+        if recipe is _NEVER_ASKED:
+            before = [(_description(tensor), tensor.untyped_storage()._cdata) for tensor in tensors]
+            out = func(*args, **kwargs)
+            self._remember(operator, key, _recipe(out, tensors, before))
+            return out
+        if recipe is None:
+            return func(*args, **kwargs)
+        container, makers = recipe
+        with torch._C._DisableTorchDispatch():
+            if container is None:
+                return makers[0](tensors)
+            return container([make(tensors) for make in makers])
+
+    def lifted(self, lift: Any, made: torch.Tensor) -> Any:
+        """The fake tensor of what `torch.tensor` has made: one of a single element knows its value.
+
+        Args:
+            lift: The operator that would make it.
+            made: Contiguous, on the host, and no fake tensor.
+        """
+        key = made.shape, made.dtype
+        if key not in self._lifted:
+            out = lift(made)
+            self._lifted[key] = _new(_description(out), _state(out) | {"constant": None}), out.constant is not None
+            return out
+        make, known = self._lifted[key]
+        with torch._C._DisableTorchDispatch():
+            out = make([])
+            if known:
+                out.constant = made.clone()
+        if known:
+            self.mode.fake_tensor_converter.add_constant_storage_mapping(out)
         return out
+
+    def _remember(self, operator: _Operator, key: Any, recipe: _Recipe | None) -> None:
+        if self._remembered >= REMEMBERED:
+            self._operators.clear()
+            self._remembered = 0
+        self._remembered += 1
+        operator.recipes[key] = recipe
 
 
 @cache
@@ -89,93 +128,122 @@ def _known_by_shape_only(args: Any) -> bool:
     return isinstance(first, FakeTensor) and first.constant is None
 
 
-def _describe(value: Any, parts: list[Any], tensors: list[Any]) -> bool:
+_NEVER_ASKED: Any = object()
+
+
+def _description(tensor: Any) -> tuple[Any, ...]:
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset(), tensor.fake_device
+
+
+def _describe(values: Iterable[Any], parts: list[Any], tensors: list[Any]) -> bool:
     """Append what decides the result; False if that cannot be said."""
-    if isinstance(value, FakeTensor):
-        if value.constant is not None:
-            return False
-        parts.append((value.shape, value.stride(), value.dtype, value.storage_offset(), value.fake_device))
-        tensors.append(value)
-        return True
-    if isinstance(value, list | tuple):
-        parts.append(len(value))
-        return all(_describe(part, parts, tensors) for part in value)
-    if value is None:
-        parts.append(None)
-        return True
-    if isinstance(value, _PLAIN):
-        parts.append((type(value), value))
-        return True
-    return False
-
-
-def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[Any]) -> bool:
-    for name, value in kwargs.items():
-        parts.append(name)
-        if not _describe(value, parts, tensors):
+    for value in values:
+        if isinstance(value, FakeTensor):
+            if value.constant is not None:
+                return False
+            parts.append(_description(value))
+            tensors.append(value)
+        elif isinstance(value, list | tuple):
+            types = tuple(map(type, value))
+            if _PLAIN_TYPES.issuperset(types):
+                parts.append((types, tuple(value)))
+                continue
+            parts.append(len(value))
+            if not _describe(value, parts, tensors):
+                return False
+        elif value is None:
+            parts.append(None)
+        elif isinstance(value, _PLAIN):
+            parts.append((type(value), value))
+        elif isinstance(value, torch.Generator):
+            parts.append(torch.Generator)  # what it draws has no shape
+        else:
             return False
     return True
 
 
-def _recipe(out: Any, tensors: list[Any], storages: list[int], key: Any) -> Any:
-    """The recipe that makes the result again; None if it depends on more than the arguments' descriptions."""
-    again: list[Any] = []
-    for tensor in tensors:
-        _describe(tensor, again, [])
-    if again != [part for part in key if isinstance(part, tuple) and len(part) == 5]:
+def _describe_named(kwargs: dict[str, Any], parts: list[Any], tensors: list[Any]) -> bool:
+    parts.extend(kwargs)
+    return _describe(kwargs.values(), parts, tensors)
+
+
+def _recipe(out: Any, tensors: list[Any], before: list[tuple[Any, int]]) -> _Recipe | None:
+    """The recipe that makes the result again; None if it depends on more than the arguments' descriptions.
+
+    Args:
+        out: The result.
+        tensors: The arguments.
+        before: Their descriptions and storages, as they were before the operator ran.
+    """
+    if any(_description(tensor) != described for tensor, (described, _) in zip(tensors, before, strict=True)):
         return None  # it changed an argument's shape
     container = None if isinstance(out, torch.Tensor) or out is None else type(out)
     if container not in (None, tuple, list):
         return None
-    made: list[_Made | int | None] = []
-    for tensor in (out,) if container is None else out:
-        if tensor is None or type(tensor) is int:
-            made.append(tensor)
-            continue
-        if type(tensor) is not FakeTensor or tensor.constant is not None:
-            same = next((i for i, t in enumerate(tensors) if t is tensor), None)
-            if same is None:
-                return None
-            made.append(_Made(same, True))
-            continue
-        one = _one(tensor, tensors, storages)
-        if one is None:
+    makers = []
+    for part in (out,) if container is None else out:
+        maker = _maker(part, tensors, before)
+        if maker is None:
             return None
-        made.append(one)
-    return container, tuple(made)
+        makers.append(maker)
+    return container, tuple(makers)
 
 
-def _one(tensor: FakeTensor, tensors: list[Any], storages: list[int]) -> _Made | None:
+def _maker(out: Any, tensors: list[Any], before: list[tuple[Any, int]]) -> _Maker | None:
+    """Makes a part of the result again; None if it cannot be said how."""
+    if out is None or type(out) is int:
+        return lambda _: out
     for index, argument in enumerate(tensors):
-        if argument is tensor:
-            return _Made(index, True)
-    storage = tensor.untyped_storage()
-    shape, stride, offset = tuple(tensor.shape), tensor.stride(), int(tensor.storage_offset())
-    state = {name: value for name, value in vars(tensor).items() if name != "grad"}
-    if storage._cdata in storages:
-        return _Made(
-            storages.index(storage._cdata), False, shape, stride, offset, tensor.dtype, tensor.fake_device, state
-        )
-    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else -1
-    if offset or storage.nbytes() != (last + 1) * tensor.element_size():
+        if argument is out:
+            return itemgetter(index)
+    if type(out) is not FakeTensor or out.constant is not None:
         return None
-    return _Made(-1, False, shape, stride, 0, tensor.dtype, tensor.fake_device, state)
+    state = _state(out)
+    storage, described = out.untyped_storage(), _description(out)
+    for index, (argument, address) in enumerate(before):
+        if address == storage._cdata:
+            return _same_again(index, state) if argument == described else _view(index, described, state)
+    shape, stride, _, offset, _ = described
+    last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else -1
+    if offset or storage.nbytes() != (last + 1) * out.element_size():
+        return None
+    return _new(described, state)
 
 
-def _make(recipe: _Recipe, tensors: list[Any]) -> Any:
-    container, made = recipe
-    out = [
-        (tensors[one.argument] if one.same else _tensor(one, tensors)) if type(one) is _Made else one for one in made
-    ]
-    return out[0] if container is None else container(out)
+def _state(tensor: Any) -> dict[str, Any]:
+    return {name: value for name, value in vars(tensor).items() if name != "grad"}
 
 
-def _tensor(one: _Made, tensors: list[Any]) -> Any:
-    assert one.state is not None
-    with torch._C._DisableTorchDispatch():
-        plain = torch.empty_strided(one.shape, one.stride, dtype=one.dtype, device=META)
-        if one.argument >= 0:
-            plain.set_(tensors[one.argument].untyped_storage(), one.offset, one.shape, one.stride)
-        tensor: Any = _make_subclass(FakeTensor, plain, False, dispatch_device=True, device_for_backend_keys=one.device)
-    vars(tensor).update(one.state)
-    return tensor
+def _new(described: tuple[Any, ...], state: dict[str, Any]) -> _Maker:
+    """Makes a tensor of a storage of its own."""
+    shape, stride, dtype, _, device = described
+
+    def make(_tensors: list[Any]) -> Any:
+        return _fake(torch.empty_strided(shape, stride, dtype=dtype, device=META), device, state)
+
+    return make
+
+
+def _view(index: int, described: tuple[Any, ...], state: dict[str, Any]) -> _Maker:
+    """Makes a tensor that looks into an argument's storage."""
+    shape, stride, dtype, offset, device = described
+
+    def make(tensors: list[Any]) -> Any:
+        plain = torch.empty_strided(shape, stride, dtype=dtype, device=META)
+        plain.set_(tensors[index].untyped_storage(), offset, shape, stride)
+        return _fake(plain, device, state)
+
+    return make
+
+
+def _same_again(index: int, state: dict[str, Any]) -> _Maker:
+    """Makes another tensor that looks at the very elements that an argument looks at."""
+    device = state["_fake_device"]
+    return lambda tensors: _fake(tensors[index], device, state)
+
+
+def _fake(tensor: Any, device: torch.device, state: dict[str, Any]) -> Any:
+    """A fake tensor that shares a tensor's storage."""
+    fake: Any = _make_subclass(FakeTensor, tensor, False, dispatch_device=True, device_for_backend_keys=device)
+    vars(fake).update(state)
+    return fake
