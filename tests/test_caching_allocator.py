@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from gpumem_tui.engine.events import AllocatorPool
-from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator, OutOfMemoryError
+from gpumem_tui.engine.prediction.caching_allocator import Block, CachingAllocator, OutOfMemoryError
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
 
@@ -24,17 +24,17 @@ def test_a_real_trace_reserves_what_it_reserved(name: str, expandable: bool) -> 
         addresses, sizes = trace["address"].tolist(), trace["size"].tolist()
     segments = iter([a for a, action in zip(addresses, actions, strict=True) if action == "segment_alloc"])
     allocator = CachingAllocator(expandable=expandable, place=None if expandable else lambda _: next(segments))
-    where: dict[int, int] = {}
+    blocks: dict[int, Block] = {}
     reserved = 0
     for action, address, size in zip(actions, addresses, sizes, strict=True):
         if action in ("segment_alloc", "segment_map"):
             reserved += size
         elif action == "alloc":
-            where[address], _ = allocator.allocate(size)
+            blocks[address] = allocator.allocate(size)
             assert allocator.reserved_bytes == reserved
-            assert expandable or where[address] == address
+            assert expandable or blocks[address].address == address
         elif action == "free_requested":
-            allocator.free(where.pop(address))
+            allocator.free(blocks.pop(address))
     assert allocator.peak_reserved_bytes == reserved > 7 * 10**9
 
 
@@ -53,19 +53,20 @@ def test_small_requests_share_a_segment_and_large_ones_have_their_own() -> None:
 
 def test_a_rest_that_is_too_small_is_handed_out_as_well() -> None:
     allocator = CachingAllocator()
-    address, size = allocator.allocate((12 << 20) - 1000)
-    assert size == 12 << 20
-    assert allocator.free(address) == ((12 << 20) - 1000, 12 << 20)
+    block = allocator.allocate((12 << 20) - 1000)
+    assert block.size == allocator.allocated_bytes == 12 << 20
+    allocator.free(block)
     assert allocator.allocated_bytes == 0
 
 
 def test_free_neighbours_are_merged_and_given_back_whole() -> None:
     allocator = CachingAllocator()
-    blocks = [allocator.allocate(4 << 20)[0] for _ in range(4)]
-    for address in blocks:
-        allocator.free(address)
-    assert allocator.allocate(16 << 20)[0] == min(blocks)
-    allocator.free(min(blocks))
+    blocks = [allocator.allocate(4 << 20) for _ in range(4)]
+    for block in blocks:
+        allocator.free(block)
+    merged = allocator.allocate(16 << 20)
+    assert merged.address == min(block.address for block in blocks)
+    allocator.free(merged)
     allocator.empty_cache()
     assert allocator.reserved_bytes == 0 < allocator.peak_reserved_bytes
 
@@ -73,13 +74,15 @@ def test_free_neighbours_are_merged_and_given_back_whole() -> None:
 @pytest.mark.parametrize("expandable", [False, True])
 def test_what_a_stream_freed_no_other_stream_is_given(expandable: bool) -> None:
     allocator = CachingAllocator(expandable=expandable)
-    address, _ = allocator.allocate(30 << 20, stream=1)
-    allocator.free(address)
-    assert allocator.allocate(30 << 20)[0] != address
+    block = allocator.allocate(30 << 20, stream=1)
+    address = block.address
+    allocator.free(block)
+    assert allocator.allocate(30 << 20).address != address
     assert allocator.reserved_bytes >= 60 << 20
-    assert allocator.allocate(30 << 20, stream=1)[0] == address
+    again = allocator.allocate(30 << 20, stream=1)
+    assert again.address == address
     assert allocator.pool_table == ((1, "large", (0, 0)), (0, "large", (0, 0)))
-    assert (allocator.pool_of(address), allocator.allocated_bytes) == (0, 60 << 20)
+    assert (again.pool.number, allocator.allocated_bytes) == (0, 60 << 20)
     assert allocator.reserved_by_pool() == 2 * [(40 if expandable else 30) << 20]
 
 
@@ -87,27 +90,28 @@ def test_what_a_stream_freed_no_other_stream_is_given(expandable: bool) -> None:
 def test_a_trace_of_several_streams_is_followed_pool_by_pool(requests: list[tuple[int, int]]) -> None:
     """The layout hears of a real trace what the model of the allocator does: both know every block and its pool."""
     allocator, pools = CachingAllocator(), dict[AllocatorPool, int]()
-    layout, held = BlockLayout([], pools=pools), list[tuple[int, int]]()
+    layout, held = BlockLayout([], pools=pools), list[tuple[Block, int]]()
     for stream, size in requests:
         if held and size % 3 == 0:
-            address, asked = held.pop(len(held) // 2)
-            pool = allocator.pool_of(address)
-            assert layout.free(address, asked) == (*allocator.free(address), pool)
+            block, asked = held.pop(len(held) // 2)
+            assert layout.free(block.address, asked) == (asked, block.size, block.pool.number)
+            allocator.free(block)
             continue
-        address, block = allocator.allocate(size + 1, stream)
-        for grown in allocator.grown():
-            assert layout.follow("segment_alloc", address, grown[1], stream) == grown
-        assert layout.allocate(address, size + 1, stream) == (block, allocator.pool_of(address))
-        held.append((address, size + 1))
+        block = allocator.allocate(size + 1, stream)
+        for pool, grown in allocator.growths:
+            assert layout.follow("segment_alloc", block.address, grown, stream) == (pool, grown)
+        allocator.growths.clear()
+        assert layout.allocate(block.address, size + 1, stream) == (block.size, block.pool.number)
+        held.append((block, size + 1))
     assert tuple(pools) == allocator.pool_table
-    assert sorted(layout.alive()) == sorted(allocator.alive())
+    alive = [(block.address, asked, block.size - asked, block.pool.number) for block, asked in held]
+    assert sorted(layout.alive()) == sorted(alive)
     assert [layout.reserved()[number] for number in pools.values()] == allocator.reserved_by_pool()
 
 
 def test_what_is_cached_is_given_back_before_memory_runs_out() -> None:
     allocator = CachingAllocator(capacity_bytes=40 << 20)
-    address, _ = allocator.allocate(30 << 20)
-    allocator.free(address)
+    allocator.free(allocator.allocate(30 << 20))
     allocator.allocate(36 << 20)
     with pytest.raises(OutOfMemoryError):
         allocator.allocate(30 << 20)

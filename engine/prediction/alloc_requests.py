@@ -11,6 +11,8 @@ import numpy.typing as npt
 
 from ..events import Recompute, StepTrace
 
+Ints = npt.NDArray[np.int64]
+
 InputBlocks = int | tuple[int, ...]
 """The block of an operator's first argument, the blocks of them all if that is a list; 0: of none."""
 
@@ -60,10 +62,18 @@ def born_at(rows: npt.NDArray[Any], blocks: npt.NDArray[Any]) -> npt.NDArray[np.
         rows: dtype EVENT.
         blocks: Their numbers.
     """
-    made = np.flatnonzero(rows["bytes"] > 0)
-    if not len(made):
-        return np.full(len(blocks), -1, np.int64)
-    numbers = rows["address"][made]
-    order = np.argsort(numbers, kind="stable")
-    at = order[np.minimum(np.searchsorted(numbers, blocks, sorter=order), len(made) - 1)]
-    return np.where(numbers[at] == blocks, made[at], -1)
+    return made_at(rows["address"].astype(np.int64), rows["bytes"], blocks.astype(np.int64))
+
+
+def made_at(numbers: Ints, sizes: Ints, blocks: Ints) -> Ints:
+    """The places in a list of requests where blocks are made; -1: they are made elsewhere.
+
+    Args:
+        numbers: Block of each request: small ones, as they index a table.
+        sizes: Its bytes; negative: given back.
+        blocks: The numbers that are looked for.
+    """
+    made = np.flatnonzero(sizes > 0)
+    at = np.full(max(int(numbers.max(initial=0)), int(blocks.max(initial=0))) + 1, -1, np.int64)
+    at[numbers[made]] = made
+    return at[blocks]

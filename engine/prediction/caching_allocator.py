@@ -9,7 +9,7 @@ what is not found is taken from CUDA in segments, which stay their stream's.
 from __future__ import annotations
 
 from bisect import bisect_left, insort
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from functools import cache
 
 from ..allocator_settings import MIN_BLOCK_BYTES, AllocatorSettings
@@ -48,42 +48,47 @@ class OutOfMemoryError(Exception):
     """CUDA has no more, even after all that is cached was given back."""
 
 
-class _Block:
-    __slots__ = ("address", "after", "before", "free", "pool", "requested", "size")
+class Block:
+    """A piece of a segment, between its neighbours.
 
-    def __init__(self, address: int, size: int, pool: _Pool, before: _Block | None, after: _Block | None) -> None:
+    Attributes:
+        address: Where it begins, as long as it is.
+        size: Bytes.
+        pool: That the segment belongs to.
+        before: Its neighbour below in the segment; None: it is the first.
+        after: Its neighbour above; None: it is the last.
+        free: Not handed out.
+    """
+
+    __slots__ = ("address", "after", "before", "free", "pool", "size")
+
+    def __init__(self, address: int, size: int, pool: BlockPool, before: Block | None, after: Block | None) -> None:
         self.address, self.size, self.pool = address, size, pool
         self.before, self.after = before, after
-        self.free, self.requested = True, 0
+        self.free = True
 
 
-class _Pool:
-    """Free blocks of a stream in the order the allocator looks through them: by size, then by address.
+class BlockPool:
+    """Free blocks of a stream in the order the allocator looks through them, by size, then by address.
 
     Attributes:
         number: Of the allocator's pools.
+        stream: Number of the stream.
+        small: Of blocks up to 1 MiB.
         reserved_bytes: Held from CUDA.
+        free: Size, address and the block itself, in order.
+        end: The last block of the expandable segment; None: there is none.
     """
 
     def __init__(self, number: int, stream: int, small: bool) -> None:
         self.number, self.stream, self.small = number, stream, small
         self.reserved_bytes = 0
-        self.end: _Block | None = None  # the last of its expandable segment
-        self.free: list[tuple[int, int]] = []
+        self.free: list[tuple[int, int, Block]] = []
+        self.end: Block | None = None
 
-    def best_fit(self, size: int, last_resort: int | None = None) -> int | None:
-        """Take out the smallest block that is large enough; returns its address.
-
-        Args:
-            size: How large.
-            last_resort: Address of a block that counts as larger than all: it
-                can grow.
-        """
-        free = self.free
-        at = bisect_left(free, (size, 0))
-        if last_resort is not None and at + 1 < len(free) and free[at][1] == last_resort:
-            at += 1
-        return free.pop(at)[1] if at < len(free) else None
+    def take_out(self, block: Block) -> None:
+        """Remove a block that grows, or is given back to CUDA."""
+        del self.free[bisect_left(self.free, (block.size, block.address))]
 
 
 class CachingAllocator:
@@ -99,9 +104,10 @@ class CachingAllocator:
     Attributes:
         capacity_bytes: As above.
         expandable: As above.
-        allocated_bytes: Sum of the blocks handed out (`memory_allocated`).
         reserved_bytes: Sum of the segments (`memory_reserved`).
         peak_reserved_bytes: The most that was.
+        growths: Pools that have taken memory or given it back, and how many bytes, in order; to be cleared by
+            whoever reads it.
     """
 
     def __init__(
@@ -111,17 +117,16 @@ class CachingAllocator:
         divisions: int = 0,
         place: Callable[[int], int] | None = None,
     ) -> None:
-        self.allocated_bytes = self.reserved_bytes = self.peak_reserved_bytes = 0
+        self.reserved_bytes = self.peak_reserved_bytes = 0
         self.capacity_bytes, self.expandable = capacity_bytes, expandable
         self._rounded_bytes = cache(AllocatorSettings(expandable, divisions).rounded_bytes)
         self._place = place or self._below
         self._lowest_address = LAST_ADDRESS
-        self._pools: dict[tuple[int, bool], _Pool] = {}
-        self._blocks: dict[int, _Block] = {}
-        self._grown: list[tuple[int, int]] = []
+        self._pools: dict[tuple[int, bool], BlockPool] = {}
+        self.growths: list[tuple[int, int]] = []
 
-    def allocate(self, size: int, stream: int = DEFAULT_STREAM) -> tuple[int, int]:
-        """Hand out a block; returns its address and its size.
+    def allocate(self, size: int, stream: int = DEFAULT_STREAM) -> Block:
+        """Hand out a block.
 
         Args:
             size: Bytes asked for.
@@ -131,47 +136,69 @@ class CachingAllocator:
             OutOfMemoryError: The capacity does not suffice.
         """
         rounded = self._rounded_bytes(size)
-        pool = self._pool(stream, rounded <= SMALL_BYTES)
-        address = pool.best_fit(rounded, pool.end.address if pool.end is not None else None)
-        block = self._blocks[address] if address is not None else self._more(rounded, pool)
+        pool = self._pools.get((stream, rounded <= SMALL_BYTES)) or self._new_pool(stream, rounded <= SMALL_BYTES)
+        free = pool.free
+        at = bisect_left(free, (rounded,))
+        if at < len(free):
+            # An expandable segment's last block counts as larger than all: it can grow.
+            if free[at][2] is pool.end and at + 1 < len(free):
+                at += 1
+            block = free.pop(at)[2]
+        else:
+            block = self._more(rounded, pool)
         rest = block.size - rounded
         if rest >= MIN_BLOCK_BYTES if pool.small or self.expandable else rest > SMALL_BYTES:
-            self._split(block, rounded)
-        block.free, block.requested = False, size
-        self.allocated_bytes += block.size
-        return block.address, block.size
+            # Keep the first bytes; the rest becomes a free block.
+            block.size, address, after = rounded, block.address + rounded, block.after
+            block.after = other = Block(address, rest, pool, block, after)
+            if after is not None:
+                after.before = other
+            elif pool.end is block:
+                pool.end = other
+            insort(free, (rest, address, other))
+        block.free = False
+        return block
 
-    def free(self, address: int) -> tuple[int, int]:
-        """Take a block back; returns the bytes asked for and those handed out."""
-        block = self._blocks[address]
-        requested, size = block.requested, block.size
-        self.allocated_bytes -= size
-        block.free, block.requested = True, 0
-        before, after = block.before, block.after
+    def free(self, block: Block) -> None:
+        """Take a block back; with neighbours that are free it becomes one."""
+        pool, size = block.pool, block.size
+        free = pool.free
+        block.free = True
+        after, before = block.after, block.before
         if after is not None and after.free:
-            self._take_out(after)
-            self._absorb(block)
+            del free[bisect_left(free, (after.size, after.address))]
+            size += after.size
+            if pool.end is after:
+                pool.end = block
+            block.after = after = after.after
+            if after is not None:
+                after.before = block
         if before is not None and before.free:
-            self._take_out(before)
-            self._absorb(before)
+            del free[bisect_left(free, (before.size, before.address))]
+            size += before.size
+            if pool.end is block:
+                pool.end = before
+            before.after = after
+            if after is not None:
+                after.before = before
             block = before
-        insort(block.pool.free, (block.size, block.address))
-        return requested, size
+        block.size = size
+        insort(free, (size, block.address, block))
 
     def empty_cache(self) -> None:
         """Give CUDA back every segment that is free as a whole."""
-        for block in list(self._blocks.values()):
-            if block.free and block.before is None and block.after is None:
-                self._take_out(block)
-                del self._blocks[block.address]
-                if block.pool.end is block:
-                    block.pool.end = None
-                self._grow(block.pool, -block.size)
+        for pool in self._pools.values():
+            for _, _, block in [*pool.free]:
+                if block.before is None and block.after is None:
+                    pool.take_out(block)
+                    if pool.end is block:
+                        pool.end = None
+                    self._grow(pool, -block.size)
 
-    def alive(self) -> list[tuple[int, int, int, int]]:
-        """Address, bytes asked for, bytes beyond them and the pool's number, of what is allocated."""
-        blocks = self._blocks.values()
-        return [(b.address, b.requested, b.size - b.requested, b.pool.number) for b in blocks if not b.free]
+    @property
+    def allocated_bytes(self) -> int:
+        """Sum of the blocks handed out (`memory_allocated`)."""
+        return self.reserved_bytes - sum(size for pool in self._pools.values() for size, *_ in pool.free)
 
     @property
     def pool_table(self) -> tuple[AllocatorPool, ...]:
@@ -179,20 +206,9 @@ class CachingAllocator:
         pools = self._pools.values()
         return tuple(AllocatorPool(pool.stream, "small" if pool.small else "large") for pool in pools)
 
-    def pool_of(self, address: int) -> int:
-        """Number of the pool of a block that is allocated."""
-        return self._blocks[address].pool.number
-
     def reserved_by_pool(self) -> list[int]:
         """Bytes held from CUDA by each pool, by number."""
         return [pool.reserved_bytes for pool in self._pools.values()]
-
-    def grown(self) -> Sequence[tuple[int, int]]:
-        """Pools that have taken memory or given it back since this was last asked, and how many bytes, in order."""
-        if not self._grown:
-            return ()
-        grown, self._grown = self._grown, []
-        return grown
 
     def pools(self) -> tuple[Pool, ...]:
         """Free blocks by stream, of its small pool and of its large one."""
@@ -200,7 +216,7 @@ class CachingAllocator:
             Pool(
                 stream=pool.stream,
                 pool="small" if pool.small else "large",
-                cached_bytes=sum(size for size, _ in pool.free),
+                cached_bytes=sum(size for size, *_ in pool.free),
                 largest_free_block_bytes=pool.free[-1][0],
             )
             for pool in self._pools.values()
@@ -209,7 +225,7 @@ class CachingAllocator:
 
     def cache(self) -> CacheState:
         """The state of the allocator now."""
-        free = [block for block in self._blocks.values() if block.free]
+        free = [block for pool in self._pools.values() for _, _, block in pool.free]
         # A free block that is a segment is given back when memory runs out, as are an expandable one's pages.
         gaps = (
             [b.size for b in free if b.size < (SMALL_SEGMENT_BYTES if b.pool.small else LARGE_SEGMENT_BYTES)]
@@ -225,23 +241,19 @@ class CachingAllocator:
 
     # --- segments -----------------------------------------------------------
 
-    def _pool(self, stream: int, small: bool) -> _Pool:
-        pool = self._pools.get((stream, small))
-        if pool is None:
-            pool = self._pools[stream, small] = _Pool(len(self._pools), stream, small)
+    def _new_pool(self, stream: int, small: bool) -> BlockPool:
+        pool = self._pools[stream, small] = BlockPool(len(self._pools), stream, small)
         return pool
 
-    def _more(self, rounded: int, pool: _Pool) -> _Block:
+    def _more(self, rounded: int, pool: BlockPool) -> Block:
         """A new segment, or more of an expandable one."""
         size = segment_bytes(rounded)
         if self.expandable:
             return self._expand(rounded, pool)
         self._reserve(size, pool)
-        block = _Block(self._place(size), size, pool, None, None)
-        self._blocks[block.address] = block
-        return block
+        return Block(self._place(size), size, pool, None, None)
 
-    def _expand(self, rounded: int, pool: _Pool) -> _Block:
+    def _expand(self, rounded: int, pool: BlockPool) -> Block:
         """Map as many pages behind the pool's last block as are missing."""
         page = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
         end = pool.end
@@ -249,18 +261,18 @@ class CachingAllocator:
         size = -(-(rounded - there) // page) * page
         self._reserve(size, pool)
         if end is not None and end.free:
-            self._take_out(end)
+            pool.take_out(end)
             end.size += size
             return end
         # Each pool reserves more addresses than any device has memory.
         address = end.address + end.size if end is not None else FIRST_ADDRESS * (pool.number + 1)
-        block = _Block(address, size, pool, end, None)
+        block = Block(address, size, pool, end, None)
         if end is not None:
             end.after = block
-        self._blocks[address] = pool.end = block
+        pool.end = block
         return block
 
-    def _reserve(self, size: int, pool: _Pool) -> None:
+    def _reserve(self, size: int, pool: BlockPool) -> None:
         if self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes:
             self.empty_cache()
             if self.reserved_bytes + size > self.capacity_bytes:
@@ -268,40 +280,11 @@ class CachingAllocator:
         self._grow(pool, size)
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
 
-    def _grow(self, pool: _Pool, size: int) -> None:
+    def _grow(self, pool: BlockPool, size: int) -> None:
         self.reserved_bytes += size
         pool.reserved_bytes += size
-        self._grown.append((pool.number, size))
+        self.growths.append((pool.number, size))
 
     def _below(self, size: int) -> int:
         self._lowest_address -= -(-size // ROUND_LARGE_BYTES) * ROUND_LARGE_BYTES
         return self._lowest_address
-
-    # --- blocks -------------------------------------------------------------
-
-    def _split(self, block: _Block, size: int) -> None:
-        """Keep the first `size` bytes; the rest becomes a free block."""
-        rest = _Block(block.address + size, block.size - size, block.pool, block, block.after)
-        if block.after is not None:
-            block.after.before = rest
-        elif block.pool.end is block:
-            block.pool.end = rest
-        block.after, block.size = rest, size
-        self._blocks[rest.address] = rest
-        insort(rest.pool.free, (rest.size, rest.address))
-
-    def _absorb(self, block: _Block) -> None:
-        """Merge the free block that follows into this one."""
-        gone = block.after
-        assert gone is not None
-        del self._blocks[gone.address]
-        block.size += gone.size
-        block.after = gone.after
-        if gone.after is not None:
-            gone.after.before = block
-        elif block.pool.end is gone:
-            block.pool.end = block
-
-    def _take_out(self, block: _Block) -> None:
-        free = block.pool.free
-        del free[bisect_left(free, (block.size, block.address))]

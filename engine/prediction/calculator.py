@@ -10,7 +10,7 @@ import torch
 from ..config import RunConfig, Value
 from ..workload import build
 from .alloc_requests import AllocRequests
-from .allocator_replay import play
+from .allocator_replay import Replay
 from .caching_allocator import CachingAllocator
 from .cuda_kernels import kernels, take_workspaces
 from .cuda_patches import cuda_paths
@@ -96,5 +96,5 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
             # A decoder is given what it is to say; of the others nobody asks for the loss.
             model(**{name: x for name, x in batch.items() if name in _GIVEN or plan.architecture.is_encoder_decoder})
         recorder.close()
-    allocated = play(AllocRequests(recorder.rows(), [], [], []), CachingAllocator()).allocated
+    allocated = Replay(AllocRequests(recorder.rows(), [], [], []), CachingAllocator()).replayed().allocated
     return int(allocated[loaded - 1] - allocated[before - 1]), int(allocated[loaded - 1 :].max())

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ..events import StepTrace
-from .caching_allocator import DEFAULT_STREAM, CachingAllocator
+from .caching_allocator import DEFAULT_STREAM, Block, CachingAllocator
 
 
 def expandable_reserved_bytes(trace: StepTrace) -> int:
@@ -13,13 +13,13 @@ def expandable_reserved_bytes(trace: StepTrace) -> int:
         trace: What was alive when it began is laid out as if it had come in the order of its addresses.
     """
     allocator = CachingAllocator(expandable=True)
-    places: dict[int, int] = {}
+    blocks: dict[int, Block] = {}
     streams = (*(pool.stream for pool in trace.pools), DEFAULT_STREAM)  # the last: where no pool is known
     for address, size, _, pool in sorted(trace.begin.tolist()):
-        places[address], _ = allocator.allocate(size, streams[pool])
+        blocks[address] = allocator.allocate(size, streams[pool])
     for address, size, *_, pool in trace.events.tolist():
         if size > 0:
-            places[address], _ = allocator.allocate(size, streams[pool])
-        elif (place := places.pop(address, None)) is not None:
-            allocator.free(place)
+            blocks[address] = allocator.allocate(size, streams[pool])
+        elif (block := blocks.pop(address, None)) is not None:
+            allocator.free(block)
     return allocator.peak_reserved_bytes

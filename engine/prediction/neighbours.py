@@ -18,7 +18,7 @@ from ..events import StepTrace
 from .caching_allocator import CachingAllocator, OutOfMemoryError
 from .gpus import Gpu
 from .outcome import Prediction
-from .steady_state import successors_of
+from .steady_state import once_more
 
 Ints = npt.NDArray[np.int64]
 
@@ -166,17 +166,19 @@ def _least_peak(asked: _Asked) -> int:
 
 def _played(asked: _Asked, capacity: int | None = None) -> _Played | None:
     """Have the allocator serve requests; None: it does not go through with so much."""
-    allocator, place, peak = CachingAllocator(capacity), {}, 0
+    allocator, held, peak, allocated = CachingAllocator(capacity), {}, 0, 0
     rows = list(zip(asked.blocks.tolist(), asked.sizes.tolist(), strict=True))
     try:
         for part in (rows[: asked.rows], rows[asked.rows :]):
             most = 0
             for block, size in part:
                 if size > 0:
-                    place[block] = allocator.allocate(size)[0]
-                    most = max(most, allocator.allocated_bytes)
-                elif block in place:
-                    allocator.free(place.pop(block))
+                    held[block] = allocator.allocate(size)
+                    allocated += held[block].size
+                    most = max(most, allocated)
+                else:
+                    allocated -= held[block].size
+                    allocator.free(held.pop(block))
             peak = peak or most
     except OutOfMemoryError:
         return None
@@ -199,6 +201,7 @@ class _Numbering:
         self.blocks: list[int] = []
         self.sizes: list[int] = []
         self.alive: dict[int, tuple[int, int]] = {}
+        self.traces: list[slice] = []
         self._count = 0
 
     def take(self, address: int, size: int) -> None:
@@ -223,28 +226,21 @@ class _Numbering:
         for address, size in found.items():
             if address not in self.alive:
                 self.take(address, size)
-        self.play(trace)
-
-    def play(self, trace: StepTrace) -> None:
-        """Take in a trace's events."""
+        begin = len(self.blocks)
         for address, size in zip(trace.events["address"].tolist(), trace.events["bytes"].tolist(), strict=True):
             if size > 0:
                 self.take(address, size)
             elif address in self.alive:
                 self.give_back(address)
-
-    def repeat(self, before: StepTrace, last: StepTrace) -> None:
-        """One more step, as `steady_state.repeat` plays it."""
-        inherited = {address: self.alive.pop(successor) for address, successor in successors_of(before, last).items()}
-        self.alive = inherited  # what the step takes anew is at addresses that others may still have
-        self.play(last)
+        self.traces.append(slice(begin, len(self.blocks)))
 
 
 def _asked(prediction: Prediction) -> _Asked:
-    numbering, traces = _Numbering(), prediction.run.traces()
-    for trace in traces:
+    numbering = _Numbering()
+    for trace in prediction.run.traces():
         numbering.add(trace)
-    rows = len(numbering.blocks)
-    numbering.repeat(*traces[-2:])
     blocks, sizes = np.array(numbering.blocks, np.int64), np.array(numbering.sizes, np.int64)
-    return _Asked(blocks, sizes, rows, prediction.unsure_bytes)
+    rows, again = once_more(blocks, sizes, *numbering.traces[-2:])
+    return _Asked(
+        np.concatenate([blocks, again]), np.concatenate([sizes, sizes[rows]]), len(blocks), prediction.unsure_bytes
+    )

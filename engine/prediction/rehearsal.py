@@ -31,7 +31,7 @@ from ..train import StepResult, loaded, train
 from ..workload import Plan, prepare
 from . import bitsandbytes_cuda
 from .alloc_requests import AllocRequests
-from .allocator_replay import Replayed, play
+from .allocator_replay import Replay, Replayed
 from .caching_allocator import CachingAllocator, OutOfMemoryError
 from .cuda_kernels import kernels, take_workspaces
 from .cuda_patches import cuda_paths, sets_in_order
@@ -46,7 +46,6 @@ from .micro_batch_extrapolation import TRACED, UnlikeMicroBatchesError, extrapol
 from .op_cache import op_cache
 from .outcome import Verdict
 from .pinned_memory import taken_bytes
-from .steady_state import repeat
 
 STEPS = 2
 """Enough for the steady state: the second step runs beside what the first has left."""
@@ -224,7 +223,10 @@ def rehearsed(
     if micro_batches:
         requests = extrapolate_micro_batches(requests, micro_batches)
     settings = of_environment() if settings is None else settings
-    played, reserved = _replay(requests, _allocator(settings))
+    replay = Replay(requests, allocator := _allocator(settings))
+    played = replay.replayed()
+    replay.repeat()
+    reserved = allocator.peak_reserved_bytes
     inside = (played.allocated[start : start + len(trace.events)] for start, trace in requests.traces)
     peak = max(int(allocated.max()) for allocated in inside if len(allocated))
     kept = (int(played.allocated[each.begin : each.end + 1].max()) + each.bytes for each in requests.kept)
@@ -385,11 +387,10 @@ def _counted(step: StepResult, nth: int, requests: AllocRequests, played: Replay
     )
 
 
-def _replay(requests: AllocRequests, allocator: CachingAllocator) -> tuple[Replayed, int]:
-    """Play requests, and one more step, to an allocator that has not been used; also returns the most it held."""
-    played = play(requests, allocator)
-    repeat(allocator, *played.traces[-2:])
-    return played, allocator.peak_reserved_bytes
+def _reserved_bytes(requests: AllocRequests, allocator: CachingAllocator) -> int:
+    """The most that an allocator holds while it serves requests, and one more step."""
+    Replay(requests, allocator).repeat()
+    return allocator.peak_reserved_bytes
 
 
 def _verdict(
@@ -409,9 +410,9 @@ def _verdict(
         return Verdict.FITS, None
     if settings.expandable:
         return Verdict.FRAGMENTED, reserved_bytes
-    _, expandable = _replay(requests, _allocator(AllocatorSettings(True, settings.divisions)))
+    expandable = _reserved_bytes(requests, _allocator(AllocatorSettings(True, settings.divisions)))
     try:
-        _replay(requests, _allocator(settings, capacity))
+        _reserved_bytes(requests, _allocator(settings, capacity))
     except OutOfMemoryError:
         return Verdict.FRAGMENTED, expandable
     return Verdict.TIGHT, expandable

@@ -1,63 +1,52 @@
 """One more step of a loop that has settled, for the allocator alone.
 
-From the second step on the events repeat, but the allocator may still need a
-step or two until its segments suffice for every order of them. So the last
-step's events are played to it again. Their allocations get new blocks. A block
-that they free without having allocated it has been freed already: its successor,
-a block of the same size that the last step left behind, is freed instead.
+From the second step on the requests repeat, but the allocator may still need a
+step or two until its segments suffice for every order of them. So it is asked for
+the last step's once more. Their allocations are of new blocks. A block that they
+free without having allocated it has been freed already: its successor, a block of
+the same size that the last step left behind, is freed instead.
 """
 
 from __future__ import annotations
 
 from collections import defaultdict, deque
 
-from ..events import StepTrace
-from .caching_allocator import CachingAllocator
+import numpy as np
+
+from .alloc_requests import Ints, made_at
 
 
-def repeat(allocator: CachingAllocator, before: StepTrace, last: StepTrace) -> None:
-    """Play a step's events once more.
-
-    Args:
-        allocator: As the last step has left it.
-        before: The step before the last.
-        last: What to repeat.
-    """
-    successors = successors_of(before, last)
-    now: dict[int, int] = {}
-    events = (last.events[column].tolist() for column in ("address", "bytes", "pool"))
-    for address, size, pool in zip(*events, strict=True):
-        if size > 0:
-            now[address] = allocator.allocate(size, last.pools[pool].stream)[0]
-        elif address in now:
-            allocator.free(now.pop(address))
-        elif address in successors:
-            allocator.free(successors.pop(address))
-
-
-def successors_of(before: StepTrace, last: StepTrace) -> dict[int, int]:
-    """Addresses of blocks that take the place of those freed, by the address freed.
+def once_more(blocks: Ints, sizes: Ints, before: slice, last: slice) -> tuple[Ints, Ints]:
+    """The requests of one more step.
 
     A block that the last step found and freed is succeeded by one of the same size
     that the step left behind: the first allocated in the step before by the first
-    allocated in the last step, and so on.
+    allocated in the last step, and so on. One without successor is not freed again.
+
+    Args:
+        blocks: Number of the block of each request so far.
+        sizes: Its bytes; negative: given back.
+        before: The requests of the step before the last.
+        last: Those of the last step.
+
+    Returns:
+        Which of all requests are made again, and of which blocks; new ones have the numbers after the highest.
     """
-    left: dict[int, int] = {}
-    freed: dict[int, int] = {}
-    for address, size in zip(last.events["address"].tolist(), last.events["bytes"].tolist(), strict=True):
-        if size > 0:
-            left.pop(address, None)
-            left[address] = size
-        elif address in left:
-            del left[address]
-        else:
-            freed[address] = -size
+    begin, rows = last.start, np.arange(last.start, last.stop)
+    made = made_at(blocks, sizes, blocks[last])
+    own, freed = made >= begin, sizes[last] < 0
+    left = np.setdiff1d(rows[sizes[last] > 0], made[freed & own])
     by_size: dict[int, deque[int]] = defaultdict(deque)
-    for address, size in left.items():
-        by_size[size].append(address)
-    born = {address: index for index, address in enumerate(before.events["address"].tolist())}
-    successors = {}
-    for address, size in sorted(freed.items(), key=lambda item: born.get(item[0], -1)):
-        if by_size[size]:
-            successors[address] = by_size[size].popleft()
-    return successors
+    for block, size in zip(blocks[left].tolist(), sizes[left].tolist(), strict=True):
+        by_size[size].append(block)
+    found = rows[freed & ~own]
+    born = made[found - begin]
+    born = np.where((born >= before.start) & (born < before.stop), born, -1)
+    new = int(blocks.max(initial=-1)) + np.cumsum(sizes[last] > 0)
+    again = np.full(len(rows), -1)
+    again[own] = new[made[own] - begin]
+    for row in found[np.argsort(born, kind="stable")].tolist():
+        if of_size := by_size[-int(sizes[row])]:
+            again[row - begin] = of_size.popleft()
+    happens = (sizes[last] != 0) & (again >= 0)
+    return rows[happens], again[happens]

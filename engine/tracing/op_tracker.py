@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from ..events import BLOCK, EVENT, SEGMENT, AllocatorPool, CacheState
 from ..out_of_memory.refusal import OnRefused, Refused
 from ..out_of_memory.report import size_text
-from ..prediction.caching_allocator import CachingAllocator, rounded_bytes, segment_bytes
+from ..prediction.caching_allocator import Block, CachingAllocator, rounded_bytes, segment_bytes
 from ..prediction.caching_allocator import OutOfMemoryError as NoRoomError
 from .recorder import Seen, columns
 from .storages import parts_of
@@ -43,7 +43,7 @@ class _StorageRef(weakref.ref[Any]):
     address: int
     bytes: int
     slack: int
-    block: int
+    block: Block | None
     pool: int
 
 
@@ -149,7 +149,7 @@ class OpTracker(TorchDispatchMode):
     def _count(self, storage: torch.UntypedStorage, forced: bool) -> None:
         """Count a storage that is new."""
         address, size = storage._cdata, storage.nbytes()
-        block, slack, pool = self._place(size, forced) if self._allocator is not None else (0, 0, _NO_POOL)
+        block, slack, pool = self._place(size, forced) if self._allocator is not None else (None, 0, _NO_POOL)
         # A method written in C: in a callback of Python's own, an interrupt of the user's would be lost.
         self._alive[address] = reference = _StorageRef(storage, self._dead.append)
         reference.address, reference.bytes, reference.block, reference.slack = address, size, block, slack
@@ -161,7 +161,7 @@ class OpTracker(TorchDispatchMode):
                 self.cache, self._cache_next = self._allocator.cache(), self._peak * CACHE_EVERY
         self._rows.extend((address, size, slack, self._mark, time.time_ns() // 1000, pool))
 
-    def _place(self, size: int, forced: bool) -> tuple[int, int, int]:
+    def _place(self, size: int, forced: bool) -> tuple[Block, int, int]:
         """The block that the allocator would hand out, its bytes beyond those asked for, and its pool's number."""
         allocator = self._allocator
         assert allocator is not None
@@ -169,12 +169,13 @@ class OpTracker(TorchDispatchMode):
         if forced:
             allocator.capacity_bytes = None
         try:
-            block, handed_out = allocator.allocate(size)
+            block = allocator.allocate(size)
         finally:
             allocator.capacity_bytes = limit
-            for grown in allocator.grown():
+            for grown in allocator.growths:
                 self._segments.extend((len(self._rows) // _WIDTH, *grown))
-        return block, handed_out - size, allocator.pool_of(block)
+            allocator.growths.clear()
+        return block, block.size - size, block.pool.number
 
     def _refused(self, operator: str, tensor: torch.Tensor) -> Refused:
         allocator, asked = self._allocator, max(part.untyped_storage().nbytes() for part in parts_of(tensor))
@@ -206,7 +207,7 @@ class OpTracker(TorchDispatchMode):
 
     def _free(self, reference: _StorageRef) -> None:
         del self._alive[reference.address]
-        if self._allocator is not None:
+        if self._allocator is not None and reference.block is not None:
             self._allocator.free(reference.block)
         size, slack = reference.bytes, reference.slack
         self._allocated -= size + slack
