@@ -54,14 +54,12 @@ class Oracle:
 
     def __init__(self, rule: Callable[[RunConfig], int | None], ready: bool = True, queue: int = 0) -> None:
         self.rule, self.ready, self.queue = rule, ready, queue
-        self.hurried: set[bool] = set()
         self.dropped = False
         self.found = FoundFixes()
         self._asked: dict[str, RunConfig] = {}
 
     def of(self, config: RunConfig, hurry: bool = True) -> Prediction | None:
         self._asked[repr(config)] = config
-        self.hurried.add(hurry)
         peak = self._peak(config)
         return foretold(config, peak) if peak is not None else None
 

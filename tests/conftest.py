@@ -24,7 +24,6 @@ from gpumem_tui.engine import engine_registry, techniques
 from gpumem_tui.engine.config import RunConfig
 from gpumem_tui.engine.events import StepTrace
 from gpumem_tui.engine.feed import Start
-from gpumem_tui.engine.prediction import predictor
 from gpumem_tui.engine.report import Report
 from gpumem_tui.engine.run_events import RunEvent
 from gpumem_tui.engine.session import Session
@@ -36,7 +35,6 @@ from .terminal import until
 from .viewing import Viewers
 from .watching import Seen
 
-predictor.NICENESS = 0  # two workers on two cores would leave it nothing
 job_ranks.FOLDING_S = float("inf")  # a frame shows the same however busy the machine is
 
 TINY = model_profile("tiny").config

@@ -262,7 +262,7 @@ async def test_fixes_are_looked_for_on_a_thread_and_shown_as_they_come(monkeypat
     go_on = threading.Event()
 
     class Ruled:
-        def __init__(self, niceness: int) -> None:
+        def __init__(self) -> None:
             self.killed = False
 
         def known_or_predicted(self, config: RunConfig, card: Gpu) -> Prediction:

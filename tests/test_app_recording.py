@@ -74,7 +74,6 @@ async def test_a_recording_says_what_would_lower_its_peak_most(size: tuple[int, 
         assert driver.line("The peak is inside AdamW.step(): ")
         assert "saves most, as another training: LoRA on, ~-3.00 GiB" in driver.text
         assert ("recomputed; layer" in driver.text) == bool(settings)
-    assert oracle.hurried == {True}, "there is no training to give way to"
     oracle = Oracle(lambda config: 12 << 30)
     async with shown(source, size, predictions=oracle) as driver:
         assert "no single change is predicted to lower the peak" in driver.text

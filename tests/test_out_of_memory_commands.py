@@ -60,7 +60,7 @@ class Ruled:
 
     ended = False
 
-    def __init__(self, niceness: int | None = None, longest_s: int = 0) -> None:
+    def __init__(self, longest_s: int = 0) -> None:
         pass
 
     def known_or_predicted(self, config: RunConfig, card: Gpu) -> Prediction:

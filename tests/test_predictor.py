@@ -17,7 +17,6 @@ from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.predictor import Predictor
 
 from .conftest import small_run
-from .terminal import until
 
 H100 = gpu("H100 80GB")
 
@@ -84,32 +83,10 @@ def test_what_is_no_longer_wanted_is_never_begun(monkeypatch: pytest.MonkeyPatch
     assert begun == [1, 4]
 
 
-def test_what_nobody_waits_for_waits_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
-    begun: list[int] = []
-
-    def ask(_self: Predictor, config: RunConfig) -> Any:
-        begun.append(config.batch_size)
-        return UserError("pretended")
-
-    monkeypatch.setattr(Predictor, "_ask", ask)
-    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.UNHURRIED_SHARE", 1e-12)
-    monkeypatch.setattr("gpumem_tui.engine.prediction.predictor.LONGEST_REST_S", 3600.0)
-    predictor = Predictor(H100)
-    unhurried = small_run(batch_size=2)
-    predictor.want([], [small_run(batch_size=1), unhurried])
-    until(lambda: predictor.get(small_run(batch_size=1)))
-    for hurried in (small_run(batch_size=4), small_run(batch_size=5)):
-        predictor.want([hurried], [unhurried])
-        until(lambda wanted=hurried: predictor.get(wanted))
-    predictor.close()
-    assert begun == [1, 4, 5], "after each answer it rests, and what somebody waits for ends the rest"
-    assert predictor.get(unhurried) is None
-
-
 def test_it_ends_with_whoever_asks_in_the_middle_of_an_answer() -> None:
     code = (
         "import time; from gpumem_tui.engine.prediction import questions;"
-        "questions.answer_all = lambda *_: time.sleep(60); questions.serve(0, 0)"
+        "questions.answer_all = lambda *_: time.sleep(60); questions.serve(0)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

@@ -63,7 +63,7 @@ def test_an_answer_of_the_server_is_that_of_any_process(server: EngineDir) -> No
     config = small_run(lora=True)
     here, info = predict(config, H100), server.info()
     assert info is not None and info.kind == "warm"
-    first, second = PredictingProcess(niceness=0), PredictingProcess(niceness=10)
+    first, second = PredictingProcess(), PredictingProcess()
     with closing(second), closing(first):
         for process in (first, second):
             answer = process.predict(config, H100)
@@ -104,18 +104,18 @@ def test_it_is_listed_and_there_is_one(server: EngineDir) -> None:
 
 
 def test_another_version_or_environment_is_not_answered(server: EngineDir, monkeypatch: pytest.MonkeyPatch) -> None:
-    there = warm_process(0)
+    there = warm_process()
     assert there is not None
     there.wait()
     with monkeypatch.context() as patch:
         patch.setenv("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-        assert warm_process(0) is None
+        assert warm_process() is None
     monkeypatch.setattr(warm_server, "programs", lambda: {"libraries": {"torch": "0.1"}, "code": ""})
-    assert warm_process(0) is None
+    assert warm_process() is None
 
 
 def test_where_a_server_is_killed_its_copies_end_and_who_asked_goes_on_alone(home: Path) -> None:
-    killed, process = start(Question(small_run().as_dict(), H100), idle_s=60), PredictingProcess(niceness=0)
+    killed, process = start(Question(small_run().as_dict(), H100), idle_s=60), PredictingProcess()
     info = killed.info()
     assert info is not None
     with closing(process):

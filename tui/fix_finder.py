@@ -26,7 +26,7 @@ class FixFinder:
 
     def __init__(self, run: Run, report: OutOfMemoryReport) -> None:
         self.run, self.report, self.found = run, report, FoundFixes()
-        self._process = PredictingProcess(niceness=0)  # somebody waits for it
+        self._process = PredictingProcess()
         self._thread = threading.Thread(target=self._find, name="fixes", daemon=True)
         self._thread.start()
 

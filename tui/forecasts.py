@@ -99,16 +99,15 @@ class Forecasts:
         base, predictions = self.state.run.config or self._changes.base(), self.predictions
         if base is None or predictions is None:
             return None
-        hurry = not self.state.acts  # beside a recording there is no training to give way to
-        now = predictions.of(base, hurry) if not self.impossible() else None
+        now = predictions.of(base, hurry=False) if not self.impossible() else None
         changes = [one for one in single_changes(base) if self._changes.problem(base.with_(one)) is None]
         configs = [base.with_(one) for one in changes]
         if self.impossible() or (now is None and not predictions.unanswered([base])):
             return None  # nothing will come to subtract from
         # Asked for before the run itself is known, they would be worked out in any order.
         for i in most_promising_first(now, changes) if now is not None else ():
-            predictions.of(configs[i], hurry)
-        then = [predictions.of(config, hurry) for config in configs] if now is not None else [None] * len(configs)
+            predictions.of(configs[i], hurry=False)
+        then = [predictions.of(config, hurry=False) for config in configs] if now is not None else [None] * len(configs)
         tried = len(configs) - predictions.unanswered(configs) if now else 0
         savings = [
             Saving(one, now.peak_bytes - found.peak_bytes, techniques.effect(base, config))

@@ -1,4 +1,4 @@
-"""Predictions for the screens, worked out in a process that gives way to the training."""
+"""Predictions for the screens, worked out in a process beside the training."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ class Background:
             for old in list(self._asked)[:-REMEMBERED]:
                 del self._asked[old]
             some, others = ([c for c, hurried in self._asked.values() if hurried is wanted] for wanted in (True, False))
-            predictor.want(some, others)
+            predictor.want(some + others)
         return None
 
     def problem(self, config: RunConfig) -> str:

@@ -53,7 +53,7 @@ class Predictions(Protocol):
 
         Args:
             config: Which.
-            hurry: Whether somebody waits for it.
+            hurry: It comes before all that are in no hurry.
         """
         ...
 

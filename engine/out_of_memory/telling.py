@@ -37,8 +37,7 @@ def would_fit(run: Run, report: OutOfMemoryReport) -> Told:
     if report.verdict is Verdict.GROWN:
         grows = report.growth_owner or "what is held"
         return Told(f"no setting mends this: {grows} grows by {size_text(report.growth_bytes)} a step")
-    # Nothing trains any more, and somebody waits.
-    process = PredictingProcess(niceness=0, longest_s=LONGEST_S)
+    process = PredictingProcess(longest_s=LONGEST_S)
     search = FixSearch(run, report, process.known_or_predicted)
     try:
         with closing(process):

@@ -44,8 +44,8 @@ def _warm() -> PredictingProcess | None:
 
     A process that has torch needs none.
     """
-    there = warm_process(niceness=0) if "torch" not in sys.modules else None
-    return PredictingProcess(niceness=0, there=there) if there is not None else None
+    there = warm_process() if "torch" not in sys.modules else None
+    return PredictingProcess(there=there) if there is not None else None
 
 
 def largest_known(prediction: Prediction, predict: Callable[[RunConfig], Prediction], gpu: Gpu) -> dict[str, int]:

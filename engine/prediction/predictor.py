@@ -15,7 +15,6 @@ import contextlib
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Sequence
 
 from ..config import RunConfig, UserError
@@ -26,15 +25,6 @@ from .outcome import Prediction
 from .prediction_store import PredictionStore
 from .questions import ANSWERS, Question, answer_all, environment, framed, read, serve
 from .warm_server import WarmProcess, warm_process
-
-NICENESS = 10
-"""The process gives way to whatever trains, and still gets a tenth of a core where all are busy; 0: an equal share."""
-
-UNHURRIED_SHARE = 0.5
-"""Share of the time that it works while nobody waits: a training beside it feels a busy core, even another one."""
-
-LONGEST_REST_S = 5.0
-"""The most, however long an answer took: where every layer has to be traced, many seconds."""
 
 Answer = Prediction | UserError
 
@@ -50,22 +40,16 @@ class Predictor:
         self._gpu, self._store = gpu, PredictionStore(gpu)
         self._known: dict[str, Answer] = {}
         self._looked_up: set[str] = set()
-        self._wanted: list[tuple[RunConfig, bool]] = []
+        self._wanted: list[RunConfig] = []
         self._changed = threading.Condition()
         self._closed = False
         self._process = PredictingProcess()
         self._thread: threading.Thread | None = None
 
-    def want(self, configs: Sequence[RunConfig], unhurried: Sequence[RunConfig] = ()) -> None:
-        """Ask for predictions, in this order; what was asked before and is not among them is dropped.
-
-        Args:
-            configs: What somebody waits for.
-            unhurried: What nobody waits for: while there is nothing else, the process rests most of the time.
-        """
+    def want(self, configs: Sequence[RunConfig]) -> None:
+        """Ask for predictions, in this order; what was asked before and is not among them is dropped."""
         with self._changed:
-            wanted = [(config, True) for config in configs] + [(config, False) for config in unhurried]
-            self._wanted = [(config, hurry) for config, hurry in wanted if self.get(config) is None]
+            self._wanted = [config for config in configs if self.get(config) is None]
             if self._wanted and self._thread is None:
                 self._thread = threading.Thread(target=self._ask_forever, name="predictor", daemon=True)
                 self._thread.start()
@@ -105,18 +89,10 @@ class Predictor:
                 self._changed.wait_for(lambda: self._wanted or self._closed)
                 if self._closed:
                     return
-                wanted = [config for config, _ in self._wanted]
+                wanted = self._wanted
             self._look_up(wanted)
-            if memory_key(wanted[0]) in self._known:
-                continue
-            began = time.monotonic()
-            answer = self._ask(wanted[0])
-            # Loading the libraries is no prediction: no rest afterwards makes up for it.
-            worked_s = answer.seconds if isinstance(answer, Prediction) else time.monotonic() - began
-            self._learn(wanted[0], answer)
-            rest_s = min(LONGEST_REST_S, worked_s * (1 / UNHURRIED_SHARE - 1))
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or any(hurry for _, hurry in self._wanted), rest_s)
+            if memory_key(wanted[0]) not in self._known:
+                self._learn(wanted[0], self._ask(wanted[0]))
 
     def _look_up(self, wanted: Sequence[RunConfig]) -> None:
         """Learn what others have worked out: of every wish when it is new, and of the next one as it is now."""
@@ -132,7 +108,7 @@ class Predictor:
     def _learn(self, config: RunConfig, answer: Answer) -> None:
         with self._changed:
             self._known[memory_key(config)] = answer
-            self._wanted = [other for other in self._wanted if memory_key(other[0]) not in self._known]
+            self._wanted = [other for other in self._wanted if memory_key(other) not in self._known]
             self._changed.notify_all()
 
     def _ask(self, config: RunConfig) -> Answer:
@@ -147,10 +123,9 @@ class PredictingProcess:
     What it finds out is kept for every other process of this user.
 
     Args:
-        niceness: See `NICENESS`; None: that.
         longest_s: It ends by itself after so many seconds; 0: when it is told to. An interpreter that ends can
             start no thread to see to that.
-        forked: It is a copy of this process (`forked_process.can_fork`), of the same niceness.
+        forked: It is a copy of this process (`forked_process.can_fork`).
         there: It is there already.
 
     Attributes:
@@ -159,12 +134,10 @@ class PredictingProcess:
 
     def __init__(
         self,
-        niceness: int | None = None,
         longest_s: int = 0,
         forked: bool = False,
         there: WarmProcess | None = None,
     ) -> None:
-        self._niceness = NICENESS if niceness is None else niceness
         self._longest_s, self.ended, self._forked = longest_s, False, forked
         self._process: subprocess.Popen[bytes] | ForkedProcess | WarmProcess | None = there
         self._closed = False
@@ -231,15 +204,15 @@ class PredictingProcess:
             if self._forked:
                 self._process, self._forked = ForkedProcess(answer_all), False
                 return self._process
-            self._process = warm_process(self._niceness) if self._warm else None
+            self._process = warm_process() if self._warm else None
         if self._process is None:
-            code = f"from {serve.__module__} import serve; serve({self._niceness}, {self._longest_s})"
+            code = f"from {serve.__module__} import serve; serve({self._longest_s})"
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
+                start_new_session=True,  # Linux shares processors among sessions: it takes nothing from the training's
                 env=environment(),
             )
         return self._process

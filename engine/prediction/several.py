@@ -87,7 +87,7 @@ class Several:
     def _start(self) -> None:
         if not self._processes:
             forked = can_fork()
-            self._processes = [PredictingProcess(niceness=0, forked=forked) for _ in range(self._others)]
+            self._processes = [PredictingProcess(forked=forked) for _ in range(self._others)]
             for process in self._processes:
                 process.start()
 

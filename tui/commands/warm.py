@@ -27,7 +27,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 def main(flags: argparse.Namespace) -> int:
     """Start it, unless there is one already; returns when it is ready."""
     config, card, idle_s = config_from(flags), chosen_gpu(flags.gpu), seconds(flags.idle, "--for")
-    there = warm_process(niceness=0)
+    there = warm_process()
     if there is not None:
         there.wait()
         names = ", ".join(server.name for server in warm_servers())

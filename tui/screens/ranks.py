@@ -267,7 +267,7 @@ class RanksPage(Page):
         shown, predictions = self.state.shown, self.forecasts.predictions
         if shown is None or predictions is None or "parallel" not in shown.config.options:
             return None
-        found = predictions.of(shown.config.with_({"parallel": "none"}), hurry=not self.state.acts)
+        found = predictions.of(shown.config.with_({"parallel": "none"}), hurry=False)
         return found.by_category if found is not None else None
 
     def _notes(self, here: RankPeak, highest: RankPeak, lowest: RankPeak, unit: Unit, width: int) -> list[Row]:
