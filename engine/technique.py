@@ -135,8 +135,9 @@ class Technique:
             None. Sees the model on the meta device, before anything is loaded.
         unavailable: Why a value of the switch cannot be used on a machine (one
             line), or None.
-        saves: The values of the switch that can lower memory, of several that hold the same
-            the most usual one; None: all but the default.
+        saves: The values of the switch that can lower memory, those first that save most if that is known; of
+            several that hold the same the most usual one. Where it depends on the configuration, a function of it;
+            None: all but the default.
         caution: What of a configuration's memory surprises where this technique is used (one
             line), or None.
         mathematics: What a configuration computes, as far as it decides that.
@@ -165,7 +166,7 @@ class Technique:
     conflict: Callable[[RunConfig], str | None] = _never
     unsuitable: Callable[[RunConfig, Model], str | None] = _any_model
     unavailable: Callable[[Value, Environment], str | None] = _always
-    saves: tuple[Value, ...] | None = None
+    saves: tuple[Value, ...] | Callable[[RunConfig], tuple[Value, ...]] | None = None
     caution: Callable[[RunConfig], str | None] = _never
     mathematics: Callable[[RunConfig], Mathematics] = _the_same
     recognise: Recognise = _not_visible
@@ -175,12 +176,15 @@ class Technique:
         """The option that carries the technique's name."""
         return self.options[0]
 
-    @property
-    def savers(self) -> tuple[Value, ...]:
-        """The values of the switch that can lower memory."""
-        if self.saves is not None:
-            return self.saves
-        return tuple(value for value in self.switch.choices if value != self.switch.default)
+    def savers(self, config: RunConfig) -> tuple[Value, ...]:
+        """The values of the switch that can lower a configuration's memory, but for the one that it has."""
+        overruled = self.overruled(config)
+        now = (config[self.name], overruled[0] if overruled else None)
+        if self.saves is None:
+            found = tuple(value for value in self.switch.choices if value != self.switch.default)
+        else:
+            found = self.saves if isinstance(self.saves, tuple) else self.saves(config)
+        return tuple(value for value in found if value not in now)
 
     def in_effect(self, config: RunConfig) -> str:
         """The switch's value for people, as it has an effect: `on`, `off (checkpointing)`."""

@@ -224,6 +224,25 @@ def test_of_values_that_hold_the_same_one_is_tried() -> None:
     assert not any(some.get("dtype") == "float32" or [*some] == ["loss_scaling"] for some in changes)
 
 
+@pytest.mark.parametrize(
+    ("now", "other"),
+    [
+        ({"attention": "auto"}, {"attention": "sdpa"}),
+        ({"dtype": "mixed"}, {"dtype": "mixed-float16", "loss_scaling": True}),
+        ({"dtype": "mixed-float16", "loss_scaling": True}, {"dtype": "mixed", "loss_scaling": False}),
+        ({"checkpointing": "layers"}, {"checkpointing": "selective"}),
+    ],
+)
+def test_values_that_save_nothing_beside_the_one_there_is_are_not_tried(
+    now: dict[str, Value], other: dict[str, Value]
+) -> None:
+    config = small_run(**now)
+    switch, value = next(iter(other.items()))
+    assert not any(some.get(switch) == value for some in advice.single_changes(config))
+    before, after = predict(config, gpu("H100 80GB")), predict(config.with_(other), gpu("H100 80GB"))
+    assert before.peak_bytes - after.peak_bytes < advice.LEAST_SAVING_BYTES
+
+
 def test_float16_without_loss_scaling_is_no_advice() -> None:
     """Its gradients vanish, and the loss becomes nan."""
     changes = [dict(some) for some in advice.single_changes(small_run())]
@@ -243,11 +262,13 @@ def test_what_another_setting_decides_is_no_advice() -> None:
 def test_a_saving_under_a_mebibyte_is_none() -> None:
     def nearly_the_same(config: RunConfig) -> Answer:
         found = pretended(config)
-        if isinstance(found, Prediction) and config["attention"] == "sdpa":
+        if isinstance(found, Prediction) and config["attention"] != "eager":
             found = dataclasses.replace(found, peak_bytes=found.peak_bytes - 1000)
         return found
 
-    assert not any("attention" in one.changes for one in advise(small_run(), in_turn(nearly_the_same)).alone)
+    eager = small_run(attention="eager")
+    assert {"attention": "sdpa"} in [*advice.single_changes(eager)]
+    assert not any("attention" in one.changes for one in advise(eager, in_turn(nearly_the_same)).alone)
 
 
 def test_a_run_that_cannot_be_predicted_gets_no_advice() -> None:

@@ -329,13 +329,10 @@ def ladders_of(technique: Technique, config: RunConfig) -> list[Ladder]:
     """
     if technique.name == "accumulation":
         return [Ladder(technique.name, Effect.NONE, _smaller_micro_batches(config), True, technique.slowdown)]
-    overruled = technique.overruled(config)
-    same = (config[technique.name], overruled[0] if overruled else None)
     by_effect: dict[Effect, list[Settings]] = {}
-    for value in technique.savers:
-        if value not in same:
-            settings = {technique.name: value}
-            by_effect.setdefault(techniques.effect(config, config.with_(settings)), []).append(settings)
+    for value in technique.savers(config):
+        settings = {technique.name: value}
+        by_effect.setdefault(techniques.effect(config, config.with_(settings)), []).append(settings)
     return [
         Ladder(technique.name, effect, tuple(rungs), False, technique.slowdown)
         for effect, rungs in by_effect.items()

@@ -97,16 +97,14 @@ def single_changes(config: RunConfig) -> Iterator[dict[str, Value]]:
     Accumulation is at the same effective batch.
     """
     for technique in techniques.registry().values():
-        overruled = technique.overruled(config)
-        same = (config[technique.name], overruled[0] if overruled else None)
-        for value in technique.savers:
+        for value in technique.savers(config):
             changes = {technique.name: value}
             if technique.name == "accumulation":
                 parts, rest = divmod(int(value), config.integer("accumulation"))
                 if rest or parts < 1 or config.batch_size % parts:
                     continue
                 changes["batch_size"] = config.batch_size // parts
-            if value not in same and (sound := _made_sound(config, changes)) is not None:
+            if (sound := _made_sound(config, changes)) is not None:
                 yield sound
 
 

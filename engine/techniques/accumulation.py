@@ -38,5 +38,6 @@ TECHNIQUE = Technique(
     variants=({"accumulation": 3},),
     key="a",
     apply=apply,
+    saves=(16, 8, 4, 2),
     mathematics=mathematics,
 )

@@ -39,6 +39,11 @@ def conflict(config: RunConfig) -> str | None:
     return None
 
 
+def saves(config: RunConfig) -> tuple[Value, ...]:
+    """auto is sdpa already for every model that has it."""
+    return ("sdpa", "flash_attention_2") if config["attention"] == "eager" else ("flash_attention_2",)
+
+
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     """The implementation that transformers has chosen for the model."""
     chosen = getattr(getattr(model, "config", None), "_attn_implementation", None)
@@ -68,7 +73,7 @@ TECHNIQUE = Technique(
     packages=("flash-attn",),
     key="t",
     apply=apply,
-    saves=("sdpa", "flash_attention_2"),
+    saves=saves,
     recognise=recognise,
     conflict=conflict,
     unavailable=unavailable,

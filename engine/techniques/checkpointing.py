@@ -134,6 +134,13 @@ class _Segment:
             return self.checkpoint(recompute.observed(run, self.names), hidden_states)
 
 
+def saves(config: RunConfig) -> tuple[Value, ...]:
+    """selective keeps what layers does, and attention's outputs too."""
+    if config["checkpointing"] == "layers":
+        return ("segments", "input")
+    return ("layers", "selective", "segments", "input")
+
+
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
     """Layers that checkpoint themselves through transformers' function, and which implementation that calls."""
     layers = [module for module in model.modules() if getattr(module, "gradient_checkpointing", False)]
@@ -179,6 +186,7 @@ TECHNIQUE = Technique(
     ),
     key="k",
     apply=apply,
+    saves=saves,
     conflict=conflict,
     recognise=recognise,
 )

@@ -36,13 +36,24 @@ def apply(config: RunConfig, recipe: Recipe) -> None:
         recipe.dtype = getattr(torch, value)
 
 
+def _dtype(config: RunConfig) -> str:
+    """The value as it is set, or what the profile says; `profile` where nobody knows that before it is loaded."""
+    value = config.text("dtype")
+    return config.architecture.dtype if value == "profile" and config.architecture is not None else value
+
+
 def mathematics(config: RunConfig) -> Mathematics:
     """The range of float16 is too small for gradients: they vanish, and sums overflow to inf and nan."""
-    value = config.text("dtype")
-    if value == "profile" and config.architecture is not None:
-        value = config.architecture.dtype
+    value = _dtype(config)
     unscaled = AUTOCAST.get(value, value) == "float16" and not config.flag("loss_scaling")
     return Mathematics(numerics=value, unsound=UNSCALED if unscaled else "")
+
+
+def saves(config: RunConfig) -> tuple[Value, ...]:
+    """Arithmetic in float16 holds what it does in bfloat16: it is for float32 on GPUs that compute in no bfloat16."""
+    if config.text("dtype") in AUTOCAST:
+        return ("bfloat16",)
+    return ("bfloat16", "mixed", "mixed-float16") if _dtype(config) in ("float32", "profile") else ("bfloat16", "mixed")
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
@@ -108,7 +119,7 @@ TECHNIQUE = Technique(
     variants=({"dtype": "float16"}, {"dtype": "bfloat16"}, {"dtype": "mixed"}, {"dtype": "mixed-float16"}),
     key="d",
     apply=apply,
-    saves=("bfloat16", "mixed", "mixed-float16"),
+    saves=saves,
     mathematics=mathematics,
     recognise=recognise,
 )
