@@ -86,7 +86,7 @@ def test_what_is_no_longer_wanted_is_never_begun(monkeypatch: pytest.MonkeyPatch
 def test_it_ends_with_whoever_asks_in_the_middle_of_an_answer() -> None:
     code = (
         "import time; from gpumem_tui.engine.prediction import questions;"
-        "questions.answer_all = lambda *_: time.sleep(60); questions.serve(0)"
+        "questions.answer_all = lambda *_: time.sleep(60); questions.serve(0, 0)"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE) as process:
         assert process.stdin is not None

@@ -63,7 +63,7 @@ def test_an_answer_of_the_server_is_that_of_any_process(server: EngineDir) -> No
     config = small_run(lora=True)
     here, info = predict(config, H100), server.info()
     assert info is not None and info.kind == "warm"
-    first, second = PredictingProcess(), PredictingProcess()
+    first, second = PredictingProcess(), PredictingProcess(niceness=10)
     with closing(second), closing(first):
         for process in (first, second):
             answer = process.predict(config, H100)

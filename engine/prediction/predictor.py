@@ -26,6 +26,9 @@ from .prediction_store import PredictionStore
 from .questions import ANSWERS, Question, answer_all, environment, framed, read, serve
 from .warm_server import WarmProcess, warm_process
 
+NICENESS = 10
+"""For a process for whose answers nobody waits: it gives way, and still gets a tenth of a core where all are busy."""
+
 Answer = Prediction | UserError
 
 
@@ -34,16 +37,17 @@ class Predictor:
 
     Args:
         gpu: For which GPU.
+        niceness: See `NICENESS`; 0: somebody waits, and it takes an equal share.
     """
 
-    def __init__(self, gpu: Gpu) -> None:
+    def __init__(self, gpu: Gpu, niceness: int = 0) -> None:
         self._gpu, self._store = gpu, PredictionStore(gpu)
         self._known: dict[str, Answer] = {}
         self._looked_up: set[str] = set()
         self._wanted: list[RunConfig] = []
         self._changed = threading.Condition()
         self._closed = False
-        self._process = PredictingProcess()
+        self._process = PredictingProcess(niceness)
         self._thread: threading.Thread | None = None
 
     def want(self, configs: Sequence[RunConfig]) -> None:
@@ -123,6 +127,7 @@ class PredictingProcess:
     What it finds out is kept for every other process of this user.
 
     Args:
+        niceness: See `NICENESS`; 0: it takes an equal share.
         longest_s: It ends by itself after so many seconds; 0: when it is told to. An interpreter that ends can
             start no thread to see to that.
         forked: It is a copy of this process (`forked_process.can_fork`).
@@ -134,10 +139,12 @@ class PredictingProcess:
 
     def __init__(
         self,
+        niceness: int = 0,
         longest_s: int = 0,
         forked: bool = False,
         there: WarmProcess | None = None,
     ) -> None:
+        self._niceness = niceness
         self._longest_s, self.ended, self._forked = longest_s, False, forked
         self._process: subprocess.Popen[bytes] | ForkedProcess | WarmProcess | None = there
         self._closed = False
@@ -204,15 +211,15 @@ class PredictingProcess:
             if self._forked:
                 self._process, self._forked = ForkedProcess(answer_all), False
                 return self._process
-            self._process = warm_process() if self._warm else None
+            self._process = warm_process(self._niceness) if self._warm else None
         if self._process is None:
-            code = f"from {serve.__module__} import serve; serve({self._longest_s})"
+            code = f"from {serve.__module__} import serve; serve({self._niceness}, {self._longest_s})"
             self._process = subprocess.Popen(
                 [sys.executable, "-P", "-c", code],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.DEVNULL,
-                start_new_session=True,  # Linux shares processors among sessions: it takes nothing from the training's
+                start_new_session=True,  # where Linux schedules sessions as groups, niceness counts within one only
                 env=environment(),
             )
         return self._process

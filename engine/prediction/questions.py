@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import select
 import signal
@@ -85,15 +86,18 @@ def read(pipe: IO[bytes], decoder: msgspec.msgpack.Decoder[Message]) -> Message 
     return decoder.decode(body) if len(body) == length else None
 
 
-def serve(longest_s: int) -> None:
+def serve(niceness: int, longest_s: int) -> None:
     """The process: one question after the other on standard input, one answer to each on standard output.
 
     It ends at once with whoever asks, even in the middle of an answer.
 
     Args:
+        niceness: It gives way to others by so much.
         longest_s: The signal that ends it comes after so many seconds; 0: none does.
     """
     signal.alarm(longest_s)
+    if niceness:
+        give_way(niceness)
     threading.Thread(target=_end_with_asker, args=(sys.stdin.fileno(),), name="asker", daemon=True).start()
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # whatever a library prints is no answer
@@ -129,3 +133,10 @@ def answer(question: Question, predict: Callable[..., Prediction]) -> Told:
     except Exception as error:  # one configuration that breaks must not end the others
         return Told(error=f"this cannot be predicted: {kind_and_line(error)}")
     return Told(prediction=prediction.packed())
+
+
+def give_way(niceness: int) -> None:
+    """Let others go first, those of other sessions too."""
+    os.nice(niceness)
+    with contextlib.suppress(OSError):
+        Path("/proc/self/autogroup").write_text(str(niceness))

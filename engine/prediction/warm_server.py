@@ -42,6 +42,7 @@ from .questions import (
     answer_all,
     environment,
     framed,
+    give_way,
     read,
 )
 
@@ -57,10 +58,12 @@ class Hello(msgspec.Struct):
 
     Attributes:
         identity: See `identity`; a server of another one answers nothing.
+        niceness: The copy gives way to others by so much.
         folder: Where relative paths begin.
     """
 
     identity: str
+    niceness: int
     folder: str
 
 
@@ -102,7 +105,7 @@ class WarmProcess:
         self._connection.close()
 
 
-def warm_process() -> WarmProcess | None:
+def warm_process(niceness: int = 0) -> WarmProcess | None:
     """A copy of a server that would answer as this process would; None: there is none."""
     servers = warm_servers()
     if not servers:
@@ -111,7 +114,7 @@ def warm_process() -> WarmProcess | None:
         folder = str(Path.cwd())
     except OSError:  # it has been removed
         return None
-    hello = framed(Hello(identity(environment()), folder))
+    hello = framed(Hello(identity(environment()), niceness, folder))
     return next((found for server in servers if (found := _copy_of(server, hello)) is not None), None)
 
 
@@ -315,6 +318,8 @@ class _Server:
                 answers.flush()
                 return
             os.chdir(hello.folder)
+            if hello.niceness:
+                give_way(hello.niceness)
             answers.write(framed(Told()))
             answers.flush()
             answer_all(questions, answers)

@@ -17,7 +17,7 @@ from transformers.trainer_callback import CallbackHandler
 from ..ledger import Ledger
 from ..prediction.gpus import gpu_of
 from ..prediction.outcome import Prediction
-from ..prediction.predictor import Predictor
+from ..prediction.predictor import NICENESS, Predictor
 from ..run import Run
 from ..run_events import StepEnded
 
@@ -73,7 +73,7 @@ def figures_of(run: Run | None, predicted: PredictedPeak) -> dict[str, int]:
 
 
 class PredictedPeak:
-    """The peak that is predicted of a watched run on its GPU, worked out beside the training by a process that rests.
+    """The peak that is predicted of a watched run on its GPU, worked out by a process that gives way to the training.
 
     Attributes:
         bytes: None: not known yet, or never: on a CPU, and where the model is not one that can be built anew.
@@ -89,10 +89,10 @@ class PredictedPeak:
         if config.architecture is None or not run.environment.on_gpu:
             return
         if self._predictor is None:
-            self._predictor = Predictor(gpu_of(run.environment))
+            self._predictor = Predictor(gpu_of(run.environment), NICENESS)
         answer = self._predictor.get(config)
         if answer is None:
-            self._predictor.want([], [config])
+            self._predictor.want([config])
         self.bytes = answer.peak_bytes if isinstance(answer, Prediction) else None
 
     def close(self) -> None:
