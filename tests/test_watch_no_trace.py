@@ -26,6 +26,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gpumem_tui.engine import recompute
+from gpumem_tui.engine.tracing.module_hooks import call_hooks, keyword_arguments, module_hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.watch import watch
 
@@ -197,6 +198,79 @@ def test_a_compiled_model_stays_compiled(how: str) -> None:
     assert told[0][1] == 1
 
 
+# --- the hooks that stay between traced steps ---------------------------------------------------
+
+
+class Caller(torch.nn.Module):
+    """Its class has a call of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = torch.nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor, scale: float = 1.0) -> torch.Tensor:
+        if scale < 0:
+            raise ValueError("negative")
+        scaled: torch.Tensor = self.inner(x) * scale
+        return scaled
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return super().__call__(*args, **kwargs)
+
+
+@pytest.mark.parametrize("kind", [Caller, Net])
+def test_a_hooked_call_leaves_the_modules_inside_alone(kind: type[torch.nn.Module]) -> None:
+    told: list[Any] = []
+    model, other = kind(), kind()
+    own = vars(kind).get("__call__")
+
+    def before(module: torch.nn.Module, args: Any) -> None:
+        told.append((module, len(args), dict(keyword_arguments())))
+
+    def after(module: torch.nn.Module, _args: Any, output: Any) -> None:
+        told.append((module, None if output is None else tuple(output.shape)))
+
+    undo = call_hooks.add(model, before, after), call_hooks.add(model, before, after)
+    lists = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+    assert not any(lists), "every module's call would take torch's slow path"
+    other(torch.ones(3, 4))
+    assert not told
+    copy.deepcopy(model)(torch.ones(3, 4))
+    assert not told
+    model(torch.ones(3, 4))
+    assert told == [(model, 1, {})] * 2 + [(model, (3, 2))] * 2
+    undo[0]()
+    if kind is Caller:
+        told.clear()
+        with pytest.raises(ValueError, match="negative"):
+            model(torch.ones(3, 4), scale=-1.0)
+        assert told == [(model, 1, {"scale": -1.0}), (model, None)]
+    undo[1]()
+    assert vars(kind).get("__call__") is own
+    told.clear()
+    model(torch.ones(3, 4))
+    assert not told
+
+
+def test_torch_s_lists_stay_for_what_has_been_compiled_under_them() -> None:
+    """With other lengths it would be compiled anew, in every traced step and in every other."""
+    for compiles in (False, True):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
+        model = Net()
+        call = torch.compile(model.body, backend=counter) if compiles else model.body
+        with module_hooks.kept_for_compiled():
+            for _ in range(3):
+                undo = module_hooks.add(model, lambda *_: None, lambda *_: None)
+                call(torch.ones(3, 4))
+                undo()
+                assert bool(torch_module._global_forward_hooks) == compiles
+                call(torch.ones(3, 4))
+        assert not torch_module._global_forward_hooks
+        assert counter.frame_count == compiles
+
+
 # --- away again, in whatever order ----------------------------------------------------------
 
 
@@ -262,6 +336,7 @@ def test_nothing_of_ours_runs_where_an_interrupt_would_be_lost() -> None:
 
 
 @pytest.mark.usefixtures("interruptible")
+@pytest.mark.filterwarnings("ignore:.*meminfo:pytest.PytestUnraisableExceptionWarning")  # between its open and its with
 def test_interrupts_end_a_watched_loop() -> None:
     """Wherever they arrive; `tests.benchmarks.watched_interrupts` tries 200."""
     model, optimizer = small()

@@ -1,10 +1,11 @@
 """What watching costs a training loop of one's own: stretches of steps with `watch` and without, in turn.
 
-    python -m tests.benchmarks.watched [--profile polyglot-ko-1.3b] [--batch-size 8] [--rounds 10] [--steps 20]
+    python -m tests.benchmarks.watched [--images SIDE] [--profile polyglot-ko-1.3b] [--batch-size 8] [--rounds 30]
 
 One model in one process, each stretch timed as a whole and the ratio taken of
-neighbours; 1.00 means that it costs nothing. On a GPU the default profile is
-the 1.3B model, in float16; on a CPU `tiny`, where every operator is followed.
+the two without that it lies between; 1.00 means that it costs nothing. On a GPU the default is the
+1.3B model, in float16; on a CPU `tiny`, where every operator is followed. `--images`
+trains ResNet-50 instead, on pictures of that side and under bfloat16's autocast.
 """
 
 from __future__ import annotations
@@ -13,29 +14,66 @@ import argparse
 import statistics
 import sys
 import time
-from typing import Any
+from collections.abc import Callable
+from typing import NamedTuple
 
 import torch
+from torch.nn import functional
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpumem_tui.profiles import model_profile
 from gpumem_tui.watch import watch
+from tests.examples.predicted import ResNet50
 
 
-def stretch(model: Any, optimizer: torch.optim.Optimizer, ids: torch.Tensor, steps: int) -> float:
+class Loop(NamedTuple):
+    """A loop to watch; `loss` is one forward pass."""
+
+    name: str
+    model: torch.nn.Module
+    optimizer: torch.optim.Optimizer
+    loss: Callable[[], torch.Tensor]
+
+
+def language(profile_name: str, rows: int, tokens: int, device: torch.device) -> Loop:
+    """A causal language model of a profile."""
+    with device:
+        config = AutoConfig.for_model(**model_profile(profile_name).config)
+        dtype = torch.float16 if device.type == "cuda" else torch.float32
+        model = AutoModelForCausalLM.from_config(config, dtype=dtype)
+        ids = torch.randint(0, config.vocab_size, (rows, tokens))
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
+    return Loop(f"{profile_name}, batch {rows}", model, optimizer, lambda: model(input_ids=ids, labels=ids).loss)
+
+
+def images(side: int, rows: int, device: torch.device) -> Loop:
+    """ResNet-50, as torchvision's reference script trains it."""
+    with device:
+        model, pixels = ResNet50(), torch.randn(rows, 3, side, side)
+        labels = torch.randint(0, 1000, (rows,))
+
+    def loss() -> torch.Tensor:
+        with torch.autocast(device.type, torch.bfloat16):
+            return functional.cross_entropy(model(pixels), labels)
+
+    optimizer = torch.optim.SGD(model.parameters(), 0.1, momentum=0.9)
+    return Loop(f"ResNet-50, batch {rows} of {side}x{side}", model, optimizer, loss)
+
+
+def stretch(loop: Loop, steps: int) -> float:
     """Seconds a step."""
-    _wait(ids)
+    _wait()
     began = time.perf_counter()
     for _ in range(steps):
-        model(input_ids=ids, labels=ids).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    _wait(ids)
+        loop.loss().backward()
+        loop.optimizer.step()
+        loop.optimizer.zero_grad()
+    _wait()
     return (time.perf_counter() - began) / steps
 
 
-def _wait(ids: torch.Tensor) -> None:
-    if ids.is_cuda:
+def _wait() -> None:
+    if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
@@ -43,30 +81,32 @@ def main() -> int:
     """Print the ratio."""
     on_gpu = torch.cuda.is_available()
     flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--images", type=int, metavar="SIDE", help="pixels: ResNet-50 instead of a language model")
     flags.add_argument("--profile", default="polyglot-ko-1.3b" if on_gpu else "tiny")
-    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--batch-size", type=int)
     flags.add_argument("--seq-len", type=int, default=256)
-    flags.add_argument("--rounds", type=int, default=10)
-    flags.add_argument("--steps", type=int, default=60 if on_gpu else 10)
+    flags.add_argument("--rounds", type=int, default=30 if on_gpu else 10)
+    flags.add_argument("--steps", type=int, default=30 if on_gpu else 10)
     chosen = flags.parse_args()
     device = torch.device("cuda" if on_gpu else "cpu")
-    profile = model_profile(chosen.profile)
-    with device:
-        config = AutoConfig.for_model(**profile.config)
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.float16 if on_gpu else torch.float32)
-        ids = torch.randint(0, config.vocab_size, (chosen.batch_size, chosen.seq_len))
-    optimizer = torch.optim.AdamW(model.parameters(), 1e-5)
-    stretch(model, optimizer, ids, 5)
-    ratios, alone = [], []
+    if chosen.images:
+        loop = images(chosen.images, chosen.batch_size or 64, device)
+    else:
+        loop = language(chosen.profile, chosen.batch_size or 8, chosen.seq_len, device)
+    stretch(loop, 5)
+    ratios, alone = [], [stretch(loop, chosen.steps)]
     for _ in range(chosen.rounds):
-        alone.append(stretch(model, optimizer, ids, chosen.steps))
-        # The first two steps are traced whatever they cost; a run is longer than a stretch.
-        with watch(model, optimizer):
-            stretch(model, optimizer, ids, 3)
-            ratios.append(stretch(model, optimizer, ids, chosen.steps) / alone[-1])
-    print(f"{chosen.profile}, batch {chosen.batch_size}, on {device}: {statistics.median(alone) * 1e3:.1f} ms a step,")
-    print(f"watched {statistics.median(ratios):.3f} times that (median of {len(ratios)} pairs)")
-    print("pairs: " + " ".join(f"{ratio:.3f}" for ratio in sorted(ratios)))
+        # The first steps are traced whatever they cost; a run is longer than a stretch.
+        with watch(loop.model, loop.optimizer):
+            stretch(loop, 3)
+            watched = stretch(loop, chosen.steps)
+        alone.append(stretch(loop, chosen.steps))
+        ratios.append(watched / statistics.mean(alone[-2:]))
+    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    print(f"{loop.name}, on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}, torch {torch.__version__}:")
+    ratio = f"{statistics.mean(ratios):.3f} +- {error:.3f}"
+    print(f"{statistics.median(alone) * 1e3:.1f} ms a step, watched {ratio} times that")
+    print(f"median {statistics.median(ratios):.3f} of {len(ratios)}, from {min(ratios):.3f} to {max(ratios):.3f}")
     return 0
 
 
