@@ -1,4 +1,4 @@
-"""What the caching allocator holds free, given back to the device while the next run is planned. Loads no torch."""
+"""Memory that the caching allocator holds free, given back while the next run is planned. Loads no torch."""
 
 from __future__ import annotations
 
