@@ -19,7 +19,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -198,6 +198,38 @@ def told(title: str, seconds: dict[str, list[float]], memory: dict[str, int]) ->
     return "\n".join(lines)
 
 
+SLOW = {"torch.profiler(profile_memory)", "MemTracker"}
+"""Minutes of post-processing a round: they run once."""
+
+
+def measured(bench: Bench, rounds: int, only: Container[str] = ()) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of each step and the peak by mode.
+
+    Args:
+        bench: The model.
+        rounds: Of all modes, in turn.
+        only: These modes; none: all.
+    """
+    on_gpu = bench.device.type == "cuda"
+    modes = {name: run for name, run in bench.modes().items() if not only or name in only}
+    seconds: dict[str, list[float]] = {name: [] for name in modes}
+    memory: dict[str, int] = {}
+    bench.bare()
+    for round_number in range(rounds):
+        for name, run in modes.items():
+            if name in SLOW and round_number:
+                continue
+            try:
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                seconds[name] += run()[WARM_UP:]
+                if on_gpu:
+                    memory[name] = torch.cuda.max_memory_allocated()
+            except Exception as error:
+                print(f"{name}: {type(error).__name__}: {str(error)[:80]}")
+    return seconds, memory
+
+
 def main() -> int:
     """Print one table a batch size."""
     flags = argparse.ArgumentParser(description=__doc__)
@@ -210,27 +242,11 @@ def main() -> int:
     device = joined() if RANK >= 0 else devices.select("auto")
     for batch_size in chosen.batch_size:
         bench = Bench(chosen.profile, batch_size, device, dict(pair.split("=", 1) for pair in chosen.set))
-        modes = bench.modes()
-        seconds: dict[str, list[float]] = {name: [] for name in modes}
-        memory: dict[str, int] = {}
-        bench.bare()
-        slow = {"torch.profiler(profile_memory)", "MemTracker"}
-        for round_number in range(chosen.rounds):
-            for name, run in modes.items():
-                if name in slow and round_number:
-                    continue  # minutes of post-processing a round
-                try:
-                    if on_gpu:
-                        torch.cuda.reset_peak_memory_stats()
-                    seconds[name] += run()[WARM_UP:]
-                    if on_gpu:
-                        memory[name] = torch.cuda.max_memory_allocated()
-                except Exception as error:
-                    print(f"{name}: {type(error).__name__}: {str(error)[:80]}")
+        seconds, memory = measured(bench, chosen.rounds)
         if RANK <= 0:
             title = " ".join([f"{chosen.profile}, batch {batch_size} x 256", *chosen.set])
             print(told(title, seconds, memory))
-        del bench, modes
+        del bench
         if on_gpu:
             torch.cuda.empty_cache()
     if RANK >= 0:

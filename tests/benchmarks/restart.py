@@ -21,7 +21,7 @@ import statistics
 import sys
 import time
 from multiprocessing.connection import Connection
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -122,16 +122,36 @@ def started() -> tuple[Any, Connection]:
     return script, here
 
 
-def main() -> int:
-    """Print all three and the ratios; 0 if the first is within the goal."""
-    flags = argparse.ArgumentParser(description=__doc__)
-    flags.add_argument("--profile", default="polyglot-ko-1.3b" if torch.cuda.is_available() else "tiny")
-    flags.add_argument("--batch-size", type=int, default=8)
-    flags.add_argument("--set", default="checkpointing=layers", help="the setting that is toggled: key=value")
-    flags.add_argument("--rounds", type=int, default=10)
-    chosen = flags.parse_args()
-    base = techniques.configure(run_fields(chosen.profile), {"batch_size": chosen.batch_size})
-    other = base.with_(techniques.parse(dict([chosen.set.split("=", 1)]), "--set"))
+class Measured(NamedTuple):
+    """Seconds of each round.
+
+    Attributes:
+        anew: Of a script that is started for it: to load, and of the first step.
+        again: Of one whose process does it again and again.
+        toggled: Of the engine: to leave and free, to load, and of the first step.
+        device: Where, in words.
+    """
+
+    anew: list[tuple[float, float]]
+    again: list[tuple[float, float]]
+    toggled: list[tuple[float, float, float]]
+    device: str
+
+    @property
+    def over_anew(self) -> float:
+        """The times that the engine takes as long as a script started anew."""
+        return statistics.median(map(sum, self.toggled)) / statistics.median(map(sum, self.anew))
+
+    @property
+    def over_again(self) -> float:
+        """The times that the engine takes as long as the same process again, of neighbours."""
+        return statistics.median(sum(b) / sum(a) for a, b in zip(self.again, self.toggled, strict=True))
+
+
+def measured(profile: str, batch_size: int, setting: str, rounds: int) -> Measured:
+    """Toggle a setting on and off, in turn with the scripts."""
+    base = techniques.configure(run_fields(profile), {"batch_size": batch_size})
+    other = base.with_(techniques.parse(dict([setting.split("=", 1)]), "--set"))
     anew = []
     for _ in range(SCRIPTS):
         script, here = started()
@@ -141,38 +161,48 @@ def main() -> int:
             here.send(None)
             script.join(30)
     engine = Toggled()
-    alone: list[tuple[float, ...]] = []
-    toggled: list[tuple[float, ...]] = []
+    again: list[tuple[float, float]] = []
+    toggled: list[tuple[float, float, float]] = []
     try:
-        for i in range(chosen.rounds + WARM_UP):
+        for i in range(rounds + WARM_UP):
             before, after = (base, other) if i % 2 else (other, base)
             here.send(after.as_dict())
-            alone.append(here.recv())
+            again.append(here.recv())
             toggled.append(engine.restart(before, after))
         where = engine.session.environment()
     finally:
         here.send(None)
         engine.session.close()
         script.join(30)
-    del alone[:WARM_UP], toggled[:WARM_UP]
-    again = statistics.median(sum(b) / sum(a) for a, b in zip(alone, toggled, strict=True))
-    ratio = statistics.median(map(sum, toggled)) / statistics.median(map(sum, anew))
+    return Measured(anew, again[WARM_UP:], toggled[WARM_UP:], where.device_name if where else "?")
+
+
+def main() -> int:
+    """Print all three and the ratios; 0 if the first is within the goal."""
+    flags = argparse.ArgumentParser(description=__doc__)
+    flags.add_argument("--profile", default="polyglot-ko-1.3b" if torch.cuda.is_available() else "tiny")
+    flags.add_argument("--batch-size", type=int, default=8)
+    flags.add_argument("--set", default="checkpointing=layers", help="the setting that is toggled: key=value")
+    flags.add_argument("--rounds", type=int, default=10)
+    chosen = flags.parse_args()
+    found = measured(chosen.profile, chosen.batch_size, chosen.set, chosen.rounds)
     print(f"{chosen.profile} at batch {chosen.batch_size}, {chosen.set} on and off, {chosen.rounds} rounds in turn")
-    print(f"on {where.device_name if where else '?'}, torch {torch.__version__}; seconds, median (least to most):")
+    print(f"on {found.device}, torch {torch.__version__}; seconds, median (least to most):")
     rows = [
-        ("bare script, started anew", [sum(a) for a in anew]),
-        ("bare script, again and again", [sum(a) for a in alone]),
-        ("  load", [load for load, _ in alone]),
-        ("  first step", [step for _, step in alone]),
-        ("engine, from the key", [sum(b) for b in toggled]),
-        ("  the old run left and freed", [ending for ending, _, _ in toggled]),
-        ("  load", [load for _, load, _ in toggled]),
-        ("  first step", [step for _, _, step in toggled]),
+        ("bare script, started anew", [sum(a) for a in found.anew]),
+        ("bare script, again and again", [sum(a) for a in found.again]),
+        ("  load", [load for load, _ in found.again]),
+        ("  first step", [step for _, step in found.again]),
+        ("engine, from the key", [sum(b) for b in found.toggled]),
+        ("  the old run left and freed", [ending for ending, _, _ in found.toggled]),
+        ("  load", [load for _, load, _ in found.toggled]),
+        ("  first step", [step for _, _, step in found.toggled]),
     ]
-    for name, found in rows:
-        print(f"{name:<34}{statistics.median(found):>8.3f}  ({min(found):.3f} to {max(found):.3f})")
-    print(f"engine over script started anew: {ratio:.3f}, goal {GOAL}; over it again and again: {again:.3f}")
-    return int(ratio > GOAL)
+    for name, seconds in rows:
+        print(f"{name:<34}{statistics.median(seconds):>8.3f}  ({min(seconds):.3f} to {max(seconds):.3f})")
+    told = f"engine over script started anew: {found.over_anew:.3f}, goal {GOAL}"
+    print(f"{told}; over it again and again: {found.over_again:.3f}")
+    return int(found.over_anew > GOAL)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import NamedTuple
@@ -77,7 +76,21 @@ def _wait() -> None:
         torch.cuda.synchronize()
 
 
-def main() -> int:
+def measured(loop: Loop, rounds: int, steps: int) -> tuple[float, list[float]]:
+    """Seconds a step without, and by round how many times as long a step takes with it."""
+    stretch(loop, 5)
+    ratios, alone = [], [stretch(loop, steps)]
+    for _ in range(rounds):
+        # The first steps are traced whatever they cost; a run is longer than a stretch.
+        with watch(loop.model, loop.optimizer):
+            stretch(loop, 3)
+            watched = stretch(loop, steps)
+        alone.append(stretch(loop, steps))
+        ratios.append(watched / statistics.mean(alone[-2:]))
+    return statistics.median(alone), ratios
+
+
+def main() -> None:
     """Print the ratio."""
     on_gpu = torch.cuda.is_available()
     flags = argparse.ArgumentParser(description=__doc__)
@@ -93,22 +106,12 @@ def main() -> int:
         loop = images(chosen.images, chosen.batch_size or 64, device)
     else:
         loop = language(chosen.profile, chosen.batch_size or 8, chosen.seq_len, device)
-    stretch(loop, 5)
-    ratios, alone = [], [stretch(loop, chosen.steps)]
-    for _ in range(chosen.rounds):
-        # The first steps are traced whatever they cost; a run is longer than a stretch.
-        with watch(loop.model, loop.optimizer):
-            stretch(loop, 3)
-            watched = stretch(loop, chosen.steps)
-        alone.append(stretch(loop, chosen.steps))
-        ratios.append(watched / statistics.mean(alone[-2:]))
-    error = statistics.stdev(ratios) / len(ratios) ** 0.5
+    alone_s, ratios = measured(loop, chosen.rounds, chosen.steps)
+    ratio = f"{statistics.mean(ratios):.3f} +- {statistics.stdev(ratios) / len(ratios) ** 0.5:.3f}"
     print(f"{loop.name}, on {torch.cuda.get_device_name() if on_gpu else 'a CPU'}, torch {torch.__version__}:")
-    ratio = f"{statistics.mean(ratios):.3f} +- {error:.3f}"
-    print(f"{statistics.median(alone) * 1e3:.1f} ms a step, watched {ratio} times that")
+    print(f"{alone_s * 1e3:.1f} ms a step, watched {ratio} times that")
     print(f"median {statistics.median(ratios):.3f} of {len(ratios)}, from {min(ratios):.3f} to {max(ratios):.3f}")
-    return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()
