@@ -4,7 +4,10 @@ Every command runs in a process of its own with an empty cache, once with this
 checkout's code and once with the commit's, one after the other, as often as
 `--rounds` says; the least counts. CPU seconds are those of the process and of
 the processes it has waited for: a machine that is busy with something else
-lengthens the wall's seconds alone. Needs no GPU.
+lengthens the wall's seconds alone. The app is started on a terminal, and what
+counts is when it names the best change, in the wall's seconds after the first
+step: beside nothing, when all is known, and beside another process on each
+core. Needs no GPU.
 """
 
 from __future__ import annotations
@@ -20,6 +23,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import NamedTuple
+
+from .best_change import Named, busy_cores, named
 
 ROOT = Path(__file__).parents[2]
 FOLDERS = {
@@ -77,8 +82,10 @@ def checked_out(commit: str | None) -> Iterator[Path]:
 
 def environment_of(packages: Path, cache: str) -> dict[str, str]:
     """The environment of a command of a side, with nothing of this user's."""
-    Path(cache).mkdir(parents=True, exist_ok=True)
-    ours = {"PYTHONPATH": str(packages), "XDG_CACHE_HOME": cache, "XDG_RUNTIME_DIR": cache, "CUDA_VISIBLE_DEVICES": ""}
+    ours = {"PYTHONPATH": str(packages), "CUDA_VISIBLE_DEVICES": ""}
+    for name in ("XDG_CACHE_HOME", "XDG_RUNTIME_DIR", "XDG_STATE_HOME", "XDG_CONFIG_HOME"):
+        ours[name] = f"{cache}/{name}"
+        Path(ours[name]).mkdir(parents=True, exist_ok=True, mode=0o700)
     return os.environ | ours
 
 
@@ -133,20 +140,47 @@ def measured(sides: dict[str, Path], rounds: int) -> Iterator[tuple[str, str, To
         yield name, side, least
 
 
+APP = {"app": False, "app, known": False, "app, both cores busy": True}
+"""Whether other processes keep the cores busy; what is known has been worked out by the row before."""
+
+
+def named_by(sides: dict[str, Path], rounds: int) -> Iterator[tuple[str, str, Named]]:
+    """The app on every side: the soonest of some rounds, the sides in turn."""
+    best: dict[tuple[str, str], Named] = {}
+    for _ in range(rounds):
+        with tempfile.TemporaryDirectory(ignore_cleanup_errors=True) as folder:
+            for name, busy in APP.items():
+                for side, packages in sides.items():
+                    own = Path(folder) / side / name.removesuffix(", known")
+                    environment = environment_of(packages, str(own))
+                    with busy_cores(environment) if busy else nullcontext():
+                        now = named(environment, own)
+                    best[name, side] = min(best.get((name, side), now), now, key=lambda one: one.best_s)
+    for (name, side), soonest in best.items():
+        yield name, side, soonest
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("commit", nargs="?", help="to compare with; none: this checkout alone")
     parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--json", metavar="FILE")
+    parser.add_argument("--only", choices=["commands", "app"])
     flags = parser.parse_args()
     rows = []
     with checked_out(None) as here, checked_out(flags.commit) as there:
         sides = {"here": here} | ({flags.commit: there} if flags.commit else {})
-        print(f"{'CPU s (wall s)':<26}{'code':<12}{'first figures':>18}{'whole':>18}")
-        for name, side, one in measured(sides, flags.rounds):
-            first, whole = f"{one.first_cpu_s:.1f} ({one.first_s:.1f})", f"{one.cpu_s:.1f} ({one.wall_s:.1f})"
-            print(f"{name:<26}{side[:10]:<12}{first:>18}{whole:>18}", flush=True)
-            rows.append({"command": name, "code": side, **one._asdict()})
+        if flags.only != "app":
+            print(f"{'CPU s (wall s)':<26}{'code':<12}{'first figures':>18}{'whole':>18}")
+            for name, side, one in measured(sides, flags.rounds):
+                first, whole = f"{one.first_cpu_s:.1f} ({one.first_s:.1f})", f"{one.cpu_s:.1f} ({one.wall_s:.1f})"
+                print(f"{name:<26}{side[:10]:<12}{first:>18}{whole:>18}", flush=True)
+                rows.append({"command": name, "code": side, **one._asdict()})
+        if flags.only != "commands":
+            print(f"{'wall s after a step':<26}{'code':<12}{'its key':>10}{'best change':>13}{'all':>8}")
+            for name, side, app in named_by(sides, flags.rounds):
+                print(f"{name:<26}{side[:10]:<12}{app.key_s:>10.1f}{app.best_s:>13.1f}{app.all_s:>8.1f}  {app.best}")
+                rows.append({"command": name, "code": side, **app._asdict()})
     if flags.json:
         Path(flags.json).write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
 
