@@ -135,6 +135,11 @@ def unknown(x: Tensor) -> Tensor:
     return x.clone()
 
 
+def without_cudnn(x: Tensor) -> Any:
+    with torch.backends.cudnn.flags(enabled=False):
+        return nn.LSTM(WIDTH, 8).to(x.device)(x)
+
+
 def autocast_cell(x: Tensor) -> Tensor:
     with torch.autocast("cuda"):
         found: Tensor = nn.GRUCell(WIDTH, 8)(x)
@@ -148,7 +153,7 @@ def autocast_cell(x: Tensor) -> Tensor:
         ("depends on data", lambda x: x[x > 0]),
         ("no fake kernel", unknown),
         ("of which there is none here", Foreign.apply),
-        ("what cuDNN's lstm holds is not known here", nn.LSTM(WIDTH, 8)),
+        ("what lstm holds without cuDNN is not known here", without_cudnn),
         ("what autocast keeps of gru_cell is not known here", autocast_cell),
         ("ZeroDivisionError", lambda x: x / (1 // 0)),
     ],
@@ -252,8 +257,10 @@ def test_inference_needs_no_optimizer() -> None:
         examples.unet(1, 16, 32),
         examples.own_module(2, 32, 32, 2),
         examples.recurrent_cells(2, 4, 32),
+        examples.lstm_language_model(2, 4, 32),
+        examples.gru_encoder(2, 4, 32),
     ],
-    ids=["plain loop", "ResNet-50", "U-Net", "own module", "recurrent cells"],
+    ids=["plain loop", "ResNet-50", "U-Net", "own module", "recurrent cells", "LSTM", "GRU"],
 )
 def test_the_examples_are_predicted(training: Training) -> None:
     found = predict(*training)
@@ -314,7 +321,10 @@ def test_a_script_is_predicted_from_the_shell(capsys: pytest.CaptureFixture[str]
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("name", ["plain_loop", "resnet50", "unet", "own_module", "recurrent_cells"])
+@pytest.mark.parametrize(
+    "name",
+    ["plain_loop", "resnet50", "unet", "own_module", "recurrent_cells", "lstm_language_model", "gru_encoder"],
+)
 def test_measured_on_a_gpu_it_is_under_the_bound(name: str) -> None:
     from gpumem_tui.engine.prediction.gpu_here import gpu_here
 

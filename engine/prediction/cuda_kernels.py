@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator_settings import MIN_BLOCK_BYTES
-from . import attention, convolutions, recurrent_cells
+from . import attention, convolutions, recurrent_cells, recurrent_layers
 from .gpus import Gpu
 from .reduction import scratch_bytes
 
@@ -37,6 +37,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         **attention.KERNELS,
         **convolutions.kernels(gpu),
         **recurrent_cells.kernels(gpu),
+        **recurrent_layers.kernels(gpu),
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
         aten.lift_fresh.default: _lift_fresh,

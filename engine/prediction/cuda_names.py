@@ -6,18 +6,15 @@ host stays there. So its functions are run as they are.
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import wraps
-from types import FunctionType
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
-from ..config import UserError
-from .assumptions import Assumptions, place_of_frame
+from .assumptions import Assumptions
 from .cuda_patches import replace
 from .fake_cuda import DEVICE
 from .gpus import Gpu
@@ -30,9 +27,6 @@ _READS = {
     torch.Tensor.__float__: float,
 }
 """Functions that make a Python number of a tensor's value, and its type where the function says it."""
-
-_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
-"""Operators whose memory cuDNN alone knows: a reserve for backward, by heuristics of its own."""
 
 
 @contextmanager
@@ -110,8 +104,6 @@ class _CudaNames(TorchFunctionMode):
             return args[0].to(DEVICE)
         if func is torch.Tensor.pin_memory:
             return args[0]
-        if getattr(func, "__name__", "") in _RECURRENT and not isinstance(func, FunctionType):
-            raise UserError(f"{place_of_frame(sys._getframe())}: what cuDNN's {func.__name__} holds is not known here")
         if func in _READS:
             value = func(*args, **kwargs)
             return self._assumptions.number(args[0], value, decides=_READS[func] is not None)

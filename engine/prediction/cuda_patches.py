@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..config import UserError
-from . import autocast, bitsandbytes_cuda, recurrent_cells, torchao_cuda
+from . import autocast, bitsandbytes_cuda, recurrent_cells, recurrent_layers, torchao_cuda
 from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
 from .fused_losses import fused_losses
@@ -76,6 +76,7 @@ def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
         autocast.register(library)
         recurrent_cells.register(library)
+        recurrent_layers.register(library, gpu, undo)
         replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))

@@ -110,6 +110,9 @@ MODULES: dict[str, Callable[[], Training]] = {
     "own_module": examples.own_module,
     "recurrent_cells": examples.recurrent_cells,
     "own_module, not checkpointed": partial(examples.own_module, rows=8, checkpointed=False),
+    "lstm_language_model": examples.lstm_language_model,
+    "lstm_language_model, mixed": partial(examples.lstm_language_model, mixed=True),
+    "gru_encoder": examples.gru_encoder,
 }
 
 

@@ -322,3 +322,64 @@ def recurrent_cells(rows: int = 64, tokens: int = 128, width: int = 512) -> Trai
         optimizer.zero_grad()
 
     return Training(lambda: Cells(width).cuda(), adam, batch, step)
+
+
+# --- whole recurrent layers ------------------------------------------------------------
+
+
+class LanguageModel(nn.Module):
+    """Words from those before them, by an LSTM, and dropout as in Zaremba et al. 2014."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8192, width), nn.Linear(width, 8192)
+        self.lstm = nn.LSTM(width, width, layers, dropout=0.5, batch_first=True)
+        self.dropout = nn.Dropout(0.5)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.dropout(self.lstm(self.dropout(self.embedding(ids)))[0]))
+
+
+def lstm_language_model(rows: int = 64, tokens: int = 256, width: int = 650, mixed: bool = False) -> Training:
+    """An LSTM of two layers; in mixed precision it is computed in float16."""
+
+    def batch() -> Tensor:
+        return torch.randint(0, 8192, (rows, tokens), device="cuda")
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+        with torch.autocast("cuda", torch.bfloat16, enabled=mixed):
+            scores = model(ids)
+            loss = functional.cross_entropy(scores.flatten(0, 1), ids.flatten())
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 0.25)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(lambda: LanguageModel(width, 2).cuda(), adam, batch, step)
+
+
+class Encoder(nn.Module):
+    """Classes of texts, by a GRU that reads them both ways."""
+
+    def __init__(self, width: int, layers: int) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(8192, width), nn.Linear(4 * width, 16)
+        self.gru = nn.GRU(width, 2 * width, layers, dropout=0.2, bidirectional=True)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.gru(self.embedding(ids.T))[0].amax(0))
+
+
+def gru_encoder(rows: int = 128, tokens: int = 400, width: int = 256) -> Training:
+    """A bidirectional GRU of three layers."""
+
+    def batch() -> tuple[Tensor, Tensor]:
+        ids = torch.randint(0, 8192, (rows, tokens), device="cuda")
+        return ids, torch.randint(0, 16, (rows,), device="cuda")
+
+    def step(model: nn.Module, optimizer: torch.optim.Optimizer, batch: tuple[Tensor, Tensor]) -> None:
+        functional.cross_entropy(model(batch[0]), batch[1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return Training(lambda: Encoder(width, 3).cuda(), adam, batch, step)

@@ -1,0 +1,161 @@
+"""Whole layers of cuDNN's RNNs: what was measured on an H100, request by request, and layers within models."""
+
+from __future__ import annotations
+
+from dataclasses import fields
+from functools import partial
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from gpumem_tui.engine.prediction.cudnn_rnn import GRU, LSTM, TANH, RecurrentLayers
+from gpumem_tui.engine.prediction.gpus import gpu
+from gpumem_tui.engine.prediction.public import Prediction, predict
+
+from .benchmarks.recurrent import Layer, fitted, predicted
+
+H100 = gpu("H100 80GB")
+MODES = {"LSTM": LSTM, "GRU": GRU, "RNN": TANH}
+MEASURED = fitted()
+ROWS, STEPS, WIDTH, WORDS = 32, 64, 256, 512
+
+
+def layer_of(row: dict[str, Any]) -> Layer:
+    return Layer(**{field.name: row[field.name] for field in fields(Layer) if field.name in row})
+
+
+def test_what_cudnn_takes_is_as_measured_in_every_layer() -> None:
+    for row in MEASURED:
+        layer = layer_of(row)
+        sizes = (layer.input_size, layer.hidden_size, layer.proj_size, layer.num_layers, 1 + layer.bidirectional)
+        called = (getattr(torch, layer.dtype), layer.steps, layer.rows, layer.dropout > 0)
+        found = RecurrentLayers(MODES[layer.kind], *sizes, *called)
+        taken = (found.reserve_bytes, found.workspace_bytes(True), found.workspace_bytes(False))
+        assert taken == (row["reserve"], row["workspace"], row["workspace_of_backward"]), layer
+    assert len(MEASURED) == 230
+
+
+@pytest.mark.parametrize(
+    "row", [row for row in MEASURED if "forward" in row], ids=lambda row: f"{row['kind']} {row['dtype']}"
+)
+def test_a_layer_asks_for_memory_as_was_measured(row: dict[str, Any]) -> None:
+    """Copies of the input, gradients, the weights that bfloat16 does not flatten; in their order, and when they go."""
+    assert predicted(layer_of(row), H100) == (row["forward"], row["backward"])
+
+
+# --- within models -----------------------------------------------------------------------
+
+
+class Tagger(nn.Module):
+    """Labels each word of a text by what is before it and behind it."""
+
+    def __init__(self, layer: nn.Module, width: int) -> None:
+        super().__init__()
+        self.embedding, self.layer, self.head = nn.Embedding(WORDS, WIDTH), layer, nn.Linear(width, WORDS)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.head(self.layer(self.embedding(ids))[0])
+
+
+class Translator(nn.Module):
+    """The encoder's last state is the decoder's first."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embedding, self.head = nn.Embedding(WORDS, WIDTH), nn.Linear(WIDTH, WORDS)
+        self.encoder, self.decoder = (nn.GRU(WIDTH, WIDTH, 2, dropout=0.1, batch_first=True) for _ in range(2))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        _, state = self.encoder(self.embedding(ids))
+        return self.head(self.decoder(self.embedding(ids), state)[0])
+
+
+def ids() -> Tensor:
+    return torch.randint(0, WORDS, (ROWS, STEPS), device="cuda")
+
+
+def step(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor, autocast: bool = False) -> None:
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        scores = model(ids)
+    functional.cross_entropy(scores.flatten(0, 1).float(), ids.flatten()).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def trained(
+    model: nn.Module, dtype: torch.dtype = torch.float32, how: Any = step, gpu: str = "H100 80GB"
+) -> Prediction:
+    def adam(model: nn.Module) -> torch.optim.Optimizer:
+        return torch.optim.Adam(model.parameters())
+
+    found = predict(lambda: model.to("cuda", dtype), adam, ids, how, gpu=gpu)
+    assert found.document.unknown_bytes_max == found.document.mismatch_bytes_max == 0
+    return found
+
+
+def lstm(**options: Any) -> Tagger:
+    return Tagger(nn.LSTM(WIDTH, WIDTH, **options), WIDTH * (1 + options.get("bidirectional", False)))
+
+
+def activations(found: Prediction) -> int:
+    return found.by_phase["forward"]["activations"]
+
+
+def test_a_layer_keeps_a_reserve_for_backward() -> None:
+    """Five hidden states of each step in a layer, in each direction; what a layer makes goes to the next in it."""
+    one, both = trained(lstm()), trained(lstm(bidirectional=True))
+    states = ROWS * STEPS * WIDTH * 4
+    assert activations(one) == pytest.approx((5 + 2) * states, rel=0.03)  # and its input and its output
+    assert activations(both) - activations(one) == pytest.approx((5 + 1) * states, rel=0.03)
+
+
+def test_states_lead_from_one_layer_to_another() -> None:
+    found = trained(Translator())
+    assert found.by_category["activations"] > 2 * 13 * ROWS * STEPS * WIDTH * 4
+
+
+def test_weights_are_flattened_once_and_copied_where_they_are_not() -> None:
+    """bfloat16 in each forward pass; under autocast, whatever its dtype, to float16. The copy is kept for backward."""
+    weights = 8 * WIDTH * (WIDTH + 1)
+    float16, bfloat16 = trained(lstm(), torch.float16), trained(lstm(), torch.bfloat16)
+    assert activations(bfloat16) - activations(float16) == weights * 2
+    cast = trained(lstm(), how=partial(step, autocast=True))
+    assert weights * 2 < activations(cast) < activations(trained(lstm()))
+    loading = trained(lstm()).by_phase["load"]
+    assert loading["temporaries"] == weights * 4  # the parameters as they were made
+
+
+def test_only_what_is_trained_has_a_reserve() -> None:
+    def evaluate(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+        with torch.no_grad():
+            model.eval()(ids)
+        step(model.head, optimizer, torch.zeros(ROWS, STEPS, WIDTH, device="cuda"))
+
+    def step(head: nn.Module, optimizer: torch.optim.Optimizer, x: Tensor) -> None:
+        head(x).sum().backward()
+        optimizer.step()
+
+    assert trained(lstm(), how=evaluate).by_phase["forward"]["activations"] < ROWS * STEPS * WIDTH * 4
+
+
+def test_the_random_numbers_of_dropout_are_kept_once() -> None:
+    assert trained(lstm(num_layers=2)).by_category["held_by_script"] == 0
+    assert trained(Translator()).by_category["held_by_script"] == 132 * 2048 * 48
+
+
+def test_kernels_that_were_not_measured_are_in_the_bound_alone() -> None:
+    """PyTorch asks for those that keep weights on the chip for one layer in float16, of suitable sizes."""
+    found = trained(lstm(), torch.float16)
+    assert found.unsure_bytes > 8 << 20
+    assert trained(lstm(), torch.float16, gpu="T4").unsure_bytes == 0
+    assert found.safe_bound_bytes >= found.peak_bytes + found.unsure_bytes
+
+
+def test_a_layer_on_the_host_is_the_hosts() -> None:
+    host = nn.LSTM(WIDTH, WIDTH)
+    alone = trained(lstm())
+    beside = trained(lstm(), how=lambda *a: (host(torch.zeros(2, 3, WIDTH)), step(*a)))
+    assert beside.peak_bytes == alone.peak_bytes
