@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from gpumem_tui.engine.config import UserError
 from gpumem_tui.engine.prediction.cudnn_rnn import GRU, LSTM, TANH, RecurrentLayers
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.public import Prediction, predict
@@ -96,6 +97,19 @@ def trained(
     return found
 
 
+class Packed(nn.Module):
+    """A layer that is not given what only fills rows up."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.LSTM(WIDTH, WIDTH, batch_first=True)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        lengths = torch.randint(1, STEPS, (ROWS,))
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, batch_first=True, enforce_sorted=False)
+        return nn.utils.rnn.pad_packed_sequence(self.layer(packed)[0], batch_first=True)
+
+
 def lstm(**options: Any) -> Tagger:
     return Tagger(nn.LSTM(WIDTH, WIDTH, **options), WIDTH * (1 + options.get("bidirectional", False)))
 
@@ -159,3 +173,23 @@ def test_a_layer_on_the_host_is_the_hosts() -> None:
     alone = trained(lstm())
     beside = trained(lstm(), how=lambda *a: (host(torch.zeros(2, 3, WIDTH)), step(*a)))
     assert beside.peak_bytes == alone.peak_bytes
+
+
+def test_packed_rows_are_taken_to_be_whole() -> None:
+    """As much is kept, the packed input instead of the padded one; how cuDNN packs is in the bound alone."""
+    packed, whole = trained(Tagger(Packed(), WIDTH)), trained(lstm(batch_first=True))
+    assert [note.partition(": ")[2] for note in packed.notes] == [
+        "rows that are packed are taken to be as long as the longest."
+    ]
+    assert packed.notes[0].startswith("tests/test_recurrent_layers.py:")
+    assert activations(packed) == pytest.approx(activations(whole), abs=1024)
+    assert packed.unsure_bytes > whole.unsure_bytes == 0
+
+
+def test_a_sequence_packed_by_hand_is_refused() -> None:
+    def by_hand(model: nn.Module, optimizer: torch.optim.Optimizer, ids: Tensor) -> None:
+        sizes = torch.full((STEPS,), ROWS)
+        model.layer(nn.utils.rnn.PackedSequence(model.embedding(ids).flatten(0, 1), sizes))
+
+    with pytest.raises(UserError, match=r"^tests/test_recurrent_layers\.py:\d+: .*packed"):
+        trained(lstm(), how=by_hand)

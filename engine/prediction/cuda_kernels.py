@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator_settings import MIN_BLOCK_BYTES
-from . import attention, convolutions, recurrent_cells, recurrent_layers
+from . import attention, convolutions, packed_sequences, recurrent_cells, recurrent_layers
 from .gpus import Gpu
 from .reduction import scratch_bytes
 
@@ -38,6 +38,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         **convolutions.kernels(gpu),
         **recurrent_cells.kernels(gpu),
         **recurrent_layers.kernels(gpu),
+        **packed_sequences.kernels(),
         **dict.fromkeys(reductions, reduction),
         aten._local_scalar_dense.default: _item,
         aten.lift_fresh.default: _lift_fresh,

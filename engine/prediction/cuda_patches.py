@@ -15,7 +15,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 from ..config import UserError
-from . import autocast, bitsandbytes_cuda, recurrent_cells, recurrent_layers, torchao_cuda
+from . import autocast, bitsandbytes_cuda, packed_sequences, recurrent_cells, recurrent_layers, torchao_cuda
 from .attention import flash_attn, sdpa
 from .fake_cuda import DEVICE, FakeCuda
 from .fused_losses import fused_losses
@@ -77,6 +77,7 @@ def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         autocast.register(library)
         recurrent_cells.register(library)
         recurrent_layers.register(library, gpu, undo)
+        packed_sequences.register(library)
         replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))

@@ -32,7 +32,7 @@ WAVE_ROWS = 128
 
 @dataclass(frozen=True)
 class RecurrentLayers:
-    """A call of cuDNN's RNN over rows that all have the same length.
+    """A call of cuDNN's RNN over rows of one length.
 
     Attributes:
         mode: Of cuDNN.
@@ -45,6 +45,7 @@ class RecurrentLayers:
         steps: Time steps.
         rows: Of the batch.
         dropout: Whether there is any between layers.
+        packed: Whether the rows are given packed.
     """
 
     mode: int
@@ -57,6 +58,7 @@ class RecurrentLayers:
     steps: int = 1
     rows: int = 1
     dropout: bool = False
+    packed: bool = False
 
     @property
     def weights(self) -> int:
@@ -87,7 +89,7 @@ class RecurrentLayers:
 
     def unsure_bytes(self, gpu: Gpu, forward: bool) -> int:
         """Bytes that the workspace may have beyond that, where too little has been measured."""
-        if self._persistent(gpu, forward):
+        if self.packed or self._persistent(gpu, forward):
             return self.workspace_bytes(forward)
         small = self._small(forward)
         whole = self._phases_bytes(small, self.steps) - self._phases_bytes(small, self._wavefront())
@@ -146,7 +148,7 @@ class RecurrentLayers:
 
     def _small(self, forward: bool) -> bool:
         """True for the kernels for small hidden sizes: `use_rnn_persist_small_h` of `native/cudnn/RNN.cpp`."""
-        if self.proj_size or self.dtype not in (torch.float32, torch.float16):
+        if self.packed or self.proj_size or self.dtype not in (torch.float32, torch.float16):
             return False
         gated = self.mode in (LSTM, GRU)
         return self.hidden_size <= ((192 if gated else 384) if forward else (128 if gated else 256))

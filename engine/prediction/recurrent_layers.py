@@ -20,6 +20,7 @@ from .assumptions import place_of_frame
 from .cudnn_rnn import GRU, LSTM, RELU, TANH, RecurrentLayers
 from .fake_cuda import DEVICE
 from .gpus import Gpu
+from .packed_sequences import sizes_of
 
 if TYPE_CHECKING:
     from .fake_cuda import FakeCuda, Kernel
@@ -46,8 +47,9 @@ def register(library: torch.library.Library, gpu: Gpu, undo: ExitStack) -> None:
     dropout_state: list[Tensor] = []  # cuDNN's, one for the device as long as the process lives
     for name, mode in MODES.items():
         packet = getattr(aten, name)
-        library.impl(f"{name}.input", _layers(packet.input, mode, gpu, dropout_state), "AutogradCPU")
-        library.impl(f"{name}.data", _packed(packet.data), "AutogradCPU")
+        for operator in (packet.input, packet.data):
+            overload = f"{name}.{operator._overloadname}"
+            library.impl(overload, _layers(operator, mode, gpu, dropout_state), "AutogradCPU")
     library.impl("_cudnn_rnn", _under_autocast, "AutocastCPU")
     layers: Any = torch.nn.RNNBase
     undo.callback(setattr, layers, "flatten_parameters", layers.flatten_parameters)
@@ -82,24 +84,31 @@ class _How(NamedTuple):
     batch_sizes: list[int]
     dropout_state: Tensor | None
 
-    def shape(self, input_size: int, dtype: torch.dtype, steps: int = 1, rows: int = 1) -> RecurrentLayers:
-        """The layers, and what they are called with."""
-        sizes = (self.mode, input_size, self.hidden_size, self.proj_size, self.layers, 1 + self.bidirectional)
-        return RecurrentLayers(*sizes, dtype, steps, rows, self.train and self.dropout > 0)
+    def layers_for(self, x: Tensor) -> RecurrentLayers:
+        """The layers, called with an input whose time steps come first."""
+        sizes = (self.mode, x.shape[-1], self.hidden_size, self.proj_size, self.layers, 1 + self.bidirectional)
+        steps, rows = (len(self.batch_sizes), self.batch_sizes[0]) if self.batch_sizes else x.shape[:2]
+        dropout = self.train and self.dropout > 0
+        return RecurrentLayers(*sizes, x.dtype, steps, rows, dropout, packed=bool(self.batch_sizes))
 
 
 # --- who calls cuDNN ---------------------------------------------------------------
 
 
 def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: list[Tensor]) -> Callable[..., Any]:
-    """`lstm.input` for example, of an input, hidden states, weights and how to compute."""
+    """`lstm.input` for example, of an input, hidden states, weights and how to compute; `lstm.data` if it is packed."""
 
-    def call(x: Tensor, hx: Any, weights: list[Tensor], has_biases: bool, *rest: Any) -> Any:
+    def call(x: Tensor, *rest: Any) -> Any:
         if x.device != DEVICE:
-            return operator.decompose(x, hx, weights, has_biases, *rest)
+            return operator.decompose(x, *rest)
         if not torch.backends.cudnn.enabled or (x.dtype is torch.bfloat16 and gpu.capability < (8, 0)):
-            raise UserError(f"{_place()}: what {_name(operator)} holds without cuDNN is not known here")
-        layers, dropout, train, bidirectional, batch_first = rest
+            name = operator._schema.name.partition("::")[2]
+            raise UserError(f"{place_of_frame(sys._getframe())}: what {name} holds without cuDNN is not known here")
+        if operator._overloadname == "data":
+            sizes, (hx, weights, has_biases, layers, dropout, train, bidirectional) = sizes_of(rest[0]), rest[1:]
+            batch_first = False
+        else:
+            sizes, (hx, weights, has_biases, layers, dropout, train, bidirectional, batch_first) = [], rest
         hx, cx = hx if mode == LSTM else (hx, None)
         out_size = hx.shape[2]
         hidden_size = out_size if cx is None else cx.shape[2]
@@ -107,30 +116,13 @@ def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: list[Tensor]) -> 
         if train and dropout and not dropout_state:
             dropout_state.append(_dropout_state(gpu))
         state = dropout_state[0] if dropout_state else None
-        how = _How(mode, hidden_size, proj_size, layers, batch_first, dropout, train, bidirectional, [], state)
-        flat = _flat_buffer(weights, how.shape(x.shape[-1], weights[0].dtype).weights)
+        how = _How(mode, hidden_size, proj_size, layers, batch_first, dropout, train, bidirectional, sizes, state)
+        flat = _flat_buffer(weights, how.layers_for(x).weights)
         stride = (4 if has_biases else 2) + (proj_size > 0)
         out, hy, cy, _, _ = aten._cudnn_rnn(x, weights, stride, flat, hx, cx, *how)
         return (out, hy, cy) if mode == LSTM else (out, hy)
 
     return call
-
-
-def _packed(operator: Any) -> Callable[..., Any]:
-    def call(data: Tensor, *rest: Any) -> Any:
-        if data.device != DEVICE:
-            return operator.decompose(data, *rest)
-        raise UserError(f"{_place()}: what {_name(operator)} holds of packed sequences depends on their lengths")
-
-    return call
-
-
-def _name(operator: Any) -> str:
-    return str(operator._schema.name.partition("::")[2])
-
-
-def _place() -> str:
-    return place_of_frame(sys._getframe(2))
 
 
 def _dropout_state(gpu: Gpu) -> Tensor:
@@ -174,7 +166,7 @@ def _under_autocast(x: Tensor, weights: list[Tensor], stride: int, flat: Any, hx
     """cuDNN computes in float16 whatever autocast's dtype is; weights are cast into a buffer in each forward pass."""
     with torch._C._ExcludeDispatchKeyGuard(_AUTOCAST):
         if _is_cast(weights[0]):
-            flat = weights[0].new_zeros(_How(*how).shape(x.shape[-1], torch.float16).weights, dtype=torch.float16)
+            flat = weights[0].new_zeros(_How(*how).layers_for(x).weights, dtype=torch.float16)
             weights = [place.detach().copy_(w) for place, w in zip(_places(flat, weights), weights, strict=True)]
         x, hx, cx = (t.half() if t is not None and _is_cast(t) else t for t in (x, hx, cx))
         return aten._cudnn_rnn(x, weights, stride, flat, hx, cx, *how)
@@ -199,8 +191,8 @@ def _forward(
     """The output, the states, the reserve and the buffer of weights."""
     how = _How(*rest)
     x = (x.transpose(0, 1) if how.batch_first else x).contiguous()
-    shape = how.shape(x.shape[2], x.dtype, *x.shape[:2])
-    out = x.new_empty([*x.shape[:2], shape.directions * hx.shape[2]])
+    shape = how.layers_for(x)
+    out = x.new_empty([*x.shape[:-1], shape.directions * hx.shape[2]])
     hy = hx.new_empty(hx.shape)
     cy = hx.new_empty([0]) if cx is None else cx.new_empty(cx.shape)
     if flat is None:
@@ -227,7 +219,7 @@ def _backward(
     )
     if how.batch_first:
         x, grad = x.transpose(0, 1), grad.transpose(0, 1)
-    shape = how.shape(x.shape[2], x.dtype, *x.shape[:2])
+    shape = how.layers_for(x)
     of_states = _backward_of_input(tracker, gpu, shape, x, hx, cx, grad, grad_hy, grad_cy)
     of_weights = _backward_of_weights(tracker, gpu, shape, x, weights, stride, flat) if needed[3] else []
     grad_x, *states = of_states

@@ -3,7 +3,7 @@
 On one GPU, in a minute or two. Layers are drawn at random: with a seed of their
 own they are held out from those that the formulas of `cudnn_rnn` were fitted to,
 which are in `results/recurrent.json`. How a layer is used beyond training in one
-dtype (in eval mode, under autocast) has not been measured before.
+dtype (in eval mode, under autocast, packed) has not been measured before.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Layer:
 
     Attributes:
         kind: Class of `torch.nn`.
-        use: `train`; `infer`: in eval mode, without gradients; `autocast`.
+        use: `train`; `infer`: in eval mode, without gradients; `autocast`; `packed`, all rows of one length.
     """
 
     kind: str
@@ -80,7 +80,12 @@ class Layer:
             drain()
             cast = torch.autocast(device.type, torch.float16, enabled=self.use == "autocast")
             with torch.set_grad_enabled(self.use != "infer"), cast:
-                y, states = layer(x)
+                if self.use == "packed":
+                    packed = nn.utils.rnn.pack_padded_sequence(x, [self.steps] * self.rows, self.batch_first)
+                    y, states = nn.utils.rnn.pad_packed_sequence(layer(packed)[0], self.batch_first)
+                    del packed
+                else:
+                    y, states = layer(x)
             forward, backward = drain(), []
             if self.use != "infer":
                 y.sum().backward()
@@ -142,7 +147,7 @@ def drawn(seed: int) -> list[Layer]:
             draw.choice(("float32", "float16", "bfloat16")), draw.choice((0.0, 0.0, 0.2)),
             hidden_size // 4 if kind == "LSTM" and draw.random() < 0.15 else 0,
             draw.random() < 0.5, draw.random() < 0.9,
-            draw.choice(("train", "train", "train", "infer", "autocast")),
+            draw.choice(("train", "train", "train", "infer", "autocast", "packed")),
         )  # fmt: skip
         layers.append(one)
         if n % 10 == 0:
