@@ -117,6 +117,16 @@ def test_what_is_cached_is_given_back_before_memory_runs_out() -> None:
         allocator.allocate(30 << 20)
 
 
+def test_pages_that_a_pool_has_cached_itself_are_given_back_as_well() -> None:
+    """What is missing then is all of it, not what was missing beside them."""
+    allocator = CachingAllocator(capacity_bytes=60 << 20, expandable=True)
+    for block in (allocator.allocate(30 << 20, stream=1), allocator.allocate(15 << 20)):
+        allocator.free(block)
+    allocator.allocate(50 << 20)
+    assert (allocator.allocated_bytes, allocator.reserved_bytes) == (50 << 20, 60 << 20)
+    assert allocator.reserved_by_pool() == [0, 60 << 20]
+
+
 def test_expandable_segments_reserve_page_by_page() -> None:
     fixed, expandable = CachingAllocator(), CachingAllocator(expandable=True)
     for allocator in (fixed, expandable):

@@ -255,11 +255,12 @@ class CachingAllocator:
 
     def _expand(self, rounded: int, pool: BlockPool) -> Block:
         """Map as many pages behind the pool's last block as are missing."""
-        page = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
-        end = pool.end
-        there = end.size if end is not None and end.free else 0
-        size = -(-(rounded - there) // page) * page
+        size = self._missing(rounded, pool)
+        if self._exceeds(size):
+            self.empty_cache()  # the pool's own last block may be given back as well
+            size = self._missing(rounded, pool)
         self._reserve(size, pool)
+        end = pool.end
         if end is not None and end.free:
             pool.take_out(end)
             end.size += size
@@ -272,10 +273,19 @@ class CachingAllocator:
         pool.end = block
         return block
 
+    @staticmethod
+    def _missing(rounded: int, pool: BlockPool) -> int:
+        page = SMALL_SEGMENT_BYTES if pool.small else LARGE_SEGMENT_BYTES
+        there = pool.end.size if pool.end is not None and pool.end.free else 0
+        return -(-(rounded - there) // page) * page
+
+    def _exceeds(self, size: int) -> bool:
+        return self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes
+
     def _reserve(self, size: int, pool: BlockPool) -> None:
-        if self.capacity_bytes is not None and self.reserved_bytes + size > self.capacity_bytes:
+        if self._exceeds(size):
             self.empty_cache()
-            if self.reserved_bytes + size > self.capacity_bytes:
+            if self._exceeds(size):
                 raise OutOfMemoryError
         self._grow(pool, size)
         self.peak_reserved_bytes = max(self.peak_reserved_bytes, self.reserved_bytes)
