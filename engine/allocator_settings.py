@@ -13,11 +13,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+import numpy as np
+import numpy.typing as npt
+
 if TYPE_CHECKING:
     import torch
 
 VARIABLES = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF")
 MIN_BLOCK_BYTES = 512
+SMALL_BYTES = 1 << 20
+"""Requests up to this come from the small pool (kSmallSize)."""
+SMALL_SEGMENT_BYTES = 2 << 20
+"""The segment that the small pool takes from CUDA (kSmallBuffer)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,6 +51,15 @@ class AllocatorSettings:
             step = floor // self.divisions
             return -(-size // step) * step
         return max(MIN_BLOCK_BYTES, -(-size // MIN_BLOCK_BYTES) * MIN_BLOCK_BYTES)
+
+    def rounded_sizes(self, sizes: npt.NDArray[np.int64]) -> npt.NDArray[np.int64]:
+        """The same of many requests, shape (n,)."""
+        steps = np.full_like(sizes, MIN_BLOCK_BYTES)
+        if self.divisions > 1:
+            floors = np.left_shift(1, np.frexp(sizes)[1].astype(np.int64) - 1)
+            steps = np.where(sizes > MIN_BLOCK_BYTES * self.divisions, floors // self.divisions, steps)
+        rounded: npt.NDArray[np.int64] = np.maximum(MIN_BLOCK_BYTES, -(-sizes // steps) * steps)
+        return rounded
 
 
 def of_environment() -> AllocatorSettings:

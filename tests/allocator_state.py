@@ -1,4 +1,4 @@
-"""What a caching allocator has: parts of its snapshot, pools of what is cached, and what is held outside of it."""
+"""What a caching allocator has: parts of its snapshot and trace, pools of what is cached, and what is outside."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from gpumem_tui.engine.out_of_memory.report import Pool
+from gpumem_tui.engine.tracing.trace_entries import Entries, read
 
 
 def pool(cached: int, largest: int, stream: int = 0, name: str = "large") -> Pool:
@@ -20,6 +21,14 @@ def snapshot_block(address: int, size: int, state: str = "active_allocated") -> 
 def snapshot_segment(*blocks: dict[str, Any], **more: Any) -> dict[str, Any]:
     total = sum(block["size"] for block in blocks)
     return {"stream": 0, "segment_type": "large", "blocks": list(blocks), "total_size": total, "device": 0, **more}
+
+
+def trace_entry(action: str, address: int, size: int, stream: int = 0) -> dict[str, Any]:
+    return {"action": action, "addr": address, "size": size, "stream": stream, "time_us": 0, "user_metadata": "1"}
+
+
+def entries(*rows: tuple[str, int, int] | tuple[str, int, int, int]) -> Entries:
+    return read([trace_entry(*row) for row in rows])
 
 
 def outside_bytes() -> int:

@@ -6,12 +6,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 
-from gpumem_tui.engine.events import AllocatorPool
 from gpumem_tui.engine.prediction.caching_allocator import Block, CachingAllocator, OutOfMemoryError
-from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
 
 @pytest.mark.parametrize(
@@ -84,29 +80,6 @@ def test_what_a_stream_freed_no_other_stream_is_given(expandable: bool) -> None:
     assert allocator.pool_table == ((1, "large", (0, 0)), (0, "large", (0, 0)))
     assert (again.pool.number, allocator.allocated_bytes) == (0, 60 << 20)
     assert allocator.reserved_by_pool() == 2 * [(40 if expandable else 30) << 20]
-
-
-@given(st.lists(st.tuples(st.sampled_from([0, 7]), st.integers(0, 24 << 20)), max_size=60))
-def test_a_trace_of_several_streams_is_followed_pool_by_pool(requests: list[tuple[int, int]]) -> None:
-    """The layout hears of a real trace what the model of the allocator does: both know every block and its pool."""
-    allocator, pools = CachingAllocator(), dict[AllocatorPool, int]()
-    layout, held = BlockLayout([], pools=pools), list[tuple[Block, int]]()
-    for stream, size in requests:
-        if held and size % 3 == 0:
-            block, asked = held.pop(len(held) // 2)
-            assert layout.free(block.address, asked) == (asked, block.size, block.pool.number)
-            allocator.free(block)
-            continue
-        block = allocator.allocate(size + 1, stream)
-        for pool, grown in allocator.growths:
-            assert layout.follow("segment_alloc", block.address, grown, stream) == (pool, grown)
-        allocator.growths.clear()
-        assert layout.allocate(block.address, size + 1, stream) == (block.size, block.pool.number)
-        held.append((block, size + 1))
-    assert tuple(pools) == allocator.pool_table
-    alive = [(block.address, asked, block.size - asked, block.pool.number) for block, asked in held]
-    assert sorted(layout.alive()) == sorted(alive)
-    assert [layout.reserved()[number] for number in pools.values()] == allocator.reserved_by_pool()
 
 
 def test_what_is_cached_is_given_back_before_memory_runs_out() -> None:

@@ -30,7 +30,6 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of
 from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.trace_check import check
-from gpumem_tui.engine.tracing.block_layout import BlockLayout
 from gpumem_tui.engine.tracing.buckets import BUCKETS, Buckets, name_buckets
 
 from .fake_source import FakeSource
@@ -220,46 +219,6 @@ def test_every_pool_has_sums_of_its_own() -> None:
     assert [held.unused_bytes for held in ledger.pools(3)] == [165, 26]
     assert ledger.describe(0).pool == side and side.name == "large (0, 3)"
     assert Ledger(trace_of([], marks=[])).pools(-1) == []
-
-
-@given(st.lists(st.tuples(st.booleans(), st.integers(1, 5 << 20)), max_size=80))
-def test_the_block_layout_never_loses_a_byte(requests: list[tuple[bool, int]]) -> None:
-    """First fit over one segment: whatever is asked for, the blocks tile the segment."""
-    total = 64 << 20
-    layout = BlockLayout([])
-    layout.follow("segment_alloc", 0, total)
-    held: list[tuple[int, int]] = []
-    for allocate, size in requests:
-        if not allocate and held:
-            address, asked = held.pop()
-            assert layout.free(address, asked)[0] == asked
-            continue
-        rounded = -(-size // 512) * 512
-        free = [a for a, b in layout._blocks.items() if b.free and b.size >= rounded]
-        if free:
-            block, _ = layout.allocate(free[0], size)
-            assert rounded <= block <= rounded + (1 << 20)
-            held.append((free[0], size))
-        assert sum(b.size for b in layout._blocks.values()) == total
-    for address, asked in held:
-        layout.free(address, asked)
-    assert [b.size for b in layout._blocks.values()] == [total], "free neighbours merge again"
-
-
-def test_a_block_that_another_stream_is_at_is_free_once_that_is_completed() -> None:
-    """Until then its neighbours stay as they are, and what is asked for is cut from them."""
-    layout = BlockLayout([], deferred=True)
-    layout.follow("segment_alloc", 0, 2 << 20)
-    for address in (0, 1024, 2048):
-        layout.allocate(address, 1024)
-    assert layout.free(0, 1024) == layout.free(1024, 1024) == (1024, 1024, 0)
-    assert [address for address, *_ in layout.alive()] == [2048]
-    layout.follow("free_completed", 1024, 1024)
-    assert layout.allocate(1024, 512) == (512, 0), "of the second block, which is by itself as long as the first waits"
-    layout.free(1024, 512)
-    layout.follow("free_completed", 1024, 512)
-    layout.follow("free_completed", 0, 1024)
-    assert layout.allocate(0, 2048) == (2048, 0), "of both"
 
 
 def test_what_layers_keep_for_backward_is_counted_as_the_last_forward_ends() -> None:

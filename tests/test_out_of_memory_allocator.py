@@ -17,7 +17,7 @@ from gpumem_tui.engine.prediction.caching_allocator import CachingAllocator
 from gpumem_tui.engine.tracing.allocator_trace import AllocatorTrace, Drained
 from gpumem_tui.engine.tracing.block_layout import BlockLayout
 
-from .allocator_state import pool, snapshot_block, snapshot_segment
+from .allocator_state import pool, snapshot_block, snapshot_segment, trace_entry
 
 MIB = 1 << 20
 
@@ -67,13 +67,11 @@ def test_the_recorder_of_a_gpu_tells_what_the_allocator_has_where(cuda_recorder:
 
 
 def test_the_allocator_is_looked_at_where_the_step_is_highest(cuda_recorder: AllocatorTrace) -> None:
-    entries = [
-        {"action": action, "addr": address, "size": size, "user_metadata": "1", "time_us": 0, "stream": 0}
-        for action, address, size in (
-            ("alloc", 64 * MIB, 20 * MIB), ("alloc", 4 * MIB, 8 * MIB), ("free_requested", 64 * MIB, 20 * MIB)
-        )
+    trace = [
+        trace_entry("alloc", 64 * MIB, 20 * MIB), trace_entry("alloc", 4 * MIB, 8 * MIB),
+        trace_entry("free_requested", 64 * MIB, 20 * MIB),
     ]  # fmt: skip
-    assert len(cuda_recorder.events(Drained([*entries, {"action": "oom", "size": 29 * MIB}])).rows) == 3
+    assert len(cuda_recorder.events(Drained([*trace, {"action": "oom", "size": 29 * MIB}])).rows) == 3
     assert cuda_recorder.cache == (40 * MIB, 32 * MIB, 8 * MIB, 8 * MIB)
 
 

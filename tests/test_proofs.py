@@ -22,6 +22,7 @@ from gpumem_tui.engine.tracing.tracer import Tracer
 from gpumem_tui.engine.train import train
 from gpumem_tui.engine.workload import Workload, build, prepare
 
+from .allocator_state import entries
 from .benchmarks import exactness
 from .conftest import Engine, small_run, smaller
 
@@ -173,20 +174,12 @@ def test_the_layout_follows_the_allocator_to_the_byte(name: str) -> None:
     """Whole traces of real runs on a GPU, from the process's start: the allocator's own peak and reserved bytes."""
     recorded = np.load(DATA / f"{name}.npz")
     actions = recorded["actions"][recorded["action"]].tolist()
-    layout, allocated, peak, reserved = BlockLayout([]), 0, 0, 0
-    signs = {"segment_alloc": 1, "segment_map": 1, "segment_free": -1, "segment_unmap": -1}
-    for action, address, size in zip(actions, recorded["address"].tolist(), recorded["size"].tolist(), strict=True):
-        if action == "alloc":
-            allocated += layout.allocate(address, size)[0]
-        elif action == "free_requested":
-            allocated -= layout.free(address, size)[1]
-        else:
-            layout.follow(action, address, size)
-            reserved += signs.get(action, 0) * size
-        peak = max(peak, allocated)
+    seen = BlockLayout([]).follow(
+        entries(*zip(actions, recorded["address"].tolist(), recorded["size"].tolist(), strict=True))
+    )
     by_the_allocator = recorded["peaks"]
-    assert peak == by_the_allocator[:, 0].max()
-    assert reserved == by_the_allocator[-1, 1]
+    assert np.cumsum(seen.rows["bytes"] + seen.rows["slack"]).max() == by_the_allocator[:, 0].max()
+    assert seen.segments["bytes"].sum() == by_the_allocator[-1, 1]
 
 
 # --- descriptions --------------------------------------------------------------------

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from ..allocator_settings import SMALL_SEGMENT_BYTES
 from ..categories import Category
-from ..tracing.block_layout import SMALL_SEGMENT_BYTES
 from .growth import Rise
 from .refusal import Refused
 from .report import Pool, Verdict, size_text

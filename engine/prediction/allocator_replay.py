@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from ..allocator_settings import SMALL_BYTES
 from ..events import BLOCK, SEGMENT, Counted, Phase, Recompute, StepTrace
-from ..tracing.block_layout import SMALL_BYTES
 from .alloc_requests import AllocRequests, Ints, born_at
 from .caching_allocator import Block, CachingAllocator
 from .steady_state import once_more

@@ -12,11 +12,10 @@ from bisect import bisect_left, insort
 from collections.abc import Callable
 from functools import cache
 
-from ..allocator_settings import MIN_BLOCK_BYTES, AllocatorSettings
+from ..allocator_settings import MIN_BLOCK_BYTES, SMALL_BYTES, SMALL_SEGMENT_BYTES, AllocatorSettings
 from ..events import AllocatorPool, CacheState
 from ..out_of_memory.pools import by_bytes
 from ..out_of_memory.report import Pool
-from ..tracing.block_layout import SMALL_BYTES, SMALL_SEGMENT_BYTES
 
 LARGE_SEGMENT_BYTES = 20 << 20
 """The segment that requests from 1 to 10 MiB take from CUDA (kLargeBuffer)."""

@@ -15,12 +15,13 @@ from typing import Any, Literal, NamedTuple
 import torch
 from torch.utils.checkpoint import checkpoint
 
-from ..events import BLOCK, EVENT, SEGMENT, AllocatorPool, CacheState
+from ..events import SEGMENT, AllocatorPool, CacheState
 from ..out_of_memory.observer import listen
 from ..out_of_memory.pools import pool_of, pools_of
 from ..out_of_memory.refusal import OnRefused, Refused
 from .block_layout import BlockLayout
 from .recorder import Seen, columns
+from .trace_entries import read
 
 # A step of the 1.3B model makes 6,000 to 8,700 entries; the ring must not wrap.
 MAX_ENTRIES = 4_000_000
@@ -64,7 +65,7 @@ class AllocatorTrace:
         _use_cublas(device)
         self._pools: dict[AllocatorPool, int] = {}
         self._layout = BlockLayout(self._snapshot()["segments"], pools=self._pools)
-        self.workspaces = tuple(address for address, *_ in self._layout.alive())
+        self.workspaces = tuple(self._layout.alive()["address"].tolist())
         self._recording = self._deferred = False
         self.cache: CacheState | None = None
         self._newest: CacheState | None = None
@@ -125,40 +126,16 @@ class AllocatorTrace:
         if started is not None:
             self._layout = BlockLayout(started, self._deferred, self._pools)
         held = ((-1, pool, size) for pool, size in self._layout.reserved().items())
-        return Seen(
-            columns(array("q", chain.from_iterable(self._layout.alive())), BLOCK),
-            columns(array("q", chain.from_iterable(held)), SEGMENT),
-        )
+        return Seen(self._layout.alive(), columns(array("q", chain.from_iterable(held)), SEGMENT))
 
     def events(self, drained: Drained | None) -> Seen:
         """The trace, with the slack and the pool of every block."""
-        entries, deferred, private = drained or Drained()
-        highest = _highest(entries)
-        self._layout.deferred = deferred
-        rows, segments, made = array("q"), array("q"), 0
-        add, allocate, free = rows.extend, self._layout.allocate, self._layout.free
-        for index, entry in enumerate(entries):
-            if index == highest:
-                self._look_at_cache()
-            action, size = entry["action"], entry["size"]
-            if action == "oom":  # has no address: nothing was handed out
-                continue
-            address = entry["addr"]
-            if action == "alloc":
-                block, pool = allocate(address, size, entry["stream"])
-                add((address, size, block - size, int(entry["user_metadata"] or -1), entry["time_us"], pool))
-                made += 1
-            elif action == "free_requested":
-                size, block, pool = free(address, size)
-                add((address, -size, size - block, int(entry["user_metadata"] or -1), entry["time_us"], pool))
-                made += 1
-            else:
-                grown = self._layout.follow(action, address, size, entry["stream"], private.get(address, (0, 0)))
-                if grown is not None:
-                    segments.extend((made, *grown))
-        if highest == len(entries):
-            self._look_at_cache()
-        return Seen(columns(rows, EVENT), columns(segments, SEGMENT))
+        dictionaries, self._layout.deferred, private = drained or Drained()
+        entries = read(dictionaries, private)
+        highest = entries.highest()
+        before = self._layout.follow(entries.part(0, highest))
+        self._look_at_cache()
+        return before.and_then(self._layout.follow(entries.part(highest, len(entries.raw))))
 
     def _look_at_cache(self) -> None:
         """Keep what the allocator is like if it has handed out more than ever since the trace began."""
@@ -270,19 +247,6 @@ class EventTimer:
 def _several_streams(segments: Sequence[dict[str, Any]]) -> bool:
     """True if blocks of more than one stream are there: only then may a free wait for a stream."""
     return len({segment["stream"] for segment in segments}) > 1
-
-
-def _highest(entries: Sequence[dict[str, Any]]) -> int:
-    """Number of entries after which most was allocated, rounding aside."""
-    allocated = highest = at = 0
-    for number, entry in enumerate(entries, 1):
-        if entry["action"] == "alloc":
-            allocated += entry["size"]
-            if allocated > highest:
-                highest, at = allocated, number
-        elif entry["action"] == "free_requested":
-            allocated -= entry["size"]
-    return at
 
 
 def _use_cublas(device: torch.device) -> None:

@@ -191,7 +191,7 @@ class Assembler:
         self._publish(trace)
 
     def _trace(self, taken: Taken) -> StepTrace:
-        self._so_far = _joined(self._so_far, self._recorder.events(taken.drained))
+        self._so_far = self._so_far.and_then(self._recorder.events(taken.drained))
         events, marks = self._so_far.rows.copy(), _marks(taken.marks)
         events["mark"] = _settled(events["mark"] - taken.first_mark)
         if taken.ending is COMPLETE and taken.operators:
@@ -213,13 +213,6 @@ class Assembler:
             pools=self._recorder.pools,
         )
         return name_buckets(trace, taken.buckets) if taken.buckets else trace
-
-
-def _joined(before: Seen, after: Seen) -> Seen:
-    """Rows of two parts of a step, one after the other."""
-    segments = after.segments.copy()
-    segments["event"] += len(before.rows)
-    return Seen(np.concatenate([before.rows, after.rows]), np.concatenate([before.segments, segments]))
 
 
 def _before_the_end(segments: npt.NDArray[Any], events: int) -> npt.NDArray[Any]:

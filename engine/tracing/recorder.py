@@ -27,6 +27,12 @@ class Seen(NamedTuple):
     rows: npt.NDArray[Any]
     segments: npt.NDArray[Any] = np.empty(0, SEGMENT)
 
+    def and_then(self, after: Seen) -> Seen:
+        """Rows of two parts of a step, this one and the one that follows it."""
+        segments = after.segments.copy()
+        segments["event"] += len(self.rows)
+        return Seen(np.concatenate([self.rows, after.rows]), np.concatenate([self.segments, segments]))
+
 
 class Recorder(Protocol):
     """Allocations of one device, in order.
