@@ -23,9 +23,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ..events import MARK, OWNER, Phase, PhaseSpan, Recompute, StepTrace
-from .alloc_requests import AllocRequests, born_at
-from .layer_passes import MIDDLE, LayerPasses, LayerRun, UnlikeError
+from ..events import MARK, Phase, PhaseSpan, Recompute, StepTrace
+from .alloc_requests import AllocRequests, Ints, born_at
+from .layer_passes import MIDDLE, NO_LAYER, LayerPasses, UnlikeError
 from .layers import GROUPS, Layers
 
 
@@ -50,70 +50,61 @@ class _Extrapolating:
 
     def __init__(self, requests: AllocRequests, layers: Layers) -> None:
         self.old, self.layers, self.passes = requests, layers, LayerPasses(requests, layers)
-        self.stride = max(self.passes.blocks, default=0) + 1
-        self.origin: list[int] = []
-        self.copy: list[int] = []
-        self.block: list[int] = []
-        self.run_at: list[int] = []
-        for index, run in enumerate(self.passes.runs):
-            self.run_at.append(len(self.origin))
-            if run.group == MIDDLE:
-                self._write_pass(index)
-            else:
-                self.origin += range(run.begin, run.end)
-                self.copy += [0] * (run.end - run.begin)
-                self.block += [self._as_it_is(block, run.group) for block in self.passes.blocks[run.begin : run.end]]
+        self.stride = int(self.passes.blocks.max(initial=0)) + 1
+        self._lay_out()
+        self.block = self._blocks()
 
     # --- rows -----------------------------------------------------------------------
 
-    def _copy_of(self, block: int, copy: int) -> int:
-        """The number of a block in one of the copies of the middle group; 0 is the group itself."""
+    def _lay_out(self) -> None:
+        """Decide where each row comes from: a middle run is written as often as there are layers like it."""
+        times = self.layers.copies + 1
+        origin, copy = [], []
+        for index, run in enumerate(self.passes.runs):
+            rows, copies = np.arange(run.begin, run.end), np.arange(1)
+            if run.group == MIDDLE:
+                copies = np.arange(times) if self.passes.goes_up(index) else np.arange(times)[::-1]
+            origin.append(np.tile(rows, len(copies)))
+            copy.append(np.repeat(copies, len(rows)))
+        self.origin, self.copy = np.concatenate(origin), np.concatenate(copy)
+        self.run_at: list[int] = np.cumsum([0, *map(len, origin)]).tolist()
+
+    def _blocks(self) -> Ints:
+        """Say which block each row speaks of.
+
+        Raises:
+            UnlikeError: What the middle layers hold is freed by none.
+        """
+        passes, copies, origin = self.passes, self.layers.copies, self.origin
+        by_group = passes.group_made(passes.made)
+        group, of_middle = passes.group[origin], by_group[origin] == MIDDLE
+        if (of_middle & ~np.isin(group, (0, MIDDLE, GROUPS - 1))).any():
+            raise UnlikeError("what the middle layers hold is freed by itself")
+        copy = np.where(of_middle & (group == GROUPS - 1), copies, self.copy)
+        block = self._copy_of(passes.blocks[origin], copy)
+        # What a copy of the middle group frees of its neighbours is another copy's, or at the ends another group's.
+        frees = np.flatnonzero((passes.sizes[origin] < 0) & (group == MIDDLE) & (by_group[origin] != NO_LAYER))
+        made = passes.made[origin[frees]]
+        first, middle, last = (passes.blocks[begin + passes.nth[made]] for begin in self._begins(made))
+        other = self.copy[frees] + by_group[origin[frees]] - MIDDLE
+        block[frees] = np.where(other < 0, first, np.where(other > copies, last, self._copy_of(middle, other)))
+        return block
+
+    def _copy_of(self, block: Ints, copy: Ints) -> Ints:
+        """The numbers of blocks in copies of the middle group; 0 is the group itself."""
         return block + copy * self.stride
 
-    def _as_it_is(self, block: int, group: int) -> int:
-        """The block that a row outside of the middle group speaks of."""
-        place = self.passes.place(block)
-        if place is None or place.group != MIDDLE:
-            return block
-        if group not in (0, GROUPS - 1):
-            raise UnlikeError("what the middle layers hold is freed by itself")
-        return self._copy_of(block, 0 if group == 0 else self.layers.copies)
-
-    def _write_pass(self, layer_pass: int) -> None:
-        """The middle run of a pass, as often as there are layers like it."""
-        run, copies = self.passes.runs[layer_pass], self.layers.copies
-        frees = self._freed_in(run)
-        for copy in range(copies + 1) if self.passes.goes_up(layer_pass) else range(copies, -1, -1):
-            self.origin += range(run.begin, run.end)
-            self.copy += [copy] * (run.end - run.begin)
-            for block, freed in zip(self.passes.blocks[run.begin : run.end], frees, strict=True):
-                if freed is None:
-                    self.block.append(self._copy_of(block, copy))
-                    continue
-                away, in_first, in_middle, in_last = freed
-                other = copy + away
-                inside = self._copy_of(in_middle, other)
-                self.block.append(in_first if other < 0 else in_last if other > copies else inside)
-
-    def _freed_in(self, run: LayerRun) -> list[tuple[int, int, int, int] | None]:
-        """Frees of a middle run, row by row: how many groups away, and the block in each of three; None: no free."""
-        found: list[tuple[int, int, int, int] | None] = []
-        for block, size in zip(
-            self.passes.blocks[run.begin : run.end], self.passes.sizes[run.begin : run.end], strict=True
-        ):
-            place = self.passes.place(block)
-            if size >= 0 or place is None:
-                found.append(None)
-                continue
-            first, middle, last = (
-                self.passes.blocks[each.begin + place.nth] for each in self.passes.in_groups(place.layer_pass)
-            )
-            found.append((place.group - MIDDLE, first, middle, last))
-        return found
+    def _begins(self, rows: Ints) -> Ints:
+        """Begins of the three groups' runs, in the pass of each of some rows [3, rows]."""
+        passes, found = self.passes, np.zeros((GROUPS, len(self.passes.runs)), np.int64)
+        for index, run in enumerate(passes.runs):
+            if run.group == MIDDLE:
+                found[:, index] = [each.begin for each in passes.in_groups(index)]
+        return found[:, passes.pass_of[rows]]
 
     def _new_row(self, row: int, written_before: int) -> int:
         """The new place of an old row; of a middle one, the place of the copy after so many."""
-        index = self.passes.run_of[row]
+        index = int(self.passes.run_of[row])
         run = self.passes.runs[index]
         again = written_before * (run.end - run.begin) if run.group == MIDDLE else 0
         return self.run_at[index] + again + row - run.begin
@@ -122,10 +113,9 @@ class _Extrapolating:
 
     def requests(self) -> AllocRequests:
         """The requests of all layers, put together again."""
-        origin = np.array(self.origin, np.int64)
-        rows = self.passes.rows[origin]
+        rows = self.passes.rows[self.origin]
         rows["address"] = self.block
-        marks, at_work = self._at_work(origin)
+        marks, at_work = self._at_work()
         traces: list[tuple[int, StepTrace]] = []
         recomputes: list[Recompute] = []
         waiting = iter(self.old.recomputes)
@@ -151,43 +141,40 @@ class _Extrapolating:
         ]
         return AllocRequests(rows, traces, recomputes, self.old.inputs, kept)
 
-    def _named(self, name: str, group: int | None, copy: int) -> str:
+    def _named(self, name: str, group: int, copy: int) -> str:
         """The name of what belongs to a group, or to none."""
         layers = self.layers
-        if group is None or not 0 <= group < GROUPS:
+        if not 0 <= group < GROUPS:
             return layers.final(name)
         return layers.shifted(name, (0, copy, layers.copies)[group] * layers.period)
 
-    def _at_work(self, origin: npt.NDArray[np.int64]) -> tuple[Any, list[tuple[str, int, int]]]:
+    def _at_work(self) -> tuple[Any, list[tuple[str, int, int]]]:
         """One mark a row: what was at work; and by the number of a module there, its name, group and copy."""
-        passes = self.passes
-        numbers: dict[tuple[str, int], int] = {}
-        old = [numbers.setdefault(key, len(numbers)) for key in zip(passes.module, passes.group_of(), strict=True)]
+        passes, origin = self.passes, self.origin
+        pairs, number = _numbered(passes.module, passes.group)
         marks = np.empty(len(origin), MARK)
-        marks["phase"] = np.array(passes.phase, np.uint8)[origin]
-        marks["micro_batch"] = np.array(passes.micro, np.int16)[origin]
+        marks["phase"], marks["micro_batch"] = passes.phase[origin], passes.micro[origin]
         copies = self.layers.copies + 1
-        marks["module"] = np.array(old, np.int64)[origin] * copies + np.array(self.copy, np.int64)
-        return marks, [(*key, copy) for key in numbers for copy in range(copies)]
+        marks["module"] = number[origin] * copies + self.copy
+        return marks, [(passes.names[name], group, copy) for name, group in pairs for copy in range(copies)]
 
     def _owners(self, trace: StepTrace, rows: npt.NDArray[Any], names: dict[str, int]) -> Any:
         """The owners of blocks, from the mark of the block's own row on."""
-        blocks: list[int] = []
-        said: list[tuple[int, int, int]] = []
-        called: dict[tuple[int, int | None], list[int]] = {}
-        for block, _, category, name, description in trace.owners.tolist():
-            place = self.passes.place(block)
-            group = place.group if place else None
-            copies = range(self.layers.copies + 1) if group == MIDDLE else range(1)
-            if (name, group) not in called:
-                found = (self._named(trace.names[name], group, copy) for copy in copies)
-                called[name, group] = [names.setdefault(each, len(names)) for each in found]
-            blocks += [self._copy_of(block, copy) for copy in copies]
-            said += [(category, each, description) for each in called[name, group]]
-        owners = np.empty(len(blocks), OWNER)
-        owners["address"] = blocks
+        made = born_at(self.old.rows, trace.owners["address"])
+        group, copies = self.passes.group_made(made), self.layers.copies + 1
+        pairs, number = _numbered(trace.owners["name"], group)
+        called = np.zeros((len(pairs), copies), np.int64)
+        for (name, of_group), numbers in zip(pairs, called, strict=True):
+            for copy in range(copies if of_group == MIDDLE else 1):
+                found = self._named(trace.names[name], of_group, copy)
+                numbers[copy] = names.setdefault(found, len(names))
+        times = np.where(group == MIDDLE, copies, 1)
+        origin = np.repeat(np.arange(len(times)), times)
+        copy = np.arange(len(origin)) - np.repeat(np.cumsum(times) - times, times)
+        owners = trace.owners[origin]
+        owners["address"] = self._copy_of(owners["address"].astype(np.int64), copy)
         owners["mark"] = born_at(rows, owners["address"])
-        owners["category"], owners["name"], owners["made"] = np.array(said, np.int64).reshape(-1, 3).T
+        owners["name"] = called[number[origin], copy]
         return owners
 
     def _phases(
@@ -199,7 +186,7 @@ class _Extrapolating:
         for span in trace.phases:
             first, last = start + span.begin, start + span.end - 1
             recompute = next(waiting) if span.phase is Phase.RECOMPUTE else None
-            inside = first <= last and passes.is_middle(first) and passes.run_of[first] == passes.run_of[last]
+            inside = first <= last and passes.group[first] == MIDDLE and passes.run_of[first] == passes.run_of[last]
             if not inside:
                 at = self._new_row(first, 0) if first < len(passes.run_of) else len(self.origin)
                 until = at if last < first else self._new_row(last, copies) + 1
@@ -207,7 +194,7 @@ class _Extrapolating:
                 spans.append((span._replace(begin=at - begin, end=until - begin), again))
                 continue
             for nth in range(copies + 1):
-                copy = nth if passes.goes_up(passes.run_of[first]) else copies - nth
+                copy = nth if passes.goes_up(int(passes.run_of[first])) else copies - nth
                 at, until = self._new_row(first, nth), self._new_row(last, nth) + 1
                 again = recompute and recompute._replace(
                     layers=tuple(self._named(name, MIDDLE, copy) for name in recompute.layers)
@@ -215,3 +202,13 @@ class _Extrapolating:
                 spans.append((span._replace(begin=at - begin, end=until - begin), again))
         spans.sort(key=lambda pair: pair[0].begin)
         return tuple(span for span, _ in spans), [again for _, again in spans if again is not None]
+
+
+def _numbered(names: Ints, groups: Ints) -> tuple[list[tuple[int, int]], Ints]:
+    """The pairs of a name and a group in the order they come up, and the number of that of each row."""
+    _, first, number = np.unique(names * (2 * GROUPS) + groups, return_index=True, return_inverse=True)
+    order = np.argsort(first)
+    rank = np.empty(len(order), np.int64)
+    rank[order] = np.arange(len(order))
+    first = first[order]
+    return list(zip(names[first].tolist(), groups[first].tolist(), strict=True)), rank[number]
