@@ -14,6 +14,7 @@ python3 -m tests.benchmarks.prediction || failed=1
 python3 -m tests.benchmarks.other_models || failed=1
 python3 -m tests.benchmarks.out_of_memory || failed=1
 python3 -m tests.benchmarks.techniques_matrix || failed=1
+python3 -m tests.benchmarks.recurrent || failed=1
 if [ "$(python3 -c 'import torch; print(torch.cuda.device_count())')" -ge 2 ]; then
   python3 -m tests.benchmarks.ranks || failed=1
 fi
