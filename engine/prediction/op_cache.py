@@ -53,6 +53,7 @@ class OpCache:
 
     def __init__(self) -> None:
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.mode.cache_enabled = False  # it would remember what is remembered here
         self._operators: dict[int, _Operator] = {}  # by id: operators hash slowly
         self._remembered = 0
         self._lifted: dict[Any, tuple[_Maker, bool]] = {}
