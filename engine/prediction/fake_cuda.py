@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 from array import array
 from collections.abc import Callable
-from functools import cache
+from functools import cache, partial
 from types import CodeType, FrameType
 from typing import Any
 from weakref import ref as _weakref
@@ -64,7 +64,7 @@ class FakeCuda(OpTracker):
         self.kept: list[Kept] = []
         self.stream = DEFAULT_STREAM
         self._drained = 0
-        self._sizes: dict[int, int] = {}
+        self._sizes: dict[int, tuple[int, int]] = {}  # and as the allocator rounds it
         self._kernels = {id(operator): kernel for operator, kernel in kernels.items()}  # operators hash slowly
         self._in_library = False
         self._cache = op_cache()
@@ -156,7 +156,7 @@ class FakeCuda(OpTracker):
                 return
             self._forget(key)
         if size:
-            reference = _weakref(storage, lambda _: self._forget(key))
+            reference = _weakref(storage, partial(self._forget, key))
             self._addresses[key] = (self.allocate(size, self._source(made_of, nth)), size, reference)
 
     def _source(self, made_of: Any, nth: int | None) -> InputBlocks:
@@ -173,16 +173,18 @@ class FakeCuda(OpTracker):
         """An allocation, of a kernel's own for example; returns its number."""
         block = len(self.inputs)
         self.inputs.append(source)
-        self._sizes[block] = size
-        self._allocated += rounded_bytes(size)
-        self._peak = max(self._peak, self._allocated)
+        rounded = rounded_bytes(size)
+        self._sizes[block] = size, rounded
+        self._allocated += rounded
+        if self._allocated > self._peak:
+            self._peak = self._allocated
         self._row(block, size, stream=self.stream)
         return block
 
     def release(self, block: int) -> None:
         """The end of one."""
-        size = self._sizes.pop(block)
-        self._allocated -= rounded_bytes(size)
+        size, rounded = self._sizes.pop(block)
+        self._allocated -= rounded
         self._row(block, -size)
 
     def empty_cache(self) -> None:
@@ -273,7 +275,7 @@ class FakeCuda(OpTracker):
         """See no further deaths: what happens from now on is no run's."""
         self._closed = True
 
-    def _forget(self, key: int) -> None:
+    def _forget(self, key: int, _reference: Any = None) -> None:
         if self._closed:
             return
         self.release(self._addresses.pop(key)[0])
