@@ -233,10 +233,11 @@ class Ledger:
         rows = codes[blocks["name"]]
         np.add.at(table, (rows, blocks["category"]), blocks["bytes"])
         np.add.at(table, (rows, Category.SLACK), blocks["slack"])
+        rows_by_layer = zip(layers, table.tolist(), strict=True)
         return {
-            layer: {c: int(row[c]) for c in Category if row[c]}
-            for layer, row in zip(layers, table, strict=True)
-            if row.any()
+            layer: {c: size for c, size in zip(Category, row, strict=True) if size}
+            for layer, row in rows_by_layer
+            if any(row)
         }
 
     def by_name(self, event: int, category: Category) -> dict[str, int]:
@@ -245,8 +246,9 @@ class Ledger:
         if category is not Category.SLACK:
             blocks, column = blocks[blocks["category"] == category], "bytes"
         sums = np.bincount(blocks["name"], weights=blocks[column], minlength=len(self.trace.names))
-        order = np.argsort(-sums, kind="stable")
-        return {self.trace.names[i]: int(sums[i]) for i in order if sums[i]}
+        held = np.flatnonzero(sums)
+        order = held[np.argsort(-sums[held], kind="stable")].tolist()
+        return {self.trace.names[i]: int(sums[i]) for i in order}
 
     @cached_property
     def layers(self) -> list[str]:
