@@ -28,11 +28,13 @@ def name_owned(trace: StepTrace, blocks: Blocks) -> Bools:
         return claimed
     # Events carry non-decreasing marks, so a mark splits the events in two.
     when = np.searchsorted(_rising(trace.events["mark"]), trace.owners["mark"], side="right") - 1
-    order = np.lexsort((blocks["born"], blocks["address"]))
+    order = np.argsort(blocks["address"], kind="stable")  # they come in the order of their births
     address, born = blocks["address"][order], blocks["born"][order]
     n = len(trace.events) + 2
     # One sortable key of (address, born): the last block at or before (address, when).
-    unique, code = np.unique(address, return_inverse=True)
+    first = np.ones(len(address), bool)
+    first[1:] = address[1:] != address[:-1]
+    unique, code = address[first], np.cumsum(first) - 1
     at = np.searchsorted(unique, trace.owners["address"])
     known = (at < len(unique)) & (unique[np.minimum(at, len(unique) - 1)] == trace.owners["address"])
     slot = np.searchsorted(code * n + born + 1, at * n + when + 1, side="right") - 1
@@ -68,30 +70,34 @@ def name_by_life(trace: StepTrace, blocks: Blocks, claimed: Bools) -> None:
     if len(rows) and len(trace.marks):
         born = blocks["born_mark"][rows]
         blocks["name"][rows] = trace.marks["module"][born]
-        blocks["category"][rows] = _category_by_life(trace, blocks[rows], outputs_kept)
+        blocks["category"][rows] = _category_by_life(trace, born, blocks["died_mark"][rows], outputs_kept)
 
 
-def _category_by_life(trace: StepTrace, blocks: Blocks, outputs_kept: bool) -> npt.NDArray[np.int64]:
+def _category_by_life(
+    trace: StepTrace, born_mark: npt.NDArray[np.int64], died_mark: npt.NDArray[np.int64], outputs_kept: bool
+) -> npt.NDArray[np.int64]:
     """The category of blocks that were made in the step, by the phases that made and freed them."""
     # What is alive in a step that goes on, or that an error ended, has no lifetime to be judged by.
     unfinished = not trace.is_complete
-    born_mark, died_mark = blocks["born_mark"], blocks["died_mark"]
-    born, died = trace.marks[born_mark], trace.marks[np.maximum(died_mark, 0)]
+    phases, micro_batches, modules = (
+        np.ascontiguousarray(trace.marks[column]) for column in ("phase", "micro_batch", "module")
+    )
     lives_on = died_mark < 0
-    phase = born["phase"].astype(np.int64)
-    died_phase = np.where(lives_on, -1, died["phase"].astype(np.int64))
+    last_mark = np.maximum(died_mark, 0)
+    phase = phases[born_mark].astype(np.int64)
+    died_phase = np.where(lives_on, -1, phases[last_mark].astype(np.int64))
     loss = trace.names.index(LOSS) if LOSS in trace.names else -1
 
     forward, backward = phase == Phase.FORWARD, phase == Phase.BACKWARD
     recompute, optimizer = phase == Phase.RECOMPUTE, phase == Phase.OPTIMIZER
     load, data = phase == Phase.LOAD, phase == Phase.DATA
-    freed_here = (died_phase == phase) & (born["micro_batch"] == died["micro_batch"])
+    freed_here = (died_phase == phase) & (micro_batches[born_mark] == micro_batches[last_mark])
     # A block still alive in a trace of an open step may yet be freed in this phase;
     # made in forward, by far most of what is alive is there to be used in backward.
     kept = forward & ~freed_here & (~lives_on | unfinished | outputs_kept)
     kept |= backward & lives_on & outputs_kept & (not unfinished)  # the gradient of a leaf that is no parameter
     gone = freed_here | (~lives_on & (backward | optimizer | load | data | (phase == Phase.ZERO_GRAD)))
-    category = np.full(len(blocks), Category.UNKNOWN, np.int64)
+    category = np.full(len(phase), Category.UNKNOWN, np.int64)
     if unfinished:
         gone |= lives_on & (backward | optimizer)
         category[lives_on & load] = Category.PARAMETERS
@@ -99,7 +105,7 @@ def _category_by_life(trace: StepTrace, blocks: Blocks, outputs_kept: bool) -> n
     category[gone] = Category.TEMPORARIES
     category[kept] = Category.ACTIVATIONS
     category[recompute & ~freed_here & (~lives_on | unfinished)] = Category.RECOMPUTED
-    category[(forward | backward) & (born["module"] == loss) & (~lives_on | unfinished)] = Category.LOGITS_LOSS
+    category[(forward | backward) & (modules[born_mark] == loss) & (~lives_on | unfinished)] = Category.LOGITS_LOSS
     return category
 
 

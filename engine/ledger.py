@@ -107,10 +107,13 @@ class Ledger:
         """
         n = len(self.trace.events)
         deltas = np.zeros((N_CATEGORIES, n + 2), np.int64)
-        blocks = self.blocks
-        for sign, when in ((1, blocks["born"] + 1), (-1, blocks["died"] + 1)):
-            np.add.at(deltas, (blocks["category"], when), sign * blocks["bytes"])
-            np.add.at(deltas[Category.SLACK], when, sign * blocks["slack"])
+        blocks, flat = self.blocks, deltas.reshape(-1)
+        # NumPy adds up fast in one dimension, and what stands side by side, which fields of rows do not.
+        sizes, slack = blocks["bytes"].copy(), blocks["slack"].copy()
+        row = blocks["category"].astype(np.int64) * (n + 2)
+        for add, when in ((np.add, blocks["born"] + 1), (np.subtract, blocks["died"] + 1)):
+            add.at(flat, row + when, sizes)
+            add.at(deltas[Category.SLACK], when, slack)
         return np.cumsum(deltas[:, : n + 1], axis=1)
 
     @cached_property

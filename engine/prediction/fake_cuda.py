@@ -176,8 +176,7 @@ class FakeCuda(OpTracker):
         rounded = rounded_bytes(size)
         self._sizes[block] = size, rounded
         self._allocated += rounded
-        if self._allocated > self._peak:
-            self._peak = self._allocated
+        self._peak = max(self._peak, self._allocated)
         self._row(block, size, stream=self.stream)
         return block
 
