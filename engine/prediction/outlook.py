@@ -19,6 +19,8 @@ from .outcome import Prediction
 Moments = npt.NDArray[np.float64]
 """Bytes at the highest moment of each phase, shape [phases, categories]."""
 
+BACKWARD, RECOMPUTE = (phase.name.lower() for phase in (Phase.BACKWARD, Phase.RECOMPUTE))
+
 FLOOR_BYTES = float(1 << 20)
 """Added to each figure, so that what comes up from nothing has a share as well."""
 
@@ -77,14 +79,16 @@ class Outlook:
 
     def __init__(self, now: Prediction) -> None:
         self.known: dict[Combination, Prediction] = {Combination(): now}
-        self._moments: dict[Combination, Moments] = {Combination(): _moments(now)}
+        recomputes = any(now.by_phase.get(RECOMPUTE, {}).values())
+        self._phases = [phase.name.lower() for phase in Phase if recomputes or phase is not Phase.RECOMPUTE]
+        self._moments: dict[Combination, Moments] = {Combination(): self._moments_of(now)}
         self._shares: dict[Change, Moments] = {}
         self._expected: dict[Combination, int] = {}
 
     def learn(self, combination: Combination, prediction: Prediction) -> None:
         """Take in a combination's prediction; of a pair one of which is new, also that change's share."""
         self.known[combination] = prediction
-        self._moments[combination] = _moments(prediction)
+        self._moments[combination] = self._moments_of(prediction)
         self._expected = {one: size for one, size in self._expected.items() if not combination < one}
         new = [change for change in combination.ordered if change not in self._shares]
         rest = Combination(combination - {*new})
@@ -134,12 +138,17 @@ class Outlook:
         together = np.minimum(shares, 1).prod(axis=0) * np.maximum(shares, 1).max(axis=0)
         return int((self._moments[part] * together).sum(axis=1).max())
 
+    def _moments_of(self, prediction: Prediction) -> Moments:
+        """The highest moments of a prediction; what is recomputed counts as the activations that it is.
 
-def _moments(prediction: Prediction) -> Moments:
-    """A prediction's highest moments; what is recomputed counts as the activations that it is, in backward."""
-    phases = [phase.name.lower() for phase in Phase if phase is not Phase.RECOMPUTE]
-    rows: list[Any] = [prediction.by_phase.get(phase, {}) for phase in phases]
-    moments = np.array([[row.get(category.key, 0) for category in Category] for row in rows], np.float64)
-    moments[:, Category.ACTIVATIONS] += moments[:, Category.RECOMPUTED]
-    moments[:, Category.RECOMPUTED] = 0
-    return moments + FLOOR_BYTES
+        Where the run as it is recomputes nothing, the moment of doing so is no row: it is a part of backward. Where
+        it does and this one does not, it is as the rest of backward.
+        """
+        found = prediction.by_phase
+        if not any(found.get(RECOMPUTE, {}).values()):
+            found = found | {RECOMPUTE: found.get(BACKWARD, {})}
+        rows: list[Any] = [found.get(phase, {}) for phase in self._phases]
+        moments = np.array([[row.get(category.key, 0) for category in Category] for row in rows], np.float64)
+        moments[:, Category.ACTIVATIONS] += moments[:, Category.RECOMPUTED]
+        moments[:, Category.RECOMPUTED] = 0
+        return moments + FLOOR_BYTES
