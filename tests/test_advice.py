@@ -17,6 +17,7 @@ from gpumem_tui.engine.prediction.advice import Advised, advise
 from gpumem_tui.engine.prediction.combination_search import MOST_COMBINATIONS
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
+from gpumem_tui.engine.prediction.outlook import Change, Combination, Outlook
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.questions_in_order import Answer, Learn, QuestionsInOrder, Work
 from gpumem_tui.engine.run import Run, RunId, RunKind
@@ -209,6 +210,23 @@ def test_what_needs_another_change_to_be_possible_is_tried_beside_it() -> None:
     best = min(advised.combined, key=lambda one: one.prediction.peak_bytes)
     assert set(best.changes) == {"lora", "checkpointing", "quantization"}
     assert best.prediction.peak_bytes == 10 * GIB
+
+
+def test_the_moment_of_recomputing_is_one_that_a_combination_may_not_get_below() -> None:
+    """Logits decide, then what is recomputed: a change that takes away the one leaves the other."""
+    config = small_run(checkpointing="layers")
+
+    def held(logits: int, recomputed: int, state: int) -> Prediction:
+        sizes = {"backward": {"logits_loss": logits}, "recompute": {"recomputed": recomputed}}
+        by_phase = {phase: {"optimizer_state": state * GIB} | {c: n * GIB for c, n in some.items()}
+                    for phase, some in sizes.items()}  # fmt: skip
+        return outcome(config, by_phase, 60 * GIB)
+
+    outlook = Outlook(held(10, 8, 4))
+    chunked, stateless = Change((("loss", "chunked"),)), Change((("optimizer", "sgd"),))
+    outlook.learn(Combination((chunked,)), held(1, 8, 4))
+    outlook.learn(Combination((stateless,)), held(10, 8, 0))
+    assert outlook.expected_peak_bytes(Combination((chunked, stateless))) / GIB == pytest.approx(8, abs=0.1)
 
 
 def test_every_change_of_a_combination_counts() -> None:

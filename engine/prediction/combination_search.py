@@ -1,7 +1,7 @@
 """The order in which changes and combinations of them are predicted, each decided by what is known of others.
 
-The search never waits for all that it has asked: a combination is chosen while the last few answers are still
-missing, so that every core has something to do. Answers count in the order of the questions, and which are
+The search never waits for all that it has asked: a combination is chosen while the last answer before is still
+missing, so that every core has something to do. Answers count in the order of the questions, and which is
 missing when the next question is chosen does not depend on how long any of them takes: the search asks the same
 on every machine.
 """
@@ -22,8 +22,8 @@ LARGEST_COMBINATION = 4
 MOST_COMBINATIONS = 8
 """For each effect."""
 
-AHEAD = 3
-"""Questions without an answer while another one is chosen."""
+AHEAD = 2
+"""Questions that wait for an answer at once, of those that are chosen by others' answers."""
 
 LEAST_GAIN = 0.01
 """Share of the peak that a combination has to promise beyond the best known, to be predicted."""
