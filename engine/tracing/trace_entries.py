@@ -26,6 +26,14 @@ _NUMBERS = defaultdict(
 )
 
 
+class _Marks(dict[str, int]):
+    """Marks by what was stamped; most entries share theirs with others."""
+
+    def __missing__(self, stamped: str) -> int:
+        mark = self[stamped] = int(stamped or -1)
+        return mark
+
+
 class Entries(NamedTuple):
     """Part of a trace, in order.
 
@@ -79,5 +87,5 @@ def read(entries: Sequence[Mapping[str, Any]], private: Mapping[int, tuple[int, 
     addresses, sizes, times_us = (
         np.fromiter(map(itemgetter(key), entries), np.int64, len(entries)) for key in ("addr", "size", "time_us")
     )
-    marks = np.array([int(mark or -1) for mark in map(itemgetter("user_metadata"), entries)], np.int64)
+    marks = np.fromiter(map(_Marks().__getitem__, map(itemgetter("user_metadata"), entries)), np.int64, len(entries))
     return Entries(actions, addresses, sizes, marks, times_us, entries, private or {})
