@@ -240,14 +240,15 @@ def _marks(packed: array[int]) -> npt.NDArray[Any]:
 
 def _spans(taken: Taken, marks: npt.NDArray[np.int64]) -> tuple[PhaseSpan, ...]:
     """Phases as ranges of events, in the order they began."""
-    spans = []
-    for span in sorted(taken.spans, key=lambda s: s.first_mark):
-        begin = int(np.searchsorted(marks, span.first_mark - taken.first_mark))
-        open_ended = span.last_mark < 0
-        end = len(marks) if open_ended else int(np.searchsorted(marks, span.last_mark - taken.first_mark))
-        end_us = taken.taken_us if open_ended else span.end_us
-        spans.append(PhaseSpan(span.phase, span.micro_batch, begin, end, span.begin_us, end_us))
-    return tuple(spans)
+    began = sorted(taken.spans, key=lambda span: span.first_mark)
+    ends = [(span.first_mark, span.last_mark) for span in began]
+    ranges = np.searchsorted(marks, np.array(ends, np.int64).reshape(-1, 2) - taken.first_mark).tolist()
+    return tuple(
+        PhaseSpan(span.phase, span.micro_batch, begin, len(marks), span.begin_us, taken.taken_us)
+        if span.last_mark < 0
+        else PhaseSpan(span.phase, span.micro_batch, begin, end, span.begin_us, span.end_us)
+        for span, (begin, end) in zip(began, ranges, strict=True)
+    )
 
 
 def _learned(events: npt.NDArray[Any], marks: npt.NDArray[Any], taken: Taken) -> npt.NDArray[Any]:

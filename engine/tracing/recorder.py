@@ -29,6 +29,8 @@ class Seen(NamedTuple):
 
     def and_then(self, after: Seen) -> Seen:
         """Rows of two parts of a step, this one and the one that follows it."""
+        if not len(self.rows):
+            return Seen(after.rows, np.concatenate([self.segments, after.segments]))
         segments = after.segments.copy()
         segments["event"] += len(self.rows)
         return Seen(np.concatenate([self.rows, after.rows]), np.concatenate([self.segments, segments]))
