@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import os
 import platform
+import sys
 from contextlib import suppress
+from functools import lru_cache
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -72,8 +75,15 @@ def memory_for_a_run_bytes(device: torch.device) -> int:
 
 def installed_packages() -> dict[str, str]:
     """Versions of what matters here; what is missing is left out."""
+    changed = tuple(folder.stat().st_mtime_ns for folder in map(Path, sys.path) if folder.is_dir())
+    return dict(_versions(packages(), (*sys.path, *changed)))
+
+
+@lru_cache(1)
+def _versions(names: tuple[str, ...], where: tuple[str | int, ...]) -> dict[str, str]:
+    """Versions by name; they are read again where a folder of `sys.path` has changed, as installing makes it."""
     found = {}
-    for name in packages():
+    for name in names:
         try:
             found[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
