@@ -221,10 +221,11 @@ def flash_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return grads
 
 
-def efficient_forward(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+def efficient_forward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Output and log-sum-exp; seed and offset stay on the host outside of CUDA graphs."""
     out, log_sum_exp, *_ = func(*args, **kwargs)
-    return out, log_sum_exp, *(torch.empty((), dtype=torch.int64) for _ in range(2))
+    empty = tracker.cached(aten.empty.memory_format)
+    return out, log_sum_exp, *(empty([], dtype=torch.int64, device=torch.device("cpu")) for _ in range(2))
 
 
 def efficient_backward(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

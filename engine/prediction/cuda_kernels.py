@@ -45,6 +45,7 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
         aten.rand.default: _rand,
         aten._to_copy.default: _to_copy,
         aten.add.Tensor: _add,
+        aten.add_.Tensor: _add_in_place,
         aten.native_layer_norm.default: _layer_norm,
         aten._softmax.default: _softmax,
         aten._log_softmax.default: _softmax,
@@ -117,9 +118,8 @@ def _to_copy(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """A host constant copied to the device is there: fake tensors would leave it on the host."""
     (tensor,) = args
     if kwargs.get("device") == tracker.device and getattr(tensor, "constant", None) is not None:
-        return aten.empty.memory_format(
-            list(tensor.shape), dtype=kwargs.get("dtype") or tensor.dtype, device=tracker.device
-        )
+        empty, dtype = tracker.cached(aten.empty.memory_format), kwargs.get("dtype") or tensor.dtype
+        return empty(list(tensor.shape), dtype=dtype, device=tracker.device)
     return func(*args, **kwargs)
 
 
@@ -139,14 +139,26 @@ def _add(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     return func(*args, **kwargs)
 
 
+def _add_in_place(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+    """A number of the host that is known, such as an optimizer counts its steps with, goes on being known."""
+    mine, other = args
+    if getattr(mine, "constant", None) is None or isinstance(other, Tensor):
+        return func(*args, **kwargs)
+    with torch._C._DisableTorchDispatch():
+        mine.constant.add_(other, **kwargs)
+    return mine
+
+
 def _keeps_dtype(mine: Tensor, other: Tensor) -> bool:
-    return mine.dtype == other.dtype or mine.dtype == torch.result_type(mine, other)
+    """True if the sum of two tensors of one shape has the first's dtype."""
+    return mine.dtype == other.dtype or mine.dtype == torch.promote_types(mine.dtype, other.dtype)
 
 
-def _layer_norm(_tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
+def _layer_norm(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:
     """Mean and deviation are in float32; a CPU's have the input's dtype."""
-    out, mean, deviation = func(*args, **kwargs)
-    return out, mean.float(), deviation.float()
+    out, *others = func(*args, **kwargs)
+    cast = tracker.cached(aten._to_copy.default)
+    return out, *(x if x.dtype is torch.float32 else cast(x, dtype=torch.float32) for x in others)
 
 
 def _softmax(tracker: FakeCuda, func: Any, args: Any, kwargs: Any) -> Any:

@@ -265,7 +265,8 @@ class _Rehearsing:
         self.config, self.gpu, self.layers = config, gpu, layers
         self.micro_batches = plan.recipe.accumulation if few else 0
         recipe = dataclasses.replace(plan.recipe, accumulation=TRACED) if few else plan.recipe
-        self.plan = dataclasses.replace(plan, recipe=recipe)
+        rows = {name: op_cache().mode.from_tensor(values) for name, values in plan.batches.rows.items()}
+        self.plan = dataclasses.replace(plan, recipe=recipe, batches=dataclasses.replace(plan.batches, rows=rows))
         self.traces: list[StepTrace] = []
         self.steps: list[StepResult] = []
         self.recomputes: list[Recompute] = []
