@@ -203,7 +203,7 @@ def _maker(out: Any, tensors: list[Any], before: list[tuple[Any, int]]) -> _Make
     storage, described = out.untyped_storage(), _description(out)
     for index, (argument, address) in enumerate(before):
         if address == storage._cdata:
-            return _same_again(index, state) if argument == described else _view(index, described, state)
+            return _same_again(index, described, state) if argument == described else _view(index, described, state)
     shape, stride, _, offset, _ = described
     last = sum((n - 1) * s for n, s in zip(shape, stride, strict=True)) if all(shape) else -1
     if offset or storage.nbytes() != (last + 1) * out.element_size():
@@ -237,9 +237,9 @@ def _view(index: int, described: tuple[Any, ...], state: dict[str, Any]) -> _Mak
     return make
 
 
-def _same_again(index: int, state: dict[str, Any]) -> _Maker:
+def _same_again(index: int, described: tuple[Any, ...], state: dict[str, Any]) -> _Maker:
     """Makes another tensor that looks at the very elements that an argument looks at."""
-    device = state["_fake_device"]
+    device = described[-1]
     return lambda tensors: _fake(tensors[index], device, state)
 
 
