@@ -141,12 +141,16 @@ class Outlook:
     def _moments_of(self, prediction: Prediction) -> Moments:
         """The highest moments of a prediction; what is recomputed counts as the activations that it is.
 
-        Where the run as it is recomputes nothing, the moment of doing so is no row: it is a part of backward. Where
-        it does and this one does not, it is as the rest of backward.
+        Where the run as it is recomputes nothing, the moment of doing so is a part of backward. Where it does, it
+        has a row of its own, also if it is backward's highest.
         """
         found = prediction.by_phase
-        if not any(found.get(RECOMPUTE, {}).values()):
-            found = found | {RECOMPUTE: found.get(BACKWARD, {})}
+        if RECOMPUTE in self._phases:
+            backward, recompute = found.get(BACKWARD, {}), found.get(RECOMPUTE, {})
+            if backward.get(Category.RECOMPUTED.key) or not any(recompute.values()):
+                recompute = max(backward, recompute, key=lambda row: sum(row.values()))
+                backward = backward | {Category.RECOMPUTED.key: 0}
+            found = found | {BACKWARD: backward, RECOMPUTE: recompute}
         rows: list[Any] = [found.get(phase, {}) for phase in self._phases]
         moments = np.array([[row.get(category.key, 0) for category in Category] for row in rows], np.float64)
         moments[:, Category.ACTIVATIONS] += moments[:, Category.RECOMPUTED]
