@@ -104,7 +104,7 @@ class TrainedRun:
         Args:
             problem: What `train` returned.
         """
-        self._tracer.release()
+        self._tracer.forget()
         if self._peers is not None and problem is None:
             self._peers.let_go(self._device)
         publisher, baseline = self._publisher, self._reach_device()
@@ -113,6 +113,7 @@ class TrainedRun:
         managed, publisher.managed_bytes = publisher.managed_bytes, self._free_paged()
         leaked = self._recorder.allocated_bytes() - baseline + publisher.managed_bytes
         self._cached.give_back(self._device)
+        self._tracer.release()
         steps, wanted = publisher.steps, self._config.steps
         reason = "failed" if problem else "stopped" if wanted == 0 or steps < wanted else "done"
         note = f", {baseline / 2**20:.1f} MiB kept by cuBLAS" if baseline else ""

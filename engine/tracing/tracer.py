@@ -167,13 +167,17 @@ class Tracer:
         """Wait until every trace taken so far has been published."""
         self._assembler.settle()
 
-    def release(self) -> None:
+    def forget(self) -> None:
         """Stop recording and forget the model and the optimizer: a reference would keep their memory alive."""
         self._model = None
         self._writer.release()
         self._refusals.release()
         self._recomputes.clear()
         self.recorder.stop()
+
+    def release(self) -> None:
+        """Forget likewise, and wait until what was taken so far has been published."""
+        self.forget()
         self._assembler.close()
 
     # --- steps and phases ---------------------------------------------------

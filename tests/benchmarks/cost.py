@@ -4,7 +4,8 @@
     torchrun --nproc-per-node 2 -m tests.benchmarks.cost --batch-size 8 --set parallel=ddp parallel.ranks=2
 
 All modes run interleaved in one process on one model, so that clocks and heat
-are shared; a mode's figure is the median over its rounds. A second thread reads
+are shared; a mode's figure is the median over its rounds, of each the median step,
+and its ratio that to the bare loop's right before and after. A second thread reads
 the gauge and folds the latest trace ten times a second, as the app does. Of several
 ranks each is watched so, and the first one's times are printed.
 """
@@ -19,7 +20,7 @@ import statistics
 import sys
 import threading
 import time
-from collections.abc import Callable, Container, Iterator
+from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -185,17 +186,28 @@ def joined() -> torch.device:
 
 
 def told(title: str, seconds: dict[str, list[float]], memory: dict[str, int]) -> str:
-    """The table of one batch size."""
-    base = statistics.median(seconds["no inspector"])
+    """The table of one batch size.
+
+    Args:
+        title: Of the table.
+        seconds: By mode, the median step of each round.
+        memory: The peak by mode.
+    """
+    bare = seconds["no inspector"]
     where = torch.cuda.get_device_name() if memory else "CPU"
     lines = [f"\n{title}, {where}, torch {torch.__version__}"]
     lines.append(f"{'':<32}{'median ms':>10}{'ratio':>8}{'peak bytes beyond':>20}")
     for name, values in seconds.items():
         if values:
             extra = memory[name] - memory["no inspector"] if memory else 0
-            median = statistics.median(values)
-            lines.append(f"{name:<32}{median * 1e3:>10.1f}{median / base:>8.3f}{extra:>20}")
+            ratio = statistics.median(ratios(values, bare))
+            lines.append(f"{name:<32}{statistics.median(values) * 1e3:>10.1f}{ratio:>8.3f}{extra:>20}")
     return "\n".join(lines)
+
+
+def ratios(values: Sequence[float], bare: Sequence[float]) -> list[float]:
+    """By round, a mode's step over the bare loop's before and after it."""
+    return [value / statistics.mean(bare[i : i + 2]) for i, value in enumerate(values)]
 
 
 SLOW = {"torch.profiler(profile_memory)", "MemTracker"}
@@ -203,7 +215,7 @@ SLOW = {"torch.profiler(profile_memory)", "MemTracker"}
 
 
 def measured(bench: Bench, rounds: int, only: Container[str] = ()) -> tuple[dict[str, list[float]], dict[str, int]]:
-    """Seconds of each step and the peak by mode.
+    """The median step of each round, in seconds, and the peak, by mode.
 
     Args:
         bench: The model.
@@ -222,11 +234,12 @@ def measured(bench: Bench, rounds: int, only: Container[str] = ()) -> tuple[dict
             try:
                 if on_gpu:
                     torch.cuda.reset_peak_memory_stats()
-                seconds[name] += run()[WARM_UP:]
+                seconds[name].append(statistics.median(run()[WARM_UP:]))
                 if on_gpu:
                     memory[name] = torch.cuda.max_memory_allocated()
             except Exception as error:
                 print(f"{name}: {type(error).__name__}: {str(error)[:80]}")
+    seconds["no inspector"].append(statistics.median(bench.bare()[WARM_UP:]))
     return seconds, memory
 
 
@@ -237,7 +250,7 @@ def main() -> int:
     flags.add_argument("--profile", default="polyglot-ko-1.3b" if on_gpu else "tiny")
     flags.add_argument("--batch-size", type=int, nargs="*", default=[8, 32] if on_gpu else [8])
     flags.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE")
-    flags.add_argument("--rounds", type=int, default=4)
+    flags.add_argument("--rounds", type=int, default=8)
     chosen = flags.parse_args()
     device = joined() if RANK >= 0 else devices.select("auto")
     for batch_size in chosen.batch_size:
