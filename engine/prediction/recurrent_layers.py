@@ -29,7 +29,7 @@ aten = torch.ops.aten
 Tensor = torch.Tensor
 MODES = {"lstm": LSTM, "gru": GRU, "rnn_tanh": TANH, "rnn_relu": RELU}
 DROPOUT_STATE_BYTES = 24
-"""A `curandState` for each thread that the GPU can run at once; not measured."""
+"""A state of cuDNN's own for each thread that the GPU can run at once: 6,488,064 bytes on an H100."""
 FLATTENED = (torch.float16, torch.float32, torch.float64)
 """`torch.backends.cudnn.is_acceptable`; bfloat16 is not, its weights are copied in each forward pass."""
 
