@@ -103,6 +103,27 @@ def test_a_copied_module_is_of_the_same_mode() -> None:
         assert copied.weight.untyped_storage()._cdata != layer.weight.untyped_storage()._cdata
 
 
+# --- what is known of the host's numbers -------------------------------------------------------
+
+
+@pytest.mark.parametrize("asked", ["for the first time", "again"])
+def test_a_number_of_the_host_is_known_until_it_depends_on_data(asked: str) -> None:
+    """Whether FakeTensorMode has made the number's tensor or the cache of operators."""
+    with modelled():
+        op_cache()._lifted.clear()
+        if asked == "again":
+            torch.tensor(3.0)
+        count, looked_at = torch.tensor(3.0), torch.tensor(3.0)
+        count += 1
+        assert (count.item(), looked_at.item()) == (4.0, 3.0)
+        view = looked_at.view(1)
+        view += 2
+        assert looked_at.item() == 5.0, "they are one number"
+        view += torch.empty(1, device=DEVICE).cpu()
+        assert looked_at.item() == 0.0, "what is on the GPU is not known"
+        assert count.item() == 4.0
+
+
 # --- what kernels take for a while -------------------------------------------------------------
 
 
