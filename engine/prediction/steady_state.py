@@ -35,9 +35,10 @@ def once_more(blocks: Ints, sizes: Ints, before: slice, last: slice) -> tuple[In
     begin, rows = last.start, np.arange(last.start, last.stop)
     made = made_at(blocks, sizes, blocks[last])
     own, freed = made >= begin, sizes[last] < 0
-    left = np.setdiff1d(rows[sizes[last] > 0], made[freed & own])
+    stays = sizes[last] > 0
+    stays[made[freed & own] - begin] = False
     by_size: dict[int, deque[int]] = defaultdict(deque)
-    for block, size in zip(blocks[left].tolist(), sizes[left].tolist(), strict=True):
+    for block, size in zip(blocks[last][stays].tolist(), sizes[last][stays].tolist(), strict=True):
         by_size[size].append(block)
     found = rows[freed & ~own]
     born = made[found - begin]
