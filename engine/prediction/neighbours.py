@@ -176,7 +176,7 @@ def _played(asked: _Asked, capacity: int | None = None) -> _Played | None:
                     held[block] = allocator.allocate(size)
                     allocated += held[block].size
                     most = max(most, allocated)
-                else:
+                elif block in held:  # what is expected to be of no size has no block
                     allocated -= held[block].size
                     allocator.free(held.pop(block))
             peak = peak or most
