@@ -269,6 +269,16 @@ def test_neighbours_tell_where_gaps_between_blocks_end_what_fits() -> None:
     assert fits == [True, False]
 
 
+def test_what_kernels_round_up_to_tiles_may_be_expected_to_be_nothing_in_between() -> None:
+    """Attention's statistics are as large at 32 tokens as at 126 and larger at 130: a parabola dips below zero."""
+    found = {n: predict(small_run(batch_size=1, seq_len=n), H100) for n in (32, 80, 126, 130)}
+    near = Neighbours(H100, found[80].safe_bound_bytes)
+    for n in (32, 126, 130):
+        near.learn(n, found[n])
+    told = near.largest_between(32, 126)
+    assert told is not None and 32 <= told <= 88
+
+
 def test_what_came_out_as_it_was_expected_ends_the_search_and_what_did_not_goes_on() -> None:
     """The last number is predicted, and nothing beyond it: all of it was foretold, so the next one is as well."""
 
