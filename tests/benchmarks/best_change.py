@@ -20,7 +20,7 @@ ROWS, COLUMNS = 30, 160
 STEP = re.compile(r"^ *step +[1-9]", re.MULTILINE)
 NAMED = re.compile(r"(?<!what )(?:saves most|try first)(?P<so_far>[^:]*): (?P<key>\S+) (?P<best>.*\S)")
 LOOK_EVERY_S = 0.05
-AT_MOST_S = 300.0
+AT_MOST_S = 600.0
 SPIN = "import os, sys; os.sched_setaffinity(0, {int(sys.argv[1])})\nwhile True: pass"
 
 
