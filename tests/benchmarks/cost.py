@@ -6,7 +6,8 @@
 All modes run interleaved in one process on one model, so that clocks and heat
 are shared; a mode's figure is the median over its rounds, of each the median step,
 and its ratio that to the bare loop's right before and after. A second thread reads
-the gauge and folds the latest trace ten times a second, as the app does. Of several
+the gauge and packs the latest trace ten times a second, as an engine does for the app,
+which is a process of its own. Of several
 ranks each is watched so, and the first one's times are printed.
 """
 
@@ -24,13 +25,13 @@ from collections.abc import Callable, Container, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext
 from typing import Any
 
+import msgspec
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from gpumem_tui.engine import device as devices
-from gpumem_tui.engine import techniques
+from gpumem_tui.engine import techniques, wire
 from gpumem_tui.engine.events import StepTrace
-from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.parallelism.group import join, leave
 from gpumem_tui.engine.publisher import TRACE_SHARE
 from gpumem_tui.engine.tracing.tracer import Tracer
@@ -113,17 +114,17 @@ class Bench:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """What the app does beside it: read the gauge, fold the trace."""
-        done, folded = threading.Event(), None
+        """What an engine does beside it: read the gauge, pack the trace for a viewer."""
+        done, packed = threading.Event(), None
 
         def watch() -> None:
-            nonlocal folded
+            nonlocal packed
             while not done.wait(0.1):
                 self.recorder.allocated_bytes()
-                if self.latest is not folded:
-                    folded = self.latest
-                    assert folded is not None
-                    _ = Ledger(folded).peak
+                if self.latest is not packed:
+                    packed = self.latest
+                    assert packed is not None
+                    msgspec.msgpack.encode(wire.pack_trace(1, 1, packed))
 
         thread = threading.Thread(target=watch)
         thread.start()
