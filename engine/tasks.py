@@ -84,8 +84,19 @@ def task_of(name: str, architectures: Iterable[str], has_model: Callable[[Task],
     """
     if name != AUTO:
         return TASKS[name] if has_model(TASKS[name]) else None
-    said = [task for task in TASKS.values() if any(_is_for(task, each) for each in architectures)]
-    return next((task for task in (*said, *TASKS.values()) if has_model(task)), None)
+    return next((task for task in (*_said(architectures), *TASKS.values()) if has_model(task)), None)
+
+
+def of_tokens(config: RunConfig) -> bool:
+    """True if the rows of a run are tokens, as far as is known without transformers; otherwise it has no sequence."""
+    architectures = config.architecture.config.get("architectures") if config.architecture is not None else None
+    tasks = [TASKS[config.task]] if config.task != AUTO else _said(architectures or ())
+    return not tasks or bool(tasks[0].tokens)
+
+
+def _said(architectures: Iterable[str]) -> list[Task]:
+    """The tasks that the names of a model's classes say."""
+    return [task for task in TASKS.values() if any(_is_for(task, each) for each in architectures)]
 
 
 def named(class_name: str) -> bool:

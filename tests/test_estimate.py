@@ -122,8 +122,9 @@ def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFix
     assert "K-bit preparation makes embeddings, head and norms float32" in said
 
 
-def test_a_device_on_which_nothing_is_run_is_told_of(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["estimate", "--profile", "tiny", "--device", "cuda", "--gpu", "L4", "--json", "-"]) == 0
+@pytest.mark.parametrize("command", [["estimate", "--json", "-"], ["check", "--budget", "1GiB"]])
+def test_a_device_on_which_nothing_is_run_is_told_of(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([*command, "--profile", "tiny", "--device", "cuda", "--gpu", "L4"]) == 0
     said = "--device cuda: nothing is run there; the prediction is for --gpu 'L4 24GB'\n"
     assert capsys.readouterr().err == said
 

@@ -22,8 +22,7 @@ def heading(prediction: Prediction) -> str:
     """The heading: the run and the GPU it is predicted for."""
     config = prediction.config
     of_their_own = config.architecture is None and not config.pretrained
-    described = describe(config, prediction.document.steps[0].tokens is not None)
-    return f"{config.model if of_their_own else described} on {prediction.gpu}, predicted"
+    return f"{config.model if of_their_own else describe(config)} on {prediction.gpu}, predicted"
 
 
 def text(prediction: Prediction) -> str:

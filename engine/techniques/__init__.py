@@ -27,6 +27,7 @@ from ..config import (
     show,
 )
 from ..events import Environment
+from ..tasks import of_tokens
 from ..technique import Effect, Group, Technique
 
 ROUTINE = ("rows", "steps", "seed")
@@ -241,14 +242,9 @@ def label(config: RunConfig) -> str:
     return " ".join(words)
 
 
-def describe(config: RunConfig, of_tokens: bool = True) -> str:
-    """A run in one line: the model, batch and sequence, and what else differs from the defaults.
-
-    Args:
-        config: Of the run.
-        of_tokens: Whether its rows are tokens: else there is no sequence.
-    """
+def describe(config: RunConfig) -> str:
+    """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
     said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(changed(config))
-    if not of_tokens:
+    if not of_tokens(config):
         del said["seq_len"]
     return f"{config.model} {' '.join(f'{name}={show(value)}' for name, value in said.items())}"

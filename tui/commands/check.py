@@ -14,7 +14,7 @@ from ...engine.prediction.known import predicted
 from . import check_report
 from .check_report import Checked, Limits
 from .common import add_run_flags, config_from, end_progress, parse_percent, telling, write_output
-from .estimate import add_gpu_flag, chosen_gpu
+from .estimate import add_gpu_flag, chosen_gpu, say_unused
 
 VIOLATED = 1
 """Exit code where a limit is exceeded."""
@@ -60,6 +60,7 @@ def main(flags: argparse.Namespace) -> int:
         if run.limits.budget_bytes is None and base is None:
             raise UserError(f"{run.name}: nothing to check against; give it --budget, --against or both")
     card = chosen_gpu(gpu_name)
+    say_unused(flags.device, card)
     predict = telling(predicted, card)
     checked = []
     for run in asked:

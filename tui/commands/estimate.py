@@ -81,9 +81,14 @@ def config_and_gpu(flags: argparse.Namespace) -> tuple[RunConfig, Gpu]:
         UserError: Whatever in the flags cannot be.
     """
     config, card = config_from(flags), chosen_gpu(flags.gpu)
-    if flags.device != "auto":
-        sys.stderr.write(f"--device {flags.device}: nothing is run there; the prediction is for --gpu {card.name!r}\n")
+    say_unused(flags.device, card)
     return config, card
+
+
+def say_unused(device: str, card: Gpu) -> None:
+    """Tell on standard error of a device that was asked for, on which nothing is run."""
+    if device != "auto":
+        sys.stderr.write(f"--device {device}: nothing is run there; the prediction is for --gpu {card.name!r}\n")
 
 
 def main(flags: argparse.Namespace) -> int:

@@ -9,8 +9,8 @@ from ...engine.engine_registry import warm_servers
 from ...engine.prediction.questions import Question
 from ...engine.prediction.warm_server import start, warm_process
 from ..interrupt import answered_by, raise_interrupt
-from .common import add_run_flags, config_from, end_progress, seconds, tell
-from .estimate import add_gpu_flag, chosen_gpu
+from .common import add_run_flags, end_progress, seconds, tell
+from .estimate import add_gpu_flag, config_and_gpu
 
 IDLE = "10m"
 
@@ -26,7 +26,7 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Start it, unless there is one already; returns when it is ready."""
-    config, card, idle_s = config_from(flags), chosen_gpu(flags.gpu), seconds(flags.idle, "--for")
+    (config, card), idle_s = config_and_gpu(flags), seconds(flags.idle, "--for")
     there = warm_process()
     if there is not None:
         there.wait()
