@@ -77,7 +77,7 @@ def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         autocast.register(library)
         recurrent_cells.register(library)
         recurrent_layers.register(library, gpu, undo)
-        packed_sequences.register(library)
+        packed_sequences.register(library, tracker)
         replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)
         replace(undo, FakeTensor, "data", property(_DATA.__get__, _set_data))

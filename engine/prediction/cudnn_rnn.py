@@ -1,14 +1,16 @@
 """Memory of cuDNN's recurrent layers: weights, the reserve kept for backward, the workspace of each pass.
 
 cuDNN is asked for these sizes and its documentation gives none. The formulas are
-fitted to 230 layers measured on an H100 with torch 2.11 (`tests/benchmarks/results/recurrent.json`).
+fitted to 395 layers measured on an H100 with torch 2.11 (`tests/benchmarks/results/recurrent.json`).
 Sizes are sums of buffers in whole multiples of the hidden states of a time step,
-of those of all time steps and of the input, each buffer padded to 32 bytes.
+of those of all time steps and of the input, each buffer padded to 32 bytes. Rows that
+are not packed are laid out anew, and so are their gradients. Inference takes no
+buffers for products of gradients; the forward pass of training does.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -19,13 +21,15 @@ RELU, TANH, LSTM, GRU = range(4)
 
 GATES = {RELU: 1, TANH: 1, LSTM: 4, GRU: 3}
 SMALL_STEPS = {RELU: 9, TANH: 9, LSTM: 12, GRU: 14}
-"""Hidden states of all time steps that the kernels for small hidden sizes take more, in each direction."""
+"""Hidden states of all time steps that small and persistent kernels take more for products of gradients."""
 PRODUCTS_BYTES = 8 << 20
 """Scratch of the products of a layer in one direction."""
 BUFFER_BYTES = 32
-HEAD_BYTES, ROW_BYTES = 256, 8
+HEAD_BYTES, LENGTH_BYTES = 256, 8
+STEPS_AT_ONCE = 256
+"""Time steps whose gates are computed together in one direction; at least 300 in both directions."""
 LONG_STEPS = 128
-"""Time steps above which a wavefront through the layers is longer; between 100 and 256."""
+"""Time steps above which a wavefront through the layers is longer; between 128 and 256."""
 WAVE_ROWS = 128
 """Rows of a product that a wavefront is made long enough for."""
 
@@ -46,6 +50,7 @@ class RecurrentLayers:
         rows: Of the batch.
         dropout: Whether there is any between layers.
         packed: Whether the rows are given packed.
+        training: Whether a reserve is kept for backward.
     """
 
     mode: int
@@ -59,6 +64,7 @@ class RecurrentLayers:
     rows: int = 1
     dropout: bool = False
     packed: bool = False
+    training: bool = True
 
     @property
     def weights(self) -> int:
@@ -74,89 +80,106 @@ class RecurrentLayers:
         if self.proj_size:
             kept += _padded(self.layers * (states + self._projected(states)))
         if self.dropout:
-            kept += (self.layers - 1) * self.directions * _padded(-(-states // self.dtype.itemsize // 8))
+            bits = self._projected(states) // self.dtype.itemsize
+            kept += (self.layers - 1) * self.directions * _padded(-(-bits // 8))
         return HEAD_BYTES + kept
 
-    def workspace_bytes(self, forward: bool) -> int:
-        """Bytes of scratch of the forward pass, or of each of the two passes of backward."""
+    def workspace_bytes(self, gpu: Gpu, forward: bool, whole: bool = False) -> int:
+        """Bytes of scratch of the forward pass, or of each of the two passes of backward.
+
+        Gates are computed, in training products of gradients too, in buffers that are used again.
+
+        Args:
+            gpu: On which PyTorch chooses the kernels.
+            forward: Which pass; it may have other kernels.
+            whole: One direction in all time steps at once, however many.
+        """
+        small = self._small(gpu, forward)
+        phases = self._gates_bytes(small, self.steps if whole else min(self.steps, STEPS_AT_ONCE))
+        if self.training:
+            products = self._products_bytes(small, self.steps if whole else self._wavefront())
+            phases = max(phases, products + self._copies_bytes())
+        lengths = 0 if self.packed else LENGTH_BYTES * self.rows
         return (
             self.layers * self.directions * PRODUCTS_BYTES
             + _padded(self._matrices() * self.dtype.itemsize)
-            + _padded(HEAD_BYTES + ROW_BYTES * self.rows)
-            + _padded(self._inputs_bytes())
-            + self._phases_bytes(self._small(forward), self._wavefront())
+            + _padded(HEAD_BYTES + lengths)
+            + self._copies_bytes()
+            + phases
         )
 
     def unsure_bytes(self, gpu: Gpu, forward: bool) -> int:
-        """Bytes that the workspace may have beyond that, where too little has been measured."""
-        if self.packed or self._persistent(gpu, forward):
-            return self.workspace_bytes(forward)
-        small = self._small(forward)
-        whole = self._phases_bytes(small, self.steps) - self._phases_bytes(small, self._wavefront())
-        return whole + self.directions * self._projected(self._steps_bytes())
+        """Bytes that the workspace may have beyond that.
 
-    def _phases_bytes(self, small: bool, wavefront: int) -> int:
-        """Gates are computed, and products with the input; the buffers of the one are used again by the other."""
-        return max(self._gates_bytes(small), self._products_bytes(small, wavefront))
+        More time steps at once than were measured; packed rows of unlike lengths laid out as if they were not packed.
+        """
+        most = replace(self, packed=False).workspace_bytes(gpu, forward, whole=True)
+        return most - self.workspace_bytes(gpu, forward)
 
-    def _gates_bytes(self, small: bool) -> int:
-        """Never the more in a plain RNN."""
-        layers: tuple[int, ...]
-        steps: tuple[int, ...]
-        before = 0  # multiples of the states before, which are those that are projected
-        if self.mode == LSTM and self.directions == 2:
-            layers, steps = (2, 4, 4, 8) if small else (2, 2, 2, 2, 4, 8), (8, *(11 if small else 3) * (2,))
-            before = 0 if small else 4
-        elif self.mode == LSTM:
-            layers, steps = (1, 1, 1, 1, 4), (4, *(17 if small else 1) * (1,))
-            before = 0 if small else 2
-        elif self.mode == GRU:
-            layers, steps = ((2, 2, 4, 6), (2, 2, 2, 6)) if self.directions == 2 else ((1, 1, 3), (1, 3))
-        else:
+    def _copies_bytes(self) -> int:
+        """Input, output and states, or their gradients, in the layout that only packed rows have already."""
+        if self.packed:
             return 0
-        if self.dropout and self.directions == 1:
+        layer, step = self.directions * self._layers_bytes(), self.directions * self._steps_bytes()
+        states = _buffers(self._projected(layer), 1, 1) + (_buffers(layer, 1, 1) if self.mode == LSTM else 0)
+        return _padded(self._inputs_bytes()) + _padded(self._projected(step)) + states
+
+    def _gates_bytes(self, small: bool, at_once: int) -> int:
+        gates, both = GATES[self.mode], self.directions == 2
+        layers = (gates * self.directions, *both * (4,))
+        steps = both * (2, 2) + (4 * gates * (1,) if small else ()) + self._projected_steps()
+        if self.dropout and not both:
             steps += (1,)
-        layer, step = self._layers_bytes(), self._steps_bytes()
-        projected = _padded(self.directions * self._projected(step)) if self.proj_size else 0
-        states = _padded(before * (self._projected(layer) if self.proj_size else layer))
-        return _buffers(layer, *layers) + states + _buffers(step, *steps) + projected
+        of_gates = self.steps if both or small else at_once
+        return (
+            _buffers(self._layers_bytes(), *(self._states(small) if small else layers), self._cells())
+            + _buffers(of_gates * self._step_bytes(), gates * self.directions)
+            + _buffers(self._steps_bytes(), *steps)
+        )
 
     def _products_bytes(self, small: bool, wavefront: int) -> int:
-        step, inputs, more = self._steps_bytes(), self._inputs_bytes(), SMALL_STEPS[self.mode] if small else 0
-        wide = max(step, inputs)
+        step, more = self._steps_bytes(), SMALL_STEPS[self.mode] if small else 0
+        wide = max(step, self._inputs_bytes())
         if self.directions == 2:
-            layers: tuple[int, ...] = (4, 4, *9 * (2,)) if self.mode == LSTM else (4, *5 * (2,))
-            steps: tuple[int, ...] = (2, 2, 2 if self.layers == 1 else 4, *more // 2 * (2,), *more % 2 * (1,))
+            steps: tuple[int, ...] = (2 if self.layers == 1 else 4, *more // 2 * (2,), *more % 2 * (1,))
             widest = _padded(4 * wide)
         else:
-            layers = (2, *(10 if small else 9) * (1,)) if self.mode == LSTM else (2, 1, 1, 1, 1) if small else 5 * (1,)
-            steps = (3 + more) * (1,)
+            steps = (1 + more) * (1,)
             if self.layers == 1:
                 widest = _padded(wide)
-            elif small and self.mode != LSTM:
+            elif small:
                 widest = _padded(step) + _padded(wide)
             else:
                 widest = _padded(wavefront * self._step_bytes() + wide - step)
-        return _buffers(self._layers_bytes(), *layers) + _buffers(step, *steps) + _padded(inputs) + widest
+        layers = (*self._states(small), self._cells())
+        return _buffers(self._layers_bytes(), *layers) + _buffers(step, *steps, *self._projected_steps()) + widest
+
+    def _states(self, small: bool) -> tuple[int, ...]:
+        return (4, 2) if self.directions == 2 else (2,) if small else (1,)
+
+    def _cells(self) -> int:
+        return 2 * self.directions if self.mode == LSTM else 0
+
+    def _projected_steps(self) -> tuple[int, ...]:
+        return (self.directions,) if self.proj_size else ()
 
     def _wavefront(self) -> int:
         """Time steps that the layers are at, one behind the other."""
         least = 4 if self.steps <= LONG_STEPS else 8
-        of_layer = max(least, -(-WAVE_ROWS // self.rows))
+        of_layer = next((n for n in (least, 8) if n * self.rows >= WAVE_ROWS), 16)
         of_input = max(of_layer, 8 if self.rows < WAVE_ROWS else 4)
         return min(self.steps, self.layers * of_layer + of_input)
 
-    def _small(self, forward: bool) -> bool:
-        """True for the kernels for small hidden sizes: `use_rnn_persist_small_h` of `native/cudnn/RNN.cpp`."""
+    def _small(self, gpu: Gpu, forward: bool) -> bool:
+        """True for kernels that take more: persistent, or for small sizes (PyTorch's `use_rnn_persist_small_h`)."""
         if self.packed or self.proj_size or self.dtype not in (torch.float32, torch.float16):
             return False
         gated = self.mode in (LSTM, GRU)
-        return self.hidden_size <= ((192 if gated else 384) if forward else (128 if gated else 256))
+        largest = (192 if gated else 384) if forward else (128 if gated else 256)
+        return self.hidden_size <= largest or (self.dtype is torch.float16 and self._persistent(gpu))
 
-    def _persistent(self, gpu: Gpu, forward: bool) -> bool:
-        """True where PyTorch asks for kernels that keep weights on the chip (`use_persist_*_heuristics` there)."""
-        if self._small(forward) or self.proj_size or self.dtype is not torch.float16:
-            return False
+    def _persistent(self, gpu: Gpu) -> bool:
+        """True where PyTorch asks for kernels that keep weights on the chip (its `use_persist_*_heuristics`)."""
         sizes = (self.hidden_size, self.input_size)
         alone = self.layers == self.directions == 1 and self.hidden_size <= 1024
         if not alone or any(size % 128 for size in sizes) or self.rows % 8 or self.rows > 128:
@@ -185,8 +208,8 @@ class RecurrentLayers:
         return self.layers * self._step_bytes()
 
     def _projected(self, states: int) -> int:
-        """Bytes of hidden states that are projected; 0 where none are."""
-        return states // self.hidden_size * self.proj_size
+        """Bytes of hidden states that are projected if they are."""
+        return states // self.hidden_size * (self.proj_size or self.hidden_size)
 
     def _inputs_bytes(self) -> int:
         return self.steps * self.rows * self.input_size * self.dtype.itemsize

@@ -89,7 +89,7 @@ class _How(NamedTuple):
         sizes = (self.mode, x.shape[-1], self.hidden_size, self.proj_size, self.layers, 1 + self.bidirectional)
         steps, rows = (len(self.batch_sizes), self.batch_sizes[0]) if self.batch_sizes else x.shape[:2]
         dropout = self.train and self.dropout > 0
-        return RecurrentLayers(*sizes, x.dtype, steps, rows, dropout, packed=bool(self.batch_sizes))
+        return RecurrentLayers(*sizes, x.dtype, steps, rows, dropout, bool(self.batch_sizes), self.train)
 
 
 # --- who calls cuDNN ---------------------------------------------------------------
@@ -168,7 +168,7 @@ def _under_autocast(x: Tensor, weights: list[Tensor], stride: int, flat: Any, hx
         if _is_cast(weights[0]):
             flat = weights[0].new_zeros(_How(*how).layers_for(x).weights, dtype=torch.float16)
             weights = [place.detach().copy_(w) for place, w in zip(_places(flat, weights), weights, strict=True)]
-        x, hx, cx = (t.half() if t is not None and _is_cast(t) else t for t in (x, hx, cx))
+        cx, hx, x = (t.half() if t is not None and _is_cast(t) else t for t in (cx, hx, x))
         return aten._cudnn_rnn(x, weights, stride, flat, hx, cx, *how)
 
 
@@ -180,7 +180,7 @@ def _is_cast(tensor: Tensor) -> bool:
 
 
 def _workspace(tracker: FakeCuda, gpu: Gpu, x: Tensor, shape: RecurrentLayers, forward: bool) -> Tensor:
-    workspace = x.new_empty(shape.workspace_bytes(forward), dtype=torch.uint8)
+    workspace = x.new_empty(shape.workspace_bytes(gpu, forward), dtype=torch.uint8)
     tracker.may_take(shape.unsure_bytes(gpu, forward), tracker.address(x))
     return workspace
 
