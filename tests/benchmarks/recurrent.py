@@ -2,8 +2,8 @@
 
 On one GPU, in a minute or two. Layers are drawn at random: with a seed of their
 own they are held out from those that the formulas of `cudnn_rnn` were fitted to,
-which are in `results/recurrent.json`. How a layer is used beyond training in one
-dtype (in eval mode, under autocast, packed) has not been measured before.
+which are in `results/recurrent.json`. Of packed rows of unlike lengths only the bound
+is to hold; they have not been measured before, nor persistent kernels in eval mode.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class Layer:
 
     Attributes:
         kind: Class of `torch.nn`.
-        use: `train`; `infer`: in eval mode, without gradients; `autocast`; `packed`, all rows of one length.
+        use: `train`; `infer`: in eval mode, without gradients; `autocast`; `packed`, all rows of one length;
+            `ragged`: packed, each row shorter than the one before, or as long.
     """
 
     kind: str
@@ -80,8 +81,10 @@ class Layer:
             drain()
             cast = torch.autocast(device.type, torch.float16, enabled=self.use == "autocast")
             with torch.set_grad_enabled(self.use != "infer"), cast:
-                if self.use == "packed":
-                    packed = nn.utils.rnn.pack_padded_sequence(x, [self.steps] * self.rows, self.batch_first)
+                if self.use in ("packed", "ragged"):
+                    shorter = self.steps if self.use == "ragged" else 0
+                    lengths = [max(1, self.steps - row * shorter // self.rows) for row in range(self.rows)]
+                    packed = nn.utils.rnn.pack_padded_sequence(x, lengths, self.batch_first)
                     y, states = nn.utils.rnn.pad_packed_sequence(layer(packed)[0], self.batch_first)
                     del packed
                 else:
@@ -94,14 +97,20 @@ class Layer:
         return forward, backward
 
 
-def predicted(layer: Layer, gpu: Gpu) -> tuple[Requests, Requests]:
-    """Requests of its passes, on fake tensors."""
+def predicted(layer: Layer, gpu: Gpu, bound: bool = False) -> tuple[Requests, Requests]:
+    """Requests of its passes, on fake tensors; for the bound with what kernels may take beside them."""
     recorder = FakeCuda(kernels(gpu))
 
     def drain() -> Requests:
-        seen = recorder.rows()[recorder.starts[-1] :]["bytes"]
+        seen = recorder.rows()[recorder.starts[-1] :]
         recorder.start()
-        return [int(size) for size in seen if size]
+        requests = []
+        for size, slack in zip(seen["bytes"].tolist(), seen["slack"].tolist(), strict=True):
+            if size:
+                requests.append(size)
+            elif bound and slack < 0:
+                requests += [-slack, slack]
+        return requests
 
     with pytorch_paths(gpu, recorder), op_cache().mode, recorder, warnings.catch_warnings():
         warnings.simplefilter("ignore")
@@ -147,7 +156,7 @@ def drawn(seed: int) -> list[Layer]:
             draw.choice(("float32", "float16", "bfloat16")), draw.choice((0.0, 0.0, 0.2)),
             hidden_size // 4 if kind == "LSTM" and draw.random() < 0.15 else 0,
             draw.random() < 0.5, draw.random() < 0.9,
-            draw.choice(("train", "train", "train", "infer", "autocast", "packed")),
+            draw.choice(("train", "train", "infer", "autocast", "packed", "ragged")),
         )  # fmt: skip
         layers.append(one)
         if n % 10 == 0:
@@ -158,12 +167,13 @@ def drawn(seed: int) -> list[Layer]:
                 draw.choice((16, 64)),
                 draw.choice((20, 64)),
             )
-            layers.append(Layer(draw.choice(("LSTM", "RNN")), *sizes, False, "float16"))
+            use = draw.choice(("train", "infer"))
+            layers.append(Layer(draw.choice(("LSTM", "RNN")), *sizes, False, "float16", use=use))
     return layers
 
 
 def fitted() -> list[dict[str, Any]]:
-    """The layers that were measured, each with its reserve and workspaces; of some all requests of both passes."""
+    """The layers that were measured, each with its reserve and workspaces; of many all requests of both passes."""
     table = json.loads(FITTED.read_text(encoding="utf-8"))
     return [dict(zip(table["columns"], row, strict=False)) for row in table["rows"]]
 
@@ -182,7 +192,7 @@ def largest_difference(found: Requests, seen: Requests) -> int:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=2, help="of the layers drawn (default: 2)")
+    parser.add_argument("--seed", type=int, default=3, help="of the layers drawn (default: 3)")
     parser.add_argument("--json", metavar="FILE", default="recurrent.json", help="where all requests go")
     options = parser.parse_args()
     card = gpu_here()
@@ -193,16 +203,19 @@ def main() -> None:
         nn.LSTM(8, 8, 2, dropout=0.5, device="cuda")(torch.zeros(1, 1, 8, device="cuda"))
     state, expected = torch.cuda.memory_allocated() - before, card.multiprocessors * card.threads * DROPOUT_STATE_BYTES
     print(f"state of dropout: {state:,} bytes and at most 512 more, predicted {expected:,}")
-    rows, exact = [], 0
+    rows, exact, too_low = [], 0, 0
     for layer in drawn(options.seed):
         found, seen = predicted(layer, card), measured(layer)
         rows.append(asdict(layer) | {"predicted": found, "measured": seen})
         exact += found == seen
+        too_low += any(
+            largest_difference(*passes) < 0 for passes in zip(predicted(layer, card, True), seen, strict=True)
+        )
         if found != seen:
             off = [largest_difference(*passes) for passes in zip(found, seen, strict=True)]
             print(f"{layer}: forward {off[0]:+,}, backward {off[1]:+,} bytes")
     Path(options.json).write_text(json.dumps({"gpu": card.name, "state": state, "rows": rows}), encoding="utf-8")
-    print(f"{exact} of {len(rows)} request by request the same")
+    print(f"{exact} of {len(rows)} request by request the same, the bound of {too_low} too low")
 
 
 if __name__ == "__main__":
