@@ -29,7 +29,7 @@ HEAD_BYTES, LENGTH_BYTES = 256, 8
 STEPS_AT_ONCE = 256
 """Time steps whose gates are computed together in one direction; at least 300 in both directions."""
 LONG_STEPS = 128
-"""Time steps above which a wavefront through the layers is longer; between 128 and 256."""
+"""Time steps from which on a wavefront through the layers is longer."""
 WAVE_ROWS = 128
 """Rows of a product that a wavefront is made long enough for."""
 
@@ -165,7 +165,7 @@ class RecurrentLayers:
 
     def _wavefront(self) -> int:
         """Time steps that the layers are at, one behind the other."""
-        least = 4 if self.steps <= LONG_STEPS else 8
+        least = 4 if self.steps < LONG_STEPS else 8
         of_layer = next((n for n in (least, 8) if n * self.rows >= WAVE_ROWS), 16)
         of_input = max(of_layer, 8 if self.rows < WAVE_ROWS else 4)
         return min(self.steps, self.layers * of_layer + of_input)
