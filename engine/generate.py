@@ -87,7 +87,7 @@ def generate(
                     held.outputs = workload.call(held.ids, **taken(held.cache))
                     held.ids = held.outputs.logits[:, -1:].argmax(-1)
                     tracer.own_held(held.owned())
-                allocated, reserved, peak = recorder.allocated_bytes(), recorder.reserved_bytes(), recorder.peak_bytes()
+                allocated, peak, reserved = recorder.counters()
             rows = config.batch_size
             done = rows * (config.seq_len if first else 1)
             seconds = time.perf_counter() - began

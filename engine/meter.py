@@ -44,16 +44,16 @@ class Meter:
 
     def read(self, time_s: float, recorder: Recorder | None, tracer: Tracer | None, managed_bytes: int) -> Gauge:
         """One reading; NVML's and the allocator's counters are taken at one moment, or taken again."""
-        reserved = recorder.reserved_bytes() if recorder else None
+        allocated, _, reserved = recorder.counters() if recorder else (0, 0, None)
         process, used = self._process_and_used()
-        if self._nvml is not None and recorder and recorder.reserved_bytes() != reserved:
-            reserved = recorder.reserved_bytes()
+        if self._nvml is not None and recorder and (again := recorder.counters()).reserved_bytes != reserved:
+            allocated, _, reserved = again
             process, used = self._process_and_used()
         if self._limit_bytes and self._nvml is None:
             process = used = reserved or 0
         return Gauge(
             time_s=time_s,
-            allocated_bytes=recorder.allocated_bytes() if recorder else 0,
+            allocated_bytes=allocated,
             reserved_bytes=reserved,
             managed_bytes=managed_bytes,
             process_bytes=process,

@@ -140,10 +140,10 @@ def train(
                 _train_on_next(workload, tracer, held, micro_batch)
             with tracer.phase(Phase.OPTIMIZER):
                 recipe.parallelism.step(workload.call, workload.scaler, workload.optimizer)
-            allocated, reserved = recorder.allocated_bytes(), recorder.reserved_bytes()
+            allocated, _, reserved = recorder.counters()
             with tracer.phase(Phase.ZERO_GRAD):
                 recipe.parallelism.zero_grad(workload.optimizer)
-            peak = recorder.peak_bytes()
+            peak = recorder.counters().peak_bytes
         # Waits for the device. By now the step's trace has been taken: while the
         # device was still busy, and so at no cost to it.
         loss_value = sum(part.item() for part in held.losses)

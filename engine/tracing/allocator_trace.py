@@ -20,7 +20,7 @@ from ..out_of_memory.observer import listen
 from ..out_of_memory.pools import pool_of, pools_of
 from ..out_of_memory.refusal import OnRefused, Refused
 from .block_layout import BlockLayout
-from .recorder import Seen, columns
+from .recorder import Counters, Seen, columns
 from .trace_entries import read
 
 # A step of the 1.3B model makes 6,000 to 8,700 entries; the ring must not wrap.
@@ -200,18 +200,13 @@ class AllocatorTrace:
 
     def allocated_bytes(self) -> int:
         """`torch.cuda.memory_allocated`, without building its dictionary."""
-        return self._stat("allocated_bytes", "current")
+        return self.counters().allocated_bytes
 
-    def peak_bytes(self) -> int:
-        """`torch.cuda.max_memory_allocated`."""
-        return self._stat("allocated_bytes", "peak")
-
-    def reserved_bytes(self) -> int | None:
-        """`torch.cuda.memory_reserved`."""
-        return self._stat("reserved_bytes", "current")
-
-    def _stat(self, name: str, which: str) -> int:
-        return int(torch._C._cuda_memoryStats(self._index)[name]["all"][which])
+    def counters(self) -> Counters:
+        """`torch.cuda.memory_allocated`, `max_memory_allocated` and `memory_reserved`."""
+        said = torch._C._cuda_memoryStats(self._index)
+        allocated, reserved = said["allocated_bytes"]["all"], said["reserved_bytes"]["all"]
+        return Counters(int(allocated["current"]), int(allocated["peak"]), int(reserved["current"]))
 
     def reset_peak(self) -> None:
         """`torch.cuda.reset_peak_memory_stats`."""

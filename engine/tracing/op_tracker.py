@@ -22,7 +22,7 @@ from ..out_of_memory.refusal import OnRefused, Refused
 from ..out_of_memory.report import size_text
 from ..prediction.caching_allocator import Block, CachingAllocator, rounded_bytes, segment_bytes
 from ..prediction.caching_allocator import OutOfMemoryError as NoRoomError
-from .recorder import Seen, columns
+from .recorder import Counters, Seen, columns
 from .storages import parts_of
 
 CACHE_EVERY = 1.02
@@ -280,13 +280,10 @@ class OpTracker(TorchDispatchMode):
         self._count_dead()
         return self._allocated
 
-    def peak_bytes(self) -> int:
-        """Highest sum since `reset_peak`."""
-        return self._peak
-
-    def reserved_bytes(self) -> int | None:
-        """Bytes reserved by the allocator's model; None where memory is not limited."""
-        return self._allocator.reserved_bytes if self._allocator is not None else None
+    def counters(self) -> Counters:
+        """The sum over the storages alive, its peak, and what the allocator's model holds where memory is limited."""
+        reserved = self._allocator.reserved_bytes if self._allocator is not None else None
+        return Counters(self.allocated_bytes(), self._peak, reserved)
 
     def reset_peak(self) -> None:
         """Start again from what is alive."""

@@ -36,6 +36,20 @@ class Seen(NamedTuple):
         return Seen(np.concatenate([self.rows, after.rows]), np.concatenate([self.segments, segments]))
 
 
+class Counters(NamedTuple):
+    """An allocator's own counters, read at one moment.
+
+    Attributes:
+        allocated_bytes: In use.
+        peak_bytes: The most that was since `reset_peak`.
+        reserved_bytes: Held by the caching allocator; None without one.
+    """
+
+    allocated_bytes: int
+    peak_bytes: int
+    reserved_bytes: int | None
+
+
 class Recorder(Protocol):
     """Allocations of one device, in order.
 
@@ -93,12 +107,8 @@ class Recorder(Protocol):
         """Bytes allocated by the allocator's own count."""
         ...
 
-    def peak_bytes(self) -> int:
-        """The most it counted since `reset_peak`."""
-        ...
-
-    def reserved_bytes(self) -> int | None:
-        """Held by the caching allocator; None without one."""
+    def counters(self) -> Counters:
+        """All of its counters; reading one takes as long."""
         ...
 
     def reset_peak(self) -> None:

@@ -231,8 +231,8 @@ class StepWriter:
         """
         counted = None
         if ending is COMPLETE:
-            peak = self._recorder.peak_bytes() if self._counts_peaks and step.number else None
-            counted = Counted(self._recorder.allocated_bytes(), peak)
+            allocated, peak, _ = self._recorder.counters()
+            counted = Counted(allocated, peak if self._counts_peaks and step.number else None)
         return Taken(
             number=step.number,
             micro_batches=step.micro_batches,

@@ -298,7 +298,7 @@ class WatchedLoop:
             self._switch(last)
         if self._source.run is None:  # no forward pass was seen
             self._begin_run(Batch())
-        allocated, reserved, peak = recorder.allocated_bytes(), recorder.reserved_bytes(), recorder.peak_bytes()
+        allocated, peak, reserved = recorder.counters()
         seconds = time.perf_counter() - self._step_began_s
         if self.steps < SETTLED_AFTER or allocated > MORE_HELD * self._most_held_bytes:
             self.look_for_others()
@@ -349,10 +349,10 @@ class WatchedLoop:
     def _trace_step(self) -> None:
         """Trace the step from here on."""
         recorder, tracer, number = self._recorder, self._tracer, self.steps + 1
+        self._peak_before, self._passes = recorder.counters().peak_bytes, 0
         if recorder.always_on:
-            self._highest = max(self._highest, recorder.peak_bytes()) if self._forwards else 0
+            self._highest = max(self._highest, self._peak_before) if self._forwards else 0
             recorder.reset_peak()
-        self._peak_before, self._passes = recorder.peak_bytes(), 0
         context = tracer.step(number, 1, self._source.publisher.wants(number), self._held)
         context.__enter__()
         self._step_context = context
