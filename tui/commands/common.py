@@ -45,6 +45,11 @@ def failure_code(runs: Iterable[Run]) -> int:
     return USER_MISTAKE if any(event.mistake for event in failed) else FAILED
 
 
+def without_keys(text: str) -> str:
+    """The reason that an engine gives for its end, without the app's keys for going on."""
+    return text.partition("; s saves")[0].partition("; r starts")[0].partition("; q quits")[0]
+
+
 def add_run_flags(parser: argparse.ArgumentParser) -> None:
     """The flags that describe a run."""
     from ...profiles import preset_names
@@ -113,6 +118,13 @@ def config_from(
     if "new_tokens" in settings and not config.generates:
         raise UserError(f"new_tokens={config.new_tokens} is for what is generated: set workload=generate")
     return config
+
+
+def typed_flags(flags: argparse.Namespace) -> list[str]:
+    """The flags among `add_run_flags` that were typed."""
+    parser = argparse.ArgumentParser(add_help=False)
+    add_run_flags(parser)
+    return [each.option_strings[0] for each in parser._actions if getattr(flags, each.dest) != each.default]
 
 
 def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:

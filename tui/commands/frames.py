@@ -15,8 +15,9 @@ import time
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from ...engine.config import UserError
 from ..units import clock
-from .common import failure_code, json_line, json_text
+from .common import failure_code, json_line, json_text, without_keys
 
 if TYPE_CHECKING:
     from ...engine.feed import Source
@@ -44,7 +45,11 @@ def wanted(flags: argparse.Namespace) -> bool:
 
 
 def show(source: Source, flags: argparse.Namespace, settings: Settings, hz: float) -> int:
-    """Print what was asked for; 0, or the exit code of the run's failure."""
+    """Print what was asked for; 0, or the exit code of the run's failure.
+
+    Raises:
+        UserError: The engine would not begin a run; nothing is printed of it.
+    """
     from ..board import Board
     from ..palette import Palette
 
@@ -66,6 +71,8 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
     while True:
         changed = state.update(source, time.monotonic())
         over = not source.live or _over(state)
+        if over and source.live and not source.runs():
+            raise UserError(without_keys(state.logs[Filter.NOTABLE][-1].text))
         if flags.once or flags.json:
             if over or (state.run.step >= ENOUGH_STEPS and state.peak is not None):
                 yield json_text(frame(state)) if flags.json else text(board)
@@ -89,11 +96,11 @@ def _stream(board: Board, source: Source, flags: argparse.Namespace, hz: float) 
 
 def _over(state: ViewState) -> bool:
     """True if nothing more will come: the run has ended, or was never begun."""
-    from ...engine.run_events import Refused, RunEnded
+    from ...engine.run_events import EngineEnded, Refused, RunEnded
     from ..event_log import Filter
 
     log = state.logs[Filter.NOTABLE]
-    ended = bool(log) and isinstance(log[-1], RunEnded | Refused)
+    ended = bool(log) and isinstance(log[-1], RunEnded | Refused | EngineEnded)
     return ended and not state.run.running
 
 

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from ...engine.config import RunConfig, UserError
+from .common import without_keys
 
 if TYPE_CHECKING:
     from ...engine.events import Gauge
@@ -61,7 +62,7 @@ def reported_job(source: JobSource, say: Callable[[RunEvent], None] = lambda _: 
             heard = event.index + 1
             say(event)
         if source.role is ViewerRole.GONE:
-            failure = source.events(0)[-1].text.partition("; s saves")[0].partition("; r starts")[0]
+            failure = without_keys(source.events(0)[-1].text)
         never.wait(LOOK_EVERY_S)
     runs = source.runs()
     if not runs:
