@@ -158,6 +158,25 @@ def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixtu
     assert rows["float32"]["lora_bytes"] < rows["float32"]["training_adam_bytes"]
 
 
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        (["--script", "mine.py:training", "--batch-size", "4", "--preset", "lora", "--set", "dtype=bfloat16"],
+         "--script does not go with --preset, --set, --batch-size: what is run is all in the script"),
+        (["--script", "mine.py:training", "--generate", "5", "--table"], "not go with --generate, --table:"),
+        (["--table", "--preset", "lora", "--set", "dtype=float16", "--set", "lora.r=4", "--save", "x"],
+         "--table does not go with --preset, --save, dtype=float16: its rows and columns set dtype, lora,"),
+        (["--table", "--workload", "generate"], "--table does not go with workload=generate:"),
+    ],
+)  # fmt: skip
+def test_flags_that_could_play_no_part_beside_another_are_refused(
+    arguments: list[str], says: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["estimate", *arguments]) == 2
+    error = capsys.readouterr().err
+    assert says in error and error.count("\n") == 1
+
+
 def test_an_estimate_says_the_answer_first_and_keeps_it_when_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

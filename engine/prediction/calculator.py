@@ -46,6 +46,10 @@ CALCULATOR = (
 )
 """Beside quantized weights all activations are 16 bit as well, by autocast: rows differ by the weights alone."""
 
+_PLAIN: dict[str, Value] = {"lora": False, "quantization": "none", "optimizer": "adamw", "loss_scaling": False}
+SETS = ("dtype", *_PLAIN)
+"""Settings of which the table has all values that it is about."""
+
 
 def calculator(config: RunConfig, predicted: Callable[[RunConfig], Prediction], gpu: Gpu) -> list[dict[str, Any]]:
     """The memory calculator's table: bytes by data type of the weights and by what is done with them.
@@ -62,8 +66,7 @@ def calculator(config: RunConfig, predicted: Callable[[RunConfig], Prediction], 
     """
     rows: list[dict[str, Any]] = []
     for name, how_loaded, how_trained in CALCULATOR:
-        plain: dict[str, Value] = {"lora": False, "quantization": "none", "optimizer": "adamw", "loss_scaling": False}
-        as_loaded = config.with_(plain | how_loaded)
+        as_loaded = config.with_(_PLAIN | how_loaded)
         full = as_loaded.with_(how_trained)
         adapters = full.with_({"lora": True})
         quantized = full["quantization"] != "none"

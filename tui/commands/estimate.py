@@ -11,7 +11,7 @@ from typing import Any
 
 import msgspec
 
-from ...engine.config import RunConfig
+from ...engine.config import RunConfig, UserError, show
 from ...engine.prediction import job
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
@@ -29,6 +29,8 @@ from .common import (
     refuse_unwritable,
     save_runs,
     telling,
+    typed_flags,
+    typed_settings,
     write_document,
 )
 
@@ -93,15 +95,15 @@ def say_unused(device: str, card: Gpu) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Predict; 0 also if it does not fit."""
-    if flags.generate is not None:
-        flags.settings += ["workload=generate", f"new_tokens={_NEW_TOKENS.parse(flags.generate, '--generate')}"]
-    config, card = config_and_gpu(flags)
     for name in ("json", "save"):
         refuse_unwritable(name, getattr(flags, name))
     if flags.script:
-        return _of_script(flags, card)
+        return _of_script(flags)
     if flags.table:
-        return _calculator(config, card, flags.json)
+        return _calculator(flags)
+    if flags.generate is not None:
+        flags.settings += ["workload=generate", f"new_tokens={_NEW_TOKENS.parse(flags.generate, '--generate')}"]
+    config, card = config_and_gpu(flags)
     predict = telling(predicted, card)
     kinds = job.each_kind(predict(config), lambda rank: predicted(config, card, rank))
     prediction = max(kinds, key=lambda one: one.peak_bytes)
@@ -125,8 +127,16 @@ def main(flags: argparse.Namespace) -> int:
     return 0
 
 
-def _of_script(flags: argparse.Namespace, card: Gpu) -> int:
+def _refuse_beside(flag: str, others: Sequence[str], why: str) -> None:
+    if others:
+        raise UserError(f"{flag} does not go with {', '.join(others)}: {why}")
+
+
+def _of_script(flags: argparse.Namespace) -> int:
     """Predict a loop of somebody's own."""
+    others = [*typed_flags(flags), *["--generate"] * (flags.generate is not None), *["--table"] * flags.table]
+    _refuse_beside("--script", others, "what is run is all in the script; --gpu, --json and --save go with it")
+    card = chosen_gpu(flags.gpu)
     with libraries_loading():
         from ...engine.prediction.any_module import predict, training_of
 
@@ -158,10 +168,19 @@ def _largest(document: dict[str, Any], config: RunConfig) -> str:
     return "; ".join(said) + "."
 
 
-def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
+def _calculator(flags: argparse.Namespace) -> int:
     """The memory calculator's table, every figure from a prediction."""
-    from ...engine.prediction.calculator import calculator
+    with libraries_loading():
+        from ...engine.prediction.calculator import SETS, calculator
 
+    given = {"--generate": flags.generate is not None, "--save": flags.save is not None}
+    others = [flag for flag in typed_flags(flags) if flag in ("--preset", "--memory-limit")]
+    others += [flag for flag, is_given in given.items() if is_given]
+    others += [f"{name}={show(value)}" for name, value in typed_settings(flags).items()
+               if name in SETS or (name, value) == ("workload", "generate")]  # fmt: skip
+    _refuse_beside("--table", others, f"its rows and columns set {', '.join(SETS)} and what is done")
+    config, card = config_and_gpu(flags)
+    target = flags.json
     rows = calculator(config, telling(predicted, card), card)
     end_progress()
     with ExitStack() as results:
@@ -172,11 +191,11 @@ def _calculator(config: RunConfig, card: Gpu, target: str | None) -> int:
         if target == "-":
             return 0
         columns = [name for name in rows[0] if name != "dtype"]
-        show = Unit("GiB", GIB, 2).show
+        in_gib = Unit("GiB", GIB, 2).show
         heads = [name.removesuffix("_bytes").replace("_", " ") for name in columns]
         lines = [f"{describe(config)} on {card.name}: predicted peak in GiB", ""]
         lines.append(f"{'dtype':<18}" + "".join(f"{head:>16}" for head in heads))
-        lines += [f"{row['dtype']:<18}" + "".join(f"{show(row[c]):>16}" for c in columns) for row in rows]
+        lines += [f"{row['dtype']:<18}" + "".join(f"{in_gib(row[c]):>16}" for c in columns) for row in rows]
         qlora = config.with_({"lora": True, "quantization": "nf4", "dtype": "mixed"})
         lines += ["", *filled(["Quantized weights are trained beside, under bfloat16 autocast.", *cautions(qlora)])]
         sys.stdout.write("\n".join(lines) + "\n")
