@@ -40,18 +40,19 @@ class _Parser(argparse.ArgumentParser):
     def parse_args(self, args: Any = None, namespace: Any = None) -> Any:
         flags, left = self.parse_known_args(args, namespace)
         if left:
-            hint = did_you_mean(left[0].partition("=")[0], self._flags(args), least=0.75)
-            self.error(f"unrecognized arguments: {' '.join(left)}{hint and f'; {hint}'}")
+            command = self._command(args)
+            hint = did_you_mean(left[0].partition("=")[0], command._option_string_actions, least=0.75)
+            command.error(f"unrecognized arguments: {' '.join(left)}{hint and f'; {hint}'}")
         return flags
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} (see: {self.prog} --help)")
 
-    def _flags(self, words: Sequence[str]) -> list[str]:
-        """The flags of the command that is among the words; without one, of this itself."""
+    def _command(self, words: Sequence[str]) -> _Parser:
+        """The command that is among the words; without one, this itself."""
         below = (a.choices for a in self._actions if isinstance(a, argparse._SubParsersAction))
         commands = [made for choices in below for name, made in choices.items() if name in words]
-        return commands[0]._flags(words) if commands else list(self._option_string_actions)
+        return commands[0]._command(words) if commands else self
 
     def _check_value(self, action: argparse.Action, value: Any) -> None:
         """As argparse does, with the nearest choice instead of all of them where one is near."""
