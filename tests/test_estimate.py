@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 import sys
 from pathlib import Path
 from typing import Any
@@ -156,6 +157,18 @@ def test_the_calculator_has_a_row_for_each_data_type(capsys: pytest.CaptureFixtu
     assert rows["int4"]["weights_bytes"] < rows["int8"]["weights_bytes"] < rows["float16/bfloat16"]["weights_bytes"]
     assert rows["int4"]["training_adam_bytes"] is None
     assert rows["float32"]["lora_bytes"] < rows["float32"]["training_adam_bytes"]
+
+
+def test_the_search_after_the_answer_says_what_it_looks_for_in_a_line(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
+    settings = ["--set", "lora=on", "--set", "lora.dropout=0.25", "--set", "lora.targets=all-linear"]
+    assert main(["estimate", "--batch-size", "2", "--seq-len", "24", "--gpu", "L4:1.25GiB", *settings]) == 0
+    told = [line.partition(" ")[2] for line in capsys.readouterr().err.split("\r\x1b[K") if line]
+    assert told[0].startswith("predicting tiny batch_size=2 seq_len=24 lora=on") and told[0].endswith(" ...")
+    assert any(re.fullmatch(r"largest batch that fits: trying \d+", line) for line in told)
+    assert all(len(line) <= 79 - len("00:00:00 ") for line in told)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ import os
 import re
 import sys
 import tempfile
+import textwrap
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
     from ...engine.session import Session
 
 TELL_EVERY_S = 0.2
+NARROW = 80
+"""Columns of a terminal that does not say how wide it is."""
 USER_MISTAKE = 2
 """Exit code of something that the user can put right."""
 FAILED = 3
@@ -125,6 +128,16 @@ def typed_flags(flags: argparse.Namespace) -> list[str]:
     parser = argparse.ArgumentParser(add_help=False)
     add_run_flags(parser)
     return [each.option_strings[0] for each in parser._actions if getattr(flags, each.dest) != each.default]
+
+
+def refuse_beside(flag: str, others: Sequence[str], why: str) -> None:
+    """Refuse flags that could play no part beside another.
+
+    Raises:
+        UserError: There are some.
+    """
+    if others:
+        raise UserError(f"{flag} does not go with {', '.join(others)}: {why}")
 
 
 def typed_settings(flags: argparse.Namespace) -> dict[str, Value]:
@@ -247,9 +260,14 @@ def progress(event: RunEvent) -> None:
 
 
 def tell(text: str) -> None:
-    """Write over the line that says how far it is, where somebody sees it."""
+    """Write over the line that says how far it is, where somebody sees it; what the terminal has no room for is cut."""
     if sys.stderr.isatty():
-        sys.stderr.write(f"\r\x1b[K{time.strftime('%H:%M:%S')} {text[:100]}")
+        try:
+            columns = os.get_terminal_size(sys.stderr.fileno()).columns or NARROW
+        except (OSError, ValueError):
+            columns = NARROW
+        line = textwrap.shorten(f"{time.strftime('%H:%M:%S')} {text}", columns - 1, placeholder=" ...")
+        sys.stderr.write(f"\r\x1b[K{line}")
         sys.stderr.flush()
 
 

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Sequence
 from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from ...engine.config import RunConfig, UserError, show
+from ...engine.config import RunConfig, show
 from ...engine.prediction import job
 from ...engine.prediction.gpu_here import gpu_here
 from ...engine.prediction.gpus import Gpu, gpu, understand
@@ -26,8 +27,10 @@ from .common import (
     add_run_flags,
     config_from,
     end_progress,
+    refuse_beside,
     refuse_unwritable,
     save_runs,
+    tell,
     telling,
     typed_flags,
     typed_settings,
@@ -35,6 +38,9 @@ from .common import (
 )
 
 DEFAULT_GPU = "H100 80GB"
+LOOKED_FOR = {
+    "batch_size": "largest batch", "seq_len": "largest sequence length", "new_tokens": "largest number of new tokens"
+}  # fmt: skip
 _NEW_TOKENS = all_options()["new_tokens"]
 
 
@@ -120,22 +126,17 @@ def main(flags: argparse.Namespace) -> int:
         end()
 
     with answered_by(leave):
-        document |= largest_known(prediction, predict, card)
+        document |= largest_known(prediction, partial(_search, prediction.config, card), card)
     end_progress()
     say("\n".join([*filled([_largest(document, config)]), ""]))
     _write(flags, kinds, document)
     return 0
 
 
-def _refuse_beside(flag: str, others: Sequence[str], why: str) -> None:
-    if others:
-        raise UserError(f"{flag} does not go with {', '.join(others)}: {why}")
-
-
 def _of_script(flags: argparse.Namespace) -> int:
     """Predict a loop of somebody's own."""
     others = [*typed_flags(flags), *["--generate"] * (flags.generate is not None), *["--table"] * flags.table]
-    _refuse_beside("--script", others, "what is run is all in the script; --gpu, --json and --save go with it")
+    refuse_beside("--script", others, "what is run is all in the script; --gpu, --json and --save go with it")
     card = chosen_gpu(flags.gpu)
     with libraries_loading():
         from ...engine.prediction.any_module import predict, training_of
@@ -145,6 +146,13 @@ def _of_script(flags: argparse.Namespace) -> int:
         sys.stdout.write(f"{prediction}\n")
     _write(flags, [prediction], prediction.as_document())
     return 0
+
+
+def _search(config: RunConfig, card: Gpu, other: RunConfig) -> Prediction:
+    """Predict another value on the way to the largest, told of by what is looked for: the answer is there already."""
+    looked_for, value = next((title, other[name]) for name, title in LOOKED_FOR.items() if other[name] != config[name])
+    tell(f"{looked_for} that fits: trying {value}")
+    return predicted(other, card)
 
 
 def _write(flags: argparse.Namespace, kinds: Sequence[Prediction], document: dict[str, Any]) -> None:
@@ -178,7 +186,7 @@ def _calculator(flags: argparse.Namespace) -> int:
     others += [flag for flag, is_given in given.items() if is_given]
     others += [f"{name}={show(value)}" for name, value in typed_settings(flags).items()
                if name in SETS or (name, value) == ("workload", "generate")]  # fmt: skip
-    _refuse_beside("--table", others, f"its rows and columns set {', '.join(SETS)} and what is done")
+    refuse_beside("--table", others, f"its rows and columns set {', '.join(SETS)} and what is done")
     config, card = config_and_gpu(flags)
     target = flags.json
     rows = calculator(config, telling(predicted, card), card)
