@@ -81,6 +81,39 @@ def test_the_budget_holds_for_what_a_measured_peak_stays_under(report: dict[str,
     assert Checked("tiny", report, None, Limits(bound - 1, 0.0)).violations
 
 
+def test_a_run_that_does_not_fit_on_the_gpu_that_is_named_is_over_whatever_its_budget(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `estimate` says of it; the budget is of allocated bytes alone."""
+    small = ["--profile", "tiny", "--batch-size", "64", "--gpu", "RTX 4090:1.5GiB"]
+    assert main(["estimate", *small, "--json", "-"]) == 0
+    assert not json.loads(capsys.readouterr().out)["fits"]
+    for limits in ([], ["--budget", "100GiB"]):
+        assert main(["check", *small, *limits, "--format", "json"]) == 1
+        said = capsys.readouterr()
+        (run,) = json.loads(said.out)["runs"]
+        assert run["must_fit_on"] == "RTX 4090 24GB:1.5GiB"
+        assert "does not fit on RTX 4090 24GB:1.5GiB: up to " in said.err and len(run["violations"]) == 1
+    unnamed = ["--profile", "tiny", "--batch-size", "64", "--budget", "100GiB"]
+    assert main(["check", *unnamed]) == 0
+    said_of_budgets = " ".join(capsys.readouterr().out.split())
+    assert "A budget is of what is allocated at the peak. More is reserved" in said_of_budgets
+    runs = tmp_path / "runs.toml"
+    runs.write_text('gpu = "RTX 4090:1.5GiB"\n[[runs]]\nname = "a"\nset = { batch_size = 64 }\n')
+    assert main(["check", str(runs)]) == 1
+
+
+def test_a_report_is_within_the_terminals_width(report: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    name = "tiny " + " ".join(f"lora.setting{n}=value-{n}" for n in range(12))
+    limits = Limits(MIB, 0.0, "L4 24GB")
+    one = Checked(name, grown(report, MIB), report, limits, why_not="up to 1.00 GiB more would be needed than it has")
+    text = check_report.as_text([one, Checked("short", report, None, limits, is_new=True)])
+    assert max(map(len, text.splitlines())) < 80
+    assert set(name.split()) <= set(text.split()), "a setting is not broken"
+    assert "short: new, not in the base" in text
+
+
 def test_a_comment_tells_what_grew_by_category_and_layer(report: dict[str, Any]) -> None:
     more = grown(report, 5 * MIB)
     text = check_report.as_markdown([Checked("a <run> | x", more, report, Limits(None, 0.01))])
@@ -172,7 +205,7 @@ def test_what_cannot_be_checked_is_one_line(base: Path, tmp_path: Path, capsys: 
     huge.write_text(base.read_text().replace('"allocated_bytes": ', '"allocated_bytes": 1' + "0" * 400))
     named = '[[runs]]\nname = "a"\n'
     for arguments, complaint in (
-        (TINY, "nothing to check against; give it --budget, --against or both"),
+        (TINY[:4], "nothing to check against; give it --budget, --against or --gpu"),
         ([*TINY, "--budget", "lots"], "--budget lots: takes a size such as 24GiB"),
         ([*TINY, "--budget", "1GiB", "--max-growth", "1"], "--max-growth 1: takes a share such as 1%"),
         ([*TINY, "--against", str(tmp_path / "none")], "No such file or directory"),
@@ -185,6 +218,7 @@ def test_what_cannot_be_checked_is_one_line(base: Path, tmp_path: Path, capsys: 
         ([file(named + "set = { batch_size = -1 }")], "batch_size=-1 is not allowed"),
         ([file(named + 'budget = "x"')], "budget x: takes a size"),
         ([file('budget = "1GiB"\n' + named + named)], "two runs are called a"),
+        ([file(named), "--batch-size", "4"], "does not go with --batch-size: its runs are as they are written there"),
     ):
         assert main(["check", *arguments]) == 2
         error = capsys.readouterr().err

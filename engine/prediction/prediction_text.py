@@ -78,31 +78,42 @@ def of_ranks(kinds: Sequence[Prediction]) -> list[str]:
 
 def verdict(prediction: Prediction) -> str:
     """The verdict, fits or not, by which figure, and what is left or missing of what torch can have."""
-    room = _room(prediction)
-    allocated, reserved = _gib(prediction.safe_bound_bytes), _gib(prediction.reserved_bound_bytes)
-    if prediction.available_bytes <= 0:
-        return f"It does not fit: {room}."
-    if prediction.verdict is Verdict.TOO_LARGE:
-        missing = _gib(-prediction.margin_bytes)
-        return f"It does not fit: up to {allocated} are allocated at once, {missing} more than {room}."
+    if not prediction.fits:
+        return f"It does not fit: {why_not(prediction)}."
+    room, allocated = _room(prediction), _gib(prediction.safe_bound_bytes)
     if prediction.verdict is Verdict.FITS:
+        reserved = _gib(prediction.reserved_bound_bytes)
         spare = _gib(prediction.available_bytes - prediction.reserved_bound_bytes)
         return (
             f"It fits with {spare} to spare: up to {reserved} are reserved, at most {allocated} of them allocated "
             f"({_gib(prediction.peak_bytes)} expected), of {room}."
         )
+    gaps, hint = _gaps(prediction)
+    return (
+        f"It fits tightly, with nothing to spare: up to {allocated} are allocated at once, of {room}; {gaps}, "
+        f"so that the allocator gives cached blocks back and asks again, which takes time{hint}."
+    )
+
+
+def why_not(prediction: Prediction) -> str:
+    """The reason why a run does not fit, by which figure."""
+    room, allocated = _room(prediction), _gib(prediction.safe_bound_bytes)
+    if prediction.available_bytes <= 0:
+        return room
+    if prediction.verdict is Verdict.TOO_LARGE:
+        return f"up to {allocated} are allocated at once, {_gib(-prediction.margin_bytes)} more than {room}"
+    gaps, hint = _gaps(prediction)
+    return f"up to {allocated} are allocated at once, of {room}, but {gaps}{hint}"
+
+
+def _gaps(prediction: Prediction) -> tuple[str, str]:
+    """The bytes that would be reserved, and with expandable segments."""
     hint, expandable = "", prediction.expandable_bytes
     if expandable is not None:
         needed = prediction.bound_bytes(expandable)
         fits = "which fits" if needed <= prediction.available_bytes else "still too much"
         hint = f"; with {EXPANDABLE} it would be {_gib(needed)}, {fits}"
-    gaps = f"with the gaps between blocks {reserved} would be reserved"
-    if prediction.verdict is Verdict.TIGHT:
-        return (
-            f"It fits tightly, with nothing to spare: up to {allocated} are allocated at once, of {room}; {gaps}, "
-            f"so that the allocator gives cached blocks back and asks again, which takes time{hint}."
-        )
-    return f"It does not fit: up to {allocated} are allocated at once, of {room}, but {gaps}{hint}."
+    return f"with the gaps between blocks {_gib(prediction.reserved_bound_bytes)} would be reserved", hint
 
 
 def _room(prediction: Prediction) -> str:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import argparse
-import shutil
 import sys
-import textwrap
 from contextlib import ExitStack
 from itertools import groupby
 from typing import Any
@@ -19,6 +17,7 @@ from ...engine.prediction.several import several
 from ..units import GIB, Unit
 from .common import add_run_flags, end_progress, refuse_unwritable, telling, write_document
 from .estimate import add_gpu_flag, config_and_gpu
+from .wrapping import columns, within
 
 GIB_3 = Unit("GiB", GIB, 3)
 SHOWN = 8
@@ -126,25 +125,13 @@ def _table(title: str, listed: list[Advice]) -> list[str]:
     """Figures and the change, and below it what it costs, within the terminal's width; by what is computed."""
     if not listed:
         return [f"{title}: nothing saves anything"]
-    columns = shutil.get_terminal_size().columns - 1
+    width = columns()
     lines = [f"{'saves GiB':>10}{'peak GiB':>10}  fits  {title}"]
     for effect, some in groupby(listed[:SHOWN], lambda advice: advice.effect):
         lines.append(f"{effect.title}:")
         for a in some:
             fits = "yes" if a.prediction.fits else "no"
             figures = f"{GIB_3.show(a.saved_bytes):>10}{GIB_3.show(a.prediction.peak_bytes):>10}  {fits:<6}"
-            lines += _within(columns, figures, " " * len(figures), a.text)
-            lines += _within(columns, " " * 4, " " * 4, f"costs: {a.costs}")
+            lines += within(width, a.text, figures, " " * len(figures))
+            lines += within(width, f"costs: {a.costs}", " " * 4, " " * 4)
     return lines
-
-
-def _within(columns: int, first: str, others: str, text: str) -> list[str]:
-    """Lines of a text, broken between words alone: a setting stays as it can be pasted."""
-    return textwrap.wrap(
-        text,
-        columns,
-        initial_indent=first,
-        subsequent_indent=others,
-        break_on_hyphens=False,
-        break_long_words=False,
-    )

@@ -6,14 +6,27 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
 from ...engine.config import RunConfig, UserError, parse_bytes
+from ...engine.prediction import job
+from ...engine.prediction.gpus import Gpu
 from ...engine.prediction.known import predicted
+from ...engine.prediction.prediction_text import why_not
 from . import check_report
 from .check_report import Checked, Limits
-from .common import add_run_flags, config_from, end_progress, parse_percent, telling, write_output
+from .common import (
+    add_run_flags,
+    config_from,
+    end_progress,
+    parse_percent,
+    refuse_beside,
+    telling,
+    typed_flags,
+    write_output,
+)
 from .estimate import add_gpu_flag, chosen_gpu, say_unused
 
 VIOLATED = 1
@@ -43,7 +56,8 @@ def add(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", metavar="FILE", nargs="?", help="a TOML file of runs, instead of the flags of one")
     add_run_flags(parser)
     add_gpu_flag(parser)
-    parser.add_argument("--budget", metavar="SIZE", help="the most that may be allocated at the peak: 24GiB")
+    parser.add_argument("--budget", metavar="SIZE", help="the most that may be allocated at the peak, 24GiB; what "
+                        "is reserved is more, and must fit on --gpu if one is named")  # fmt: skip
     parser.add_argument("--against", metavar="BASE", help="what it must not grow beyond: JSON of an earlier check, of "
                         "estimate, run or export")  # fmt: skip
     parser.add_argument("--max-growth", metavar="SHARE", help="so much it may grow at the peak: 1%% (default: 0%%)")
@@ -54,25 +68,36 @@ def add(parser: argparse.ArgumentParser) -> None:
 
 def main(flags: argparse.Namespace) -> int:
     """Check; 0 if every limit is kept, 1 if one is not."""
+    if flags.file:
+        others = [flag for flag in typed_flags(flags) if flag != "--device"]
+        refuse_beside(flags.file, others, "its runs are as they are written there")
     asked, gpu_name = _read(Path(flags.file), flags) if flags.file else ([_single(flags)], flags.gpu)
     base = _base(Path(flags.against)) if flags.against else None
     for run in asked:
-        if run.limits.budget_bytes is None and base is None:
-            raise UserError(f"{run.name}: nothing to check against; give it --budget, --against or both")
+        if run.limits.budget_bytes is None and base is None and gpu_name is None:
+            raise UserError(f"{run.name}: nothing to check against; give it --budget, --against or --gpu")
     card = chosen_gpu(gpu_name)
     say_unused(flags.device, card)
-    predict = telling(predicted, card)
     checked = []
     for run in asked:
-        document = predict(run.config).as_document()
         before = None if base is None else _of(base, run.name, alone=len(asked) == 1)
-        checked.append(Checked(run.name, document, before, run.limits, is_new=base is not None and before is None))
+        checked.append(_checked(run, card, gpu_name is not None, before, is_new=base is not None and before is None))
     end_progress()
     write_output(check_report.FORMATS[flags.format](checked), flags.output)
     violations = [violation for one in checked for violation in one.violations]
     if flags.format != "text":
         sys.stderr.write("".join(f"gpumem-tui: {violation}\n" for violation in violations))
     return VIOLATED if violations else 0
+
+
+def _checked(run: Asked, card: Gpu, is_named: bool, before: Mapping[str, Any] | None, is_new: bool) -> Checked:
+    """A run predicted, of a job its highest rank; it has to fit where somebody said on what."""
+    kinds = job.each_kind(telling(predicted, card)(run.config), lambda rank: predicted(run.config, card, rank))
+    highest = max(kinds, key=lambda one: one.peak_bytes)
+    limits = run.limits
+    if is_named or run.config.memory_limit_bytes:
+        limits = replace(limits, gpu=highest.gpu)
+    return Checked(run.name, highest.as_document(), before, limits, is_new, "" if highest.fits else why_not(highest))
 
 
 def _single(flags: argparse.Namespace) -> Asked:

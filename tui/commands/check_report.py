@@ -12,8 +12,11 @@ from ...engine.categories import Category
 from ...engine.difference import Part, difference, from_document
 from ..units import GIB, MIB, UNKNOWN, Unit
 from ..units import difference as signed
+from .wrapping import columns, within
 
 SCHEMA = "gpumem-check/1"
+NEW = "new, not in the base"
+FIGURE, OVER = 10, "   OVER"
 LAYERS = 12
 """So many layers are listed in a comment: those that differ most."""
 
@@ -25,10 +28,12 @@ class Limits:
     Attributes:
         budget_bytes: The most at its peak; None: as much as it likes.
         max_growth: Share of the base's peak that it may grow by.
+        gpu: On which it has to fit; None: on no one.
     """
 
     budget_bytes: int | None
     max_growth: float
+    gpu: str | None = None
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,7 @@ class Checked:
         base: Of the run before; None: there is none.
         limits: Of the run.
         is_new: There are runs before, and this is none of them.
+        why_not: The reason why it does not fit; empty: it does.
     """
 
     name: str
@@ -48,6 +54,7 @@ class Checked:
     base: Mapping[str, Any] | None
     limits: Limits
     is_new: bool = False
+    why_not: str = ""
 
     @property
     def peak_bytes(self) -> int:
@@ -94,6 +101,8 @@ class Checked:
         """A line for every limit that is exceeded."""
         found, budget, base = [], self.limits.budget_bytes, self.base_bytes
         unit = unit_of([self])
+        if self.limits.gpu is not None and self.why_not:
+            found.append(f"{self.name}: does not fit on {self.limits.gpu}: {self.why_not}")
         if budget is not None and self.bound_bytes > budget:
             over = unit.full(self.bound_bytes - budget)
             found.append(
@@ -112,7 +121,7 @@ class Checked:
         """The limits kept or not, in a word or two."""
         if self.violations:
             return "over"
-        return "new, not in the base" if self.is_new else "ok"
+        return NEW if self.is_new else "ok"
 
     @property
     def notes(self) -> list[str]:
@@ -127,6 +136,7 @@ class Checked:
         return {
             "name": self.name,
             "budget_bytes": self.limits.budget_bytes,
+            "must_fit_on": self.limits.gpu,
             "max_growth": self.limits.max_growth,
             "base_bytes": self.base_bytes,
             "growth_bytes": None if self.base is None else self.growth_bytes,
@@ -151,22 +161,38 @@ def _verdict(checked: Sequence[Checked]) -> str:
 
 
 def as_text(checked: Sequence[Checked]) -> str:
-    """A line a run, then a line a violation."""
+    """A line a run, then a line a violation, within the terminal's width: a name too long has lines of its own."""
     unit = unit_of(checked)
-    width = max(len(one.name) for one in checked)
-    heads = ("peak", "at most", "before", "growth", "budget")
-    lines = [f"{'':<{width}}  " + "".join(f"{head:>12}" for head in heads) + f"   {unit.name}, predicted"]
+    corner, heads = f"{unit.name}, predicted", ("peak", "at most", "before", "growth", "budget")
+    room = columns() - len(heads) * FIGURE - len(OVER)
+    width = max([len(corner), *(len(one.name) for one in checked if len(one.name) <= room)])
+    lines = [f"{corner:<{width}}" + "".join(f"{head:>{FIGURE}}" for head in heads)]
     for one in checked:
         growth = UNKNOWN if one.base is None else signed(one.peak_bytes, one.base_bytes, unit)
         cells = (unit.show(one.peak_bytes), unit.show(one.bound_bytes), unit.show(one.base_bytes), growth,
                  unit.show(one.limits.budget_bytes))  # fmt: skip
-        verdict = {"ok": "", "over": "   OVER"}.get(one.verdict, f"   {one.verdict}")
-        lines.append(f"{one.name:<{width}}  " + "".join(f"{cell:>12}" for cell in cells) + verdict)
+        name = one.name if len(one.name) <= width else ""
+        lines += [] if name else within(columns(), one.name)
+        lines.append(
+            f"{name:<{width}}" + "".join(f"{cell:>{FIGURE}}" for cell in cells) + (OVER if one.violations else "")
+        )
     for one in checked:
-        lines += [f"  {line}" for line in (*one.violations, *one.notes)]
+        for line in (*one.violations, *one.notes, *[f"{one.name}: {NEW}"] * one.is_new):
+            said = line if len(checked) > 1 else line.removeprefix(f"{one.name}: ")
+            lines += within(columns(), said, "  ", "    ")
         if one.base is not None and one.growth_bytes:
             lines += [f"    {line}" for line in _terms(one, unit)]
+    for line in _about_budgets(checked):
+        lines += within(columns(), line)
     return "\n".join([*lines, _verdict(checked)]) + "\n"
+
+
+def _about_budgets(checked: Sequence[Checked]) -> list[str]:
+    """The sentence that says of what a budget is, where there is one."""
+    if all(one.limits.budget_bytes is None for one in checked):
+        return []
+    where = next((f"for {one.limits.gpu}" for one in checked if one.limits.gpu), "where --gpu names a GPU")
+    return [f"A budget is of what is allocated at the peak. More is reserved: that it fits is checked {where}."]
 
 
 def _terms(one: Checked, unit: Unit) -> list[str]:
@@ -220,6 +246,7 @@ def as_markdown(checked: Sequence[Checked]) -> str:
             for one in checked
         ],
     )  # fmt: skip
+    lines += [line for sentence in _about_budgets(checked) for line in ("", _escaped(sentence))]
     for one in checked:
         said = [*one.violations, *(f"{one.name}: {note}" for note in one.notes)]
         lines += ["", *(f"- {_escaped(line)}" for line in said)] if said else []
