@@ -34,7 +34,7 @@ def shell(words: str, **environment: str) -> subprocess.CompletedProcess[str]:
         ("profiles > /dev/full", 2, "gpumem-tui: standard output: cannot write: No space left on device\n"),
         ("--help > /dev/full", 2, "gpumem-tui: standard output: cannot write: No space left on device\n"),
         ("profiles >&-", 2, "gpumem-tui: standard output: cannot write: Bad file descriptor\n"),
-        ("ps x <&- >&-", 2, "gpumem-tui: unrecognized arguments: x (see: gpumem-tui --help)\n"),
+        ("ps x <&- >&-", 2, "gpumem-tui: unrecognized arguments: x (see: gpumem-tui ps --help)\n"),
         ("ps x 2>&-", 2, ""),
         ("ps x 2> /dev/full", 2, ""),
         ("profiles 2>&-", 0, ""),
