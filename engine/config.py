@@ -212,7 +212,16 @@ WORKLOAD_OPTIONS: tuple[Option, ...] = (
     Option("workload", "train", "what is done with the model", ("train", "generate")),
     Option("new_tokens", 128, "tokens generated after each row, for workload=generate", (), False, 1, 1 << 20),
     Option("rows", 64, "rows in the data set before it repeats", (), False, 1, 1 << 30, affects_memory=False),
-    Option("steps", 0, "optimizer steps, 0 until stopped", (), False, 0, 1 << 40, affects_memory=False),
+    Option(
+        "steps",
+        0,
+        "optimizer steps, for workload=generate tokens; 0: until stopped",
+        (),
+        False,
+        0,
+        1 << 40,
+        affects_memory=False,
+    ),
     Option("learning_rate", 1e-3, "the optimizer's learning rate", (), False, 0.0, affects_memory=False),
     Option("seed", 0, "seed of the weights and of the token ids", (), False, 0, (1 << 63) - 1, affects_memory=False),
 )
@@ -331,7 +340,7 @@ class RunConfig:
         batch_size: Rows per micro-batch.
         seq_len: Tokens per row.
         rows: Rows in the data set; it repeats.
-        steps: Optimizer steps; 0 runs until stopped.
+        steps: Optimizer steps, or tokens generated; 0 runs until stopped.
         learning_rate: The optimizer's learning rate.
         seed: Seeds weights and token ids.
         trace: Which steps are traced: one of TRACES.

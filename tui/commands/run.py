@@ -63,6 +63,8 @@ def main(flags: argparse.Namespace) -> int:
     config = dataclasses.replace(config_from(flags, {"steps": steps}), trace="every")
     if not config.steps:
         raise UserError("--steps 0: a run without the app needs an end; give it a number of steps from 1")
+    if config.generates and config.steps < config.new_tokens:
+        complain(f"--steps {config.steps}: it ends after {config.steps} of the {config.new_tokens} new tokens")
     if flags.predict is not None:
         predicted_vs_measured.check(flags.predict, config)
     for name in ("json", "save"):
@@ -179,6 +181,8 @@ def table(document: dict[str, Any]) -> str:
     share = 100 * document["trainable_parameters"] / document["parameters"]
     trained = f"{document['parameters']:,} parameters, {document['trainable_parameters']:,} trainable ({share:.4f} %)"
     moments = {name: document[name] for name in ("loaded", "after_first_step", "peak")}
+    if document["config"]["workload"] == "generate":
+        del moments["after_first_step"]  # which is the optimizer's
     lines = [trained, "", f"{unit.name:<16}" + "".join(f"{name.replace('_', ' '):>18}" for name in moments)]
     for category in Category:
         sizes = [m["by_category"][category.key] if m else None for m in moments.values()]
