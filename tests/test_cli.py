@@ -158,6 +158,27 @@ def test_the_shelves_are_listed(capsys: pytest.CaptureFixture[str]) -> None:
     assert "cannot run    optimizer=paged-adamw: it moves state" in capsys.readouterr().out
 
 
+def test_in_a_terminal_the_profiles_are_within_its_width(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["profiles"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert sum(line.startswith("gpt2 ") for line in lines) == 1 and max(map(len, lines)) > 80, "for grep: whole lines"
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    assert main(["profiles"]) == 0
+    narrow = capsys.readouterr().out
+    assert max(map(len, narrow.splitlines())) < 80
+    assert narrow.split() == " ".join(lines).split(), "no word is broken"
+
+
+def test_a_run_that_generates_counts_tokens_and_steps_no_optimizer(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["run", *QUICK, "--workload", "generate", "--new-tokens", "8", "--steps", "2"]) == 0
+    printed = capsys.readouterr()
+    assert printed.err == "gpumem-tui: --steps 2: it ends after 2 of the 8 new tokens\n"
+    assert "loaded" in printed.out and "after first step" not in printed.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "complaint"),
     [

@@ -8,6 +8,7 @@ import sys
 from ...engine.config import show
 from ...engine.techniques import by_group
 from ...profiles import model_profiles, presets
+from .wrapping import columns, within
 
 
 def add_profiles(parser: argparse.ArgumentParser) -> None:
@@ -21,14 +22,18 @@ def add_techniques(parser: argparse.ArgumentParser) -> None:
 
 
 def list_profiles(_flags: argparse.Namespace) -> int:
-    """Print the models and the presets."""
-    lines = [f"{'model':<20}{'parameters':>16}  {'dtype':<10} "]
-    lines += [
-        f"{profile.name:<20}{profile.parameters:>16,}  {profile.dtype:<10} {profile.summary}"
-        for profile in sorted(model_profiles().values(), key=lambda p: p.parameters)
-    ]
+    """Print the models and the presets, for a terminal within its width; elsewhere each is a line."""
+    width = columns() if sys.stdout.isatty() else sys.maxsize
+
+    def listed(figures: str, summary: str) -> list[str]:
+        return within(width, summary, figures, " " * len(figures))
+
+    lines = [f"{'model':<20}{'parameters':>16}  dtype"]
+    for profile in sorted(model_profiles().values(), key=lambda p: p.parameters):
+        lines += listed(f"{profile.name:<20}{profile.parameters:>16,}  {profile.dtype:<10} ", profile.summary)
     lines += ["", "preset"]
-    lines += [f"{preset.name:<20}{preset.summary}" for preset in presets().values()]
+    for preset in presets().values():
+        lines += listed(f"{preset.name:<20}", preset.summary)
     sys.stdout.write("\n".join(lines) + "\n")
     return 0
 
