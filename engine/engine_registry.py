@@ -281,7 +281,8 @@ def find(wanted: str | None, servers: bool = False) -> Job:
         there += [Job(server.name, (server,)) for server in warm_servers()]
     names = ", ".join(job.name for job in there)
     if not there:
-        raise UserError("no engine is running; gpumem-tui starts one")
+        called = f" called {wanted}" if wanted is not None else ""
+        raise UserError(f"no engine{called} is running" + ("" if servers else "; gpumem-tui starts one"))
     if wanted is None:
         if len(there) > 1:
             raise UserError(f"several engines are running, name one: {names}")

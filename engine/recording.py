@@ -50,6 +50,7 @@ VERSION = 5
 
 SNAPSHOT_BEGINS = (b"\x80", b"{", b"[")
 """A pickle's first byte, and JSON's."""
+ZIP_BEGINS = b"P"
 CATEGORIES_BEFORE_4 = np.array(
     [c for c in Category if c not in (Category.GATHERED, Category.COMMUNICATION)], dtype=OWNER["category"]
 )
@@ -292,7 +293,11 @@ def read(path: Path, name: str = "", work: Work | None = None) -> list[Run]:
     except UserError as error:
         text = str(error)
         raise UserError(printable(text if text.startswith(str(path)) else f"{path}: {text}")) from None
-    except Exception as error:  # zipfile, NumPy and msgspec raise what they like at bytes that are none of ours
+    except zipfile.BadZipFile:
+        none = "neither a gpumem recording nor a snapshot of PyTorch's"
+        problem = "a gpumem recording that is cut off or damaged" if first == ZIP_BEGINS else none
+        raise UserError(printable(f"{path}: {problem}")) from None
+    except Exception as error:  # NumPy and msgspec raise what they like at bytes that are none of ours
         problem = f"{path}: not a gpumem recording, or a damaged one ({one_line(error)})"
         raise UserError(printable(problem)) from None
 

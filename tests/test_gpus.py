@@ -63,6 +63,8 @@ def test_a_size_is_a_gpu_of_that_size_of_the_newest_generation_and_that_is_said(
     assert between.said == "20GB: taken for RTX 4090 24GB with 20 GiB"
     with pytest.raises(UserError, match="no GPU known here has this much memory"):
         gpu("500GB")
+    with pytest.raises(UserError, match="--gpu 0GB: takes a size above 1 GiB"):
+        gpu("0GB")
 
 
 def test_a_gpu_s_memory_may_be_given_after_a_colon() -> None:

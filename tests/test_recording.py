@@ -147,8 +147,8 @@ def damaged(recorded: Path, tmp_path: Path, how: str) -> Path:
     ("how", "complaint"),
     [
         ("missing", "No such file"),
-        ("cut", "not a gpumem recording, or a damaged one"),
-        ("text", "not a gpumem recording, or a damaged one"),
+        ("cut", "a gpumem recording that is cut off or damaged"),
+        ("text", "neither a gpumem recording nor a snapshot of PyTorch's"),
         ("version", "written by a newer version .file format 99, this reads up to 5."),
         ("empty", "no run is recorded in it"),
         ("pickle", "not a gpumem recording, or a damaged one"),

@@ -249,8 +249,12 @@ def test_what_is_printed_comes_line_by_line_and_a_progress_bar_as_its_last_state
 
 def test_commands_on_engines_that_are_not_there_say_so(home: Path) -> None:
     assert cli("ps").stdout == "no engine is running\n"
-    for command in ("attach", "stop"):
-        done = cli(command, "tiny")
-        assert (done.returncode, done.stderr) == (2, "gpumem-tui: no engine is running; gpumem-tui starts one\n")
+    for words, said in (
+        (("attach", "tiny"), "no engine called tiny is running; gpumem-tui starts one"),
+        (("stop", "warm"), "no engine called warm is running"),
+        (("stop",), "no engine is running"),
+    ):
+        done = cli(*words)
+        assert (done.returncode, done.stderr) == (2, f"gpumem-tui: {said}\n")
     done = cli("--linger", "soon")
     assert (done.returncode, done.stderr) == (2, "gpumem-tui: --linger soon: takes a time such as 90, 10m or 2h\n")

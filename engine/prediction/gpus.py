@@ -173,8 +173,10 @@ def _of_size(wanted: str, size: float) -> Understood:
     if sold:
         newest = max(sold, key=_newest)
         return Understood(newest, f"{wanted}: taken for the {newest.name}, the newest generation of this size")
+    if size <= 1:
+        raise UserError(f"--gpu {wanted}: takes a size above 1 GiB")
     larger = [one for one in gpus().values() if one.memory_bytes > size * 2**30]
-    if not larger or size <= 1:
+    if not larger:
         raise UserError(f"--gpu {wanted}: no GPU known here has this much memory; known: {', '.join(gpus())}")
     # The next size up, give or take what the cards of one size differ by.
     smallest = min(one.memory_bytes for one in larger)
