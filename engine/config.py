@@ -414,6 +414,11 @@ class RunConfig:
         """True if the model is used and not trained."""
         return self.workload == "generate"
 
+    @property
+    def row_tokens(self) -> int:
+        """Tokens in a row at its longest, with those that are generated."""
+        return self.seq_len + self.new_tokens * self.generates
+
     def with_(self, changes: Mapping[str, Value]) -> Self:
         """A copy with some workload settings or technique options changed.
 

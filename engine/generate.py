@@ -97,8 +97,7 @@ def generate(
 def _begin_text(config: RunConfig, workload: Workload, held: Held) -> None:
     held.outputs = held.cache = held.ids = None
     held.ids = workload.batches.next()["input_ids"]
-    longest = config.seq_len + config.new_tokens
-    held.cache = kv_cache(config.text("kv_cache.kind"), workload.model.config, longest)
+    held.cache = kv_cache(config.text("kv_cache.kind"), workload.model.config, config.row_tokens)
 
 
 def _arguments(model: Any) -> Callable[[Any], dict[str, Any]]:

@@ -34,20 +34,26 @@ def refuse_too_many_modules(fields: Mapping[str, Any]) -> None:
 
 
 def refuse_too_long(config: RunConfig, shell: Model, architecture: Any, wanted: Rows) -> None:
-    """Refuse rows longer than a table of learned positions: on a GPU, looking there ends CUDA for the process.
+    """Refuse rows, with what is generated, longer than a table of learned positions.
+
+    On a GPU, looking there ends CUDA for the process.
 
     Rotary positions can be computed for any length.
     """
     most = positions(architecture)
     length = max((row.shape[0] for row in wanted.values() if row.high and len(row.shape) == 1), default=0)
+    if config.generates:
+        length = config.row_tokens
     if not 0 < most < length:
         return
     tables = [module for module in shell.modules() if isinstance(module, torch.nn.Embedding)]
     # Some models keep a few positions for padding.
     learned = [t for t in tables if t is not shell.get_input_embeddings() and most <= t.num_embeddings < most + 8]
     if learned:
-        name = "target_len" if length == config.target_len else "seq_len"
-        raise UserError(f"{config.model} has learned positions for {most} tokens in a row: {name}={length} is too long")
+        said = f"{'target_len' if length == config.target_len else 'seq_len'}={length} is"
+        if config.generates:
+            said = f"seq_len={config.seq_len} and new_tokens={config.new_tokens} are together"
+        raise UserError(f"{config.model} has learned positions for {most} tokens in a row: {said} too long")
 
 
 def refuse_too_large(

@@ -150,8 +150,8 @@ class TrainedRun:
         plan = prepare(config, self._device)
         if self._peers is not None:
             plan.batches.rank, plan.batches.ranks = self._peers.rank, self._peers.size
-        if 0 < plan.positions < config.seq_len:
-            text = f"{config.seq_len} tokens in a row: the model was made for {plan.positions}"
+        if 0 < plan.positions < config.row_tokens:
+            text = f"{config.row_tokens} tokens in a row: the model was made for {plan.positions}"
             self._feed.tell(Note(text=text))
         return plan
 

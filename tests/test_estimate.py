@@ -112,7 +112,7 @@ def test_estimate_writes_the_document_of_a_run(tmp_path: Path, capsys: pytest.Ca
     assert document["max_batch_size"] > 100
     assert document["max_sequence_length"] == document["max_positions"] == 2048  # what the model was made for
     said = " ".join(capsys.readouterr().out.split())
-    assert "sequence length at this batch size: 2048, all the 2048 positions that the model has." in said
+    assert "sequence length at this batch size: 2048, all the 2048 positions that the model was made for." in said
 
 
 def test_an_estimate_says_its_batch_and_what_surprises(capsys: pytest.CaptureFixture[str]) -> None:

@@ -19,8 +19,10 @@ from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
+from gpumem_tui.engine.prediction.prediction_text import text
 from gpumem_tui.engine.prediction.rehearsal import told_tokens
-from gpumem_tui.profiles import model_profile
+from gpumem_tui.engine.workload import prepare
+from gpumem_tui.profiles import model_profile, run_fields
 from gpumem_tui.tui.cli import main
 
 from .conftest import Engine, small_run
@@ -131,6 +133,22 @@ def test_estimate_generate_says_how_the_cache_grows(tmp_path: Path, capsys: pyte
 def test_what_does_not_generate_is_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(UserError, match=said):
         predict(generation(**settings), H100)
+
+
+def test_rows_that_outgrow_learned_positions_are_refused_before_anything_is_run(engine: Engine) -> None:
+    config = small_run(run_fields("gpt2"), workload="generate", seq_len=1000, new_tokens=25)
+    said = "gpt2 has learned positions for 1024 tokens in a row: seq_len=1000 and new_tokens=25 are together too long"
+    assert engine.run(config)["failure"] == said
+    with pytest.raises(UserError, match=f"^{said}$"):
+        prepare(config, torch.device("cpu"), shapes_only=True)  # as for a prediction
+    prepare(config.with_({"new_tokens": 24}), torch.device("cpu"), shapes_only=True)
+
+
+def test_rotary_positions_go_on_beyond_those_that_the_model_was_made_for(engine: Engine) -> None:
+    config = generation(seq_len=2040, steps=1)
+    said = f"{2040 + TOKENS} tokens in a row: the model was made for 2048"
+    assert f"{said}." in text(predict(config, H100))
+    assert said in [event.text for event in engine.run_events(config)]
 
 
 @pytest.mark.gpu

@@ -36,8 +36,8 @@ def largest_that_fit(
     positions = prediction.max_positions
     searches = [_Search("max_batch_size", "batch_size", 1, 65_536)]
     if prediction.config.generates:
-        longest = positions - prediction.config.seq_len if positions else 1 << 20
-        searches.append(_Search("max_new_tokens", "new_tokens", 1, max(1, longest)))
+        left = positions - prediction.config.seq_len
+        searches.append(_Search("max_new_tokens", "new_tokens", 1, left if left > 0 else 1 << 20))
     elif prediction.document.steps[0].tokens is not None:
         searches.append(_Search("max_sequence_length", "seq_len", 2, positions or 1 << 20))
     if beside is None:

@@ -51,8 +51,9 @@ def text(prediction: Prediction) -> str:
     if prediction.pinned_bytes:
         lines.append(f"On the host, page-locked and in no figure above: {show(prediction.pinned_bytes)}.")
     lines += filled([verdict(prediction), *_streams(prediction), *_unsure(prediction), *cautions(prediction.config)])
-    if 0 < prediction.max_positions < prediction.config.seq_len:
-        lines.append(f"{prediction.config.seq_len} tokens in a row: the model was made for {prediction.max_positions}.")
+    length = prediction.config.row_tokens
+    if 0 < prediction.max_positions < length:
+        lines.append(f"{length} tokens in a row: the model was made for {prediction.max_positions}.")
     return "\n".join([*lines, *_growth(prediction), *filled(list(prediction.notes))])
 
 

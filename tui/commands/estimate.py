@@ -171,7 +171,8 @@ def _largest(document: dict[str, Any], config: RunConfig) -> str:
     for name, title, before in (("max_sequence_length", "sequence length", 0), of_new):
         if name in document:
             positions = document["max_positions"]
-            ended = f", all the {positions} positions that the model has" * (document[name] + before == positions)
+            made_for = f", all the {positions} positions that the model was made for"
+            ended = made_for * (document[name] + before == positions)
             said.append(f"largest {title} at this batch size: {document[name] or 'none'}{ended}")
     return "; ".join(said) + "."
 
