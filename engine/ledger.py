@@ -20,7 +20,7 @@ from .block_lives import paired
 from .block_naming import name_by_life, name_owned
 from .categories import N_CATEGORIES, Category
 from .events import AllocatorPool, Made, Phase, StepTrace
-from .module_names import CACHED, LOSS, OUTPUT_LOSS, layer_of, numbered_layers
+from .module_names import CACHED, LOSS, OUTPUT_LOSS, layer_of, modules_of, numbered_layers
 from .pool_bytes import PoolBytes, by_pool
 
 Ints = npt.NDArray[np.int64]
@@ -257,9 +257,16 @@ class Ledger:
     def layers(self) -> list[str]:
         """The layer of each of the trace's names; a KV cache's keys and values are the layer's they are of."""
         cached = {OUTPUT_LOSS: LOSS} | {
-            f"{CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.trace.names)
+            f"{CACHED}{layer.rsplit('.', 1)[1]}": layer for layer in numbered_layers(self.modules)
         }
-        return [cached.get(layer, layer) for layer in map(layer_of, self.trace.names)]
+        return [cached.get(layer, layer) for layer in map(layer_of, self.modules)]
+
+    @cached_property
+    def modules(self) -> tuple[str, ...]:
+        """The module that each of the trace's names belongs to."""
+        names, owners = self.trace.names, self.trace.owners
+        of_modules = np.isin(owners["category"], (Category.PARAMETERS, Category.BUFFERS, Category.GRADIENTS))
+        return modules_of(names, frozenset(names[i] for i in np.unique(owners["name"][of_modules]).tolist()))
 
     @cached_property
     def made(self) -> Ints:

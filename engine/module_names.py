@@ -17,7 +17,6 @@ OUTPUT_LOSS = "outputs.loss"
 OTHER_MODEL = ": "
 """Stands between the name of another model than the one that is trained and those of its tensors."""
 
-_PARAMETER = re.compile(r"\.(?:weight|bias)(?:\.|$)")
 _LAYER = re.compile(r"^(.*?\.\d+)(?:\.|$)")
 _NUMBERED = re.compile(r"^(.*\.)\d+$")
 CACHED = "layers."
@@ -33,20 +32,40 @@ NAMES = 2**15
 
 
 @lru_cache(NAMES)
-def layer_of(name: str) -> str:
-    """The layer a module or parameter belongs to.
+def layer_of(module: str) -> str:
+    """The layer a module belongs to.
 
-    `gpt_neox.layers.3.mlp.dense.weight` -> `gpt_neox.layers.3`; outside the
-    repeated layers the module itself: `lm_head.weight` -> `lm_head`. Another
-    model is one layer: `teacher: gpt_neox.layers.3.mlp.dense.weight` -> `teacher`.
+    `gpt_neox.layers.3.mlp.dense` -> `gpt_neox.layers.3`; outside the repeated
+    layers the module itself: `lm_head`. Another model is one layer:
+    `teacher: gpt_neox.layers.3.mlp.dense.weight` -> `teacher`.
     """
-    other, colon, _ = name.partition(OTHER_MODEL)
+    other, colon, _ = module.partition(OTHER_MODEL)
     if colon:
         return other
-    # What an optimizer keeps carries its own name behind its parameter's.
-    module = _PARAMETER.split(strip_wrappers(name), maxsplit=1)[0]
+    module = strip_wrappers(module)
     match = _LAYER.match(module)
     return match.group(1) if match else module
+
+
+@lru_cache(maxsize=16)
+def modules_of(names: tuple[str, ...], tensors: frozenset[str]) -> tuple[str, ...]:
+    """The module that each name belongs to; of a name of no tensor, that name.
+
+    `rnn.weight_hh_l0` -> `rnn`, as the name of a tensor in a module has no dots; likewise what is
+    kept for it, by an optimizer for example, and named behind it: `rnn.weight_hh_l0.exp_avg` -> `rnn`.
+
+    Args:
+        names: Of modules, of tensors, of what is kept for tensors.
+        tensors: Names of the modules' own tensors: parameters, buffers.
+    """
+    tensors = frozenset(map(strip_wrappers, tensors))
+
+    def module_of(name: str) -> str:
+        parts = (name := strip_wrappers(name)).split(".")
+        of_tensor = (n for n in range(len(parts)) if ".".join(parts[: n + 1]) in tensors)
+        return ".".join(parts[: next(of_tensor, len(parts))])
+
+    return tuple(name if OTHER_MODEL in name else module_of(name) for name in names)
 
 
 @lru_cache(NAMES)

@@ -27,7 +27,7 @@ from gpumem_tui.engine.events import (
     StepTrace,
 )
 from gpumem_tui.engine.ledger import Ledger
-from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of
+from gpumem_tui.engine.module_names import LOGITS, LOSS, layer_of, modules_of
 from gpumem_tui.engine.run_events import Recomputed
 from gpumem_tui.engine.trace_check import check
 from gpumem_tui.engine.tracing.buckets import BUCKETS, Buckets, name_buckets
@@ -129,15 +129,33 @@ def test_the_peak_says_when_where_and_of_what() -> None:
 @pytest.mark.parametrize(
     ("name", "layer"),
     [
-        ("gpt_neox.layers.3.mlp.dense_h_to_4h.weight", "gpt_neox.layers.3"),
+        ("gpt_neox.layers.3.mlp.dense_h_to_4h", "gpt_neox.layers.3"),
         ("base_model.model.model.layers.11.self_attn.q_proj.lora_A.default", "model.layers.11"),
-        ("lm_head.weight", "lm_head"),
+        ("lm_head", "lm_head"),
+        ("teacher: gpt_neox.layers.3.mlp.dense.weight", "teacher"),
         ("transformer.h.0", "transformer.h.0"),
         ("base_model", ""),
     ],
 )
 def test_layer_of(name: str, layer: str) -> None:
     assert layer_of(name) == layer
+
+
+def test_what_is_kept_for_a_parameter_is_its_modules_whatever_it_is_called() -> None:
+    tensors = frozenset({"rnn.weight_hh_l0_reverse", "h.0.attn.bias", "h.0.A_log", "cls_token", "base_model.model.x.w"})
+    names = {
+        "rnn": "rnn",
+        "rnn.weight_hh_l0_reverse": "rnn",
+        "rnn.weight_hh_l0_reverse.exp_avg.0": "rnn",
+        "h.0.attn": "h.0.attn",
+        "h.0.attn.bias.grad": "h.0.attn",
+        "h.0.A_log.absmax": "h.0",
+        "cls_token.exp_avg": "",
+        "base_model.model.x.w": "x",
+        "AdamW.lr": "AdamW.lr",
+        "teacher: rnn.weight_hh_l0_reverse": "teacher: rnn.weight_hh_l0_reverse",
+    }
+    assert modules_of(tuple(names), tensors) == tuple(names.values())
 
 
 # --- properties ---------------------------------------------------------------

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from typing import NamedTuple
 
@@ -10,17 +9,13 @@ import numpy as np
 
 from ..engine.categories import Category
 from ..engine.ledger import Ints, Ledger
-from ..engine.module_names import numbered_layers, strip_wrappers
+from ..engine.module_names import numbered_layers
 
 COLUMNS = ("par", "grad", "opt", "act", "tmp", "other")
 GROUPS: tuple[tuple[str, tuple[Category, ...]], ...] = tuple(
     (column, tuple(category for category in Category if category.info.column == column)) for column in COLUMNS
 )
 """Columns of the table. Activations made again count as activations, gathered parameters as parameters."""
-
-_STATE = re.compile(r"\.(?:weight|bias)\..*$")
-_OWN = re.compile(r"\.(?:weight|bias)$")
-
 
 NO_LAYER = "(the model)"
 """The name of the model itself in a list of its layers."""
@@ -70,7 +65,7 @@ def layer_table(ledger: Ledger) -> LayerTable:
 
 def modules_of(ledger: Ledger, parent: LayerRow) -> list[LayerRow]:
     """The modules directly within a layer or module, as rows of their own."""
-    codes = [_within(name, parent.name) for name in ledger.trace.names]
+    codes = [_within(module, parent.name) for module in ledger.modules]
     return _rows(ledger, codes, parent.depth + 1)
 
 
@@ -87,21 +82,15 @@ def _rows(ledger: Ledger, keys: list[str] | list[str | None], depth: int) -> lis
     codes = np.asarray([-1 if key is None else index[key] for key in keys], np.int64)
     at_peak = _at_peak(ledger, codes, len(index))
     columns = [_most(ledger, codes, len(index), categories) for _, categories in GROUPS]
-    inner = {_owner(name)[: len(key)] for key, name in zip(keys, ledger.trace.names, strict=True)
-             if key is not None and len(_owner(name)) > len(key)}  # fmt: skip
+    inner = {module[: len(key)] for key, module in zip(keys, ledger.modules, strict=True)
+             if key is not None and len(module) > len(key)}  # fmt: skip
     found = [LayerRow(key, int(at_peak[i]), tuple(int(c[i]) for c in columns), depth, key in inner)
              for key, i in index.items()]  # fmt: skip
     return [row for row in found if row.peak_bytes or any(row.sizes)]
 
 
-def _owner(name: str) -> str:
-    """The module of an owner: without the parameter's own name and what follows it."""
-    return _STATE.sub("", _OWN.sub("", strip_wrappers(name)))
-
-
-def _within(name: str, parent: str) -> str | None:
-    """The module directly within a parent that an owner belongs to; None: it does not."""
-    module = _owner(name)
+def _within(module: str, parent: str) -> str | None:
+    """The module directly within a parent that another belongs to; None: it does not."""
     if module == parent or not module.startswith(f"{parent}."):
         return None
     return parent + "." + module[len(parent) + 1 :].split(".", 1)[0]
@@ -111,8 +100,8 @@ def owners_in(ledger: Ledger, row: str) -> set[str]:
     """Names of the owners that belong to a layer or to a module."""
     return {
         name
-        for name, layer in zip(ledger.trace.names, ledger.layers, strict=True)
-        if layer == row or f"{_owner(name)}.".startswith(f"{row}.")
+        for name, module, layer in zip(ledger.trace.names, ledger.modules, ledger.layers, strict=True)
+        if layer == row or f"{module}.".startswith(f"{row}.")
     }
 
 

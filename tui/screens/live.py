@@ -331,7 +331,7 @@ class LivePage(Page):
     def _recompute(self, width: int) -> list[Row]:
         """The layers as a strip that lights up while backward computes them again."""
         state, palette = self.state, self.palette
-        layers = numbered_layers(state.now.trace.names) if state.now is not None else []
+        layers = numbered_layers(state.now.modules) if state.now is not None else []
         event, keys = state.run.last_recompute, best_change(self.forecasts, width - 2)
         advice = [Row().add(f" {line}", palette.accent) for line in keys]
         if event is None or state.over:
