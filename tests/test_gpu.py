@@ -30,6 +30,7 @@ from gpumem_tui.engine.weights.random_weights import random_model
 from gpumem_tui.engine.weights.schemes import registry
 from gpumem_tui.profiles import PresetRow, model_profile, preset, run_fields
 
+from . import watching
 from .conftest import Engine, small_run, wait_until
 from .test_techniques import GPU_PAIRS, GPU_SINGLES, check, runs_on
 
@@ -289,6 +290,23 @@ async def test_toggling_in_the_app_on_a_gpu() -> None:
     assert (config["lora"], config["quantization"], config["checkpointing"]) == (True, "nf4", "layers")
     ended = [m for m in session.events(0) if isinstance(m, RunEnded)]
     assert [m.leaked_bytes for m in ended] == [0, 0, 0, 0]
+
+
+def test_cudnns_dropout_state_is_cudnns_in_a_watched_run(seen: watching.Seen) -> None:
+    from gpumem_tui.engine.tracing.owners import DROPOUT_STATE
+    from gpumem_tui.watch import watch
+
+    layer = torch.nn.LSTM(64, 64, 2, dropout=0.1, device="cuda")
+    optimizer = torch.optim.Adam(layer.parameters())
+    with watch(layer, optimizer):
+        for _ in range(3):
+            layer(torch.ones(8, 4, 64, device="cuda"))[0].sum().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    ledger, card = seen.ledgers[-1], torch.cuda.get_device_properties(0)
+    held = {c: ledger.by_name(len(ledger.trace.events) - 1, c).get(DROPOUT_STATE, 0) for c in Category}
+    assert held.pop(Category.WORKSPACE) == card.multi_processor_count * card.max_threads_per_multi_processor * 24
+    assert not any(held.values())
 
 
 def test_a_trainer_run_of_the_1_3b_model_with_lora_is_watched_to_the_byte(tmp_path: Any) -> None:

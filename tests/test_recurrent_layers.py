@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import fields, replace
+import dataclasses
+from dataclasses import fields
 from functools import partial
 from typing import Any
 
@@ -13,14 +14,18 @@ from torch import Tensor, nn
 from torch.nn import functional
 from torch.profiler import ProfilerActivity, profile
 
+from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.cuda_kernels import kernels
 from gpumem_tui.engine.prediction.cuda_patches import pytorch_paths
-from gpumem_tui.engine.prediction.cudnn_rnn import GRU, LSTM, TANH, RecurrentLayers
+from gpumem_tui.engine.prediction.cudnn_rnn import GRU, LSTM, TANH, RecurrentLayers, dropout_state_bytes
 from gpumem_tui.engine.prediction.fake_cuda import DEVICE, FakeCuda
 from gpumem_tui.engine.prediction.gpus import gpu
 from gpumem_tui.engine.prediction.op_cache import op_cache
 from gpumem_tui.engine.prediction.public import Prediction, predict
+from gpumem_tui.engine.tracing.owners import DROPOUT_STATE
+from gpumem_tui.engine.watch.leftovers import libraries_blocks, name_leftovers
 
 from .benchmarks.recurrent import Layer, fitted, predicted
 
@@ -137,6 +142,15 @@ def test_a_layer_keeps_a_reserve_for_backward() -> None:
     assert activations(both) - activations(one) == pytest.approx((5 + 1) * states, rel=0.03)
 
 
+def test_a_layer_holds_what_is_kept_for_its_parameters() -> None:
+    layer, float32 = nn.LSTM(WIDTH, WIDTH, 2, bidirectional=True, proj_size=8), 4
+    ledger = Ledger(trained(Tagger(layer, 16)).run.traces()[-1])
+    held = ledger.by_layer(ledger.peak.event)
+    moments = 2 * sum(p.numel() for p in layer.parameters())
+    assert held["layer"][Category.OPTIMIZER_STATE] == moments * float32
+    assert set(held) == {"embedding", "layer", "head", "logits", "loss", "batch", "cuBLAS"}
+
+
 def test_states_lead_from_one_layer_to_another() -> None:
     found = trained(Translator())
     assert found.by_category["activations"] > 2 * 13 * ROWS * STEPS * WIDTH * 4
@@ -167,8 +181,23 @@ def test_only_what_is_trained_has_a_reserve() -> None:
 
 
 def test_the_random_numbers_of_dropout_are_kept_once() -> None:
-    assert trained(lstm(num_layers=2)).by_category["held_by_script"] == 0
-    assert trained(Translator()).by_category["held_by_script"] == 132 * 2048 * 24
+    found = trained(Translator())
+    states = {category: owners.get(DROPOUT_STATE) for category, owners in found.document.peak.by_owner.items()}
+    assert states.pop("workspace") == 132 * 2048 * 24 and not any(states.values())
+    assert DROPOUT_STATE not in trained(lstm(num_layers=2)).document.peak.by_owner["workspace"]
+    first, *later = (Ledger(trace).end for trace in found.run.traces() if trace.step)
+    assert first[Category.WORKSPACE] == later[-1][Category.WORKSPACE]
+    assert first[Category.HELD_BY_SCRIPT] == later[-1][Category.HELD_BY_SCRIPT] == 0
+
+
+def test_what_a_library_keeps_of_a_watched_run_is_told_by_its_size() -> None:
+    """cuDNN's state has no owner that could be asked: of a trace without the prediction's knowledge it is found."""
+    trace = next(trace for trace in trained(Translator()).run.traces() if trace.step == 2)
+    known = trace.owners["name"] == trace.names.index(DROPOUT_STATE)
+    unknown = dataclasses.replace(trace, owners=trace.owners[~known])
+    named = name_leftovers(unknown, libraries={dropout_state_bytes(132, 2048): DROPOUT_STATE})
+    assert Ledger(named).end == Ledger(trace).end != Ledger(name_leftovers(unknown)).end
+    assert libraries_blocks(named, [DROPOUT_STATE]) == {int(trace.owners["address"][known][0]): DROPOUT_STATE}
 
 
 def test_persistent_kernels_take_more() -> None:
@@ -184,7 +213,7 @@ def test_more_steps_at_once_than_were_measured_are_in_the_bound_alone() -> None:
     """Of one direction cuDNN computes the gates of 256 steps at once."""
     long = RecurrentLayers(LSTM, WIDTH, WIDTH, 0, 1, 1, torch.float32, 1024, ROWS, training=False)
     assert long.unsure_bytes(H100, True) == 4 * (1024 - 256) * ROWS * WIDTH * 4
-    assert replace(long, steps=256).unsure_bytes(H100, True) == 0
+    assert dataclasses.replace(long, steps=256).unsure_bytes(H100, True) == 0
     found = trained(lstm(num_layers=2), torch.bfloat16)
     assert found.safe_bound_bytes >= found.peak_bytes + found.unsure_bytes > found.peak_bytes
 

@@ -249,7 +249,7 @@ class _Rehearsing:
                 known = self._library_paths(undo, ())
                 undo.enter_context(op_cache().mode)
                 undo.enter_context(recorder)
-                recorder.workspaces = take_workspaces(self._gpu, recorder)
+                take_workspaces(self._gpu, recorder)
                 workspace = recorder.allocated_bytes()
                 recorder.assume = self.assumptions.say
                 undo.enter_context(cuda_names(self._gpu, self.assumptions))

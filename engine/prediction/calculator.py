@@ -90,7 +90,7 @@ def _inference(config: RunConfig, gpu: Gpu) -> tuple[int, int]:
     plan.recipe.transforms.clear()  # what prepares for training
     recorder = FakeCuda(kernels(gpu))
     with cuda_paths(gpu, recorder, plan.recipe.libraries), op_cache().mode, recorder:
-        recorder.workspaces = take_workspaces(gpu, recorder)
+        take_workspaces(gpu, recorder)
         before = len(recorder.rows())
         model = build(plan).model.eval()
         loaded = len(recorder.rows())

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from ..allocator_settings import MIN_BLOCK_BYTES
+from ..tracing.owners import CUBLAS
 from . import attention, convolutions, packed_sequences, recurrent_cells, recurrent_layers
 from .gpus import Gpu
 from .reduction import scratch_bytes
@@ -65,8 +66,8 @@ def kernels(gpu: Gpu) -> dict[Any, Kernel]:
     }
 
 
-def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
-    """Allocate the workspaces of cuBLAS and cuBLASLt, the loop's thread's and autograd's; returns the addresses.
+def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> None:
+    """Allocate the workspaces of cuBLAS and cuBLASLt, the loop's thread's and autograd's.
 
     `getChosenWorkspaceSize` of `aten/src/ATen/cuda/CublasHandlePool.cpp`: 32 MiB
     from sm_90 on, else :4096:2:16:8. The order is that of `AllocatorTrace`'s
@@ -77,9 +78,9 @@ def take_workspaces(gpu: Gpu, tracker: FakeCuda) -> tuple[int, ...]:
     tracker.empty_cache()
     first = tracker.allocate(MIN_BLOCK_BYTES)
     cublas = CUBLAS_BYTES_SM90 if gpu.capability >= (9, 0) else CUBLAS_BYTES
-    workspaces = tuple(tracker.allocate(size) for size in (CUBLASLT_BYTES, cublas, cublas, CUBLASLT_BYTES))
+    for size in (CUBLASLT_BYTES, cublas, cublas, CUBLASLT_BYTES):
+        tracker.workspaces[tracker.allocate(size)] = CUBLAS
     tracker.release(first)
-    return workspaces
 
 
 _HOST = torch.device("cpu")

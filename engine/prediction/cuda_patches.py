@@ -76,7 +76,7 @@ def pytorch_paths(gpu: Gpu, tracker: FakeCuda) -> Iterator[None]:
         library.impl("log_softmax.int", _fused_with_cast(torch.ops.aten._log_softmax), "AutogradCPU")
         autocast.register(library)
         recurrent_cells.register(library)
-        recurrent_layers.register(library, gpu, undo)
+        recurrent_layers.register(library, tracker, gpu, undo)
         packed_sequences.register(library, tracker)
         replace(undo, torch.utils._foreach_utils, "_get_foreach_kernels_supported_devices", lambda: ["cpu"])
         replace(undo, torch.cuda, "empty_cache", tracker.empty_cache)

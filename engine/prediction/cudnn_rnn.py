@@ -24,6 +24,8 @@ SMALL_STEPS = {RELU: 9, TANH: 9, LSTM: 12, GRU: 14}
 """Hidden states of all time steps that small and persistent kernels take more for products of gradients."""
 PRODUCTS_BYTES = 8 << 20
 """Scratch of the products of a layer in one direction."""
+STATE_OF_THREAD_BYTES = 24
+"""State of dropout's random numbers."""
 BUFFER_BYTES = 32
 HEAD_BYTES, LENGTH_BYTES = 256, 8
 STEPS_AT_ONCE = 256
@@ -32,6 +34,18 @@ LONG_STEPS = 128
 """Time steps from which on a wavefront through the layers is longer."""
 WAVE_ROWS = 128
 """Rows of a product that a wavefront is made long enough for."""
+
+
+def dropout_state_bytes(multiprocessors: int, threads: int) -> int:
+    """Bytes of the random numbers' states for dropout, one for each thread that the GPU can run at once.
+
+    6,488,064 on an H100. PyTorch has cuDNN make them once for the device.
+
+    Args:
+        multiprocessors: Of the GPU.
+        threads: Resident threads per multiprocessor.
+    """
+    return multiprocessors * threads * STATE_OF_THREAD_BYTES
 
 
 @dataclass(frozen=True)

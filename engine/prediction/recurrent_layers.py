@@ -10,14 +10,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import cache
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
 from ..config import UserError
+from ..tracing.owners import DROPOUT_STATE
 from .assumptions import place_of_frame
-from .cudnn_rnn import GRU, LSTM, RELU, TANH, RecurrentLayers
+from .cudnn_rnn import GRU, LSTM, RELU, TANH, RecurrentLayers, dropout_state_bytes
 from .fake_cuda import DEVICE
 from .gpus import Gpu
 from .packed_sequences import sizes_of
@@ -28,23 +30,26 @@ if TYPE_CHECKING:
 aten = torch.ops.aten
 Tensor = torch.Tensor
 MODES = {"lstm": LSTM, "gru": GRU, "rnn_tanh": TANH, "rnn_relu": RELU}
-DROPOUT_STATE_BYTES = 24
-"""A state of cuDNN's own for each thread that the GPU can run at once: 6,488,064 bytes on an H100."""
 FLATTENED = (torch.float16, torch.float32, torch.float64)
 """`torch.backends.cudnn.is_acceptable`; bfloat16 is not, its weights are copied in each forward pass."""
 
 _AUTOCAST = torch._C.DispatchKeySet(torch._C.DispatchKey.AutocastCPU)
 
 
-def register(library: torch.library.Library, gpu: Gpu, undo: ExitStack) -> None:
+def register(library: torch.library.Library, tracker: FakeCuda, gpu: Gpu, undo: ExitStack) -> None:
     """Take these paths for tensors on the modelled device.
 
     Args:
         library: Of aten, for as long as they are to be taken.
+        tracker: Records for the device.
         gpu: Which one it is.
         undo: Puts PyTorch's own `flatten_parameters` back.
     """
-    dropout_state: list[Tensor] = []  # cuDNN's, one for the device as long as the process lives
+
+    @cache
+    def dropout_state() -> Tensor:
+        return _dropout_state(tracker, gpu)
+
     for name, mode in MODES.items():
         packet = getattr(aten, name)
         for operator in (packet.input, packet.data):
@@ -95,7 +100,7 @@ class _How(NamedTuple):
 # --- who calls cuDNN ---------------------------------------------------------------
 
 
-def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: list[Tensor]) -> Callable[..., Any]:
+def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: Callable[[], Tensor]) -> Callable[..., Any]:
     """`lstm.input` for example, of an input, hidden states, weights and how to compute; `lstm.data` if it is packed."""
 
     def call(x: Tensor, *rest: Any) -> Any:
@@ -113,9 +118,7 @@ def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: list[Tensor]) -> 
         out_size = hx.shape[2]
         hidden_size = out_size if cx is None else cx.shape[2]
         proj_size = out_size if hidden_size != out_size else 0
-        if train and dropout and not dropout_state:
-            dropout_state.append(_dropout_state(gpu))
-        state = dropout_state[0] if dropout_state else None
+        state = dropout_state() if train and dropout else None
         how = _How(mode, hidden_size, proj_size, layers, batch_first, dropout, train, bidirectional, sizes, state)
         flat = _flat_buffer(weights, how.layers_for(x).weights)
         stride = (4 if has_biases else 2) + (proj_size > 0)
@@ -125,10 +128,12 @@ def _layers(operator: Any, mode: int, gpu: Gpu, dropout_state: list[Tensor]) -> 
     return call
 
 
-def _dropout_state(gpu: Gpu) -> Tensor:
+def _dropout_state(tracker: FakeCuda, gpu: Gpu) -> Tensor:
     """Kept by PyTorch for the device as long as the process lives."""
     torch.empty((), dtype=torch.int64, device=DEVICE)  # a seed is drawn
-    return torch.empty(gpu.multiprocessors * gpu.threads * DROPOUT_STATE_BYTES, dtype=torch.uint8, device=DEVICE)
+    state = torch.empty(dropout_state_bytes(gpu.multiprocessors, gpu.threads), dtype=torch.uint8, device=DEVICE)
+    tracker.workspaces[tracker.address(state)] = DROPOUT_STATE
+    return state
 
 
 def _flat_buffer(weights: list[Tensor], elements: int) -> Tensor | None:

@@ -288,7 +288,7 @@ class _Rehearsing:
                 op_cache().mode,
                 recorder,
             ):
-                recorder.workspaces = take_workspaces(self.gpu, recorder)
+                take_workspaces(self.gpu, recorder)
                 workspace = recorder.allocated_bytes()
                 counts = self._train(tracer, recorder)
         finally:

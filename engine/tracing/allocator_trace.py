@@ -20,6 +20,7 @@ from ..out_of_memory.observer import listen
 from ..out_of_memory.pools import pool_of, pools_of
 from ..out_of_memory.refusal import OnRefused, Refused
 from .block_layout import BlockLayout
+from .owners import CUBLAS
 from .recorder import Counters, Seen, columns
 from .trace_entries import read
 
@@ -54,7 +55,7 @@ class AllocatorTrace:
     by their addresses.
 
     Attributes:
-        workspaces: Addresses of the libraries' own blocks.
+        workspaces: Names of the libraries' own blocks, by their addresses.
     """
 
     always_on = False
@@ -65,7 +66,7 @@ class AllocatorTrace:
         _use_cublas(device)
         self._pools: dict[AllocatorPool, int] = {}
         self._layout = BlockLayout(self._snapshot()["segments"], pools=self._pools)
-        self.workspaces = tuple(self._layout.alive()["address"].tolist())
+        self.workspaces: dict[int, str] = dict.fromkeys(self._layout.alive()["address"].tolist(), CUBLAS)
         self._recording = self._deferred = False
         self.cache: CacheState | None = None
         self._newest: CacheState | None = None

@@ -63,10 +63,10 @@ class OpTracker(TorchDispatchMode):
     """
 
     always_on = True
-    workspaces: tuple[int, ...] = ()
 
     def __init__(self, device_type: str = "cpu", memory_limit_bytes: int = 0) -> None:
         TorchDispatchMode.__init__(self)
+        self.workspaces: dict[int, str] = {}
         self.on_refused: OnRefused | None = None
         self._device_type = device_type
         self.cache: CacheState | None = None

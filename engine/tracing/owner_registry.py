@@ -140,9 +140,8 @@ class OwnerRegistry:
             again["mark"] = mark
             rows.repeated.append(again)
         self.note(rows, mark, sharding.at_rest())
-        name = self._labels.name("cuBLAS")
-        for address in self._recorder.workspaces:
-            rows.noted.extend((address, mark, Category.WORKSPACE, name, -1))
+        for address, name in self._recorder.workspaces.items():
+            rows.noted.extend((address, mark, Category.WORKSPACE, self._labels.name(name), -1))
         self.note(rows, mark, owners.of_last_batch(_alive(self._int8)))
         self.note_gradients(rows, mark)
 

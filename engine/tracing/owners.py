@@ -18,6 +18,10 @@ from ..module_names import LOGITS, OUTPUT_LOSS
 
 INT8_WEIGHT = ("CB", "SCB")
 
+CUBLAS = "cuBLAS"
+DROPOUT_STATE = "cuDNN dropout state"
+"""Names of what libraries keep for as long as the process lives."""
+
 Owned = tuple[Category, str, torch.Tensor]
 T = TypeVar("T", bound=torch.Tensor)
 

@@ -56,13 +56,13 @@ class Recorder(Protocol):
     Attributes:
         always_on: Recording cannot be switched off between steps (the op
             tracker would lose track of what is alive), so every step is traced.
-        workspaces: Addresses of what libraries hold for themselves.
+        workspaces: Names of what libraries hold for themselves, by its addresses.
         cache: The caching allocator at the highest of what was recorded last; None: there is none, or nothing was.
         on_refused: Told of every allocation that is refused, while it is; None: nobody.
     """
 
     always_on: bool
-    workspaces: tuple[int, ...]
+    workspaces: dict[int, str]
     cache: CacheState | None
     on_refused: OnRefused | None
 

@@ -34,7 +34,7 @@ class LateAllocatorTrace(AllocatorTrace):
             if block["state"] != "inactive"
         }
         super().__init__(device)
-        self.workspaces = tuple(address for address in self.workspaces if address not in before)
+        self.workspaces = {address: name for address, name in self.workspaces.items() if address not in before}
 
 
 class GuardedOpTracker(OpTracker):

@@ -36,7 +36,7 @@ from .describe import admitted, script_name
 from .fault_barrier import FaultBarrier, log
 from .job_rank import job_rank
 from .last_words import LastWords, say
-from .leftovers import Blocks, leftovers, name_leftovers
+from .leftovers import Blocks, kept_by_libraries, leftovers, libraries_blocks, name_leftovers
 
 LAST_ANSWERS_S = 0.5
 """Time for viewers to ask for the last events."""
@@ -73,6 +73,8 @@ class WatchedSource(Published):
         self.barrier = FaultBarrier(self.failed)
         self._said_compiled = self._dies_of_it = False
         self._left: tuple[int, Blocks] = (0, frozenset())
+        self._recorder: Recorder | None = None
+        self._libraries: dict[int, str] = {}
         self._server: Server | None = None
         self._engine_lock: EngineLock | None = None
         self._closing = threading.Event()
@@ -97,6 +99,7 @@ class WatchedSource(Published):
 
         A socket that cannot be had is said in one line; the watching goes on for what it is worth.
         """
+        self._recorder, self._libraries = recorder, kept_by_libraries(device)
         self.publisher.look_around(device)
         self.publisher.limit_memory(self._memory_limit_bytes)
         self.publisher.attach(recorder, tracer, every_step)
@@ -170,9 +173,11 @@ class WatchedSource(Published):
         if not trace.is_open:
             self.micro_batches = {step: n for step, n in self.micro_batches.items() if step > trace.step}
         step, held = self._left
-        named = name_leftovers(trace, held if step == trace.step - 1 else frozenset())
+        named = name_leftovers(trace, held if step == trace.step - 1 else frozenset(), self._libraries)
         if trace.is_complete:
             self._left = trace.step, leftovers(named)
+            if self._recorder is not None and (found := libraries_blocks(named, self._libraries.values())):
+                self._recorder.workspaces = {**self._recorder.workspaces, **found}
         if self._feed.run is not None:  # what comes before the first forward belongs to no run yet
             self.publisher.publish_trace(dataclasses.replace(named, micro_batches=count))
 

@@ -23,11 +23,11 @@ from torch import nn
 
 from gpumem_tui.engine.prediction.cuda_kernels import kernels
 from gpumem_tui.engine.prediction.cuda_patches import pytorch_paths
+from gpumem_tui.engine.prediction.cudnn_rnn import dropout_state_bytes
 from gpumem_tui.engine.prediction.fake_cuda import DEVICE, FakeCuda
 from gpumem_tui.engine.prediction.gpu_here import gpu_here
 from gpumem_tui.engine.prediction.gpus import Gpu
 from gpumem_tui.engine.prediction.op_cache import op_cache
-from gpumem_tui.engine.prediction.recurrent_layers import DROPOUT_STATE_BYTES
 
 FITTED = Path(__file__).parent / "results" / "recurrent.json"
 LAYERS = 150
@@ -201,7 +201,7 @@ def main() -> None:
     before = torch.cuda.memory_allocated()
     with torch.no_grad():
         nn.LSTM(8, 8, 2, dropout=0.5, device="cuda")(torch.zeros(1, 1, 8, device="cuda"))
-    state, expected = torch.cuda.memory_allocated() - before, card.multiprocessors * card.threads * DROPOUT_STATE_BYTES
+    state, expected = torch.cuda.memory_allocated() - before, dropout_state_bytes(card.multiprocessors, card.threads)
     print(f"state of dropout: {state:,} bytes and at most 512 more, predicted {expected:,}")
     rows, exact, too_low = [], 0, 0
     for layer in drawn(options.seed):
