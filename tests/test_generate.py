@@ -126,6 +126,15 @@ def test_estimate_generate_says_how_the_cache_grows(tmp_path: Path, capsys: pyte
     assert document["max_new_tokens"] > 2 and document["max_batch_size"] > 2
 
 
+def test_why_the_peak_has_more_of_the_cache_than_any_token_leaves_is_said() -> None:
+    """A layer's keys, or its values, are there as they were beside those that are longer by the token."""
+    found = predict(generation(seq_len=2, new_tokens=200, steps=200, batch_size=16), H100)
+    most = max(Ledger(trace).end[Category.KV_CACHE] for trace in found.run.traces())
+    more = found.by_category["kv_cache"] - most
+    assert more == pytest.approx(most / 2 / found.config.architecture.fields()["num_hidden_layers"], rel=0.01)
+    assert f"what it had is there as well: {more / 2**20:.1f} MiB more at the peak." in " ".join(str(found).split())
+
+
 @pytest.mark.parametrize(
     ("settings", "said"),
     [({"task": "sequence-classification"}, "is for causal language models"), ({"loss": "chunked"}, "set loss=full")],

@@ -130,16 +130,21 @@ def _room(prediction: Prediction) -> str:
 
 
 def _growth(prediction: Prediction) -> list[str]:
-    """The growth of the KV cache with the tokens generated."""
+    """The growth of the KV cache with the tokens generated, and why there is more of it at the peak."""
     config = prediction.config
     if not config.generates:
         return []
-    lines = ["", f"{'tokens in a row':<18}{'KV cache MiB':>14}{'peak MiB':>14}"]
+    lines, most = ["", f"{'tokens in a row':<18}{'KV cache MiB':>14}{'peak MiB':>14}"], 0
     for trace in prediction.run.traces():
         if trace.step:
             ledger, length = Ledger(trace), config.seq_len + trace.step - 1
             held = ledger.end.get(Category.KV_CACHE, 0)
+            most = max(most, held)
             lines.append(f"{length:<18}{held / MIB:>14.1f}{ledger.peak.bytes / MIB:>14.1f}")
+    peak = prediction.document.peak
+    if peak is not None and (more := peak.by_category[Category.KV_CACHE.key] - most) > 0:
+        said = f"while a layer adds a token, what it had is there as well: {more / MIB:.1f} MiB more at the peak."
+        lines += filled([f"This is the KV cache as each token leaves it; {said}"])
     return lines
 
 
