@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.prediction.any_module import MOVED
 from gpumem_tui.engine.prediction.convolutions import TILE_BYTES
 from gpumem_tui.engine.prediction.public import Prediction, Training, predict
 from gpumem_tui.engine.recording import Recording
@@ -105,7 +106,7 @@ def test_what_decides_by_data_is_said_with_its_place(decide: Callable[[Tensor], 
         loss.backward()
         optimizer.step()
 
-    (note,) = predict(linear, sgd, rows, deciding).notes
+    _, note = predict(linear, sgd, rows, deciding).notes
     assert note.startswith(f"tests/test_predict_modules.py:{decide.__code__.co_firstlineno}: ")
     assert note.endswith(".")
 
@@ -120,7 +121,8 @@ def test_a_number_that_is_only_logged_is_not_worth_a_word() -> None:
         optimizer.step()
         logged.append(f"{loss.item() / 2:.3f}")
 
-    assert predict(linear, sgd, rows, logging).notes == ()
+    notes = predict(linear, sgd, rows, logging).notes
+    assert notes == (f"tests/test_predict_modules.py:{linear.__code__.co_firstlineno}: {MOVED}.",)
     assert logged == ["0.000"] * 2
 
 

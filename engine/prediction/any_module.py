@@ -55,6 +55,8 @@ from .outcome import Prediction
 from .predict import came_to
 from .rehearsal import Counts, Rehearsal, rehearsed
 
+MOVED = "as written, the model stays on the CPU: it is predicted as if it and its batches were put on cuda"
+
 STEPS = 3
 """A step's tail behind `optimizer.step()` is the next one's: two of them are seen, and two whole steps."""
 
@@ -289,6 +291,7 @@ class _Rehearsing:
                     raise UserError(f"the function that builds the model returns {type(model).__name__}, no Module")
                 moved = not any(_on_gpu(tensor) for tensor in (*model.parameters(), *model.buffers()))
                 if moved:
+                    self.assumptions.say(MOVED, training.model)
                     model.to(DEVICE)
                 optimizer = training.optimizer(model)
             tracer.adopt(model, *optimizers_in(optimizer))

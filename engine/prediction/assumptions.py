@@ -27,9 +27,14 @@ class Assumptions:
         """A line each, in the order in which they came up."""
         return tuple(self._said)
 
-    def say(self, what: str) -> None:
-        """Something is taken for granted by the script's line that runs now."""
-        place = place_of_frame(sys._getframe(1))
+    def say(self, what: str, of: Callable[..., Any] | None = None) -> None:
+        """Something is taken for granted.
+
+        Args:
+            what: In words.
+            of: The script's function that it concerns; None: the line that runs now.
+        """
+        place = place_of_frame(sys._getframe(1)) if of is None else _place_of_function(of)
         self._said.setdefault(f"{place}: {what}." if place else f"{what}.")
 
     def number(self, tensor: Any, value: Any, decides: bool) -> Any:
@@ -110,6 +115,12 @@ def place_of_frame(frame: FrameType | None) -> str:
     while frame is not None and _of_library(frame):
         frame = frame.f_back
     return f"{_shown(frame.f_code.co_filename)}:{frame.f_lineno}" if frame is not None else ""
+
+
+def _place_of_function(function: Callable[..., Any]) -> str:
+    """`file:line` of a function of the script's; empty if it is none."""
+    code = getattr(function, "__code__", None)
+    return f"{_shown(code.co_filename)}:{code.co_firstlineno}" if code is not None else ""
 
 
 def place_of_error(error: BaseException) -> str:
