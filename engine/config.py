@@ -350,6 +350,8 @@ class RunConfig:
             model cannot be built.
         options: Value of every technique option, by name.
         memory_limit_bytes: Have the device behave as one with so much memory; 0: it is as it is.
+        foreign: Settings of a watched script that no value of their option says, by the option's name:
+            `{"optimizer": "Adam"}`. The option itself is as by default.
     """
 
     model: str = "tiny"
@@ -371,9 +373,11 @@ class RunConfig:
     architecture: Architecture | None = None
     options: Mapping[str, Value] = field(default_factory=dict)
     memory_limit_bytes: int = 0
+    foreign: Mapping[str, str] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "options", MappingProxyType(dict(self.options)))
+        object.__setattr__(self, "foreign", MappingProxyType(dict(self.foreign)))
         if self.pretrained:
             object.__setattr__(self, "architecture", None)
 
@@ -385,6 +389,10 @@ class RunConfig:
             value: Value = getattr(self, name)
             return value
         raise KeyError(name)
+
+    def shown(self, name: str) -> str:
+        """A setting's value for people."""
+        return self.foreign.get(name) or show(self[name])
 
     def text(self, name: str) -> str:
         """A text option's value."""
@@ -436,13 +444,14 @@ class RunConfig:
                 options[name] = value
             else:
                 raise KeyError(name)
-        return dataclasses.replace(self, options=options, **fields)
+        foreign = {name: value for name, value in self.foreign.items() if name not in changes}
+        return dataclasses.replace(self, options=options, foreign=foreign, **fields)
 
     def as_dict(self) -> dict[str, Any]:
         """Plain containers, ready for JSON; `engine.techniques.parse_config` reads them back."""
         fields = {f.name: getattr(self, f.name) for f in dataclasses.fields(self)}
         architecture = self.architecture.as_dict() if self.architecture is not None else None
-        return fields | {"architecture": architecture, "options": dict(self.options)}
+        return fields | {"architecture": architecture, "options": dict(self.options), "foreign": dict(self.foreign)}
 
 
 _WORKLOAD_NAMES = frozenset(option.name for option in WORKLOAD_OPTIONS)

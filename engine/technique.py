@@ -117,7 +117,10 @@ class Technique:
         order: Techniques apply in this order: a later one builds on the model
             that an earlier one leaves.
         options: The switch first, then its details.
-        in_script: How it is set in a training script of one's own.
+        in_script: How it is set in a training script of one's own; where it depends on the switch's value, by
+            value: one that is not named is had without what sets the others.
+        in_plain_script: The same for a model that is none of transformers'; "": as `in_script`; None: it means
+            nothing there.
         acts_on: The categories whose bytes it changes.
         variants: Settings that between them set every value which trains
             otherwise, each complete in itself: what the tests train, and what
@@ -154,9 +157,10 @@ class Technique:
     source: str
     order: int
     options: tuple[Option, ...]
-    in_script: str
+    in_script: str | Mapping[Value, str]
     acts_on: tuple[Category, ...]
     variants: tuple[Mapping[str, Value], ...]
+    in_plain_script: str | Mapping[Value, str] | None = ""
     packages: tuple[str, ...] = ()
     key: str = ""
     cost: str | Mapping[Value, str] = ""
@@ -189,7 +193,22 @@ class Technique:
     def in_effect(self, config: RunConfig) -> str:
         """The switch's value for people, as it has an effect: `on`, `off (checkpointing)`."""
         overruled = self.overruled(config)
-        return f"{show(overruled[0])} ({overruled[1]})" if overruled else show(config[self.name])
+        return f"{show(overruled[0])} ({overruled[1]})" if overruled else config.shown(self.name)
+
+    def means_something(self, config: RunConfig) -> bool:
+        """False where the model of a watched script is none of transformers', and only those have it."""
+        return not config.unknown_architecture or self.in_plain_script is not None or self._is_set(config)
+
+    def _is_set(self, config: RunConfig) -> bool:
+        return config[self.name] != self.switch.default or self.name in config.foreign
+
+    def script_lines(self, name: str, config: RunConfig) -> str:
+        """The way one of its options comes to be as it is in a configuration, in a script of one's own."""
+        lines = (config.unknown_architecture and self.in_plain_script) or self.in_script
+        if isinstance(lines, str):
+            return lines
+        every = " or ".join(dict.fromkeys(lines.values()))
+        return lines.get(config[self.name]) or (f"without {every}" if name == self.name else every)
 
     def cost_of(self, value: Value) -> str:
         """The cost of one of the switch's values; empty: nothing to speak of."""

@@ -77,7 +77,7 @@ def test_a_setting_that_cannot_be_is_refused_in_a_line(name: str) -> None:
         assert f"{name}=" in refusal_of(set_in(name, value)), value
 
 
-@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(SETTINGS) - {"options", "architecture"}))
+@pytest.mark.parametrize("name", sorted(set(PLAIN) - set(SETTINGS) - {"options", "architecture", "foreign"}))
 def test_a_field_that_cannot_be_is_refused_in_a_line(name: str) -> None:
     number = -3 if name == "memory_limit_bytes" else 3
     for value in [number, 2.5, [], {}, "", "two\nlines", *([] if name == "data" else [None])]:
@@ -85,10 +85,30 @@ def test_a_field_that_cannot_be_is_refused_in_a_line(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "plain", [None, 3, "text", [PLAIN], PLAIN | {"options": None}, PLAIN | {"options": [["lora", 1]]}]
+    "plain",
+    [
+        None,
+        3,
+        "text",
+        [PLAIN],
+        *(PLAIN | {name: wrong} for name in ("options", "foreign") for wrong in (None, [["lora", 1]])),
+    ],
 )
 def test_what_is_no_configuration_is_refused_in_a_line(plain: object) -> None:
     assert "is a mapping" in refusal_of(plain)
+
+
+@pytest.mark.parametrize(
+    "foreign", [{"colour": "red"}, {"optimizer": 3}, {"optimizer": "two\nlines"}, {"optimizer": ""}]
+)
+def test_what_a_script_cannot_have_set_is_refused_in_a_line(foreign: dict[str, object]) -> None:
+    assert "foreign." in refusal_of(PLAIN | {"foreign": foreign})
+
+
+def test_a_setting_that_is_no_value_of_ours_is_shown_until_it_is_changed() -> None:
+    config = techniques.parse_config(PLAIN | {"foreign": {"optimizer": "Adam"}}, "there")
+    assert config.shown("optimizer") == "Adam" and techniques.parse_config(config.as_dict(), "there") == config
+    assert config.with_({"optimizer": "sgd"}).shown("optimizer") == "sgd"
 
 
 def test_unknown_keys_are_named() -> None:

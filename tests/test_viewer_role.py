@@ -196,10 +196,10 @@ async def test_a_script_that_is_done_and_gone_has_not_failed() -> None:
     ("role", "gone", "said"),
     [
         (ViewerRole.OWNER, False, "enter applies 1 change as one restart"),
-        (ViewerRole.READ_ONLY, False, "1 change predicted; another viewer commands"),
-        (ViewerRole.WATCHING, False, "1 change predicted; enter says where the script sets it"),
+        (ViewerRole.READ_ONLY, False, "1 change collected; another viewer commands"),
+        (ViewerRole.WATCHING, False, "1 change collected; enter says where the script sets it"),
         (ViewerRole.GONE, False, "enter applies 1 change as one restart"),
-        (ViewerRole.GONE, True, "1 change predicted; the engine has gone"),
+        (ViewerRole.GONE, True, "1 change collected; the engine has gone"),
     ],
 )
 async def test_a_change_collected_says_what_can_be_done_with_it(role: ViewerRole, gone: bool, said: str) -> None:

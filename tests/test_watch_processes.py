@@ -84,7 +84,9 @@ def test_attach_shows_the_loop_and_toggles_become_advice(seen: Seen, tmp_path: P
         assert remote.role is ViewerRole.WATCHING and config is not None
         assert (config.model, config["checkpointing"], config.batch_size) == ("GPTNeoXForCausalLM", "layers", 2)
         wanted = config.with_({"kv_cache": not config["kv_cache"]})
-        with pytest.raises(UserError, match=r"is for your script to set: model\.config\.use_cache; it acts on"):
+        with pytest.raises(
+            UserError, match=r"is for your script to set: model\.config\.use_cache = (True|False); it acts on"
+        ):
             remote.command(Start(wanted))
         for command in (Stop(), Pause(True)):
             with pytest.raises(UserError, match="the loop is your own script's"):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from ..engine import techniques
+from ..engine.advice import meaningless
 from ..engine.config import Option, RunConfig, UserError, Value
 from ..engine.events import Environment
 from ..engine.feed import Source, ViewerRole
@@ -89,6 +90,15 @@ class Changes:
             ViewerRole.WATCHING: "enter says where the script sets it",
         }.get(self._source.role, "")
 
+    def meaningless(self, option: Option) -> str:
+        """The reason why a setting means nothing to the run on the screens; empty: it can be changed."""
+        base = self.base() if self._state.run.watched else None
+        return meaningless(option.name, base) if base is not None else ""
+
+    def listed(self) -> list[Offer]:
+        """Everything that can be changed and means something to the run on the screens."""
+        return [each for each in offered() if not self.meaningless(each[2])]
+
     # --- one more, one less -----------------------------------------------------------
 
     def next_value(self, option: Option, current: Value, by: int, around: bool) -> Value | None:
@@ -151,11 +161,13 @@ def choices(option: Option, current: Value) -> tuple[Value, ...]:
     return (*values, current)
 
 
-def offered() -> list[tuple[str, str, Option, Technique | None]]:
-    """Everything that can be changed: key, title, option, and the technique it switches."""
+Offer = tuple[str, str, Option, Technique | None]
+"""A setting that can be changed: key, title, option, and the technique it switches."""
+
+
+def offered() -> list[Offer]:
+    """Everything that can be changed."""
     named = techniques.all_options()
-    rows: list[tuple[str, str, Option, Technique | None]] = [
-        (key, title, named[name], None) for key, title, name in WORKLOAD
-    ]
+    rows: list[Offer] = [(key, title, named[name], None) for key, title, name in WORKLOAD]
     rows += [(t.key, t.title, t.switch, t) for t in techniques.by_group()]
     return rows

@@ -13,7 +13,7 @@ from dataclasses import replace
 from typing import NamedTuple
 
 from .. import techniques
-from ..advice import OF_WORKLOAD
+from ..advice import OF_WORKLOAD, script_lines
 from ..categories import Category
 from ..config import RunConfig, UserError, Value, show
 from ..events import Environment, Phase, StepTrace
@@ -258,13 +258,13 @@ class FixSearch:
     def _fix(self, settings: Settings, fits: bool = True) -> Fix:
         changed = {name: value for name, value in settings.items() if value != self._config[name]}
         effect = techniques.effect(self._config, self._config.with_(changed))
-        words = in_script if self._run.kind is RunKind.WATCHED else costs
+        watched = self._run.kind is RunKind.WATCHED
         return Fix(
             set=changed,
             peak_bytes=max(0, self._peak_bytes(settings) + self._beyond_bytes),
             fits=fits,
             keeps_mathematics=effect is Effect.NONE,
-            text=words(changed),
+            text=in_script(changed, self._config) if watched else costs(changed),
         )
 
 
@@ -379,11 +379,10 @@ def costs(settings: Settings) -> str:
     return "; ".join(words)
 
 
-def in_script(settings: Settings) -> str:
-    """Lines that make changes in a script of one's own."""
-    words = []
+def in_script(settings: Settings, config: RunConfig) -> str:
+    """Lines that change a configuration's settings in a script of one's own."""
+    words, changed = [], config.with_(settings)
     for name, value in settings.items():
-        technique = techniques.of_option(name)
-        how = technique.in_script if technique is not None else OF_WORKLOAD.get(name, ("",))[0]
+        how = script_lines(name, changed)
         words.append(f"{name}={show(value)} ({how})" if how else f"{name}={show(value)}")
     return ", ".join(words)

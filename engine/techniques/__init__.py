@@ -117,6 +117,9 @@ def parse_config(plain: object, where: str) -> RunConfig:
     fields = dict(_mapping(plain, f"{where}: a run configuration"))
     options = _mapping(fields.pop("options", {}), f"{where}: options")
     architecture = fields.pop("architecture", None)
+    foreign = _mapping(fields.pop("foreign", {}), f"{where}: foreign")
+    if wrong := [excerpt(n) for n, value in foreign.items() if n not in all_options() or not _is_line(value)]:
+        raise UserError(f"{where}: foreign.{wrong[0]} is not allowed")
     unknown = [excerpt(name) for name in fields if name not in _FIELDS]
     if unknown:
         raise UserError(f"{where}: run configuration has unknown keys: {excerpt(', '.join(sorted(unknown)))}")
@@ -127,7 +130,8 @@ def parse_config(plain: object, where: str) -> RunConfig:
         elif not _is_field(name, raw):
             raise UserError(f"{where}: {name}={excerpt(raw)} is not allowed")
     fields["architecture"] = None if architecture is None else _architecture(architecture, where)
-    return RunConfig(**fields, options=defaults()).with_(parse(options, where))
+    config = RunConfig(**fields, options=defaults()).with_(parse(options, where))
+    return dataclasses.replace(config, foreign=foreign)
 
 
 _FIELDS = frozenset(field.name for field in dataclasses.fields(RunConfig))
@@ -154,7 +158,11 @@ def _is_field(name: str, raw: object) -> bool:
         return isinstance(raw, int) and not isinstance(raw, bool) and 0 <= raw < 1 << 60
     if name == "data" and raw is None:
         return True
-    return isinstance(raw, str) and bool(raw) and raw.isprintable() and (name != "trace" or raw in TRACES)
+    return _is_line(raw) and (name != "trace" or raw in TRACES)
+
+
+def _is_line(raw: object) -> bool:
+    return isinstance(raw, str) and bool(raw) and raw.isprintable()
 
 
 def check(config: RunConfig, environment: Environment | None = None) -> None:
@@ -245,6 +253,6 @@ def label(config: RunConfig) -> str:
 def describe(config: RunConfig) -> str:
     """A run in one line: the model, batch and sequence, and what else differs from the defaults."""
     said = {name: config[name] for name in ("batch_size", "seq_len")} | dict(changed(config))
-    if not of_tokens(config):
+    if config.seq_len == 1 or not of_tokens(config):
         del said["seq_len"]
     return f"{config.model} {' '.join(f'{name}={show(value)}' for name, value in said.items())}"

@@ -60,7 +60,7 @@ TECHNIQUE = Technique(
             (0, 2, 4, 8, 16),
         ),
     ),
-    in_script="PYTORCH_ALLOC_CONF=expandable_segments:True python train.py",
+    in_script={"expandable-segments": "PYTORCH_ALLOC_CONF=expandable_segments:True python train.py"},
     acts_on=(Category.SLACK,),
     variants=({"allocator": "expandable-segments"}, {"allocator": "expandable-segments", "allocator.rounding": 4}),
     apply=apply,

@@ -55,7 +55,7 @@ TECHNIQUE = Technique(
     title="attention",
     group=Group.MODEL,
     summary="eager keeps the whole seq x seq score matrix of every head; sdpa and flash never build it",
-    formula="eager saves about 5·heads·batch·seq² bytes a layer at 16 bit; sdpa and flash 4·heads·batch·seq",
+    formula="eager keeps about 5·heads·batch·seq² bytes a layer at 16 bit; sdpa and flash 4·heads·batch·seq",
     source="https://arxiv.org/abs/2205.14135",
     cost="eager runs several kernels where sdpa runs one",
     order=20,
@@ -67,7 +67,11 @@ TECHNIQUE = Technique(
             ("auto", "sdpa", "eager", "flash_attention_2"),
         ),
     ),
-    in_script="from_pretrained(..., attn_implementation=...)",
+    in_script={
+        value: f"from_pretrained(..., attn_implementation={value!r})"
+        for value in ("sdpa", "eager", "flash_attention_2")
+    },
+    in_plain_script=None,
     acts_on=(Category.ACTIVATIONS,),
     variants=({"attention": "eager"}, {"attention": "sdpa"}, {"attention": "flash_attention_2", "dtype": "bfloat16"}),
     packages=("flash-attn",),

@@ -175,7 +175,18 @@ TECHNIQUE = Technique(
         Option("checkpointing.every", 2, "layers in a segment", (2, 3, 4, 6, 8), True, 1, 10_000),
         Option("checkpointing.reentrant", False, "the older implementation of torch.utils.checkpoint", (False, True)),
     ),
-    in_script="model.gradient_checkpointing_enable()",
+    in_script={
+        "layers": "model.gradient_checkpointing_enable()",
+        "selective": "model.gradient_checkpointing_enable({'use_reentrant': False, 'context_fn': ...})",
+        "segments": "torch.utils.checkpoint.checkpoint(...) around so many layers, in a forward of your own",
+        "input": "torch.utils.checkpoint.checkpoint(...) around all layers, in a forward of your own",
+    },
+    in_plain_script={
+        "layers": "torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False) for each layer",
+        "selective": "torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False, context_fn=...)",
+        "segments": "torch.utils.checkpoint.checkpoint_sequential(layers, segments, x, use_reentrant=False)",
+        "input": "torch.utils.checkpoint.checkpoint(model, x, use_reentrant=False)",
+    },
     acts_on=(Category.ACTIVATIONS,),
     variants=(
         {"checkpointing": "selective"},

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
 from ..categories import Category
-from ..config import Option, RunConfig, Value
+from ..config import DTYPES, Option, RunConfig, Value
 from ..technique import Group, Mathematics, Technique
 
 if TYPE_CHECKING:
@@ -107,7 +107,16 @@ TECHNIQUE = Technique(
             ("profile", "float32", "float16", "bfloat16", "mixed", "mixed-float16"),
         ),
     ),
-    in_script="from_pretrained(..., dtype=...)",
+    in_script={
+        "profile": "from_pretrained(..., dtype='auto')",
+        **{value: f"from_pretrained(..., dtype=torch.{value})" for value in DTYPES},
+        **{value: f"weights in float32, torch.autocast(device, torch.{AUTOCAST[value]})" for value in AUTOCAST},
+    },
+    in_plain_script={
+        "profile": "the dtype in which the model is made",
+        **{value: f"model.to(torch.{value}), and its inputs" for value in DTYPES},
+        **{value: f"weights in float32, torch.autocast(device, torch.{AUTOCAST[value]})" for value in AUTOCAST},
+    },
     acts_on=(
         Category.PARAMETERS,
         Category.GRADIENTS,

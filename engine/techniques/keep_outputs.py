@@ -26,7 +26,10 @@ TECHNIQUE = Technique(
     source="https://docs.pytorch.org/docs/stable/notes/faq.html#my-model-reports-cuda-runtime-error-2-out-of-memory",
     order=90,
     options=(Option("keep_outputs", True, "keep the outputs until the next forward has returned", (True, False)),),
-    in_script="del outputs after backward",
+    in_script={
+        True: "no del: the outputs live until the next forward has returned",
+        False: "del outputs after backward",
+    },
     acts_on=(Category.LOGITS_LOSS, Category.KV_CACHE),
     variants=({"keep_outputs": False},),
     key="e",

@@ -30,8 +30,10 @@ def overruled(config: RunConfig) -> tuple[Value, str] | None:
 
 
 def recognise(model: Any, _optimizer: Any) -> Mapping[str, Value]:
-    """`use_cache` of the model's configuration; a model without one builds none."""
-    return {"kv_cache": bool(getattr(getattr(model, "config", None), "use_cache", False))}
+    """`use_cache` of transformers' configuration of the model; with one that has no such field it builds none."""
+    config = getattr(model, "config", None)
+    known = isinstance(getattr(config, "model_type", None), str)
+    return {"kv_cache": bool(getattr(config, "use_cache", False))} if known else {}
 
 
 TECHNIQUE = Technique(
@@ -51,7 +53,8 @@ TECHNIQUE = Technique(
             ("dynamic", "static", "quantized"),
         ),
     ),
-    in_script="model.config.use_cache",
+    in_script={value: f"model.config.use_cache = {value}" for value in (True, False)},
+    in_plain_script=None,
     acts_on=(Category.KV_CACHE,),
     variants=({"kv_cache": False},),
     key="c",

@@ -208,7 +208,8 @@ TECHNIQUE = Technique(
         ),
         Option("lora.tokens", 20, "virtual tokens before each row, for lora.kind=prompt", (8, 20, 64), True, 1, 65536),
     ),
-    in_script="peft.get_peft_model(model, LoraConfig(...))",
+    in_script={True: "peft.get_peft_model(model, LoraConfig(...))"},
+    in_plain_script={True: "peft.get_peft_model(model, LoraConfig(target_modules=[...])), of linear layers above all"},
     acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE),
     variants=(
         {"lora": True, "lora.r": 4, "lora.targets": "all-linear"},

@@ -123,7 +123,16 @@ TECHNIQUE = Technique(
             ("full", "chunked", "linear-cross-entropy", "liger"),
         ),
     ),
-    in_script="trl.SFTTrainer does; torch.nn.functional.linear_cross_entropy; TrainingArguments(use_liger_kernel=True)",
+    in_script={
+        "chunked": "trl.SFTTrainer does it",
+        "linear-cross-entropy": "torch.nn.functional.linear_cross_entropy(hidden, head.weight, labels)",
+        "liger": "TrainingArguments(use_liger_kernel=True)",
+    },
+    in_plain_script={
+        "chunked": "torch.utils.checkpoint.checkpoint(...) around head and loss, a chunk of rows at a time",
+        "linear-cross-entropy": "torch.nn.functional.linear_cross_entropy(hidden, head.weight, labels)",
+        "liger": "liger_kernel.transformers.LigerFusedLinearCrossEntropyLoss()(head.weight, hidden, labels)",
+    },
     acts_on=(Category.LOGITS_LOSS,),
     variants=({"loss": "chunked"}, {"loss": "linear-cross-entropy"}, {"loss": "liger"}),
     packages=("liger-kernel", "trl"),

@@ -59,7 +59,7 @@ TECHNIQUE = Technique(
     cost="one pass over the gradients; the first steps may be skipped until the scale fits",
     order=15,
     options=(Option("loss_scaling", False, "train through torch.amp.GradScaler", (False, True)),),
-    in_script="scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()",
+    in_script={True: "scaler.scale(loss).backward(); scaler.step(optimizer); scaler.update()"},
     acts_on=(Category.GRADIENTS,),
     variants=(
         {"loss_scaling": True, "dtype": "mixed-float16"},

@@ -107,7 +107,14 @@ TECHNIQUE = Technique(
             (False, True),
         ),
     ),
-    in_script="SFTConfig(activation_offloading=True); activation_checkpointing_kwargs={'offload': True}",
+    in_script={
+        "activations": "SFTConfig(activation_offloading=True)",
+        "checkpoints": "activation_checkpointing_kwargs={'offload': True}",
+    },
+    in_plain_script={
+        "activations": "torch.autograd.graph.save_on_cpu(pin_memory=True) around the forward",
+        "checkpoints": "torch.autograd.graph.save_on_cpu(pin_memory=True) around the checkpoints",
+    },
     acts_on=(Category.ACTIVATIONS,),
     variants=(
         {"offload": "activations"},

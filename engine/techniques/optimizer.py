@@ -129,11 +129,11 @@ def mathematics(config: RunConfig) -> Mathematics:
 
 
 def recognise(_model: Any, optimizer: Any) -> Mapping[str, Value]:
-    """Its class, and how torch's own loops over parameters."""
+    """Its class, by its own name where no value is that; and how torch's own loops over parameters."""
     optimizer = next(iter(getattr(optimizer, "optimizers", {}).values()), optimizer)  # stepped in backward
     kind = CLASSES.get(type(optimizer).__name__)
     if kind is None:
-        return {}
+        return {"optimizer": type(optimizer).__name__} if optimizer is not None else {}
     if type(optimizer).__name__ == "AdamW" and type(optimizer).__module__.startswith("bitsandbytes."):
         # transformers' `adamw_bnb_8bit` and `paged_adamw_8bit` are this one, with arguments.
         bits = getattr(optimizer.args, "optim_bits", 32)
@@ -192,7 +192,22 @@ TECHNIQUE = Technique(
             ),
         ),
     ),
-    in_script="another optimizer's class",
+    in_script={
+        "adamw": "torch.optim.AdamW(...)",
+        "adamw-fused": "torch.optim.AdamW(..., fused=True)",
+        "adamw-single": "torch.optim.AdamW(..., foreach=False)",
+        "adamw-8bit": "bitsandbytes.optim.AdamW8bit(...)",
+        "paged-adamw": "bitsandbytes.optim.PagedAdamW32bit(...)",
+        "paged-adamw-8bit": "bitsandbytes.optim.PagedAdamW8bit(...)",
+        "ao-adamw-8bit": "torchao.optim.AdamW8bit(...)",
+        "ao-adamw-4bit": "torchao.optim.AdamW4bit(...)",
+        "ao-adamw-fp8": "torchao.optim.AdamWFp8(...)",
+        "cpu-offload": "torchao.optim.CPUOffloadOptimizer(..., torch.optim.AdamW)",
+        "muon": "torch.optim.Muon(...) of the matrices, AdamW of the rest",
+        "adafactor": "torch.optim.Adafactor(...)",
+        "sgd": "torch.optim.SGD(...)",
+        "sgd-momentum": "torch.optim.SGD(..., momentum=0.9)",
+    },
     acts_on=(Category.OPTIMIZER_STATE,),
     variants=tuple({"optimizer": k} for k in (*ADAMW[1:], *BITSANDBYTES, *TORCHAO, "muon", "adafactor", *SGD)),
     packages=("bitsandbytes", "torchao"),

@@ -218,7 +218,11 @@ TECHNIQUE = Technique(
             ("auto", "default"),
         ),
     ),
-    in_script="torchrun, and DistributedDataParallel(model), fully_shard(layer) or deepspeed.initialize(...)",
+    in_script={
+        "ddp": "torchrun, and DistributedDataParallel(model)",
+        "fsdp2": "torchrun, and fully_shard(layer) for each, fully_shard(model)",
+        **dict.fromkeys(ZERO, "torchrun, and deepspeed.initialize(...)"),
+    },
     acts_on=(Category.PARAMETERS, Category.GRADIENTS, Category.OPTIMIZER_STATE),
     variants=(
         {"parallel": "ddp", "parallel.ranks": 1},

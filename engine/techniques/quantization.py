@@ -193,7 +193,14 @@ TECHNIQUE = Technique(
             (True, False),
         ),
     ),
-    in_script="from_pretrained(..., quantization_config=BitsAndBytesConfig(...))",
+    in_script=dict.fromkeys(
+        ("nf4", "fp4", "int8"), "from_pretrained(..., quantization_config=BitsAndBytesConfig(...))"
+    ),
+    in_plain_script={
+        "nf4": "bitsandbytes.nn.LinearNF4 for its linear layers, and adapters beside them",
+        "fp4": "bitsandbytes.nn.LinearFP4 for its linear layers, and adapters beside them",
+        "int8": "bitsandbytes.nn.Linear8bitLt for its linear layers, and adapters beside them",
+    },
     acts_on=(Category.PARAMETERS,),
     variants=(  # what is quantized is frozen: something beside it has to be trained
         {"lora": True, "quantization": "nf4"},

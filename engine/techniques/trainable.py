@@ -113,7 +113,7 @@ TECHNIQUE = Technique(
             ("auto", "on", "off"),
         ),
     ),
-    in_script="parameter.requires_grad_(False)",
+    in_script=dict.fromkeys(("last-layers", "norms-biases"), "parameter.requires_grad_(False) for the others"),
     acts_on=(Category.GRADIENTS, Category.OPTIMIZER_STATE, Category.ACTIVATIONS),
     variants=(
         {"trainable": "last-layers", "trainable.layers": 2},

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator, Mapping
@@ -12,7 +13,7 @@ from typing import Any
 import torch
 
 from .. import tasks, techniques
-from ..config import DTYPES, Architecture, RunConfig, UserError, Value
+from ..config import DTYPES, Architecture, RunConfig, UserError, Value, excerpt
 from ..tracing import zero
 from ..tracing.hooks import unwrapped
 from .batch import Batch
@@ -51,7 +52,9 @@ def config_of(
         architecture=architecture_of(inner),
         options=techniques.defaults(),
     )
-    return config.with_(dict(admitted(found)))
+    known = dict(admitted(found))
+    foreign = {name: excerpt(value) for name, value in found.items() if name not in known and str(value)}
+    return dataclasses.replace(config.with_(known), foreign=foreign)
 
 
 def architecture_of(model: torch.nn.Module) -> Architecture | None:

@@ -51,7 +51,7 @@ class Line(NamedTuple):
     def now(self, config: RunConfig) -> str:
         """Its value in a configuration, as it has an effect."""
         is_switch = self.technique is not None and not self.detail
-        return self.technique.in_effect(config) if self.technique and is_switch else show(config[self.option.name])
+        return self.technique.in_effect(config) if self.technique and is_switch else config.shown(self.option.name)
 
 
 class TechniquesPage(Page):
@@ -131,7 +131,7 @@ class TechniquesPage(Page):
     def lines(self) -> list[Line]:
         """The lines that can be selected: details only of what is expanded."""
         found: list[Line] = []
-        for key, title, option, technique in offered():
+        for key, title, option, technique in self.changes.listed():
             found.append(Line(key, title, option, technique))
             if technique is not None and option.name in self.expanded:
                 found += [Line("", o.name, o, technique, detail=True) for o in technique.options[1:]]
@@ -297,7 +297,7 @@ class TechniquesPage(Page):
         config, collected = self.candidate(line, wanted, base), wanted[name] != base[name]
         now = line.now(base)
         # Where another setting decides, which one takes the place of a change that would do nothing.
-        overruled = now != show(base[name]) and not collected
+        overruled = now != base.shown(name) and not collected
         row.add(f"{shorten(now, now_cells + change_cells * overruled - 1 + overruled):<{now_cells}}", style)
         arrow = ("-> " if palette.ascii else "→ ") if collected else ""
         new = shorten(show(config[name]), change_cells - len(arrow) - 1) if config is not None else UNKNOWN
@@ -362,6 +362,7 @@ class TechniquesPage(Page):
     def _values(self, line: Line, wanted: RunConfig, width: int) -> list[Row]:
         """All values of the selected setting; the unavailable ones greyed, with the reason of the first."""
         palette, current = self.palette, wanted[line.option.name]
+        is_current = line.option.name not in wanted.foreign
         row, reasons = Row().add(" "), dict[Value, str]()
         rows = [row]
         for value in choices(line.option, current):
@@ -369,11 +370,12 @@ class TechniquesPage(Page):
             if reason is not None:
                 reasons[value] = reason
             text = f"[{show(value)}{self._change(line, value, wanted)}]"
-            text = text if value == current else f" {text[1:-1]} "
+            chosen = value == current and is_current
+            text = text if chosen else f" {text[1:-1]} "
             if row.width + len(text) >= width:
                 row = Row().add(" ")
                 rows.append(row)
-            row.add(text, palette.bold if value == current else palette.off if reason else palette.plain)
+            row.add(text, palette.bold if chosen else palette.off if reason else palette.plain)
         rows += self._history(line, wanted, width)
         if not reasons:
             return rows
@@ -415,7 +417,8 @@ class TechniquesPage(Page):
             return [Row().add(f" {line}", palette.bad) for line in wrap(problem, width - 2)]
         changed = f"{len(pending)} change{'s' * (len(pending) > 1)}"
         applied = self.changes.applied
-        text = f" {changed} predicted; {applied}" if applied else f" enter applies {changed} as one restart"
+        said = "predicted" if self.forecasts.predictions and not self.forecasts.impossible() else "collected"
+        text = f" {changed} {said}; {applied}" if applied else f" enter applies {changed} as one restart"
         wanted = self.changes.wanted()
         last = self.measured(wanted) if wanted is not None else None
         row = Row().add(text, palette.busy)
@@ -441,5 +444,8 @@ class TechniquesPage(Page):
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
+    if nothing := page.changes.meaningless(option):
+        page.state.say(nothing)
+        return
     page.select(option)
     page.changes.collect(option, by, around)
