@@ -80,6 +80,8 @@ def tag_modules(model: torch.nn.Module, tagger: Tagger, guard: Guard = unguarded
     with ExitStack() as undo:
         for name, module in model.named_modules():
             index = tagger.name(name)
+            if hands_on(module):
+                continue
             parent = tagger.name(LOSS if module is head else name.rpartition(".")[0])
             before_backward = guard(partial(_before_backward, tagger, index))
             enter = guard(partial(_enter, tagger, index))
@@ -105,6 +107,11 @@ def tag_steps_in_backward(tagger: Tagger, guard: Guard = unguarded) -> Iterator[
         undo.callback(register_optimizer_step_pre_hook(guard(begins)).remove)
         undo.callback(register_optimizer_step_post_hook(guard(ended)).remove)
         yield
+
+
+def hands_on(module: torch.nn.Module) -> bool:
+    """True if a module returns what it is given, as a dropout of 0 does: it allocates nothing."""
+    return isinstance(module, torch.nn.Identity) or (type(module) is torch.nn.Dropout and module.p == 0)
 
 
 WRAPPERS = ("DistributedDataParallel", "FullyShardedDataParallel", "DeepSpeedEngine")

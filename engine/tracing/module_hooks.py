@@ -153,16 +153,23 @@ class ModuleHooks(_Registry):
             undo.callback(setattr, self, "_is_installed", False)
             self._installed, self._is_installed = undo.pop_all(), True
 
+    # Every module of a traced step comes through these two: they call no more than they have to.
+
     def _global_before(self, module: torch.nn.Module, args: Any) -> None:
-        if _is_written_down():
+        if _is_compiling() or _is_tracing():
             return
         for before in self._of_all:
             before(module, args)
-        self._before(module, args)
+        for hooked in self._hooked.get(id(module), ()):
+            if hooked.module() is module:
+                hooked.before(module, args)
 
     def _global_after(self, module: torch.nn.Module, args: Any, output: Any) -> None:
-        if not _is_written_down():
-            self._after(module, args, output)
+        if _is_compiling() or _is_tracing():
+            return
+        for hooked in self._hooked.get(id(module), ())[::-1]:
+            if hooked.module() is module:
+                hooked.after(module, args, output)
 
 
 class _CompiledCall:
@@ -233,9 +240,12 @@ class CallHooks(_Registry):
         return undo
 
 
+_is_compiling, _is_tracing = torch.compiler.is_compiling, torch._C._is_tracing
+
+
 def _is_written_down() -> bool:
     """True if a forward pass is being compiled, exported or traced, rather than run."""
-    return torch.compiler.is_compiling() or torch._C._is_tracing()
+    return _is_compiling() or _is_tracing()
 
 
 def _something_is_compiled() -> bool:
