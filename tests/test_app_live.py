@@ -248,7 +248,7 @@ async def test_what_saves_most_is_the_best_of_all_values_and_says_how_many_are_t
     so_far = r"saves most so far \(\d+ of \d+\), as another training: "
     assert re.fullmatch(rf"{so_far}l LoRA on, ~-3\.00 GiB", lines[2])
     assert re.fullmatch(rf"{so_far}o optimizer sgd, ~-5\.00 GiB", lines[3])
-    assert lines[4] == "saves most: a accumulation 4 with b batch size 1, ~-6.00 GiB"
+    assert lines[4] == "saves most: accumulation 4 with batch size 1, ~-6.00 GiB"
 
 
 @pytest.mark.parametrize("size", SIZES)
@@ -267,6 +267,12 @@ async def test_what_keeps_the_mathematics_comes_first_and_the_larger_saving_is_s
         assert "try first: k checkpointing segments, ~-2.00 GiB" in driver.text
         assert "saves more: " in driver.text and "saves most" not in driver.text
         assert "o optimizer sgd, ~-9.00 GiB (another training)" in driver.text
+        await driver.press("4", "k")
+        assert driver.app.control.changes.pending == {"checkpointing": "segments"}, "a key's first press is as named"
+        await driver.press("k")
+        assert driver.app.control.changes.pending == {"checkpointing": "input"}, "and steps on from there"
+        await driver.press("z", "z", "1", "k")
+        assert driver.last_start.config["checkpointing"] == "segments"
 
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24)])

@@ -258,7 +258,7 @@ async def test_what_was_measured_is_remembered_and_nothing_else() -> None:
 
 @pytest.mark.parametrize("size", [(80, 24), (100, 30)])
 async def test_a_row_shows_the_value_that_saves_most_and_below_are_the_figures_of_all(size: tuple[int, int]) -> None:
-    """Not the next one, which the key steps to."""
+    """The key goes to it before it steps on."""
 
     def rule(config: RunConfig) -> int:
         saved = {"layers": 20, "segments": 30, "input": 10}.get(config.text("checkpointing"), 0)

@@ -75,7 +75,7 @@ async def test_predictions_stand_before_and_measurements_beside_them() -> None:
         assert "~ is predicted for H100 80GB" in driver.text
         oracle.ready = True
         await driver.press("1")
-        assert "try first on H100 80GB: a accumulation 8 with b batch size 1, ~-7.0 MiB" in driver.text
+        assert "try first on H100 80GB: accumulation 8 with batch size 1, ~-7.0 MiB" in driver.text
         assert "saves more: l LoRA on, ~-50.0 MiB (another training)" in driver.text
         await driver.press("4")
         await driver.press("down")

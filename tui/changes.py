@@ -115,13 +115,10 @@ class Changes:
                 return values[position]
         return None
 
-    def collect(self, option: Option, by: int, around: bool = False) -> None:
-        """Step an option's value without applying it."""
-        base, wanted = self.base(), self.wanted()
-        if base is None or wanted is None:
-            return
-        value = self.next_value(option, wanted[option.name], by, around)
-        if value is None:
+    def collect(self, option: Option, value: Value | None) -> None:
+        """Take an option to a value without applying it; None: it stays."""
+        base = self.base()
+        if base is None or value is None:
             return
         self._undo.append(dict(self.pending))
         if value == base[option.name]:

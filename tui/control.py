@@ -68,11 +68,29 @@ class Control:
         if base is None:
             self.state.say("no run has started yet")
             return
-        value = self.changes.next_value(option, base[option.name], by, around)
+        value = self.next_value(option, base[option.name], by, around)
         if value is None:
             self.state.say(f"{option.name} stays {show(base[option.name])}: there is no other value to step to")
         elif self._start(base.with_({option.name: value})):
             self.state.say(f"{option.name}: {show(base[option.name])} → {show(value)}, restarting (z goes back)")
+
+    def next_value(self, option: Option, current: Value, by: int, around: bool) -> Value | None:
+        """The value that a key goes to: forward first the one named as what saves most, or else the next one."""
+        named = self.forecasts.named().get(option.name) if by > 0 and current == self._base_value(option) else None
+        if named is not None and named != current:
+            return named
+        return self.changes.next_value(option, current, by, around)
+
+    def collect(self, option: Option, by: int, around: bool) -> None:
+        """Take an option to the value that its key goes to, without applying it."""
+        if nothing := self.changes.meaningless(option):
+            self.state.say(nothing)
+        elif (wanted := self.changes.wanted()) is not None:
+            self.changes.collect(option, self.next_value(option, wanted[option.name], by, around))
+
+    def _base_value(self, option: Option) -> Value | None:
+        base = self.changes.base()
+        return base[option.name] if base is not None else None
 
     def change(self, changes: Mapping[str, Value]) -> None:
         """Restart with some settings changed at once."""

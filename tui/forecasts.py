@@ -121,6 +121,12 @@ class Forecasts:
                 best.append(saving)
         return Strongest(tuple(best), tried, len(configs))
 
+    def named(self) -> Mapping[str, Value]:
+        """The values of the single settings that are named as what saves most: of a setting, the one to try first."""
+        best = self.strongest() if self.state.requested is None else None
+        found = best.found if best is not None else ()
+        return {n: v for saving in reversed(found) if len(saving.changes) == 1 for n, v in saving.changes.items()}
+
     def impossible(self) -> str:
         """The reason why nothing of the shown run can be predicted; empty: it can, or that is not known yet."""
         config, predictions = self.state.run.config or self._changes.base(), self.predictions

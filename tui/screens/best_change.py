@@ -64,11 +64,18 @@ def _fitting(texts: Sequence[str], cells: int) -> str:
 
 
 def _names(forecasts: Forecasts, saving: Saving, with_effect: bool) -> list[str]:
-    """`a accumulation 4 with b batch size 1, ~-6.00 GiB (other rounding)`, then with keys alone, then no effect."""
-    acts, unit = forecasts.state.acts, forecasts.state.unit
-    known = {option.name: (key if acts else "", title) for key, title, option, _ in offered()}
-    whole = [" ".join(filter(None, (*known[name], show(value)))) for name, value in saving.changes.items()]
-    brief = [f"{known[name][0] or known[name][1]} {show(value)}" for name, value in saving.changes.items()]
+    """`k checkpointing layers, ~-6.00 GiB (other rounding)`, then with its key alone, then no effect.
+
+    A key is named where its first press gives the value.
+    """
+    named, unit = forecasts.named() if forecasts.state.acts else {}, forecasts.state.unit
+    titles = {option.name: (key, title) for key, title, option, _ in offered()}
+    known = [
+        (titles[name][0] if len(saving.changes) == 1 and named.get(name) == value else "", titles[name][1], show(value))
+        for name, value in saving.changes.items()
+    ]
+    whole = [" ".join(filter(None, parts)) for parts in known]
+    brief = [f"{key or title} {value}" for key, title, value in known]
     effect = f" ({saving.effect.title})" * with_effect
     forms = ((whole, effect), (brief, effect), (brief, ""))
     return [f"{' with '.join(parts)}, ~-{unit.full(saving.saved_bytes)}{said}" for parts, said in forms]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from ...engine.config import Option, RunConfig, Value, show
@@ -61,6 +62,7 @@ class TechniquesPage(Page):
     title = "techniques"
     lead = "letters or "
     changing = "changes are collected, enter applies"
+    changing_script = "changes are collected, enter says where the script sets them"
 
     selected = 0
     top = 0
@@ -70,7 +72,7 @@ class TechniquesPage(Page):
     def make_actions(self) -> tuple[Action, ...]:
         """A letter changes a setting; enter applies all changes as one restart."""
         self.expanded: set[str] = set()
-        self._savers: dict[str, Value] = {}
+        self._named: Mapping[str, Value] = {}
         text = "change the selected setting"
         return (
             *moves("select a setting"),
@@ -100,7 +102,9 @@ class TechniquesPage(Page):
     def change(self, by: int) -> None:
         """Step the selected setting's value."""
         lines = self.lines()
-        self.changes.collect(lines[min(self.selected, len(lines) - 1)].option, by)
+        option = lines[min(self.selected, len(lines) - 1)].option
+        if (wanted := self.changes.wanted()) is not None:
+            self.changes.collect(option, self.changes.next_value(option, wanted[option.name], by, around=False))
 
     def undo(self) -> None:
         """Take back the last change collected; if there is none, go back to the run before, once that was announced."""
@@ -138,20 +142,14 @@ class TechniquesPage(Page):
         return found
 
     def candidate(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig | None:
-        """The collected changes and this setting's: its value that saves most, or its key's; None: no other value."""
+        """The collected changes and this setting's, as its key would change it; None: no other value."""
         name = line.option.name
         if wanted[name] != base[name]:
             return wanted
-        value = self._savers.get(name)
+        value = self._named.get(name)
         if value is None or value == wanted[name]:
             value = self.changes.next_value(line.option, wanted[name], 1, around=True)
         return None if value is None else wanted.with_({name: value})
-
-    def _look_for_savers(self) -> None:
-        """Take note of the values that the line below names as what saves most, by their settings."""
-        best = self.forecasts.strongest()
-        found = best.found if best is not None else ()
-        self._savers = {n: v for saving in found if len(saving.changes) == 1 for n, v in saving.changes.items()}
 
     def against(self, line: Line, wanted: RunConfig, base: RunConfig) -> RunConfig:
         """The configuration without a setting's change: all that is collected but this one, if that can be had."""
@@ -188,7 +186,7 @@ class TechniquesPage(Page):
         base, wanted = self.changes.base(), self.changes.wanted()
         if base is None or wanted is None:
             return None
-        self._look_for_savers()
+        self._named = self.forecasts.named()
         cells = []
         for line in self.lines():
             config = self.candidate(line, wanted, base)
@@ -204,7 +202,7 @@ class TechniquesPage(Page):
         base, wanted = self.changes.base(), self.changes.wanted()
         if base is None or wanted is None:
             return [Row(), Row().add(" No run has started yet.", self.palette.dim)]
-        self._look_for_savers()
+        self._named = self.forecasts.named()
         lines = self.lines()
         self.selected = min(self.selected, len(lines) - 1)
         below = 8 if height < 30 else 10
@@ -444,8 +442,6 @@ class TechniquesPage(Page):
 
 
 def _collect(page: TechniquesPage, option: Option, by: int, around: bool) -> None:
-    if nothing := page.changes.meaningless(option):
-        page.state.say(nothing)
-        return
-    page.select(option)
-    page.changes.collect(option, by, around)
+    if not page.changes.meaningless(option):
+        page.select(option)
+    page.control.collect(option, by, around)
