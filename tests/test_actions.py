@@ -75,7 +75,7 @@ async def test_help_lists_every_action_of_the_screen_it_is_called_from(screen: s
         await driver.press(str(SCREENS.index(screen) + 1), "?")
         text = " ".join(driver.text.split())
         actions = (*driver.app.board.pages[SCREENS.index(screen)].actions, *driver.app.board.everywhere)
-        offered = offered_here(actions, not recordings, recordings)
+        offered = offered_here(actions, not recordings, recordings, True)
         assert offered != actions
         for action in actions:
             assert (wrap(action.text, 60)[0] in text) == (action in offered and bool(action.keys))
@@ -90,7 +90,7 @@ async def test_the_command_palette_offers_every_action_and_does_it(recordings: b
         offered = {command.title: command for command in driver.app.get_system_commands(driver.app.screen)}
         actions = (*driver.app.board.page.actions, *driver.app.board.everywhere)
         exports = {f"Export the run: {name}" for name in registry()}
-        titles = {action.title for action in offered_here(actions, not recordings, recordings)}
+        titles = {action.title for action in offered_here(actions, not recordings, recordings, True)}
         assert set(offered) == titles | exports
         await driver.pilot.press(":")
         await driver.pilot.pause()

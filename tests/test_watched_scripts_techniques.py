@@ -89,6 +89,18 @@ async def test_where_nothing_is_predicted_no_change_is_said_to_be() -> None:
         assert "1 change collected; enter says where the script sets it" in driver.text
 
 
+async def test_help_offers_a_viewer_of_a_script_nothing_that_only_the_script_can_do() -> None:
+    async with shown(watched(PLAIN), (80, 100)) as driver:
+        await driver.press("?")
+        said = " ".join(driver.text.split())
+        assert "A letter says where your script sets a technique." in said and "restart the run" not in said
+        assert "hold the run" not in said and "stop the run and free" not in said and "take over" not in said
+        assert "settings: a letter says where your script sets it" in said
+        assert "checkpointing: next value" in said and "KV cache: next value" not in said
+        await driver.press("?", "4", "?")
+        assert "enter says where the script sets them" in driver.text
+
+
 @pytest.mark.usefixtures("runtime_folder")
 async def test_an_optimizer_that_is_no_value_of_ours_goes_by_its_own_name(seen: Seen) -> None:
     model = torch.nn.Linear(4, 4)

@@ -34,6 +34,7 @@ class Action(NamedTuple):
         label: In the screen's row of keys; empty: not there.
         acts: It takes an engine: on a recording it is not offered, and refused.
         several: It takes another run to look at, likewise.
+        own: It takes a loop of the engine's own, likewise: a watched script is restarted and held where it runs.
     """
 
     name: str
@@ -44,17 +45,23 @@ class Action(NamedTuple):
     label: str = ""
     acts: bool = False
     several: bool = False
+    own: bool = False
 
 
-def offered_here(actions: Iterable[Action], live: bool, several: bool) -> tuple[Action, ...]:
+def offered_here(actions: Iterable[Action], live: bool, several: bool, own: bool) -> tuple[Action, ...]:
     """The actions that can do anything.
 
     Args:
         actions: Some.
         live: Whether there is an engine.
         several: Whether there is another run to look at.
+        own: Whether the loop is the engine's own.
     """
-    return tuple(action for action in actions if (live or not action.acts) and (several or not action.several))
+    return tuple(
+        action
+        for action in actions
+        if (live or not action.acts) and (several or not action.several) and (own or not action.own)
+    )
 
 
 def calling(method: str, *arguments: Any) -> Callable[[Any], None]:
@@ -93,11 +100,11 @@ EVERYWHERE: tuple[Action, ...] = (
     Action("undo", ("z",), "Undo", "undo the last change: of those collected, or go back to the run before",
            lambda app: app.page.undo()),
     Action("restart", ("r",), "Restart the run", "restart the run as it is", lambda app: app.control.restart(),
-           acts=True),
+           acts=True, own=True),
     Action("hold", ("h",), "Hold the run, or let it go on", "hold the run at the next micro-batch, or let it go on",
-           lambda app: app.control.toggle_pause(), acts=True),
+           lambda app: app.control.toggle_pause(), acts=True, own=True),
     Action("stop", ("x",), "Stop the run", "stop the run and free everything", lambda app: app.control.stop(),
-           acts=True),
+           acts=True, own=True),
     Action("save", ("s",), "Save a recording", "save a recording: gpumem-tui open FILE shows it again",
            lambda app: app.control.save()),
     Action("export", ("X",), "Export the run as a page", "export the run as a page for a browser; other formats: :",
@@ -116,7 +123,7 @@ EVERYWHERE: tuple[Action, ...] = (
     Action("slower", ("[",), "Refresh less often", "refresh less often, more often", lambda app: app.refresh_by(-1)),
     Action("faster", ("]",), "Refresh more often", "refresh less often, more often", lambda app: app.refresh_by(1)),
     Action("take-over", ("!",), "Take over", "take over from whoever commands this engine",
-           lambda app: app.control.take_over(), acts=True),
+           lambda app: app.control.take_over(), acts=True, own=True),
     Action("tour", ("w",), "Tour", "the tour of the first start", lambda app: app.start_tour()),
 )  # fmt: skip
 

@@ -22,7 +22,7 @@ from textual.screen import Screen
 from ..engine.config import UserError, show
 from ..engine.exports import registry
 from ..engine.feed import End, Source, ViewerRole
-from .actions import Action, offered_here
+from .actions import Action
 from .board import Board, fits
 from .interrupt import INTERRUPTED, end
 from .palette import Palette
@@ -193,7 +193,7 @@ class GpumemApp(App[None], inherit_bindings=False):
     def get_system_commands(self, screen: Screen[object]) -> Iterable[SystemCommand]:
         """The command palette: every action that can be had here, and the run in every format."""
         for actions, target in ((self.page.actions, self.page), (self.board.everywhere, self)):
-            for action in offered_here(actions, self.state.acts, self.state.several):
+            for action in self.board.offered(actions, self.state.acts):
                 text = f"{' '.join(action.keys)}  {action.text}"
                 yield SystemCommand(action.title, text, partial(self.perform, action, target))
         for name, made in registry().items():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -97,11 +98,15 @@ class Board:
                     return action, page
         return None
 
+    def offered(self, actions: Iterable[Action], live: bool) -> tuple[Action, ...]:
+        """The actions that can do anything here."""
+        return offered_here(actions, live, self.state.several, not self.control.changes.of_script)
+
     def elsewhere(self, key: str) -> str:
         """The answer to a character that does nothing here: the screens where it does something."""
         found: dict[str, list[str]] = {}
         for page in self.pages:
-            for action in offered_here(page.actions, self.state.acts, self.state.several):
+            for action in self.offered(page.actions, self.state.acts):
                 if key in action.keys:
                     found.setdefault(action.title, []).append(page.title)
         where = "; ".join(f"{title} ({', '.join(pages)})" for title, pages in found.items())
@@ -247,7 +252,7 @@ class Board:
     def _keys(self, width: int, commands: bool, resumes: str, lead: str) -> Row:
         """The keys of the page for whoever looks at it."""
         row = Row().add(f" {resumes}" if resumes else "", self.palette.busy).add(" ·" if resumes else "")
-        keys = lead + hint(offered_here(self.page.actions, commands, self.state.several))
+        keys = lead + hint(self.offered(self.page.actions, commands))
         if self.state.several:
             keys += f" · {self._name('run.next')} {self._name('run.before')} runs"
         return row.add(f" {whole_parts(keys.split(' · '), ' · ', width - 2 - row.width)}", self.palette.dim)
@@ -259,11 +264,10 @@ class Board:
         said = "" if role in (ViewerRole.OWNER, ViewerRole.ATTACHED) else f" {role}"
         row = Row().add(" ")
         own = {key for action in self.page.actions for key in action.keys}
-        for page, title in zip(self._in_footer(), self._titles(width - len(said)), strict=True):
-            if keys[f"screen.{page.title}"] in own:
-                continue
+        pages = [page for page in self._in_footer() if keys[f"screen.{page.title}"] not in own]
+        for page in self._with_room(pages, width - len(said)):
             row.add(keys[f"screen.{page.title}"], palette.accent)
-            row.add(title, palette.bold if page is self.page else palette.dim).add(" ")
+            row.add(f" {page.title}", palette.bold if page is self.page else palette.dim).add(" ")
         row.add(said, palette.bad)
         labels = (("help", "help"), ("quit", "quit"), ("pause", "go on" if self.frozen else "pause"))
         for name, label in labels:
@@ -274,15 +278,14 @@ class Board:
     def _in_footer(self) -> list[Page]:
         return [page for page in self.pages if page.in_footer or page is self.page]
 
-    def _titles(self, width: int) -> list[str]:
-        """The names of the screens behind their digits; of those without room, the last ones first, the digit alone."""
-        pages = self._in_footer()
-        titles = [f" {page.title}" for page in pages]
-        for n in reversed([n for n, page in enumerate(pages) if page is not self.page]):
-            if sum(len(title) + len("1 ") for title in titles) + len(" ? help") + 1 < width:
+    def _with_room(self, pages: Sequence[Page], width: int) -> list[Page]:
+        """The screens with room for digit and name: the last ones go first, the one that is on never."""
+        kept = list(pages)
+        for page in reversed([page for page in pages if page is not self.page]):
+            if sum(len(f"1 {each.title} ") for each in kept) + len(" ? help") + 1 < width:
                 break
-            titles[n] = ""
-        return titles
+            kept.remove(page)
+        return kept
 
 
 def fits(width: int, height: int) -> bool:

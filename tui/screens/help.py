@@ -88,17 +88,19 @@ class HelpPage(Page):
     def _keys(self, width: int) -> list[Row]:
         """The selected part, then the keys: the screen's own, those of every screen, a letter for each setting."""
         palette, page = self.palette, self._page()
-        live, several = self.state.acts, self.state.several
+        live, several, of_script = self.state.acts, self.state.several, self.changes.of_script
         topic = page.topic()
         rows = [Row().add(f" {topic.title}", palette.bold)]
         rows += [Row().add(f" {line}") for line in wrap(topic.text, width - 2)]
-        offered = offered_here(page.actions, live, several)
-        settings = [action for action in offered if action.name.startswith("change.")]
-        own = [action for action in offered if action not in settings]
+        offered = offered_here(page.actions, live, several, not of_script)
+        own = [action for action in offered if not action.name.startswith("change.")]
+        listed = {f"change.{option.name}" for _, _, option, _ in self.changes.listed()}
+        settings = [action for action in offered if action.name.removesuffix("-back") in listed]
+        changing = page.changing_script if of_script else page.changing
         for title, actions in (
             (f"keys on {page.title}, from here too; arrows scroll", own),
-            ("keys everywhere", offered_here(self._everywhere(), live, several)),
-            (f"settings: {page.changing}", settings),
+            ("keys everywhere", offered_here(self._everywhere(), live, several, not of_script)),
+            (f"settings: {changing}", settings),
         ):
             if actions:
                 rows += [Row(), Row().add(f" {title}", palette.bold)]

@@ -57,6 +57,7 @@ class LivePage(Page):
     lead = "a letter changes a technique and restarts · z back · "
     advising = "a letter says where your script sets it · "
     changing = "a change restarts the run"
+    changing_script = "a letter says where your script sets it"
     focus: str | Category | None = None
     """The part selected; None: none."""
     _alone: list[Category] = list(Category)  # noqa: RUF012
@@ -78,10 +79,16 @@ class LivePage(Page):
         return Topic(
             "live",
             "What fills the GPU now, what filled it at the peak, and how far the edge is. Up and down select a part of "
-            "the screen; ? then explains that part."
-            + " Letters change a technique and restart the run."
-            * self.state.acts,
+            "the screen; ? then explains that part." + self._letters(),
         )
+
+    def _letters(self) -> str:
+        """The effect of letters, as a sentence; empty: they have none."""
+        if not self.state.acts:
+            return ""
+        if self.changes.of_script:
+            return " A letter says where your script sets a technique."
+        return " Letters change a technique and restart the run."
 
     def move(self, by: int) -> None:
         """Select another part."""

@@ -37,6 +37,7 @@ class Page(ABC):
         lead: Begins its row of keys, for who commands an engine.
         advising: Begins it for who watches a script that is alive.
         changing: What comes of changing a setting here, for the help.
+        changing_script: The same where a script is watched.
         actions: What can be done here and not everywhere.
         typing: Whether keys are text at the moment, for `type`.
         go: Goes to another screen, by its title.
@@ -47,6 +48,7 @@ class Page(ABC):
     lead = ""
     advising = ""
     changing = ""
+    changing_script = ""
     typing = False
 
     def __init__(self, state: ViewState, control: Control, palette: Palette) -> None:
