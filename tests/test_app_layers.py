@@ -216,6 +216,16 @@ async def test_a_layers_tensors_are_listed_with_all_their_bytes() -> None:
         assert "at peak" in driver.lines[3]
 
 
+async def test_why_tensors_have_no_shape_is_said_where_operators_were_not_watched() -> None:
+    said = "no shape: its operator was not watched"
+    for source, is_said in ((trained(2), True), (Recording(RECORDINGS / "h100-tiny.gpumem"), False)):
+        async with shown(source, (100, 40)) as driver:
+            await driver.press("3", "down", "enter")
+            assert (said in driver.text) is is_said
+            await driver.press("escape", "2")
+            assert (said in driver.text) is is_said
+
+
 async def test_layers_are_found_by_name() -> None:
     source = FakeSource(layers=40)
     source.start()

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 from ...engine.events import Phase
-from ...engine.ledger import LiveBlock
+from ...engine.ledger import Ledger, LiveBlock
 from ..draw import Row
 from ..palette import Palette
 from ..units import UNKNOWN, Unit, shorten, tail
@@ -17,6 +19,15 @@ SHORT = {"bfloat16": "bf16", "float16": "fp16", "float32": "fp32", "float64": "f
 def shape_of(block: LiveBlock) -> str:
     """`[8, 256, 2048] float16`; empty for a block that no operator was seen to return, whose shape is not known."""
     return f"{list(block.shape)} {block.dtype}" if block.dtype else ""
+
+
+def why_no_shape(ledger: Ledger, blocks: Iterable[LiveBlock]) -> str:
+    """The reason why some blocks have no shape; empty: all have, or those that have none are no operator's result.
+
+    In a watched script operators are not looked at: shapes are those of tensors whose owner could be asked.
+    """
+    unwatched = not len(ledger.trace.made) and any(not block.dtype for block in blocks)
+    return "no shape: its operator was not watched" if unwatched else ""
 
 
 def _fitting(shape: str, cells: int) -> str:

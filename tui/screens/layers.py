@@ -11,7 +11,7 @@ from ..draw import Row
 from ..layer_table import GROUPS, NO_LAYER, LayerRow, LayerTable, layer_table, modules_of, owners_in, shared_prefix
 from ..run_state import LayerRecomputes
 from ..units import IN_MIB, UNKNOWN, Unit, count, tail, unit_for
-from .blocks import block_row, made_in, shape_of
+from .blocks import block_row, made_in, shape_of, why_no_shape
 from .page import Page, Table, Topic, scrolled
 
 NAME = 13
@@ -305,14 +305,16 @@ class LayersPage(Page):
         blocks = self.tensors()
         unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
         self.selected = max(0, min(self.selected, len(blocks) - 1))
-        self.top = scrolled(self.top, self.selected, height - 1, len(blocks))
+        why = [Row().add(f" {said}", self.palette.dim)] if (said := why_no_shape(ledger, blocks)) else []
+        body = height - 1 - len(why)
+        self.top = scrolled(self.top, self.selected, body, len(blocks))
         title = Row().add(f" {self.opened or NO_LAYER}", self.palette.bold)
         held = unit.full(sum(block.bytes for block in blocks))
         title.add(f"  {count(len(blocks))} tensors, {held} at the peak of step {ledger.trace.step}", self.palette.dim)
         if title.width + len(back := "esc goes back") + 2 < width:
             title.right(back, width - 1, self.palette.accent)
-        shown = blocks[self.top : self.top + height - 1]
-        return [title, *(block_row(block, unit, self.palette, width) for block in shown)]
+        shown = blocks[self.top : self.top + body]
+        return [title, *(block_row(block, unit, self.palette, width) for block in shown), *why]
 
     def _title(self, ledger: Ledger, length: int, body: int) -> Row:
         palette, unit = self.palette, self._unit

@@ -9,7 +9,7 @@ from ..actions import Action, calling
 from ..draw import Row
 from ..units import count, duration, tail, unit_for
 from ..widgets.area import area, column_of, columns
-from .blocks import block_row
+from .blocks import block_row, why_no_shape
 from .page import Page, Topic
 
 AXIS_WIDTH = 8
@@ -310,5 +310,6 @@ class StepPage(Page):
             return []
         blocks = ledger.largest(event, min(10, room - 1))
         unit = unit_for(max((block.bytes for block in blocks), default=0), self.state.units)
-        rows = [Row().add(f" largest now, {unit.name}", palette.dim)]
-        return rows + [block_row(block, unit, palette, width) for block in blocks]
+        head = Row().add(f" largest now, {unit.name}", palette.dim)
+        head.right(why_no_shape(ledger, blocks), width - 1, palette.dim)
+        return [head, *(block_row(block, unit, palette, width) for block in blocks)]
