@@ -14,6 +14,8 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from gpumem_tui.engine.categories import Category
 from gpumem_tui.engine.config import UserError
+from gpumem_tui.engine.events import StepTrace
+from gpumem_tui.engine.generate import generate
 from gpumem_tui.engine.kv_caches import RESIDUAL, FourBitLayer, grow, kv_cache
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.prediction.gpus import gpu
@@ -21,6 +23,9 @@ from gpumem_tui.engine.prediction.outcome import Prediction
 from gpumem_tui.engine.prediction.predict import predict
 from gpumem_tui.engine.prediction.prediction_text import text
 from gpumem_tui.engine.prediction.rehearsal import told_tokens
+from gpumem_tui.engine.tracing.op_tracker import OpTracker
+from gpumem_tui.engine.tracing.tracer import Tracer
+from gpumem_tui.engine.train import loaded
 from gpumem_tui.engine.workload import prepare
 from gpumem_tui.profiles import model_profile, run_fields
 from gpumem_tui.tui.cli import main
@@ -68,6 +73,20 @@ def test_what_is_predicted_of_the_cache_is_what_a_run_holds(engine: Engine, kind
     assert (last, done["unknown_bytes_max"]) == (TOKENS, 0)
     # A GPU's blocks are multiples of 512 bytes; a CPU's are as they are.
     assert held(found)[PROMPT + TOKENS - 1] == pytest.approx(measured, rel=0.02)
+
+
+def test_of_a_step_under_way_the_cache_is_known_as_far_as_it_has_come() -> None:
+    traces: list[StepTrace] = []
+    config, tracker = generation(steps=2), OpTracker()
+    tracer = Tracer(tracker, traces.append, lambda _: None, publish_every_s=0.0)
+    with tracker, loaded(prepare(config, torch.device("cpu")), tracer) as workload:
+        generate(config, workload, tracer, lambda _: True, lambda: None, lambda _: None)
+    tracer.release()
+    *under_way, last = (trace for trace in traces if trace.step == 2)
+    assert len(under_way) > 50 and last.is_complete
+    whole = Ledger(last)
+    for trace in under_way[::10]:
+        assert Ledger(trace).end[Category.KV_CACHE] == whole.at(len(trace.events) - 1)[Category.KV_CACHE]
 
 
 def test_the_tokens_between_make_no_difference(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -298,6 +298,7 @@ class Tracer:
             return
         with self._costing():
             writer.own_gradients()
+            writer.own_all(self._refusals.held())  # a KV cache has grown since the step began
             self._take(writer.step, OPEN)
         self._assembler.go_on()
         writer.due_s = time.perf_counter() + self._publish_every_s
