@@ -47,7 +47,7 @@ ONCE: list[tuple[Any, str]] = [
 OFTEN: list[tuple[Any, str]] = [
     *[(Tracer, name) for name in ("own_batch", "own_held", "phase", "step", "recomputing")],
     *[(StepWriter, name) for name in ("tag", "own", "name", "leaf", "own_model", "taken")],
-    *[(OpTracker, name) for name in ("see", "start", "drain", "stamp", "address", "allocated_bytes", "peak_bytes")],
+    *[(OpTracker, name) for name in ("see", "start", "drain", "stamp", "address", "allocated_bytes", "counters")],
     *[(hooks, name) for name in ("_enter", "_leave", "_before_backward", "_tensor_in")],
     *[(WatchedLoop, name) for name in ("forward_begins", "forward_ends", "_backward_begins", "optimizer_begins")],
     *[(WatchedLoop, name) for name in ("optimizer_ends", "_begin_step", "look_for_others")],
