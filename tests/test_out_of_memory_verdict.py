@@ -79,6 +79,10 @@ def test_what_is_free_on_the_device_is_held_against_the_segment_that_torch_takes
         "10.0 MiB are cached and 12.0 MiB of the device are free, together enough for the segment of 20.0 MiB that "
         "torch takes for 8.0 MiB, but the largest cached piece is 6.0 MiB",
     )
+    small = Pool(stream=0, pool="small", cached_bytes=3 * MIB, largest_free_block_bytes=MIB)
+    pools = (pool(10 * MIB, 6 * MIB), small)
+    both = Refused(8 * MIB, 20 * MIB, 108 * MIB, 12 * MIB, limit_bytes=120 * MIB, pools=pools)
+    assert judge(both, CARD)[1].startswith("10.0 MiB are cached in the large pool and 12.0 MiB of the device are free")
     verdict, full = reason(7 * MIB)
     assert verdict is Verdict.FULL and full.endswith(
         "free, less than the segment of 20.0 MiB that torch takes for 8.0 MiB"

@@ -61,7 +61,9 @@ def judge(refused: Refused, around: Circumstances) -> tuple[Verdict, str]:
     if asked > room + around.somebody_elses_bytes:
         text = f"{size_text(asked)} at once are more than the {size_text(room)} that torch could have were it empty"
         return Verdict.TOO_BIG, text
-    said = f"{size_text(cached)} are cached and {size_text(free)} of the device are free"
+    others_too = any(pool not in usable for pool in refused.pools)
+    where = f" in the {_size_class(refused)} pool" * others_too
+    said = f"{size_text(cached)} are cached{where} and {size_text(free)} of the device are free"
     taken = _taken(refused)
     little = f"{said}, less than {taken}"
     if cached + free >= needed:
@@ -108,9 +110,13 @@ def _is_small(refused: Refused) -> bool:
     return refused.needed_bytes <= SMALL_SEGMENT_BYTES
 
 
+def _size_class(refused: Refused) -> str:
+    return "small" if _is_small(refused) else "large"
+
+
 def _by_usability(refused: Refused) -> tuple[list[Pool], list[Pool]]:
     """The pools that the request could be served from, and those that hold pieces of its size class for others."""
-    size_class = "small" if _is_small(refused) else "large"
+    size_class = _size_class(refused)
     alike = [pool for pool in refused.pools if pool.pool.split(" ")[0] == size_class]
     usable = [pool for pool in alike if pool.stream == refused.stream and pool.pool == size_class]
     return usable, [pool for pool in alike if pool not in usable]
