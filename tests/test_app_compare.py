@@ -12,7 +12,7 @@ from gpumem_tui.engine.events import Phase
 from gpumem_tui.engine.feed import Feed
 from gpumem_tui.engine.ledger import Ledger
 from gpumem_tui.engine.recording import Recording, write
-from gpumem_tui.engine.run_events import Recomputed
+from gpumem_tui.engine.run_events import Recomputed, StepEnded
 from gpumem_tui.tui.event_log import Filter
 from gpumem_tui.tui.run_summary import summarize
 from gpumem_tui.tui.screens.compare import HIGHEST, LAYERS, MODES, REFERENCE, SAVED, _together
@@ -41,6 +41,16 @@ async def test_runs_are_compared_by_category_phase_and_layer() -> None:
         a, b = (run.by_layer["gpt_neox.layers.3"] for run in (first, second))
         row = next(line for line in driver.lines if "layers.3" in line).split()
         assert row[1:3] == [f"{a / MIB:.1f}", f"{b / MIB:.1f}"]
+
+
+async def test_the_time_of_a_run_is_its_median_step_and_says_so() -> None:
+    source = trained(1)
+    for step, seconds in enumerate((0.040, 0.042, 0.042, 0.345), 2):
+        source.feed.tell(StepEnded(text="", step=step, seconds=seconds))
+    async with shown(source) as driver:
+        await driver.press("5")
+        assert driver.lines[1].rstrip().endswith("median step, peak in")
+        assert "42 ms" in driver.line("A ")
 
 
 @pytest.mark.parametrize("size", [(60, 20), (80, 24), (120, 40)])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from dataclasses import dataclass, field
+from statistics import median
 
 from ..engine.config import RunConfig
 from ..engine.run import Run, RunKind
@@ -20,6 +22,9 @@ from ..engine.run_events import (
     RunStarted,
     StepEnded,
 )
+
+RECENT_STEPS = 64
+"""Steps whose times are kept, for their median."""
 
 STEADY_STEPS = 2
 """The step from which on a run holds all it will hold."""
@@ -71,6 +76,7 @@ class RunState:
         loss: Of that step.
         lost_loss: `nan` or `inf`, once the loss was no number.
         seconds: It took.
+        recent_seconds: The last steps took.
         tokens: It trained on; None: its rows are no tokens.
         rows: It trained on.
         traced: Whether it was traced.
@@ -96,6 +102,7 @@ class RunState:
     loss: float | None = None
     lost_loss: str = ""
     seconds: float | None = None
+    recent_seconds: deque[float] = field(default_factory=lambda: deque(maxlen=RECENT_STEPS))
     tokens: int | None = 0
     rows: int = 0
     traced: bool = False
@@ -138,6 +145,11 @@ class RunState:
     def imported(self) -> bool:
         """True if it is a snapshot of PyTorch's, whose settings nobody knows."""
         return self.run is not None and self.run.kind is RunKind.IMPORTED
+
+    @property
+    def median_seconds(self) -> float | None:
+        """The median time of the last steps; None: no time is known."""
+        return median(self.recent_seconds) if self.recent_seconds else None
 
     @property
     def tokens_per_s(self) -> float | None:
@@ -209,7 +221,9 @@ class RunState:
         self.step, self.loss, self.seconds = event.step, event.loss, event.seconds
         self.tokens, self.rows = event.tokens, event.rows
         self.traced, self.trace_seconds = event.traced, event.trace_seconds
-        self.train_seconds += event.seconds or 0.0
+        if event.seconds is not None:
+            self.recent_seconds.append(event.seconds)
+            self.train_seconds += event.seconds
         peak = event.peak_bytes
         if peak is not None and (self.peak_bytes is None or peak > self.peak_bytes):
             self.peak_bytes, self.peak_step = peak, event.step

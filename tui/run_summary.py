@@ -41,7 +41,7 @@ class RunSummary(NamedTuple):
         by_layer: Bytes at the peak by layer, the model's own under "".
         by_owner: Bytes at the peak by category and owner.
         saved_by_layer: Activations kept as forward ends (`Ledger.saved_by_layer`), in the step of the peak.
-        seconds: Of its last step.
+        median_seconds: Of its last steps.
         tokens_per_s: Of its last step.
         steps: That ended.
         highest_bytes: By the allocator's own counter, of untraced steps too; None: not known.
@@ -62,7 +62,7 @@ class RunSummary(NamedTuple):
     by_layer: dict[str, int]
     by_owner: Owned
     saved_by_layer: dict[str, int] | None
-    seconds: float | None
+    median_seconds: float | None
     tokens_per_s: float | None
     steps: int
     highest_bytes: int | None = None
@@ -114,7 +114,7 @@ def summarize(
         by_layer=_by_layer(highest) if highest else {},
         by_owner=owned(highest, highest.peak.event) if highest else {},
         saved_by_layer=highest.saved_by_layer if highest else None,
-        seconds=told.seconds,
+        median_seconds=told.median_seconds,
         tokens_per_s=told.tokens_per_s,
         steps=told.step,
         highest_bytes=told.peak_bytes,

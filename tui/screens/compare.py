@@ -25,6 +25,9 @@ FIGURE, NAME, WIDEST = 9, 18, 36
 LEGEND_ROWS = 5
 """The least rows of the list of runs: more where the comparison leaves room."""
 
+LEGEND_HEAD = "median step, peak in"
+"""The heads of what stands at the right of the list of runs."""
+
 PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
 
 Line = tuple[str, list[int | None], Category | None]
@@ -195,6 +198,8 @@ class ComparePage(Page):
         listed = self._listed(len(runs), max(LEGEND_ROWS, height - len(heads) - len(lines) - 2))
         if len(listed) < len(runs):
             title.add(f"  {len(listed)} of {len(runs)} runs, ← → to the others", palette.busy)
+        if title.width + len(LEGEND_HEAD) + 1 < width:
+            title.right(LEGEND_HEAD, width - 1, palette.dim)
         rows = [title, *self._legend(runs, listed, unit, width), *heads]
         body = max(1, height - len(rows) - 1)
         self.top = max(0, min(self.top, len(lines) - body))
@@ -272,7 +277,7 @@ class ComparePage(Page):
             parts = [part for part in run.label.split() if i == self.base or part not in common]
             label = whole_parts(parts, " ", room - len(name) - 2, counted=True)
             row.add(f"{shorten(f'{name}  {label}', room):<{room}}", style)
-            speed = "" if run.seconds is None else duration(run.seconds)
+            speed = "" if run.median_seconds is None else duration(run.median_seconds)
             where = run.peak_where.removesuffix(" step")
             rows.append(row.right(f" {speed}  {where}"[:27], width - 1, self.palette.dim))
         return rows
