@@ -100,11 +100,11 @@ async def test_ctrl_c_in_the_first_seconds_is_the_end_without_a_question() -> No
 
 @pytest.mark.parametrize("role", [ViewerRole.ATTACHED, ViewerRole.READ_ONLY])
 async def test_ctrl_c_asks_once_there_is_a_run_to_lose_and_is_an_answer(
-    role: ViewerRole, monkeypatch: pytest.MonkeyPatch
+    role: ViewerRole,
 ) -> None:
-    monkeypatch.setattr("gpumem_tui.tui.app.NOTHING_TO_LOSE_S", 0.0)
+    """From the start, if the app has not started the engine."""
     engine = source(role)
-    app = GpumemApp(engine, refresh_hz=0)
+    app = GpumemApp(engine, refresh_hz=0, started=False)
     async with app.run_test(size=(80, 24)) as pilot:
         await pilot.press("ctrl+c")
         if role is ViewerRole.ATTACHED:

@@ -37,7 +37,7 @@ from .writer import send, writing
 QUIT_QUESTION = "d detach, the run goes on · x stop the run and quit · esc stay"
 
 NOTHING_TO_LOSE_S = 10.0
-"""Time after the start in which Ctrl-C ends the app, and the engine it has started, without a question."""
+"""Time after the start in which Ctrl-C ends the app and the engine it has started, without a question."""
 
 RATES = (0.5, 1.0, 2.0, 4.0, 10.0, 20.0)
 """Refreshes a second that `[` and `]` step through."""
@@ -55,6 +55,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         predictions: Peaks of configurations that have not run.
         tour: Begin with the tour, and call this when it has been left; None: begin without.
         on_shown: Called once the first frame has been drawn.
+        started: The engine has been started with the app, which has nothing to lose in its first seconds.
     """
 
     TITLE = "gpumem-tui"
@@ -77,6 +78,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         predictions: Predictions | None = None,
         tour: Callable[[], object] | None = None,
         on_shown: Callable[[], object] = lambda: None,
+        started: bool = True,
     ) -> None:
         # The terminal's own colours have to be known before Textual decides how
         # to do without colours (NO_COLOR).
@@ -92,7 +94,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         self.ended = self.interrupted = False
         self._wants_tour, self._on_shown = tour is not None, on_shown
         self._tour, self._on_tour_left = Tour(), tour or (lambda: None)
-        self._began_s = time.monotonic()
+        self._asks_from_s = time.monotonic() + NOTHING_TO_LOSE_S * started
         self._ticks: list[float] = []
 
     def compose(self) -> ComposeResult:
@@ -284,7 +286,7 @@ class GpumemApp(App[None], inherit_bindings=False):
         """Ctrl-C: what `quit` does, and at its question the end of the run; in the first seconds the end at once."""
         if self.board.question:
             self._answer("x", INTERRUPTED)
-        elif self._commands_a_run() and time.monotonic() - self._began_s > NOTHING_TO_LOSE_S:
+        elif self._commands_a_run() and time.monotonic() > self._asks_from_s:
             self.quit()
             self.draw()
         else:

@@ -104,7 +104,7 @@ def _printed(config: RunConfig, flags: argparse.Namespace, settings: Settings) -
         session.close()
 
 
-def view(source: JobSource, launcher: Launcher, settings: Settings) -> int:
+def view(source: JobSource, launcher: Launcher, settings: Settings, started: bool = True) -> int:
     """Show an engine's process, and see to it that it ends if it was told to; returns the exit code.
 
     Args:
@@ -112,12 +112,13 @@ def view(source: JobSource, launcher: Launcher, settings: Settings) -> int:
         launcher: What starts engines for `source`; one that it has started ends
             with an app that was interrupted, or never came to be seen.
         settings: The config file, and what was typed.
+        started: The engine has been started just now.
     """
     from ...engine.feed import ViewerRole
     from ...engine.service import END_WITHIN_S
 
     try:
-        app = show(source, settings, launcher.let_stay)
+        app = show(source, settings, launcher.let_stay, started)
         # It has an orderly end of so many seconds, and then a disorderly one.
         ended = app.ended and source.wait_ended(2 * END_WITHIN_S)
         if app.interrupted and source.role is ViewerRole.ATTACHED:
@@ -182,13 +183,16 @@ def require_terminal() -> None:
         raise UserError("this is no terminal; to run without the app: gpumem-tui run")
 
 
-def show(source: Source, settings: Settings, on_shown: Callable[[], object] = lambda: None) -> GpumemApp:
+def show(
+    source: Source, settings: Settings, on_shown: Callable[[], object] = lambda: None, started: bool = True
+) -> GpumemApp:
     """The app, until it is quit.
 
     Args:
         source: What is shown.
         settings: The config file, and what was typed.
         on_shown: Called once it is seen.
+        started: The engine has been started just now.
     """
     with asked_background(settings["theme"] == "auto") as background:
         from ..app import GpumemApp
@@ -201,6 +205,7 @@ def show(source: Source, settings: Settings, on_shown: Callable[[], object] = la
         app = GpumemApp(
             source, refresh_hz=refresh_hz(settings), settings=settings, background=found,
             predictions=predictions, tour=partial(_touch, note) if note else None, on_shown=on_shown,
+            started=started,
         )  # fmt: skip
         gc.freeze()  # what has been imported stays: no collection need look at it again while frames are due
         end_with_terminal(sys.stdin.fileno())

@@ -28,4 +28,4 @@ def main(flags: argparse.Namespace) -> int:
     launcher = Launcher()
     source = JobSource(None if info and info.kind == "watch" else launcher, take=flags.take, version=version())
     source.attach(job)
-    return view(source, launcher, display_settings(flags))
+    return view(source, launcher, display_settings(flags), started=False)
