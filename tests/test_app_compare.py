@@ -49,7 +49,7 @@ async def test_the_time_of_a_run_is_its_median_step_and_says_so() -> None:
         source.feed.tell(StepEnded(text="", step=step, seconds=seconds))
     async with shown(source) as driver:
         await driver.press("5")
-        assert driver.lines[1].rstrip().endswith("median step, peak in")
+        assert driver.lines[1].rstrip().endswith("median step, peak")
         assert "42 ms" in driver.line("A ")
 
 

@@ -73,6 +73,8 @@ def test_nothing_is_written_when_nothing_changes_and_q_ends_it() -> None:
 def test_the_terminal_shows_what_the_app_says_it_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rows drawn by the compositor and cells sent past it, over each other, on a real terminal."""
     monkeypatch.chdir(tmp_path)
+    # A prediction that comes between the picture and the look at the terminal would be on one of them alone.
+    subprocess.run([*TUI, "config", "set", "predict=off"], check=True, capture_output=True)
     with opened("--hz", "20") as terminal:
         screen = Screen(80, 24)
         screen.feed(terminal.tail.decode())

@@ -25,7 +25,7 @@ FIGURE, NAME, WIDEST = 9, 18, 36
 LEGEND_ROWS = 5
 """The least rows of the list of runs: more where the comparison leaves room."""
 
-LEGEND_HEAD = "median step, peak in"
+LEGEND_HEAD = "median step, peak"
 """The heads of what stands at the right of the list of runs."""
 
 PHASES = (Phase.LOAD, Phase.FORWARD, Phase.RECOMPUTE, Phase.BACKWARD, Phase.OPTIMIZER)
