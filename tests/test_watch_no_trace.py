@@ -13,7 +13,6 @@ import types
 import weakref
 from collections.abc import Callable
 from contextlib import nullcontext
-from functools import partial
 from multiprocessing.reduction import ForkingPickler
 from typing import Any
 
@@ -26,7 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import GPTNeoXConfig, GPTNeoXForCausalLM
 
 from gpumem_tui.engine import recompute
-from gpumem_tui.engine.tracing.module_hooks import call_hooks, keyword_arguments, module_hooks
+from gpumem_tui.engine.tracing.module_hooks import keyword_arguments, module_hooks
 from gpumem_tui.engine.tracing.op_tracker import OpTracker
 from gpumem_tui.watch import watch
 
@@ -101,6 +100,10 @@ def exported(model: Net) -> int:
     return len(torch.export.export(model, (torch.ones(3, 4),)).graph.nodes)
 
 
+def strictly_exported(model: Net) -> int:
+    return len(torch.export.export(model, (torch.ones(3, 4),), strict=True).graph.nodes)
+
+
 def scripted(model: Net) -> str:
     return unnumbered(torch.jit.script(model).graph)  # type: ignore[no-untyped-call]
 
@@ -118,7 +121,9 @@ def transformed(model: Net) -> torch.Size:
     return torch.vmap(torch.func.jacrev(model))(torch.ones(5, 4)).shape
 
 
-USES: list[Callable[[Net], Any]] = [pickled, saved, spawned, copied, exported, scripted, traced, transformed]
+USES: list[Callable[[Net], Any]] = [
+    pickled, saved, spawned, copied, exported, strictly_exported, scripted, traced, transformed
+]  # fmt: skip
 
 
 @pytest.mark.parametrize("use", USES, ids=lambda use: use.__name__)
@@ -136,19 +141,6 @@ def test_a_watched_model_is_used_as_an_unwatched_one(use: Callable[[Net], Any]) 
             train(model, optimizer)
             assert not watching or not scope.barrier.off  # type: ignore[union-attr]
     assert results[0] == results[1]
-
-
-def test_a_strict_export_waits_for_the_end_of_the_watch() -> None:
-    """It fails under hooks on all modules, whoever has them; the training and its watching go on."""
-    strict = partial(torch.export.export, args=(torch.ones(3, 4),), strict=True)
-    model, optimizer = small()
-    with watch(model, optimizer) as watched:
-        train(model, optimizer)
-        with pytest.raises(torch._dynamo.exc.Unsupported):
-            strict(model)
-        train(model, optimizer)
-        assert not watched.barrier.off
-    assert len(strict(model).graph.nodes) == exported(model)
 
 
 def checkpointed() -> GPTNeoXForCausalLM:
@@ -198,7 +190,7 @@ def test_a_compiled_model_stays_compiled(how: str) -> None:
     assert told[0][1] == 1
 
 
-# --- the hooks that stay between traced steps ---------------------------------------------------
+# --- the hooks ------------------------------------------------------------------------------
 
 
 class Caller(torch.nn.Module):
@@ -219,7 +211,7 @@ class Caller(torch.nn.Module):
 
 
 @pytest.mark.parametrize("kind", [Caller, Net])
-def test_a_hooked_call_leaves_the_modules_inside_alone(kind: type[torch.nn.Module]) -> None:
+def test_hooks_are_for_their_module_alone(kind: type[torch.nn.Module]) -> None:
     told: list[Any] = []
     model, other = kind(), kind()
     own = vars(kind).get("__call__")
@@ -230,9 +222,8 @@ def test_a_hooked_call_leaves_the_modules_inside_alone(kind: type[torch.nn.Modul
     def after(module: torch.nn.Module, _args: Any, output: Any) -> None:
         told.append((module, None if output is None else tuple(output.shape)))
 
-    undo = call_hooks.add(model, before, after), call_hooks.add(model, before, after)
-    lists = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-    assert not any(lists), "every module's call would take torch's slow path"
+    undo = module_hooks.add(model, before, after), module_hooks.add(model, before, after)
+    assert not torch_module._has_any_global_hook(), "every module's call would take torch's slow path"
     other(torch.ones(3, 4))
     assert not told
     copy.deepcopy(model)(torch.ones(3, 4))
@@ -252,33 +243,20 @@ def test_a_hooked_call_leaves_the_modules_inside_alone(kind: type[torch.nn.Modul
     assert not told
 
 
-def test_torch_s_lists_stay_for_what_has_been_compiled_under_them() -> None:
-    """With other lengths it would be compiled anew, in every traced step and in every other."""
-    for compiles in (False, True):
-        torch._dynamo.reset()
-        torch._dynamo.utils.counters.clear()
-        counter = torch._dynamo.testing.CompileCounterWithBackend("eager")
-        model = Net()
-        call = torch.compile(model.body, backend=counter) if compiles else model.body
-        with module_hooks.kept_for_compiled():
-            for _ in range(3):
-                undo = module_hooks.add(model, lambda *_: None, lambda *_: None)
-                call(torch.ones(3, 4))
-                undo()
-                assert bool(torch_module._global_forward_hooks) == compiles
-                call(torch.ones(3, 4))
-        assert not torch_module._global_forward_hooks
-        assert counter.frame_count == compiles
-
-
 # --- away again, in whatever order ----------------------------------------------------------
 
 
 def global_state() -> tuple[Any, ...]:
     modes = _python_dispatch._get_current_dispatch_mode_stack()
-    hooks = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
     flags = {name: value for name, value in vars(_python_dispatch).items() if name.startswith("_is_in_")}
-    return modes, flags, *map(len, hooks), recompute.observers.listeners, sys.excepthook
+    return (
+        modes,
+        flags,
+        torch.nn.Module.__call__,
+        torch_module._has_any_global_hook(),
+        recompute.observers.listeners,
+        sys.excepthook,
+    )
 
 
 def test_watches_that_end_in_the_wrong_order_leave_nothing() -> None:

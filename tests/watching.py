@@ -70,7 +70,7 @@ def train(model: Any, optimizer: torch.optim.Optimizer, steps: int) -> list[floa
 
 
 def hook_tables(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dict[tuple[int, str, str], Any]:
-    """What hangs on modules, on the optimizer and on torch's lists for all of them, and the attributes there are.
+    """What hangs on modules, on the optimizer and on torch's lists for all of them, their call, and their attributes.
 
     By place, class and attribute: `(3, "Linear", "_forward_hooks")`. The lists for all have place -1.
     """
@@ -85,6 +85,7 @@ def hook_tables(model: torch.nn.Module, optimizer: torch.optim.Optimizer) -> dic
         for name, value in vars(lists).items():
             if name.startswith("_global_") and isinstance(value, dict):
                 tables[-1, lists.__name__, name] = dict(value)
+    tables[-1, "Module", "__call__"] = torch.nn.Module.__call__
     return tables
 
 

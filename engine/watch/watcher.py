@@ -23,7 +23,7 @@ from ..forks import in_child
 from ..out_of_memory.memory_limit import limited
 from ..publisher import GAUGE_EVERY_S
 from ..tracing import owners, zero
-from ..tracing.module_hooks import call_hooks, module_hooks
+from ..tracing.module_hooks import module_hooks
 from ..tracing.recorder import Recorder
 from ..tracing.tracer import Tracer
 from .checkpoints import observed_checkpoints
@@ -42,8 +42,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
     fails in here is logged once and switched off; the loop goes on.
 
     A watched model is pickled, copied, compiled, traced and exported as an
-    unwatched one. One thing has to wait for the end of the watch:
-    `torch.export.export(strict=True)`, which fails under hooks on all modules.
+    unwatched one.
 
     Args:
         model: Whose modules are tagged.
@@ -165,13 +164,12 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         in_child(self._forget_in_child)
         loop.begin()
         if forward:
-            self._hook_late(loop, *forward)
+            loop.forward_begins(*forward)
         self.source.say_how_to_attach(self._model)
 
     def _install(self, loop: WatchedLoop, tracer: Tracer) -> None:
         """Every hook, each with its removal pushed right after it."""
         guard, undo = self.barrier.guard, self._undo
-        undo.enter_context(module_hooks.kept_for_compiled())
         self._hook(self._model)
         undo.enter_context(
             tracer.attached(guard, lambda layers: self.barrier.around(partial(tracer.recomputing, layers)))
@@ -189,19 +187,7 @@ class watch:  # noqa: N801 (it is used like a function: with watch(model, optimi
         self._hooked.append(module)
         guard, loop = self.barrier.guard, self._loop
         before = self._removing(guard(loop.forward_begins))
-        self._undo.callback(call_hooks.add(module, before, guard(loop.forward_ends)))
-
-    def _hook_late(self, loop: WatchedLoop, module: torch.nn.Module, args: Any) -> None:
-        """Have the loop told of the end of a call that has begun: torch's lists are looked at once more then."""
-        loop.forward_begins(module, args)
-        undo = ExitStack()
-
-        def ends(*told: Any) -> None:
-            undo.close()
-            loop.forward_ends(*told)
-
-        undo.callback(module_hooks.add(module, _nothing, self.barrier.guard(ends)))
-        self._undo.callback(undo.close)
+        self._undo.callback(module_hooks.add(module, before, guard(loop.forward_ends)))
 
     def _removing(self, hook: Callable[..., Any]) -> Callable[..., Any]:
         """Once something has failed, remove all hooks, here where nobody is in the middle of going through them."""
@@ -253,7 +239,3 @@ def _there_already(model: torch.nn.Module, optimizers: list[torch.optim.Optimize
     for optimizer in optimizers:
         for state in optimizer.state.values():
             yield from (tensor for _, tensor in owners.tensors_in(state))
-
-
-def _nothing(*_: Any) -> None:
-    """A hook that does nothing."""
