@@ -243,6 +243,26 @@ def test_hooks_are_for_their_module_alone(kind: type[torch.nn.Module]) -> None:
     assert not told
 
 
+def test_hooks_are_called_once_beneath_somebody_elses_call(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It was put around ours and has stayed."""
+    told: list[Any] = []
+    model, plain = Net(), torch.nn.Module.__call__
+    undo = module_hooks.add(model, lambda *_: None, lambda *_: None)
+    ours = torch.nn.Module.__call__
+
+    def around(*args: Any, **kwargs: Any) -> Any:
+        return ours(*args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.Module, "__call__", around)
+    undo()
+    undo = module_hooks.add(model, lambda *_: told.append("before"), lambda *_: told.append("after"))
+    model(torch.ones(3, 4))
+    assert told == ["before", "after"]
+    monkeypatch.undo()
+    undo()
+    assert torch.nn.Module.__call__ is plain
+
+
 # --- away again, in whatever order ----------------------------------------------------------
 
 

@@ -68,11 +68,8 @@ class CombinationSearch:
             self.outlook.learn(one, answer)
         if len(self._awaited) >= AHEAD:
             return []
-        if not self._pairs_asked:
-            self._pairs_asked = True
-            asked = self._ask(self._beside_others())
-        else:
-            asked = []
+        asked = [] if self._pairs_asked else self._ask(self._beside_others())
+        self._pairs_asked = True
         while len(self._awaited) < AHEAD and (more := self._next()) is not None:
             asked += self._ask([more])
         return asked

@@ -48,7 +48,7 @@ class ModuleHooks:
     def __init__(self) -> None:
         self._hooked: dict[int, tuple[Hooked, ...]] = {}
         self._of_all: tuple[Before, ...] = ()
-        self._uninstall: Callable[[], None] | None = None
+        self._uninstall: Callable[[], bool] | None = None
 
     def add(self, module: torch.nn.Module, before: Before, after: After) -> Callable[[], None]:
         """Hook a module; call what is returned to undo it."""
@@ -79,8 +79,7 @@ class ModuleHooks:
         self._close_if_unused()
 
     def _close_if_unused(self) -> None:
-        if not self._hooked and not self._of_all and self._uninstall is not None:
-            self._uninstall()
+        if not self._hooked and not self._of_all and self._uninstall is not None and self._uninstall():
             self._uninstall = None
 
     def _install(self) -> None:
@@ -94,9 +93,11 @@ class ModuleHooks:
                 return call(module, *args, **kwargs)
             return self._around(call, module, args, kwargs)
 
-        def uninstall() -> None:
-            if torch.nn.Module.__call__ is hooked_call:  # or somebody has put something around it, which stays
-                torch.nn.Module.__call__ = call  # type: ignore[method-assign]
+        def uninstall() -> bool:
+            if torch.nn.Module.__call__ is not hooked_call:
+                return False  # somebody has put something around it: it stays, to be used again and not put in twice
+            torch.nn.Module.__call__ = call  # type: ignore[method-assign]
+            return True
 
         torch.nn.Module.__call__ = hooked_call  # type: ignore[method-assign]
         self._uninstall = uninstall
